@@ -1,0 +1,29 @@
+"""exgrpo-fast: reinforcement learning with verifiable rewards on one GPU.
+
+The names below are loaded on first use, so that `import exgrpo_fast` and every message about a
+user's mistake come before torch is imported.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Config": "exgrpo_fast.config",
+    "load_config": "exgrpo_fast.config",
+    "Question": "exgrpo_fast.experience",
+    "Trajectory": "exgrpo_fast.experience",
+    "Group": "exgrpo_fast.experience",
+    "TokenColumns": "exgrpo_fast.experience",
+    "Trainer": "exgrpo_fast.trainer",
+    "RewardPool": "exgrpo_fast.rewards",
+    "load_questions": "exgrpo_fast.data",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'exgrpo_fast' has no attribute '{name}'")

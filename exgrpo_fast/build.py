@@ -1,0 +1,417 @@
+"""The composition root: a checked Config becomes objects. The only file that names them all.
+
+What can fail by a user's mistake (files, rewards, golds) is tried before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from exgrpo_fast.advantages import ADVANTAGES
+from exgrpo_fast.buffer.store import ExperienceStore
+from exgrpo_fast.checkpoint import Checkpoints, load_state
+from exgrpo_fast.collect import Collector, OverlongRule
+from exgrpo_fast.config import Config, ConfigError, GymTask
+from exgrpo_fast.data import LoadedQuestions, load_questions
+from exgrpo_fast.display import Screen
+from exgrpo_fast.evaluate import Evaluator
+from exgrpo_fast.experience import Question
+from exgrpo_fast.learner import Learner
+from exgrpo_fast.metrics import (
+    CompletionLog,
+    FanOut,
+    JsonlSink,
+    MetricSink,
+    TensorBoardSink,
+    WandbSink,
+)
+from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.policy import Policy, PolicyError, load_model
+from exgrpo_fast.rewards import RewardPool, check_golds
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.sources.fresh import FreshSource
+from exgrpo_fast.sources.questions import QuestionStream
+from exgrpo_fast.sources.replay import NoReplay, ReplaySource
+from exgrpo_fast.trainer import Trainer
+from exgrpo_kernels import PolicyObjective
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is made of."""
+
+    trainer: Trainer
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config, folder: RunFolder, screen: Screen, *, device: str, resume_from: Path | None
+) -> Iterator[Run]:
+    """Build a training run; leaving the block ends its reward workers and metric sinks."""
+    quiet_libraries()
+    with contextlib.ExitStack() as stack:
+        start = start_folder(config, folder, screen, device=device)
+        tokenizer = load_tokenizer(start)
+        rewards = stack.enter_context(make_rewards(config))
+        train, held_out = load_data(config, tokenizer, screen)
+        if config.data.check_answers:
+            refuse_bad_golds([*train, *held_out], rewards, screen)
+        model_path = str(resume_from / "hf") if resume_from else start
+        policy = make_policy(config, model_path, device=device)
+        engine = make_engine(config, policy, tokenizer)
+        sink = stack.enter_context(contextlib.closing(make_sink(config, folder, screen)))
+        trainer = make_trainer(
+            config,
+            policy=policy,
+            reference=make_reference(config, start, device=device),
+            engine=engine,
+            rewards=rewards,
+            train=train,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            folder=folder,
+            screen=screen,
+            sink=sink,
+        )
+        if resume_from:
+            trainer.load_state_dict(load_state(resume_from))
+        yield Run(trainer, policy, tokenizer)
+
+
+def make_trainer(
+    config: Config,
+    *,
+    policy: Policy,
+    reference: Policy | None,
+    engine: RolloutEngine,
+    rewards: RewardPool,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    screen: Screen,
+    sink: MetricSink,
+) -> Trainer:
+    """Sources, collector, learner, evaluator and trainer, from the bottom up."""
+    rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
+    decode = make_decode(tokenizer)
+    stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
+    replay = make_replay(config, policy)
+    sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
+    extra_batches = rollout.dynamic_sampling.max_extra_batches
+    collector = Collector(
+        stream=stream,
+        fresh=FreshSource(engine, policy, sampling=sampling, seed=seed),
+        replay=replay,
+        rewards=rewards,
+        decode=decode,
+        screen=screen,
+        overlong=OverlongRule(
+            rollout.max_completion_tokens, algorithm.overlong.soft_penalty_tokens
+        ),
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        max_extra_batches=extra_batches if rollout.dynamic_sampling.enabled else None,
+    )
+    learner = Learner(
+        policy,
+        make_optimiser(config, policy),
+        advantage=ADVANTAGES[algorithm.advantage],
+        aggregation=algorithm.aggregation,
+        max_completion_tokens=rollout.max_completion_tokens,
+        minibatches=config.train.minibatches,
+        mask_truncated=algorithm.overlong.mask_truncated,
+        reference=reference,
+    )
+    evaluator = make_evaluator(config, engine, rewards, decode, screen)
+    return Trainer(
+        stream=stream,
+        replay=replay,
+        collector=collector,
+        learner=learner,
+        engine=engine,
+        objective=make_objective(config),
+        evaluator=evaluator,
+        eval_questions=held_out,
+        checkpoints=Checkpoints(folder.checkpoints, keep=config.checkpoint.keep),
+        save_model=lambda path: save_model(policy, tokenizer, path),
+        sink=sink,
+        completion_log=CompletionLog(folder.completions),
+        screen=screen,
+        max_steps=config.train.max_steps,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+        completions_every=config.log.completions_every,
+    )
+
+
+def make_objective(config: Config) -> PolicyObjective:
+    algorithm = config.algorithm
+    return PolicyObjective(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        ratio_level=algorithm.ratio_level,
+        surrogate=algorithm.surrogate,
+        kl_coef=algorithm.kl.coef,
+        kl_estimator=algorithm.kl.estimator,
+        entropy_coef=algorithm.entropy_coef,
+    )
+
+
+def make_replay(config: Config, policy: Policy) -> ReplaySource | NoReplay:
+    replay = config.replay
+    if not replay.enabled or replay.experience_ratio == 0.0:
+        return NoReplay()
+    return ReplaySource(
+        ExperienceStore(group_size=config.rollout.group_size, device=policy.device),
+        policy,
+        prompts_per_step=config.rollout.prompts_per_step,
+        experience_ratio=replay.experience_ratio,
+        start_success_rate=replay.start_success_rate,
+        bucket_mean=replay.bucket_mean,
+        bucket_sigma=replay.bucket_sigma,
+        select=replay.select,
+        shaping=replay.shaping,
+        clip_fresh=replay.clip_fresh,
+        seed=config.train.seed,
+    )
+
+
+def make_optimiser(config: Config, policy: Policy) -> Optimiser:
+    train = config.train
+    return Optimiser(
+        policy.trainable_parameters,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+        warmup_steps=train.warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        skip_grad_norm=train.skip_grad_norm,
+    )
+
+
+def make_evaluator(
+    config: Config, engine: RolloutEngine, rewards: RewardPool, decode: Decode, screen: Screen
+) -> Evaluator:
+    sampling = Sampling(
+        config.rollout.max_completion_tokens, config.eval.temperature, config.eval.top_p
+    )
+    return Evaluator(
+        engine,
+        rewards,
+        decode,
+        screen,
+        sampling=sampling,
+        n=config.eval.n,
+        ks=config.eval.k,
+        seed=config.train.seed,
+    )
+
+
+def make_sink(config: Config, folder: RunFolder, screen: Screen) -> MetricSink:
+    sinks: list[MetricSink] = [JsonlSink(folder.metrics)]
+    if "tensorboard" in config.log.to:
+        sinks.append(TensorBoardSink(folder.path / "tensorboard"))
+    if "wandb" in config.log.to:
+        sinks.append(WandbSink("exgrpo-fast", folder.path.name, config.model_dump(mode="json")))
+    return FanOut(sinks, warn=screen.note)
+
+
+def make_rewards(config: Config) -> RewardPool:
+    reward = config.reward
+    return RewardPool(
+        reward.functions,
+        weights=reward.weights,
+        workers=reward.workers,
+        timeout_seconds=reward.timeout_seconds,
+    )
+
+
+# --- model and tokenizer --------------------------------------------------------------------------
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:
+    """Where the initial policy lies; the quickstart's is made here first."""
+    if config.model.name != "quickstart":
+        return require(config.model.name, "model.name", "a local folder or a hub name")
+    from exgrpo_fast.quickstart.prepare import prepare_quickstart
+
+    path = folder.path / "warm_start"
+    if not (path / "config.json").exists():
+        prepare_quickstart(config, path, screen, device=device)
+    return str(path)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(
+            f"model.name {name}: no tokenizer: {str(error).splitlines()[0]}"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(f"model.name {name}: its tokenizer has no eos_token; set one and save it")
+    return tokenizer
+
+
+def make_decode(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def make_policy(config: Config, name: str, *, device: str) -> Policy:
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return Policy(
+        load_model(name),
+        device=device,
+        compute_dtype=getattr(torch, dtype),
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        temperature=config.rollout.temperature,
+        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+    )
+
+
+def make_reference(config: Config, name: str, *, device: str) -> Policy | None:
+    """The frozen initial policy, loaded only when a KL term needs it."""
+    if config.algorithm.kl.coef == 0.0:
+        return None
+    reference = make_policy(config, name, device=device)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def make_engine(
+    config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> TransformersEngine:
+    eos = end_of_sequence_ids(policy, tokenizer)
+    pad = tokenizer.pad_token_id
+    return TransformersEngine(
+        policy,
+        eos_token_ids=eos,
+        pad_token_id=eos[0] if pad is None else pad,  # masked out: any id does
+        max_batch_sequences=config.rollout.max_batch_sequences,
+    )
+
+
+def end_of_sequence_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's own end token first, then those of the model's generation config."""
+    listed = policy.model.generation_config.eos_token_id if policy.model.generation_config else None
+    others = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
+
+
+def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    policy.model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def load_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, screen: Screen
+) -> tuple[list[Question], list[Question]]:
+    """(training questions, held-out questions): distinct, and disjoint by content."""
+    with screen.phase("read data"):
+        held_out: list[Question] = []
+        if config.data.eval is not None:
+            loaded = read_questions(config, config.data.eval, tokenizer, screen)
+            held_out = distinct(loaded.questions)[: config.data.eval_size]
+        source = require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
+        # A gym task draws some questions twice; of those the first stays.
+        train = distinct(read_questions(config, source, tokenizer, screen).questions)
+    kept_out = {content(question) for question in held_out}
+    unseen = [question for question in train if content(question) not in kept_out]
+    if len(unseen) < len(train):
+        screen.note(
+            f"{len(train) - len(unseen)} training questions are held-out ones too: left out"
+        )
+    return unseen, held_out
+
+
+def content(question: Question) -> tuple[str, str]:
+    return question.prompt, question.answer
+
+
+def distinct(questions: Sequence[Question]) -> list[Question]:
+    return list({content(question): question for question in reversed(questions)}.values())[::-1]
+
+
+def read_questions(
+    config: Config, source: str | GymTask, tokenizer: PreTrainedTokenizerBase, screen: Screen
+) -> LoadedQuestions:
+    data = config.data
+    loaded = load_questions(
+        source if isinstance(source, str) else source.model_dump(),
+        tokenizer=tokenizer,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        id_field=data.id_field,
+        system_prompt=data.system_prompt,
+        max_prompt_tokens=data.max_prompt_tokens,
+        overlong_prompts=data.overlong_prompts,
+        max_bad_rows=data.max_bad_rows,
+    )
+    for row in loaded.bad_rows:
+        screen.note(f"skipped {row.where}: {row.reason}")
+    if loaded.num_overlong:
+        screen.note(
+            f"{loaded.num_overlong} prompts over data.max_prompt_tokens "
+            f"({data.max_prompt_tokens}) were dropped"
+        )
+    return loaded
+
+
+def refuse_bad_golds(questions: Sequence[Question], rewards: RewardPool, screen: Screen) -> None:
+    """ConfigError naming the first gold answers that the reward itself does not accept."""
+    with screen.phase("check gold answers", len(questions)) as advance:
+        bad = check_golds(questions, rewards, advance)
+    if bad:
+        listed = "; ".join(f"{g.question_id}: {g.answer!r} ({g.reason})" for g in bad[:3])
+        raise ConfigError(
+            f"{len(bad)} of {len(questions)} gold answers fail their own reward: {listed}; "
+            f"mend them, or set data.check_answers false"
+        )
+
+
+def require(value: Any, key: str, what: str) -> Any:
+    if value is None:
+        raise ConfigError(f"{key} is not set: give {what}, in the config or as --{key} VALUE")
+    return value
+
+
+# --- surroundings ---------------------------------------------------------------------------------
+
+
+def quiet_libraries() -> None:
+    """One screen, ours: no progress bars and advice from below."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """env.json: what a reader needs to judge the figures of a run."""
+    from exgrpo_fast import __version__
+    from exgrpo_fast.doctor import collect
+
+    return {"exgrpo_fast": __version__, "device": device, **collect(self_test=False)}

@@ -1,0 +1,176 @@
+"""Checkpoints: a plain Hugging Face folder beside the trainer's state, committed by one rename.
+
+    step_12/MANIFEST.json   sizes and xxh3-128 of every file; written last
+    step_12/hf/             model.safetensors, config.json, tokenizer: loads anywhere
+    step_12/state/          trainer.json + tensors.safetensors: optimiser, replay, cursors
+
+Nothing is pickled. A folder counts as a checkpoint only when its manifest verifies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exgrpo_fast.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+SCHEMA = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used, as one line naming the file."""
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: save, find, verify, load, keep the newest."""
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
+        """Write everything beside its final name, make it durable, then rename."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".tmp-*"):  # of a run that died here
+            shutil.rmtree(leftover)
+        temporary, final = self.folder / f".tmp-step_{step}", self.folder / f"step_{step}"
+        (temporary / "state").mkdir(parents=True)
+        save_model(temporary / "hf")
+        plain, tensors = split_tensors(state)
+        (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
+        save_file(tensors, temporary / "state" / "tensors.safetensors")
+        _write_manifest(temporary, step)
+        if final.exists():
+            _discard(final)
+        os.rename(temporary, final)
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep]:
+            _discard(self.folder / f"step_{old}")
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint folder, oldest first."""
+        names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def newest_valid(self, on_bad: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that verifies; `on_bad` hears why newer ones were passed over."""
+        for step in reversed(self.steps()):
+            path = self.folder / f"step_{step}"
+            try:
+                verify(path)
+            except CheckpointError as error:
+                on_bad(str(error))
+            else:
+                return path
+        return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The trainer's state of one verified checkpoint."""
+    plain = json.loads((path / "state" / "trainer.json").read_text())
+    return merge_tensors(plain, load_file(path / "state" / "tensors.safetensors"))
+
+
+# --- integrity ------------------------------------------------------------------------------------
+
+
+def verify(path: Path) -> None:
+    """CheckpointError naming the first file that is missing, unlisted or changed."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        listed = {
+            name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path / MANIFEST}: missing or unreadable") from None
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path / MANIFEST}: schema {manifest.get('schema')}, this version reads {SCHEMA}"
+        )
+    if manifest.get("digest") != _digest_of_listing(manifest["files"]):
+        raise CheckpointError(f"{path / MANIFEST}: the listing was changed")
+    present = {str(file.relative_to(path)): file for file in _files(path)}
+    for name in sorted(listed.keys() | present.keys()):
+        if name not in present:
+            raise CheckpointError(f"{path / name}: missing")
+        if name not in listed:
+            raise CheckpointError(f"{path / name}: not in the manifest")
+        if (present[name].stat().st_size, _digest(present[name])) != tuple(listed[name]):
+            raise CheckpointError(f"{path / name}: damaged (size or checksum differs)")
+
+
+def _write_manifest(path: Path, step: int) -> None:
+    files = {}
+    for file in sorted(_files(path)):
+        _sync(file)
+        entry = {"bytes": file.stat().st_size, "xxh3_128": _digest(file)}
+        files[str(file.relative_to(path))] = entry
+    manifest = {"schema": SCHEMA, "step": step, "files": files, "digest": _digest_of_listing(files)}
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(path / MANIFEST)
+    for folder in (path / "hf", path / "state", path):
+        _sync(folder)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def _digest(file: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _digest_of_listing(files: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    """Rename first: a half-deleted folder must not look like a checkpoint."""
+    trash = path.with_name(f".tmp-trash-{path.name}")
+    os.rename(path, trash)
+    shutil.rmtree(trash)
+
+
+# --- nested state <-> JSON + tensors --------------------------------------------------------------
+
+
+def split_tensors(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
+    """Replace every tensor of a nested state by its name; the tensors come back flat."""
+    if isinstance(state, Tensor):
+        return {"__tensor__": name}, {name: state.detach().cpu().contiguous().clone()}
+    if isinstance(state, Mapping):
+        pairs = {str(k): split_tensors(v, f"{name}.{k}") for k, v in state.items()}
+        tensors = {n: t for _, found in pairs.values() for n, t in found.items()}
+        return {k: plain for k, (plain, _) in pairs.items()}, tensors
+    return state, {}
+
+
+def merge_tensors(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, dict):
+        if plain.keys() == {"__tensor__"}:
+            return tensors[plain["__tensor__"]]
+        return {k: merge_tensors(v, tensors) for k, v in plain.items()}
+    return plain

@@ -1,0 +1,344 @@
+"""`exgrpo-fast`: words to calls. Everything heavy is imported inside the command that needs it, so
+that a user's mistake is answered in one line before torch is loaded.
+
+Exit codes: 0 done, 2 usage or config, 70 numerical stop, 74 cannot save, 130/143 signals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from exgrpo_fast import __version__
+from exgrpo_fast.config import Config, ConfigError, all_keys, dump_yaml, load_config, recipe_names
+from exgrpo_fast.errors import UserError
+
+EXIT_USAGE, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 2, 70, 74, 128
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the reward workers are forked after
+    try:
+        arguments, rest = parser().parse_known_args(argv)
+        if rest and arguments.run is not train:
+            raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'")
+        if arguments.run is train:
+            arguments.overrides = parse_overrides(rest)
+        code = arguments.run(arguments)
+    except UserError as error:
+        print(f"exgrpo-fast: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    except KeyboardInterrupt:
+        code = EXIT_SIGNAL + 2
+    sys.exit(code)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.max_steps is not None:
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"max_steps": arguments.max_steps})}
+        )
+    check_inputs(config)
+    if arguments.dry_run:
+        print(dump_yaml(config), end="")
+        print(derived_numbers(config))
+        return 0
+    from exgrpo_fast.session import train_session
+
+    out = Path(arguments.out or default_out(arguments.config))
+    return train_session(
+        config,
+        out,
+        device=choose_device(arguments.device),
+        resume=arguments.resume,
+        stop_after=arguments.stop_after,
+        deterministic=arguments.deterministic,
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    for path in arguments.data:
+        require_file(path, "--data")
+    ks = [int(k) for k in arguments.k.split(",")]
+    if max(ks) > arguments.n:
+        raise ConfigError(f"-k {max(ks)} needs at least as many samples: -n is {arguments.n}")
+    from exgrpo_fast.session import eval_session
+
+    results = eval_session(
+        arguments.model,
+        arguments.data,
+        n=arguments.n,
+        ks=ks,
+        device=choose_device(arguments.device),
+        **sampling_arguments(arguments),
+    )
+    print(json.dumps(results, indent=2))
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    if arguments.data:
+        require_file(arguments.data, "--data")
+    elif not arguments.prompt:
+        raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
+    from exgrpo_fast.session import sample_session
+
+    sample_session(
+        arguments.model,
+        data=arguments.data,
+        row=arguments.row,
+        prompt=arguments.prompt,
+        n=arguments.n,
+        device=choose_device(arguments.device),
+        **sampling_arguments(arguments),
+    )
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    require_file(arguments.input, "--in")
+    from exgrpo_fast.rewards.score import score_file
+
+    summary = score_file(
+        Path(arguments.input), Path(arguments.output), functions=arguments.functions.split(",")
+    )
+    print(summary)
+    return 0
+
+
+def init(arguments: argparse.Namespace) -> int:
+    from exgrpo_fast.scaffold import write_project
+
+    for path in write_project(Path(arguments.folder), recipe=arguments.recipe):
+        print(path)
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from exgrpo_fast.doctor import collect, render
+
+    report = collect()
+    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    return 0
+
+
+def verify_checkpoint(arguments: argparse.Namespace) -> int:
+    from exgrpo_fast.checkpoint import CheckpointError, verify
+
+    try:
+        verify(Path(arguments.folder))
+    except CheckpointError as error:
+        print(f"bad: {error}")
+        return 1
+    print(f"ok: {arguments.folder}")
+    return 0
+
+
+def check_data(arguments: argparse.Namespace) -> int:
+    require_file(arguments.file, "check-data")
+    from exgrpo_fast.data import check_data as check
+
+    report = check(
+        arguments.file, prompt_field=arguments.prompt_field, answer_field=arguments.answer_field
+    )
+    for row in report.bad_rows:
+        print(f"{row.where}: {row.reason}")
+    print(f"{report.num_good} good rows, {len(report.bad_rows)} bad ones")
+    return 1 if report.bad_rows else 0
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line and, for a mistyped command, a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.removeprefix('exgrpo-fast ')}: {message}")
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="exgrpo-fast",
+        description="RLVR on one GPU with fused losses and experience replay.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"exgrpo-fast {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    c = command("train", train, "train a policy; any config key can be set, as --train.lr 1e-5")
+    c.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
+    c.add_argument("--out", help="run directory (default runs/NAME)")
+    c.add_argument("--resume", default="never", help="auto | never | STEP (default never)")
+    c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
+    c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
+    c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
+    c.add_argument("--dry-run", action="store_true", help="show the resolved config and exit")
+    c.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    c.epilog = "config keys: " + " ".join(all_keys())
+
+    c = command("eval", evaluate, "avg@n and pass@k of a model on held-out questions")
+    c.add_argument("--model", required=True, help="a folder, such as RUN/checkpoints/step_N/hf")
+    c.add_argument("--data", required=True, nargs="+", help=".jsonl or .parquet files")
+    c.add_argument("-n", type=positive, default=8, help="samples per question (8)")
+    c.add_argument("-k", default="1,8", help="pass@k, comma separated (1,8)")
+    add_sampling(c)
+
+    c = command("sample", sample, "look at completions with their rewards")
+    c.add_argument("--model", required=True)
+    c.add_argument("--data", help="take the question from this file")
+    c.add_argument("--row", type=int, default=0, help="which question (0)")
+    c.add_argument("--prompt", help="or ask this")
+    c.add_argument("-n", type=positive, default=4)
+    add_sampling(c)
+
+    c = command("init", init, "write config.yaml, reward.py and sample data into a folder")
+    c.add_argument("folder")
+    c.add_argument("--recipe", default="exgrpo", choices=recipe_names())
+
+    c = command("doctor", doctor, "what is installed, what works, what is missing for what")
+    c.add_argument("--json", action="store_true")
+
+    c = command("score", score, "rows {gold, completion} -> {reward, reason, ms}")
+    c.add_argument("--in", dest="input", required=True)
+    c.add_argument("--out", dest="output", required=True)
+    c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
+
+    c = command("check-data", check_data, "every bad row of a file, with line and reason")
+    c.add_argument("file")
+    c.add_argument("--prompt-field", default="prompt")
+    c.add_argument("--answer-field", default="answer")
+
+    c = command("verify-checkpoint", verify_checkpoint, "exit 0 if whole, else 1 and the bad file")
+    c.add_argument("folder")
+    return top
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--reward", default="math_verify", help="reward function (math_verify)")
+    command.add_argument("--prompt-field", default="problem")
+    command.add_argument("--answer-field", default="answer")
+    command.add_argument("--max-completion-tokens", type=positive, default=2048)
+    command.add_argument("--temperature", type=float, default=1.0, help="0 = greedy (1.0)")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", choices=["cpu", "cuda"])
+
+
+def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("reward", "prompt_field", "answer_field", "max_completion_tokens")
+    names += ("temperature", "top_p", "seed")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """['--train.lr', '1e-5', '--replay.enabled=false'] -> pairs of dotted key and text."""
+    words, pairs = list(rest), []
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise ConfigError(f"train: '{word}' is neither an option nor the value of one")
+        if "." not in name:
+            known = [
+                "out",
+                "resume",
+                "max-steps",
+                "stop-after",
+                "deterministic",
+                "dry-run",
+                "device",
+            ]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '--{close[0]}'?" if close else ""
+            raise ConfigError(f"train: unknown option '--{name}'{hint}")
+        if not has_value:
+            if not words:
+                raise ConfigError(f"train: --{name} needs a value")
+            value = words.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+# --- what can be known before anything is loaded --------------------------------------------------
+
+
+def check_inputs(config: Config) -> None:
+    """Missing values and files, before torch is imported."""
+    if config.model.name is None:
+        raise ConfigError("model.name is not set: give a local folder or a hub name")
+    if config.data.train is None:
+        raise ConfigError("data.train is not set: give a .jsonl file, a dataset or a gym task")
+    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}:
+            require_file(source, key)
+    if looks_local(config.model.name):
+        require_file(config.model.name, "model.name")
+    for function in config.reward.functions:
+        file, colon, _ = function.rpartition(":")
+        if colon and file.endswith(".py"):
+            require_file(file, "reward.functions")
+
+
+def looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def require_file(path: str, key: str) -> None:
+    if Path(path).exists():
+        return
+    folder = Path(path).parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    hint = f"; did you mean {folder / close[0]}?" if close else ""
+    raise ConfigError(f"{key}: {path} does not exist{hint}")
+
+
+def choose_device(asked: str | None) -> str:
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device (exgrpo-fast doctor says more)")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_out(config: str) -> str:
+    return f"runs/{Path(config).stem}"
+
+
+def derived_numbers(config: Config) -> str:
+    rollout, train = config.rollout, config.train
+    sequences = rollout.prompts_per_step * rollout.group_size
+    per_update = sequences // train.minibatches
+    return (
+        f"# a step: {rollout.prompts_per_step} questions x {rollout.group_size} = {sequences} "
+        f"responses of at most {rollout.max_completion_tokens} tokens, {train.minibatches} "
+        f"updates of {per_update} responses, packs of {train.max_tokens_per_microbatch} tokens"
+    )
+
+
+if __name__ == "__main__":
+    main()

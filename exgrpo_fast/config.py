@@ -1,0 +1,365 @@
+"""One schema for YAML, command line and recipes. Read by `cli.py` alone.
+
+Every class elsewhere takes plain keyword arguments; this file only says which keys exist, which
+values they accept, and what is wrong in one line. It imports no torch, so that a mistake is
+reported before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from exgrpo_fast.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class ConfigError(UserError):
+    """A user's mistake in a config, as one line that names the key."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    name: str | None = Field(None, description="a local folder, a hub name, or 'quickstart'")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute dtype: bfloat16 on CUDA, float32 elsewhere; weights stay fp32"
+    )
+    gradient_checkpointing: bool = True
+
+
+class GymTask(Section):
+    """A procedurally generated reasoning-gym task."""
+
+    gym: str = Field(description="name of the reasoning-gym dataset, such as chain_sum")
+    size: Positive = 500
+    seed: int = 0
+    options: dict[str, Any] = Field(default_factory=dict, description="the task's own options")
+
+
+class DataConfig(Section):
+    train: str | GymTask | None = Field(
+        None,
+        description=".jsonl / .json / .parquet file, hub dataset 'name[:split]', or a gym task",
+    )
+    eval: str | GymTask | None = None
+    eval_size: Positive | None = Field(None, description="use only the first so many questions")
+    prompt_field: str = Field("prompt", description="a string, or a list of chat messages")
+    answer_field: str = "answer"
+    id_field: str | None = None
+    system_prompt: str | None = None
+    max_prompt_tokens: Positive = 512
+    overlong_prompts: Literal["drop", "refuse"] = "drop"
+    max_bad_rows: Fraction = Field(0.001, description="share of malformed rows that is skipped")
+    check_answers: bool = Field(True, description="refuse gold answers that the reward rejects")
+
+
+class RewardConfig(Section):
+    functions: list[str] = Field(
+        ["math_verify"], description="built-in names, 'file.py:function' or 'package.module:name'"
+    )
+    weights: list[float] | None = Field(None, description="one per function; default 1.0 each")
+    workers: Positive = 2
+    timeout_seconds: PositiveFloat = Field(5.0, description="per sample; the worker is then killed")
+
+
+class DynamicSamplingConfig(Section):
+    enabled: bool = False
+    max_extra_batches: NonNegative = Field(2, description="refill rounds before the step goes on")
+
+
+class RolloutConfig(Section):
+    engine: Literal["auto", "transformers"] = "auto"
+    prompts_per_step: Positive = 64
+    group_size: Positive = 8
+    max_completion_tokens: Positive = 2048
+    temperature: PositiveFloat = 1.0
+    max_batch_sequences: Positive = Field(256, description="sequences decoded side by side")
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+
+
+class KLConfig(Section):
+    coef: Annotated[float, Field(ge=0.0)] = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class OverlongConfig(Section):
+    mask_truncated: bool = Field(False, description="truncated responses get weight 0")
+    soft_penalty_tokens: NonNegative = Field(
+        0, description="DAPO: the reward falls linearly by 1 over the last so many tokens"
+    )
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "dr_grpo"
+    surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = "clip"
+    ratio_level: Literal["token", "sequence"] = "token"
+    clip_low: PositiveFloat | None = 0.2
+    clip_high: PositiveFloat | None = 0.2
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        "constant", description="what the token sum is divided by; constant = max_completion_tokens"
+    )
+    entropy_coef: float = 0.0
+    kl: KLConfig = KLConfig()
+    overlong: OverlongConfig = OverlongConfig()
+
+
+class ReplayConfig(Section):
+    enabled: bool = False
+    method: Literal["exgrpo"] = "exgrpo"
+    experience_ratio: Fraction = Field(0.5, description="rho: share of groups with a replayed slot")
+    start_success_rate: Fraction | None = Field(
+        0.35, description="replay starts after the first batch above it; null = from step 1"
+    )
+    bucket_mean: Fraction = Field(0.5, description="mu of the bucket Gaussian, in accuracy")
+    bucket_sigma: PositiveFloat = Field(0.125, description="sigma, in accuracy (1.0 = as printed)")
+    select: Literal["entropy", "nll", "random"] = Field(
+        "entropy", description="which stored trajectory: the lowest mean entropy or NLL, or any"
+    )
+    shaping: Annotated[float, Field(ge=0.0)] = Field(0.1, description="beta of w / (w + beta)")
+    clip_fresh: bool = Field(False, description="keep the PPO clip on fresh rows once active")
+
+
+class TrainConfig(Section):
+    max_steps: Positive = 200
+    lr: PositiveFloat = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_steps: NonNegative = 0
+    max_grad_norm: PositiveFloat = 1.0
+    skip_grad_norm: PositiveFloat = Field(500.0, description="a larger norm skips the update")
+    minibatches: Positive = Field(1, description="optimiser updates per step")
+    max_tokens_per_microbatch: Positive = Field(16384, description="packed tokens per forward")
+    seed: int = 0
+
+
+class EvalConfig(Section):
+    n: Positive = Field(8, description="samples per question")
+    k: list[Positive] = [1, 8]
+    temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="0 = greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    every: NonNegative = Field(0, description="steps between evaluations; 0 = before and after")
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = Field(50, description="steps between checkpoints; 0 = only the last")
+    keep: Positive = 2
+
+
+class LogConfig(Section):
+    to: list[Literal["tensorboard", "wandb"]] = []
+    completions_every: Positive = Field(10, description="steps between completion tables")
+
+
+class WarmStartConfig(Section):
+    """Supervised warm start of the quickstart model on generated worked solutions."""
+
+    batches: Positive = Field(400, description="at most so many")
+    target_pass_rate: Fraction = Field(0.35, description="stop when samples are so often right")
+    probe_every: Positive = Field(10, description="batches between two looks at the pass rate")
+    batch_size: Positive = 128
+    lr: PositiveFloat = 3e-3
+    examples: Positive = 20000
+
+
+class Config(Section):
+    method: str = Field("grpo", description="name shown in the summary")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    replay: ReplayConfig = ReplayConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        steps, updates = self.rollout.prompts_per_step, self.train.minibatches
+        if steps % updates:
+            raise ValueError(
+                f"rollout.prompts_per_step ({steps}) cannot be split into train.minibatches "
+                f"({updates}) equal parts; try {_nearest_divisor(steps, updates)}"
+            )
+        if self.rollout.group_size < 2 and self.algorithm.advantage != "dr_grpo":
+            raise ValueError(
+                f"rollout.group_size is {self.rollout.group_size}: algorithm.advantage "
+                f"{self.algorithm.advantage} compares at least 2 responses"
+            )
+        if self.replay.enabled and self.rollout.group_size < 2:
+            raise ValueError("rollout.group_size must be at least 2 when replay.enabled is true")
+        if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
+            raise ValueError(
+                f"reward.weights has {len(self.reward.weights)} entries for "
+                f"{len(self.reward.functions)} reward.functions"
+            )
+        if max(self.eval.k) > self.eval.n:
+            raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
+        longest = self.data.max_prompt_tokens + self.rollout.max_completion_tokens
+        if self.train.max_tokens_per_microbatch < longest:
+            raise ValueError(
+                f"train.max_tokens_per_microbatch ({self.train.max_tokens_per_microbatch}) is "
+                f"below the longest sequence, data.max_prompt_tokens + "
+                f"rollout.max_completion_tokens = {longest}"
+            )
+        return self
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("exgrpo_fast") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith("yaml"))
+
+
+def load_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """A recipe's name or a YAML file, with dotted overrides on top -> a checked Config."""
+    tree = read_yaml(*_find(source))
+    for dotted, text in overrides:
+        _assign(tree, dotted, yaml.load(text, Loader=StrictLoader))
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Check a plain tree of values; ConfigError with one line on the first mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _find(source: str) -> tuple[str, str]:
+    """(text, name) of a recipe or a file."""
+    if source in recipe_names():
+        return (resources.files("exgrpo_fast") / "recipes" / f"{source}.yaml").read_text(), source
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        try:
+            return path.read_text(encoding="utf-8"), source
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {source}: {_cause(error)}") from None
+    raise ConfigError(
+        f"unknown recipe '{source}'{_suggest(source, recipe_names())}; "
+        f"recipes: {', '.join(recipe_names())}; or give a .yaml file"
+    )
+
+
+def _cause(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys (YAML itself keeps the last one in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"line {line}: the key '{key}' stands there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {name}: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"config {name}, {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {name}: expected 'key: value' lines, got {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.replace("-", "_").split(".")
+    for parent in parents:
+        branch = tree.setdefault(parent, {})
+        if not isinstance(branch, dict):
+            # `--data.train.gym chain_sum` over a file name: the branch replaces the leaf.
+            branch = tree[parent] = {}
+        tree = branch
+    tree[leaf] = value
+
+
+# --- one line for every mistake -------------------------------------------------------------------
+
+
+def _one_line(error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    unknown = [d for d in details if d["type"] == "extra_forbidden"]
+    first = (unknown or details)[0]
+    path = [str(part) for part in first["loc"] if str(part) not in _UNION_TAGS]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_suggest_key(path)}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+_UNION_TAGS = {"str", "GymTask", "int", "float"}  # pydantic names the union member it tried
+
+
+def _suggest_key(path: Sequence[str]) -> str:
+    section: type[BaseModel] = Config
+    for name in path[:-1]:
+        section = _section(section.model_fields[name].annotation) or section
+    near = _suggest(path[-1], list(section.model_fields), prefix=".".join(path[:-1]))
+    if near:
+        return near
+    everywhere = {leaf.rsplit(".", 1)[-1]: leaf for leaf in all_keys()}
+    close = difflib.get_close_matches(path[-1], everywhere, n=1)
+    return f"; did you mean '{everywhere[close[0]]}'?" if close else ""
+
+
+def _suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix + '.' if prefix else ''}{close[0]}'?" if close else ""
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return next((s for a in typing.get_args(annotation) if (s := _section(a))), None)
+    return None
+
+
+def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, in order."""
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        inner = _section(info.annotation)
+        keys += all_keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return keys

@@ -1,0 +1,119 @@
+"""avg@n and pass@k on held-out questions, with bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from exgrpo_fast.display import Screen
+from exgrpo_fast.experience import Completion, Question, Verdict
+from exgrpo_fast.rewards import RewardPool, RewardSample
+from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Averages over questions; `*_low`, `*_high` are 95 % bootstrap bounds of avg@n."""
+
+    avg_at_n: float
+    avg_at_n_low: float
+    avg_at_n_high: float
+    pass_at_k: dict[str, float]  # k as text, as in JSON
+    n: int
+    questions: int
+    truncated: float  # share of completions cut by the length limit
+    completion_len_mean: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One judged completion, for `exgrpo-fast sample` and for the completion tables."""
+
+    question: Question
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+class Evaluator:
+    """Samples n completions of every question and scores them with the training rewards."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: RewardPool,
+        decode: Decode,
+        screen: Screen,
+        *,
+        sampling: Sampling,
+        n: int,
+        ks: Sequence[int],
+        seed: int,
+    ) -> None:
+        """The same `seed` gives the same random numbers before and after training."""
+        self.engine = engine
+        self.rewards = rewards
+        self.decode = decode
+        self.screen = screen
+        self.sampling = sampling
+        self.n = n
+        self.ks = list(ks)
+        self.seed = seed
+
+    def __call__(self, questions: Sequence[Question]) -> Evaluation:
+        samples = self.sample(questions)
+        correct = [s.verdict.reward == 1.0 for s in samples]
+        successes = np.array(correct).reshape(len(questions), self.n).sum(axis=1)
+        low, high = bootstrap_interval(successes / self.n, seed=self.seed)
+        return Evaluation(
+            avg_at_n=float(successes.mean() / self.n),
+            avg_at_n_low=low,
+            avg_at_n_high=high,
+            pass_at_k={str(k): mean_pass_at_k(successes.tolist(), self.n, k) for k in self.ks},
+            n=self.n,
+            questions=len(questions),
+            truncated=float(np.mean([s.completion.truncated for s in samples])),
+            completion_len_mean=float(np.mean([len(s.completion.token_ids) for s in samples])),
+        )
+
+    def sample(self, questions: Sequence[Question]) -> list[Sample]:
+        """n judged completions of each question, question by question."""
+        asked = [question for question in questions for _ in range(self.n)]
+        requests = [
+            Request(q.prompt_ids, request_seed(self.seed, "eval", q.id, i % self.n))
+            for i, q in enumerate(asked)
+        ]
+        with self.screen.phase("evaluate", len(requests)) as advance:
+            completions = self.engine.generate(requests, self.sampling, advance)
+        texts = [self.decode(completion.token_ids.tolist()) for completion in completions]
+        verdicts = self.rewards.score(
+            [
+                RewardSample(q.prompt, text, q.answer, q.columns)
+                for q, text in zip(asked, texts, strict=True)
+            ]
+        )
+        return [Sample(*row) for row in zip(asked, completions, texts, verdicts, strict=True)]
+
+
+def mean_pass_at_k(successes: Sequence[int], n: int, k: int) -> float:
+    """Unbiased: mean of 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    return sum(1.0 - math.comb(n - c, k) / math.comb(n, k) for c in successes) / len(successes)
+
+
+def bootstrap_interval(
+    per_question: np.ndarray, *, seed: int, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean, resampling questions."""
+    rng = np.random.default_rng([seed, resamples])
+    picks = rng.integers(len(per_question), size=(resamples, len(per_question)))
+    low, high = np.quantile(per_question[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

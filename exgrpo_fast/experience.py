@@ -1,0 +1,141 @@
+"""The nouns that travel between the rooms: Question, Completion, Trajectory, Group, TokenColumns.
+
+All of them are frozen; a change makes a new value (`dataclasses.replace`).
+
+Legend of shapes
+    T   response tokens of one trajectory (the end-of-sequence token included)
+    K   trajectories in one group
+    N   trained tokens of a batch, trajectories joined end to end, no padding
+
+Token ids travel from the engine to the loss untouched: nothing here is ever decoded and re-encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+SourceName = Literal["fresh", "replay", "prior", "hindsight"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One task: what the policy reads and what its answer is checked against."""
+
+    id: str  # stable over runs and machines: the row's own id, or a hash of its prompt and answer
+    prompt_ids: tuple[int, ...]  # the chat template is already applied
+    prompt: str  # the same prompt as text, for people and for reward functions
+    answer: str
+    columns: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row (JSON)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returns for one request; `logprobs` are the engine's own."""
+
+    token_ids: Tensor  # int64 [T], ends with an end-of-sequence id unless truncated
+    logprobs: Tensor  # float32 [T]
+    truncated: bool  # True when the length limit ended it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A reward and why: `reason` is a short word that is counted in the metrics."""
+
+    reward: float
+    reason: str = "ok"
+    milliseconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One response to a question, with what the loss has to know about where it came from."""
+
+    question: Question
+    token_ids: Tensor  # int64 [T]
+    behaviour_logprobs: Tensor  # float32 [T], denominator of the ratio
+    entropies: Tensor  # float32 [T], under the policy that scored `behaviour_logprobs`
+    truncated: bool
+    source: SourceName = "fresh"
+    shaping: float = 0.0  # 0 = clipped ratio; g > 0 = unclipped w / (w + g)
+    birth_step: int = 0  # the step in which it was generated
+    verdict: Verdict | None = None
+    penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong responses
+
+    @property
+    def reward(self) -> float:
+        return self._verified + self.penalty
+
+    @property
+    def successful(self) -> bool:
+        """Whether the verifier gave full marks, penalties apart."""
+        return self._verified == 1.0
+
+    @property
+    def _verified(self) -> float:
+        if self.verdict is None:
+            raise RuntimeError(f"question {self.question.id}: the reward is asked before scoring")
+        return self.verdict.reward
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The K trajectories of one question that share a baseline."""
+
+    question: Question
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [trajectory.reward for trajectory in self.trajectories]
+
+    @property
+    def num_successes(self) -> int:
+        """Responses with full marks, a replayed one included (ExGRPO's s)."""
+        return sum(trajectory.successful for trajectory in self.trajectories)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the rewards differ: only then does the group carry a gradient."""
+        return len(set(self.rewards)) > 1
+
+    def from_source(self, source: SourceName) -> list[Trajectory]:
+        return [trajectory for trajectory in self.trajectories if trajectory.source == source]
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """Everything a policy loss needs, one entry per trained token; every method only fills these.
+
+    `weights` is mask x loss normaliser x mismatch correction; 0 = not trained.
+    """
+
+    targets: Tensor  # int64 [N], the token that was emitted
+    behaviour_logprobs: Tensor  # float32 [N]
+    advantages: Tensor  # float32 [N]
+    weights: Tensor  # float32 [N]
+    shaping: Tensor  # float32 [N]
+    sequence_ids: Tensor  # int64 [N], which trajectory of the micro-batch (sequence-level ratios)
+    ref_logprobs: Tensor | None = None  # float32 [N], only when a KL term is on
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name).shape for f in fields(self) if self._has(f.name)}
+        assert len(set(sizes.values())) == 1, f"columns differ in length: {sizes}"
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.targets.numel()
+
+    def for_loss(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of `exgrpo_kernels.linear_policy_loss`, targets apart."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}

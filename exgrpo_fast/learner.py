@@ -1,0 +1,209 @@
+"""Groups -> advantages -> columns -> packed micro-batches -> fused loss -> optimiser."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.advantages import Advantage
+from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.packing import Aggregation, fill_columns, pack, token_weights
+from exgrpo_fast.policy import Policy
+from exgrpo_kernels import PolicyObjective, linear_policy_loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trajectory with what the group made of it."""
+
+    trajectory: Trajectory
+    advantage: float
+    weight: float  # of each of its tokens
+
+
+@dataclass
+class UpdateReport:
+    """Means over the optimiser updates of one step."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    lr: float = 0.0
+    tokens_trained: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    kernel_metrics: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses) if self.losses else 0.0
+
+
+class Learner:
+    """Everything between a batch of judged groups and changed weights."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimiser: Optimiser,
+        *,
+        advantage: Advantage,
+        aggregation: Aggregation,
+        max_completion_tokens: int,
+        minibatches: int = 1,
+        mask_truncated: bool = False,
+        reference: Policy | None = None,
+    ) -> None:
+        """`reference`: the frozen policy of the KL term, needed when its coefficient is not 0."""
+        self.policy = policy
+        self.optimiser = optimiser
+        self.advantage = advantage
+        self.aggregation: Aggregation = aggregation
+        self.max_completion_tokens = max_completion_tokens
+        self.minibatches = minibatches
+        self.mask_truncated = mask_truncated
+        self.reference = reference
+
+    def update(
+        self,
+        groups: Sequence[Group],
+        objective: PolicyObjective,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> UpdateReport:
+        """One optimiser update per minibatch of groups."""
+        report = UpdateReport()
+        metrics = MetricSums()
+        for minibatch in split_evenly(groups, self.minibatches):
+            self._update_once(minibatch, objective, report, metrics, on_tokens)
+        report.kernel_metrics = metrics.joined()
+        return report
+
+    def _update_once(
+        self,
+        groups: Sequence[Group],
+        objective: PolicyObjective,
+        report: UpdateReport,
+        metrics: MetricSums,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
+        if not rows:
+            report.skipped["update_without_gradient"] += 1
+            return
+        loss = 0.0
+        for columns_loss, kernel_metrics, num_tokens in self._micro_batches(rows, objective):
+            columns_loss.backward()
+            loss += float(columns_loss.detach())
+            metrics.add(kernel_metrics)
+            report.tokens_trained += num_tokens
+            on_tokens(num_tokens)
+        outcome = self.optimiser.step()
+        report.losses.append(loss)
+        report.grad_norms.append(outcome.grad_norm)
+        report.lr = outcome.lr
+        if outcome.skipped:
+            report.skipped[outcome.skipped] += 1
+
+    def rows(self, groups: Sequence[Group]) -> list[Row]:
+        """Advantages and weights of all trajectories of one update batch."""
+        trajectories = [t for group in groups for t in group.trajectories]
+        advantages = [a for group in groups for a in self.advantage(group.rewards)]
+        weight_of = token_weights(
+            self.aggregation,
+            num_sequences=len(trajectories),
+            num_tokens=sum(t.num_tokens for t in trajectories),
+            max_completion_tokens=self.max_completion_tokens,
+        )
+        return [
+            Row(t, a, 0.0 if t.truncated and self.mask_truncated else weight_of(t.num_tokens))
+            for t, a in zip(trajectories, advantages, strict=True)
+        ]
+
+    def _micro_batches(self, rows: Sequence[Row], objective: PolicyObjective):
+        """(differentiable loss, kernel metrics, tokens) of one micro-batch after the other."""
+        trajectories = [row.trajectory for row in rows]
+        prompts = [t.question.prompt_ids for t in trajectories]
+        responses = [t.token_ids for t in trajectories]
+        ref_logprobs = None
+        if objective.kl_coef:
+            assert self.reference is not None, "a KL term needs a reference policy"
+            ref_logprobs = [s.logprobs for s in self.reference.score(prompts, responses)]
+        limit = self.policy.max_tokens_per_microbatch
+        for packed in pack(prompts, responses, max_tokens=limit, device=self.policy.device):
+            columns = fill_columns(
+                packed,
+                trajectories,
+                advantages=[row.advantage for row in rows],
+                weights=[row.weight for row in rows],
+                ref_logprobs=ref_logprobs,
+            )
+            hidden_ND = self.policy.hidden_states(packed)
+            weight, bias, softcap = self.policy.head_for(hidden_ND)
+            result = linear_policy_loss(
+                hidden_ND,
+                weight,
+                columns.targets,
+                **columns.for_loss(),
+                objective=objective,
+                bias=bias,
+                temperature=self.policy.temperature,
+                softcap=softcap,
+            )
+            yield result.loss, result.metrics, columns.num_tokens
+
+
+def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
+    """Rows that cannot move the weights are not even forwarded; they stay in every denominator."""
+    has_term = row.advantage != 0.0 or objective.kl_coef != 0.0 or objective.entropy_coef != 0.0
+    return row.weight != 0.0 and has_term
+
+
+def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """Consecutive parts whose sizes differ by at most one; never an empty one."""
+    bounds = [len(groups) * i // parts for i in range(parts + 1)]
+    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+class MetricSums:
+    """Joins the kernels' metrics over micro-batches: *_max by maximum, counts by sum, and the rest
+    by the mean over the rows that each is a mean of."""
+
+    OVER_SHAPED_ROWS = {"shaped_mean"}
+    OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref"}
+    COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped"}
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.rows: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Copies all figures of one micro-batch from the device at once."""
+        names = list(metrics)
+        values = torch.stack([metrics[name].double() for name in names]).tolist()
+        found = dict(zip(names, values, strict=True))
+        for name, value in found.items():
+            if name.endswith("_max"):
+                self.sums[name] = max(value, self.sums.get(name, value))
+                continue
+            rows = 1.0 if name in self.COUNTS else self._num_rows(name, found)
+            self.sums[name] = self.sums.get(name, 0.0) + rows * value
+            self.rows[name] = self.rows.get(name, 0.0) + rows
+
+    def joined(self) -> dict[str, float | None]:
+        """None where there was no row to take a mean of."""
+        return {name: self._join(name, total) for name, total in self.sums.items()}
+
+    def _num_rows(self, name: str, found: Mapping[str, float]) -> float:
+        if name in self.OVER_SHAPED_ROWS:
+            return found["num_shaped"]
+        if name in self.OVER_TRAINED_ROWS:
+            return found["num_trained"]
+        return found["num_trained"] - found["num_shaped"]
+
+    def _join(self, name: str, total: float) -> float | None:
+        if name.endswith("_max") or name in self.COUNTS:
+            return total
+        return total / self.rows[name] if self.rows[name] else None

@@ -1,0 +1,83 @@
+"""AdamW with a warm-up, and the guard that keeps a bad update away from the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class UpdateOutcome:
+    grad_norm: float
+    lr: float
+    skipped: str | None  # why the weights were left alone
+
+
+class Optimiser:
+    """torch's AdamW (matrices decay, vectors do not), linear warm-up to a constant rate.
+
+    `step` clips the gradient to `max_grad_norm`; a non-finite norm, or one above `skip_grad_norm`,
+    changes neither weights nor moments.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        skip_grad_norm: float = 500.0,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.lr = lr
+        self.warmup_steps = warmup_steps
+        self.max_grad_norm = max_grad_norm
+        self.skip_grad_norm = skip_grad_norm
+        self.num_updates = 0
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim >= 2]},
+                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+
+    def step(self) -> UpdateOutcome:
+        """Apply the accumulated gradients and clear them."""
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        lr = self.lr * min(1.0, (self.num_updates + 1) / max(self.warmup_steps, 1))
+        skipped = None
+        if not math.isfinite(norm):
+            skipped = "update_not_finite"
+        elif norm > self.skip_grad_norm:
+            skipped = "update_gradient_too_large"
+        else:
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            self.num_updates += 1
+        self.adamw.zero_grad(set_to_none=True)
+        return UpdateOutcome(norm, lr, skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "num_updates": self.num_updates,
+            "moments": {str(i): s for i, s in self.adamw.state_dict()["state"].items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates = state["num_updates"]
+        groups = self.adamw.state_dict()["param_groups"]
+        moments = {int(i): s for i, s in state["moments"].items()}
+        self.adamw.load_state_dict({"state": moments, "param_groups": groups})

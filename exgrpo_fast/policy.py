@@ -1,0 +1,236 @@
+"""The model up to its hidden states. Logits are never made here: the kernels take it from there.
+
+Attention is block-diagonal over the packed sequences without a mask: the sequences are laid side
+by side for the attention alone (right-padded, so that plain causality hides the padding) and
+joined again behind it. Everything else in the model sees no padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from exgrpo_fast.errors import UserError
+from exgrpo_fast.packing import Pack, pack
+from exgrpo_kernels import linear_logprob
+
+ATTENTION = "exgrpo_packed"
+
+
+class PolicyError(UserError):
+    """A model that this trainer cannot use, as one line to the user."""
+
+
+class Head(NamedTuple):
+    """The language-model head as the kernels take it."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+
+
+class Scores(NamedTuple):
+    """Per-token figures of one response under the present weights, float32 [T], on the CPU."""
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
+class Policy:
+    """A causal language model, its head taken apart from its body.
+
+    Parameters stay float32; `compute_dtype` bfloat16 runs the body under autocast.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        temperature: float = 1.0,
+        max_tokens_per_microbatch: int = 16384,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
+        self.compute_dtype = compute_dtype
+        self.temperature = temperature
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        _check_supported(model)
+        model.set_attn_implementation(ATTENTION)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+
+    @property
+    def head(self) -> Head:
+        layer = self.model.get_output_embeddings()
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        return Head(layer.weight, getattr(layer, "bias", None), softcap)
+
+    @property
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def hidden_states(self, packed: Pack) -> Tensor:
+        """Pack -> [N, D] in the compute dtype: one row for every response token."""
+        with self.autocast():
+            output = self.model.base_model(
+                input_ids=packed.input_ids[None],
+                position_ids=packed.position_ids[None],
+                use_cache=False,
+                cu_seq_lens_q=packed.cu_seqlens,
+                max_length_q=packed.max_length,
+            )
+        return output.last_hidden_state[0].to(self.compute_dtype).index_select(0, packed.rows)
+
+    def head_for(self, hidden_ND: Tensor) -> Head:
+        """The head in the dtype of the hidden states (its float32 master keeps the gradient)."""
+        weight, bias, softcap = self.head
+        return Head(weight.to(hidden_ND.dtype), bias, softcap)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]) -> list[Scores]:
+        """Log-probs and full-vocabulary entropies under the present weights, in the given order."""
+        scores: list[Scores | None] = [None] * len(responses)
+        limit = self.max_tokens_per_microbatch
+        with inference(self.model):
+            for packed in pack(prompts, responses, max_tokens=limit, device=self.device):
+                hidden_ND = self.hidden_states(packed)
+                weight, bias, softcap = self.head_for(hidden_ND)
+                out = linear_logprob(
+                    hidden_ND,
+                    weight,
+                    packed.targets,
+                    bias=bias,
+                    temperature=self.temperature,
+                    softcap=softcap,
+                )
+                entropies = dict(packed.split(out.entropy.cpu()))
+                for i, logprobs in packed.split(out.logprobs.cpu()):
+                    scores[i] = Scores(logprobs.clone(), entropies[i].clone())
+        return [score for score in scores if score is not None]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, no checkpointing, caches allowed), put back on the way out."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """A local folder or hub name -> float32 causal LM from safetensors; no remote code is run."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise PolicyError(f"model.name {name}: the folder holds no config.json")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
+
+
+def _check_supported(model: PreTrainedModel) -> None:
+    config = model.config
+    if getattr(config, "attn_logit_softcapping", None):
+        raise PolicyError(f"{config.model_type}: soft-capped attention is not supported")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
+    if model.get_output_embeddings() is None:
+        raise PolicyError(f"{config.model_type}: the model has no language-model head")
+
+
+# --- packed attention -----------------------------------------------------------------------------
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, L, head size]
+    key: Tensor,  # [1, key heads, L, head size]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sequence; generation (no `cu_seq_lens_q`) goes to SDPA.
+
+    Takes and returns what transformers' attention interface asks for: [1, L, heads, head size].
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(  # pyright: ignore[reportReturnType]
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
+    columns = torch.arange(max_length_q, device=query.device)
+    inside_SC = columns < lengths[:, None]
+    # Padding reads token 0 of the pack: finite, behind every real token, and dropped below.
+    source_SC = torch.where(inside_SC, starts[:, None] + columns, 0)
+
+    def side_by_side(x: Tensor) -> Tensor:  # [1, heads, L, d] -> [S, heads, C, d]
+        return x[0].transpose(0, 1)[source_SC].transpose(1, 2)
+
+    window = None
+    if sliding_window is not None and sliding_window < max_length_q:
+        distance = columns[:, None] - columns
+        window = (distance >= 0) & (distance < sliding_window)
+    out = F.scaled_dot_product_attention(
+        side_by_side(query),
+        side_by_side(key),
+        side_by_side(value),
+        attn_mask=window,
+        is_causal=window is None,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)[inside_SC][None], None
+
+
+def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Generation brings a 2-D mask and gets SDPA's; a packed forward brings none and needs none."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, packed_mask)

@@ -1,0 +1,1 @@
+"""Everything the quickstart recipe needs without a download: model, tokenizer, worked solutions."""

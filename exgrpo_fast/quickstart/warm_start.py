@@ -1,0 +1,90 @@
+"""Supervised warm start, by the very loss the trainer uses: REINFORCE with advantage 1 is NLL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from exgrpo_fast.display import Screen
+from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.packing import pack
+from exgrpo_fast.policy import Policy
+from exgrpo_kernels import PolicyObjective, linear_policy_loss
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt_ids: tuple[int, ...]
+    response_ids: Tensor  # int64 [T], the end-of-sequence token included
+
+
+def tokenize_examples(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """(question, solution) -> the chat prompt and the solution, ended like a completion."""
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question, _ in pairs
+    ]
+    eos = tokenizer.eos_token
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    response_ids = tokenizer([s + eos for _, s in pairs], add_special_tokens=False)["input_ids"]
+    return [
+        Example(tuple(p), torch.tensor(r)) for p, r in zip(prompt_ids, response_ids, strict=True)
+    ]
+
+
+def warm_start(
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    batches: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    screen: Screen,
+    good_enough: Callable[[int], bool] = lambda batch: False,
+) -> int:
+    """Imitate the examples for at most `batches` batches, until `good_enough(batch)`; returns how
+    many were used."""
+    optimiser = Optimiser(policy.trainable_parameters, lr=lr, warmup_steps=20)
+    rng = np.random.default_rng([seed, 0x3A7])
+    with screen.phase("warm start", batches) as advance:
+        for batch in range(1, batches + 1):
+            picks = rng.integers(len(examples), size=batch_size)
+            imitate(policy, [examples[i] for i in picks])
+            optimiser.step()
+            advance(1)
+            if good_enough(batch):
+                return batch
+    return batches
+
+
+def imitate(policy: Policy, examples: Sequence[Example]) -> None:
+    """Add the gradient of the mean negative log-likelihood of the response tokens."""
+    prompts = [example.prompt_ids for example in examples]
+    responses = [example.response_ids for example in examples]
+    num_tokens = sum(len(response) for response in responses)
+    limit = policy.max_tokens_per_microbatch
+    for packed in pack(prompts, responses, max_tokens=limit, device=policy.device):
+        hidden_ND = policy.hidden_states(packed)
+        weight, bias, softcap = policy.head_for(hidden_ND)
+        ones = torch.ones(len(packed.targets), device=policy.device)
+        linear_policy_loss(
+            hidden_ND,
+            weight,
+            packed.targets,
+            advantages=ones,
+            behaviour_logprobs=torch.zeros_like(ones),
+            weights=ones / num_tokens,
+            objective=PolicyObjective(surrogate="reinforce"),
+            bias=bias,
+            softcap=softcap,
+        ).loss.backward()

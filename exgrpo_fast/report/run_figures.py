@@ -1,0 +1,197 @@
+"""Which figures tell a run: what it learned, what it replayed, how fast, how healthy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from exgrpo_fast.display import finite, number_of
+from exgrpo_fast.metrics import clean_text
+from exgrpo_fast.report.figures import Line, Mark, heat_figure, line_figure, stacked_figure
+from exgrpo_fast.report.reading import Run, interval
+
+PHASES = ("rollout", "reward", "score", "update", "replay", "eval")
+
+
+def learning_figures(run: Run) -> list[str]:
+    return [
+        _metrics_figure(
+            run,
+            "Reward and pass@1",
+            ("reward", "reward_mean", 1),
+            ("pass@1, all", "pass_at_1", 3),
+            ("pass@1, fresh", "pass_at_1_fresh", 4),
+            marks=_evaluation_marks(run),
+            mark_name="held-out avg@n",
+        ),
+        _outcomes_figure(run),
+        _metrics_figure(
+            run,
+            "Entropy",
+            ("all", "entropy", 1),
+            ("fresh", "entropy_fresh", 3),
+            ("replayed", "entropy_replay", 2),
+            note="Mean over tokens, in nats. A fall towards 0 means the policy stops exploring.",
+        ),
+        _metrics_figure(
+            run,
+            "Completion length",
+            ("mean tokens", "completion_len_mean", 1),
+            ("fresh", "completion_len_fresh", 3),
+            ("replayed", "completion_len_replay", 2),
+        ),
+        _metrics_figure(
+            run,
+            "Truncated share",
+            ("cut at the length limit", "truncated_frac", 5),
+            note="A cut completion rarely holds an answer.",
+        ),
+        _reasons_figure(run),
+    ]
+
+
+def replay_figures(run: Run) -> list[str]:
+    if not any(run.total(key) for key in ("replay_size", "replay_frac", "replay_active")):
+        return []
+    started = [step for step, active in run.series("replay_active") if active]
+    shaped = "replay_shaped_mean" if run.series("replay_shaped_mean") else "shaped_mean"
+    return [
+        _metrics_figure(
+            run,
+            "Experience kept",
+            ("questions to replay", "replay_size", 1),
+            ("retired, solved for good", "retired_size", 3),
+            smooth=False,
+            note=f"Replay is active from step {started[0]}." if started else "",
+        ),
+        _buckets_figure(run),
+        _metrics_figure(run, "Replayed share of the batch", ("replayed", "replay_frac", 2)),
+        _metrics_figure(
+            run, "Age of replayed trajectories, in steps", ("mean", "replay_age_mean", 2)
+        ),
+        _metrics_figure(
+            run,
+            "Importance ratio of replayed tokens",
+            ("mean", "replay_ratio_mean", 1),
+            ("mean after shaping", shaped, 3),
+        ),
+    ]
+
+
+def machine_figures(run: Run) -> list[str]:
+    return [
+        _phases_figure(run),
+        _metrics_figure(
+            run,
+            "Tokens per second",
+            ("rollout", "tokens_per_second_rollout", 1),
+            ("training", "tokens_per_second_train", 2),
+        ),
+    ]
+
+
+def health_figures(run: Run) -> list[str]:
+    return [
+        _metrics_figure(run, "Gradient norm", ("before clipping", "grad_norm", 1)),
+        _metrics_figure(
+            run,
+            "Clipped share of the tokens",
+            ("low", "clip_frac_low", 1),
+            ("high", "clip_frac_high", 2),
+        ),
+        _metrics_figure(
+            run,
+            "Engine against trainer, log-probability",
+            ("mean difference", "mismatch_mean", 1),
+            ("largest", "mismatch_max", 2),
+            note="Large values: the engine samples from another policy than the one trained.",
+        ),
+        _metrics_figure(run, "Peak memory, GiB", ("peak", "peak_memory_gib", 4), smooth=False),
+        _metrics_figure(run, "Learning rate", ("lr", "lr", 1), smooth=False),
+        _metrics_figure(run, "Loss", ("loss", "loss", 7), zero=False),
+    ]
+
+
+def _metrics_figure(
+    run: Run, title: str, *curves: tuple[str, str, int], smooth: bool = True, **options: Any
+) -> str:
+    """Metrics as they are logged, each given as (name, key, colour)."""
+    lines = [Line(name, run.series(key), colour, smooth) for name, key, colour in curves]
+    return line_figure(title, lines, **options)
+
+
+# --- figures whose data are not metrics as they are logged ---------------------------------------
+
+
+def _evaluation_marks(run: Run) -> list[Mark]:
+    """Held-out evaluations: before, during (from the metrics), after."""
+    marks = {step: Mark(step, value) for step, value in run.series("eval_avg_at_n")}
+    for key, step in (("eval_before", 0), ("eval_after", run.last_step)):
+        if evaluation := run.evaluation(key):
+            marks[step] = Mark(step, float(evaluation["avg_at_n"]), interval(evaluation))
+    return [marks[step] for step in sorted(marks)]
+
+
+def _outcomes_figure(run: Run) -> str:
+    """Groups by outcome, or the learnable share alone where the rest is not known."""
+    learnable, fail, passed = (
+        run.series(key) for key in ("learnable_frac", "all_fail_frac", "all_pass_frac")
+    )
+    note = "Only groups whose rewards differ carry a gradient."
+    if fail and passed:
+        layers = [("all wrong", fail, 5), ("learnable", learnable, 3), ("all right", passed, 1)]
+        return stacked_figure("Groups by outcome", layers, note=note, top=1.0)
+    line = Line("learnable share", learnable, 3)
+    return line_figure("Learnable share of the groups", [line], note=note, top=1.0)
+
+
+def _reasons_figure(run: Run) -> str:
+    """Why rewards were what they were, as shares of the scored completions."""
+    counted = [(step["step"], _reason_counts(step)) for step in run.steps]
+    totals: dict[str, float] = {}
+    for _, counts in counted:
+        for reason, count in counts.items():
+            totals[reason] = totals.get(reason, 0) + count
+    layers = []
+    for colour, reason in enumerate(sorted(totals, key=lambda name: -totals[name])[:6], start=1):
+        points = [
+            (step, counts.get(reason, 0) / total)
+            for step, counts in counted
+            if (total := sum(counts.values()))
+        ]
+        layers.append((clean_text(reason, max_line=40), points, colour))
+    return stacked_figure("Reasons of the rewards", layers, top=1.0)
+
+
+def _reason_counts(step: Mapping[str, Any]) -> dict[str, float]:
+    reasons = step.get("reasons")
+    if not isinstance(reasons, dict):
+        return {}
+    return {str(name): count for name in reasons if (count := number_of(reasons, name))}
+
+
+def _buckets_figure(run: Run) -> str:
+    logged = [step for step in run.steps if isinstance(step.get("replay_buckets"), list)]
+    num_buckets = max((len(step["replay_buckets"]) for step in logged), default=0)
+    columns = [(step["step"], _bucket_counts(step, num_buckets)) for step in logged]
+    labels = [f"{k}/{num_buckets + 1}" for k in range(1, num_buckets + 1)]
+    note = "Questions by how many of their group's answers were right."
+    return heat_figure("Replay buckets", columns, labels, note=note)
+
+
+def _bucket_counts(step: Mapping[str, Any], num_buckets: int) -> list[float]:
+    """The counts of a step, 0 for each bucket that it does not have or that is no number."""
+    counts = [finite(count) or 0.0 for count in step["replay_buckets"]]
+    return counts + [0.0] * (num_buckets - len(counts))
+
+
+def _phases_figure(run: Run) -> str:
+    layers = [
+        (name, run.series(f"seconds_{name}"), colour) for colour, name in enumerate(PHASES, start=1)
+    ]
+    known: dict[int, float] = {}
+    for _, points, _ in layers:
+        for step, seconds in points:
+            known[step] = known.get(step, 0.0) + seconds
+    rest = [(step, max(s - known.get(step, 0.0), 0.0)) for step, s in run.series("step_seconds")]
+    return stacked_figure("Seconds per step, by phase", [*layers, ("other", rest, 7)])

@@ -1,0 +1,223 @@
+"""What one command does from start to end: a training run, an evaluation, a look at samples."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exgrpo_fast.build import (
+    environment,
+    load_tokenizer,
+    make_decode,
+    make_engine,
+    make_evaluator,
+    make_policy,
+    make_rewards,
+    open_run,
+    quiet_libraries,
+    read_questions,
+)
+from exgrpo_fast.checkpoint import Checkpoints, verify
+from exgrpo_fast.config import Config, ConfigError, dump_yaml
+from exgrpo_fast.data import question_from_text
+from exgrpo_fast.display import Screen, make_screen
+from exgrpo_fast.metrics import JsonlSink, clean_text, peak_memory_gib
+from exgrpo_fast.report import write_report
+from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.trainer import NumericalStop, Trainer
+
+log = logging.getLogger(__name__)
+
+EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 70, 74, 128
+
+
+def train_session(
+    config: Config,
+    out: Path,
+    *,
+    device: str,
+    resume: str = "never",
+    stop_after: int | None = None,
+    deterministic: bool = False,
+) -> int:
+    """Train into the run directory `out`; returns the exit code."""
+    started = time.perf_counter()
+    folder = RunFolder(out, resume=resume != "never")
+    folder.start_log()
+    screen = make_screen()
+    try:
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
+        resume_from = find_checkpoint(folder, resume, screen)
+        folder.config.write_text(dump_yaml(config))
+        folder.write_json("env.json", environment(device))
+        with open_run(config, folder, screen, device=device, resume_from=resume_from) as run:
+            return _train(config, run.trainer, folder, screen, stop_after, started)
+    except NumericalStop as error:
+        log.error("%s", error)
+        screen.note(f"stopped: {error}")
+        return EXIT_NUMERICAL
+    except OSError as error:
+        log.exception("cannot save")
+        screen.note(f"cannot save: {error}")
+        return EXIT_CANNOT_SAVE
+    finally:
+        screen.close()
+        folder.close()
+
+
+def _train(
+    config: Config,
+    trainer: Trainer,
+    folder: RunFolder,
+    screen: Screen,
+    stop_after: int | None,
+    started: float,
+) -> int:
+    summary = folder.read_json("summary.json")
+    if trainer.num_steps:
+        JsonlSink(folder.metrics).truncate_after(trainer.num_steps)
+        screen.note(f"resumed after step {trainer.num_steps}")
+    if trainer.eval_questions and "eval_before" not in summary:
+        summary["eval_before"] = trainer.evaluate().as_dict()
+        folder.write_json("summary.json", summary)
+        screen.note(headline("before", summary["eval_before"]))
+    trainer.train(stop_after=stop_after)
+    finished = trainer.num_steps >= trainer.max_steps
+    if trainer.eval_questions and finished:
+        summary["eval_after"] = trainer.evaluate().as_dict()
+        screen.note(headline("after", summary["eval_after"]))
+    summary |= {
+        "method": config.replay.method if config.replay.enabled else config.method,
+        "steps": trainer.num_steps,
+        "wall_seconds": summary.get("wall_seconds", 0.0) + time.perf_counter() - started,
+        "peak_memory_gib": peak_memory_gib(trainer.learner.policy.device),
+    }
+    folder.write_json("summary.json", summary)
+    screen.note(f"report: {write_report(folder.path)}")
+    return 0 if trainer.stop_signal is None else EXIT_SIGNAL + trainer.stop_signal
+
+
+def headline(when: str, evaluation: dict[str, Any]) -> str:
+    low, high = evaluation["avg_at_n_low"], evaluation["avg_at_n_high"]
+    return (
+        f"held-out {when}: avg@{evaluation['n']} {100 * evaluation['avg_at_n']:.1f} % "
+        f"[{100 * low:.1f}, {100 * high:.1f}] on {evaluation['questions']} questions"
+    )
+
+
+def find_checkpoint(folder: RunFolder, resume: str, screen: Screen) -> Path | None:
+    """'never' -> None, 'auto' -> the newest that verifies, a number -> that step or an error."""
+    if resume == "never":
+        return None
+    checkpoints = Checkpoints(folder.checkpoints)
+    if resume == "auto":
+        return checkpoints.newest_valid(lambda why: screen.note(f"checkpoint passed over: {why}"))
+    if not resume.isdigit() or int(resume) not in checkpoints.steps():
+        steps = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise ConfigError(f"--resume {resume}: expected auto, never or one of the steps: {steps}")
+    path = folder.checkpoints / f"step_{resume}"
+    verify(path)
+    return path
+
+
+# --- looking at a model ---------------------------------------------------------------------------
+
+
+def model_config(
+    model: str,
+    *,
+    reward: str,
+    prompt_field: str,
+    answer_field: str,
+    max_completion_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    n: int,
+    ks: Sequence[int],
+) -> Config:
+    """The part of a training config that evaluation and sampling need."""
+    from exgrpo_fast.config import validate
+
+    longest = 4096 + max_completion_tokens
+    return validate(
+        {
+            "model": {"name": model},
+            "data": {
+                "prompt_field": prompt_field,
+                "answer_field": answer_field,
+                "max_prompt_tokens": 4096,
+            },
+            "reward": {"functions": [reward]},
+            "rollout": {"max_completion_tokens": max_completion_tokens},
+            "train": {"seed": seed, "max_tokens_per_microbatch": longest},
+            "eval": {"n": n, "k": list(ks), "temperature": temperature, "top_p": top_p},
+        }
+    )
+
+
+def eval_session(
+    model: str, files: Sequence[str], *, n: int, ks: Sequence[int], device: str, **options: Any
+) -> dict[str, Any]:
+    """file -> its evaluation."""
+    quiet_libraries()
+    config = model_config(model, n=n, ks=ks, **options)
+    screen = make_screen()
+    tokenizer = load_tokenizer(model)
+    loaded = {file: read_questions(config, file, tokenizer, screen).questions for file in files}
+    try:
+        with make_rewards(config) as rewards:
+            policy = make_policy(config, model, device=device)
+            engine = make_engine(config, policy, tokenizer)
+            evaluator = make_evaluator(config, engine, rewards, make_decode(tokenizer), screen)
+            return {file: evaluator(questions).as_dict() for file, questions in loaded.items()}
+    finally:
+        screen.close()
+
+
+def sample_session(
+    model: str,
+    *,
+    data: str | None,
+    row: int,
+    prompt: str | None,
+    n: int,
+    device: str,
+    **options: Any,
+) -> None:
+    """Print n completions of one question, with reward, length and mean log-prob."""
+    quiet_libraries()
+    config = model_config(model, n=n, ks=[1], **options)
+    screen = make_screen()
+    tokenizer = load_tokenizer(model)
+    if data is None:
+        question = question_from_text(prompt or "", tokenizer=tokenizer)
+    else:
+        questions = read_questions(config, data, tokenizer, screen).questions
+        if not 0 <= row < len(questions):
+            raise ConfigError(f"--row {row}: {data} has questions 0 to {len(questions) - 1}")
+        question = questions[row]
+    try:
+        with make_rewards(config) as rewards:
+            policy = make_policy(config, model, device=device)
+            engine = make_engine(config, policy, tokenizer)
+            decode = make_decode(tokenizer)
+            evaluator = make_evaluator(config, engine, rewards, decode, screen)
+            samples = evaluator.sample([question])
+    finally:
+        screen.close()
+    print(clean_text(f"question  {question.prompt}\nanswer    {question.answer or '(none given)'}"))
+    for sample in samples:
+        completion = sample.completion
+        judged = f"reward {sample.verdict.reward:g} ({sample.verdict.reason})"
+        figures = (
+            f"{len(completion.token_ids)} tokens, mean log-prob {completion.logprobs.mean():.3f}"
+        )
+        print(f"\n--- {judged if question.answer else 'no answer to compare with'}, {figures}")
+        print(clean_text(sample.text))

@@ -1,0 +1,1 @@
+"""Where trajectories come from. A new method is a new source, not a new trainer."""

@@ -1,0 +1,178 @@
+"""The order of the rooms. One step is `Trainer.step`; there is no mathematics here."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from exgrpo_fast.checkpoint import Checkpoints
+from exgrpo_fast.collect import Batch, Clock, Collector
+from exgrpo_fast.display import Screen
+from exgrpo_fast.evaluate import Evaluation, Evaluator
+from exgrpo_fast.experience import Question
+from exgrpo_fast.learner import Learner
+from exgrpo_fast.metrics import CompletionLog, MetricSink, peak_memory_gib
+from exgrpo_fast.rollout.engine import RolloutEngine
+from exgrpo_fast.sources.questions import QuestionStream
+from exgrpo_fast.sources.replay import NoReplay, ReplaySource
+from exgrpo_fast.step_metrics import completion_rows, pass_at_1, step_metrics
+from exgrpo_kernels import PolicyObjective
+
+MAX_BAD_UPDATES = 3  # consecutive steps whose gradient was refused, before the run stops
+
+
+class NumericalStop(Exception):
+    """The gradient was not finite, or far too large, several steps in a row."""
+
+
+class Trainer:
+    """Collect groups, learn from them, remember the best of them; evaluate and save on the way."""
+
+    def __init__(
+        self,
+        *,
+        stream: QuestionStream,
+        replay: ReplaySource | NoReplay,
+        collector: Collector,
+        learner: Learner,
+        engine: RolloutEngine,
+        objective: PolicyObjective,
+        evaluator: Evaluator,
+        eval_questions: Sequence[Question],
+        checkpoints: Checkpoints,
+        save_model: Callable[[Path], None],
+        sink: MetricSink,
+        completion_log: CompletionLog,
+        screen: Screen,
+        max_steps: int,
+        eval_every: int = 0,
+        checkpoint_every: int = 0,
+        completions_every: int = 10,
+    ) -> None:
+        self.stream = stream
+        self.replay = replay
+        self.collector = collector
+        self.learner = learner
+        self.engine = engine
+        self.objective = objective
+        self.evaluator = evaluator
+        self.eval_questions = eval_questions
+        self.checkpoints = checkpoints
+        self.save_model = save_model
+        self.sink = sink
+        self.completion_log = completion_log
+        self.screen = screen
+        self.max_steps = max_steps
+        self.eval_every = eval_every
+        self.checkpoint_every = checkpoint_every
+        self.completions_every = completions_every
+        self.num_steps = 0
+        self.bad_updates = 0
+        self.stop_signal: int | None = None
+
+    def step(self) -> tuple[Batch, dict[str, Any]]:
+        """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
+        step, clock = self.num_steps + 1, Clock()
+        batch = self.collector.collect(step, clock)
+        self.stream.retire(self.replay.observe(batch.generated))
+        objective = self.replay.objective(self.objective)
+        with clock.measure("update"), self.screen.phase("update") as advance:
+            update = self.learner.update(batch.groups, objective, advance)
+        with clock.measure("sync"):
+            self.engine.sync(step)
+        metrics = step_metrics(step, batch, update, clock)
+        metrics |= self.replay.metrics(batch.recall, step=step)
+        self.replay.start_if_ready(pass_at_1(batch.generated))
+        self.num_steps = step
+        self._guard(metrics)
+        return batch, metrics
+
+    def train(self, *, stop_after: int | None = None) -> None:
+        """Go on to `max_steps`, or for `stop_after` more steps, or until SIGINT or SIGTERM."""
+        last = self.max_steps
+        if stop_after is not None:
+            last = min(last, self.num_steps + stop_after)
+        with self._listen_to_signals():
+            while self.num_steps < last and self.stop_signal is None:
+                batch, metrics = self.step()
+                if self._due(self.eval_every) and self.num_steps < self.max_steps:
+                    metrics |= evaluation_metrics(self.evaluate())
+                self._publish(batch, metrics)
+                if self._due(self.checkpoint_every):
+                    self.save()
+        if not self._due(self.checkpoint_every):
+            self.save()
+
+    def evaluate(self) -> Evaluation:
+        return self.evaluator(self.eval_questions)
+
+    # --- saving ---
+
+    def save(self) -> Path:
+        return self.checkpoints.save(self.num_steps, self.save_model, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's weights, which lie in the checkpoint's hf/ folder."""
+        return {
+            "num_steps": self.num_steps,
+            "stream": self.stream.state_dict(),
+            "replay": self.replay.state_dict(),
+            "optimiser": self.learner.optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_steps = state["num_steps"]
+        self.stream.load_state_dict(state["stream"])
+        self.replay.load_state_dict(state["replay"])
+        self.learner.optimiser.load_state_dict(state["optimiser"])
+
+    # --- the small print ---
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.num_steps % every == 0
+
+    def _publish(self, batch: Batch, metrics: dict[str, Any]) -> None:
+        metrics["peak_memory_gib"] = peak_memory_gib(self.learner.policy.device)
+        self.sink.log(self.num_steps, metrics)
+        self.screen.step(metrics, total_steps=self.max_steps)
+        if self.num_steps == 1 or self._due(self.completions_every):
+            rows = self.learner.rows(batch.generated)
+            table = completion_rows(self.num_steps, rows, self.collector.decode)
+            self.completion_log.write(self.num_steps, table)
+            shown = next((g for g in batch.groups if g.learnable), batch.generated[0])
+            self.screen.completions([r for r in table if r["question_id"] == shown.question.id])
+
+    def _guard(self, metrics: Mapping[str, Any]) -> None:
+        refused = {"update_not_finite", "update_gradient_too_large"} & metrics["reasons"].keys()
+        self.bad_updates = self.bad_updates + 1 if refused else 0
+        if self.bad_updates >= MAX_BAD_UPDATES:
+            raise NumericalStop(
+                f"step {self.num_steps}: {', '.join(sorted(refused))} for {MAX_BAD_UPDATES} steps "
+                f"in a row (gradient norm {metrics['grad_norm']}); the weights are those of the "
+                f"last good update"
+            )
+
+    @contextmanager
+    def _listen_to_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run after the step; the second one at once."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.screen.note("stopping after this step; once more to stop at once")
+
+        previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    return {"eval_avg_at_n": evaluation.avg_at_n, "eval_pass_at_k": evaluation.pass_at_k}

@@ -1,0 +1,33 @@
+"""Fused linear policy losses that never hold the full logits.
+
+    linear_logprob      hidden x weight -> log-probabilities, entropy, lse; any loss can follow
+    linear_policy_loss  hidden x weight -> the policy loss, gradients made in the forward
+    policy_loss         the same objective on vectors of log-probabilities
+    PolicyObjective     which ratio, clip, surrogate, KL and entropy terms make up that loss
+
+Beside each function stands a `*_reference` in plain PyTorch that is its specification.
+"""
+
+from exgrpo_kernels.linear_logprob import (
+    LinearLogprob,
+    linear_logprob,
+    linear_logprob_reference,
+)
+from exgrpo_kernels.objective import PolicyObjective
+from exgrpo_kernels.policy_loss import (
+    PolicyLoss,
+    linear_policy_loss,
+    linear_policy_loss_reference,
+    policy_loss,
+)
+
+__all__ = [
+    "LinearLogprob",
+    "PolicyLoss",
+    "PolicyObjective",
+    "linear_logprob",
+    "linear_logprob_reference",
+    "linear_policy_loss",
+    "linear_policy_loss_reference",
+    "policy_loss",
+]

@@ -1,0 +1,376 @@
+"""The loss of one token, and the two row scalars it sends back to the logits.
+
+Everything here acts on vectors of N tokens; nothing knows about hidden states or a vocabulary.
+The loss mathematics of the project is written in `token_losses` and nowhere else: the fused
+losses obtain their coefficients by differentiating that function (`row_scalars`).
+
+Legend: N tokens, joined end to end; `ratio` is pi_theta / pi_behaviour of the emitted token, or
+of its whole sequence; `shaped` tokens use w / (w + g) in place of the surrogate.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from exgrpo_kernels.runtime import require
+
+RATIO_LEVELS = ("token", "sequence")
+SURROGATES = ("clip", "cispo", "sapo", "reinforce")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+# exp(20) = 4.9e8: far outside every trust region, and its square is finite in float32.
+LOG_RATIO_LIMIT = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """What one token's loss is made of. All fields are validated; a bad one is a ValueError.
+
+    With r the ratio, A the advantage, lo = 1 - clip_low and hi = 1 + clip_high (None: no bound):
+
+    surrogate   loss of one token                                     source
+    clip        -min(r A, clamp(r, lo, hi) A), and for A < 0 at        PPO 1707.06347 eq. 7, DAPO
+                least `dual_clip` * A as reward when it is set         2503.14476 eq. 8, dual clip
+                                                                       1912.09729 eq. 5
+    cispo       -stop_gradient(min(r, hi)) A log pi                    MiniMax-M1 2506.13585 eq. 4
+    sapo        -A (4 / t) sigmoid(t (r - 1)), t by the sign of A      SAPO 2511.20347
+    reinforce   -A log pi  (A = 1: negative log-likelihood)            Williams 1992
+
+    ratio_level "sequence" takes r = exp(mean over the sequence's trained tokens of log r), with
+    the gradient through that mean (GSPO 2507.18071 eq. 6). cispo has no lower bound, as in the
+    runs of its paper. Log-ratios are clamped to +-20 before exp, with no gradient beyond.
+    Added to the surrogate: kl_coef * KL(theta || ref) by `kl_estimator` (k1 = d, k2 = d^2 / 2,
+    k3 = exp(-d) - 1 + d, d = log pi_theta - log pi_ref; Schulman 2020), and
+    -entropy_coef * entropy.
+    """
+
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.28
+    dual_clip: float | None = None
+    ratio_level: Literal["token", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = "clip"
+    sapo_temperature_positive: float = 1.0
+    sapo_temperature_negative: float = 1.05
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, accepted in (
+            ("ratio_level", RATIO_LEVELS),
+            ("surrogate", SURROGATES),
+            ("kl_estimator", KL_ESTIMATORS),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}"
+                )
+        optional = ("clip_low", "clip_high", "dual_clip")
+        required = (
+            "sapo_temperature_positive",
+            "sapo_temperature_negative",
+            "kl_coef",
+            "entropy_coef",
+        )
+        for name in optional + required:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool | str | None) or not math.isfinite(value):
+                accepted = "a finite number" + (" or None" if name in optional else "")
+                raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        for name in ("clip_low", "clip_high", "kl_coef"):
+            if (getattr(self, name) or 0.0) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("sapo_temperature_positive", "sapo_temperature_negative"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.dual_clip is not None:
+            if self.dual_clip <= 1:
+                raise ValueError(f"dual_clip must be > 1 or None, got {self.dual_clip}")
+            if self.surrogate != "clip":
+                raise ValueError(
+                    f"dual_clip is part of surrogate='clip'; with surrogate={self.surrogate!r} "
+                    "the accepted value is None"
+                )
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        low = -math.inf if self.clip_low is None else 1.0 - self.clip_low
+        high = math.inf if self.clip_high is None else 1.0 + self.clip_high
+        return low, high
+
+
+def resolve_objective(objective: PolicyObjective | None) -> PolicyObjective:
+    """The objective to use; None is the default one."""
+    if objective is None:
+        return PolicyObjective()
+    if not isinstance(objective, PolicyObjective):
+        raise ValueError(f"objective must be a PolicyObjective or None, got {objective!r}")
+    return objective
+
+
+# ---- columns: what every token brings ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossColumns:
+    """Checked [N] columns in which every row of weight 0 holds harmless values.
+
+    Rows of weight 0 are selected away here, before any arithmetic, so whatever they held (NaN,
+    inf) reaches neither a value nor a gradient.
+    """
+
+    weights: Tensor
+    trained: Tensor
+    advantages: Tensor
+    behaviour_logprobs: Tensor
+    shaping: Tensor | None
+    ref_logprobs: Tensor | None
+    sequence_ids: Tensor | None
+
+    def rows(self, start: int, stop: int) -> "LossColumns":
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t[start:stop] for name, t in picked.items() if t is not None})
+
+
+def check_vector(name: str, value: Tensor, num_rows: int, device: torch.device) -> None:
+    """ValueError unless `value` is a floating tensor of shape [num_rows] on `device`."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape [{num_rows}], got {type(value)}")
+    if value.shape != (num_rows,):
+        raise ValueError(f"{name} must have shape [{num_rows}], got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating tensor, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def loss_columns(
+    objective: PolicyObjective,
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    advantages: Tensor,
+    behaviour_logprobs: Tensor,
+    weights: Tensor,
+    shaping: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> LossColumns:
+    """Check the columns and select the rows of weight 0 away."""
+    if objective.kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef={objective.kl_coef} needs ref_logprobs of shape [{num_rows}]")
+    if objective.ratio_level == "sequence" and sequence_ids is None:
+        raise ValueError(f"ratio_level='sequence' needs sequence_ids, int64 of shape [{num_rows}]")
+    check_vector("weights", weights, num_rows, device)
+    weights = weights.detach().to(dtype)
+    trained = weights != 0
+
+    def column(name: str, value: Tensor) -> Tensor:
+        check_vector(name, value, num_rows, device)
+        return torch.where(trained, value.detach().to(dtype), 0.0)
+
+    if shaping is not None:
+        shaping = column("shaping", shaping)
+        # NaN fails this too
+        require(shaping.ge(0).all(), "shaping must be >= 0 on every row with a weight")
+    if sequence_ids is not None:
+        if sequence_ids.shape != (num_rows,) or sequence_ids.dtype != torch.int64:
+            raise ValueError(
+                f"sequence_ids must be int64 of shape [{num_rows}], got "
+                f"{sequence_ids.dtype} of shape {list(sequence_ids.shape)}"
+            )
+        if sequence_ids.device != device:
+            raise ValueError(f"sequence_ids must be on {device}, got {sequence_ids.device}")
+        sequence_ids = torch.where(trained, sequence_ids, 0)
+        # Segment buffers have N entries, so that their size is known without asking the device.
+        in_range = ((sequence_ids >= 0) & (sequence_ids < num_rows)).all()
+        require(in_range, f"sequence_ids must lie in [0, {num_rows}) on every row with a weight")
+    return LossColumns(
+        weights=weights,
+        trained=trained,
+        advantages=column("advantages", advantages),
+        behaviour_logprobs=column("behaviour_logprobs", behaviour_logprobs),
+        shaping=shaping,
+        ref_logprobs=None if ref_logprobs is None else column("ref_logprobs", ref_logprobs),
+        sequence_ids=sequence_ids,
+    )
+
+
+# ---- the loss, written once ----------------------------------------------------------------------
+
+
+class TokenLosses(NamedTuple):
+    """[N] each: weight * loss, ratio, log of the ratio before the clamp, f of the shaped tokens."""
+
+    weighted: Tensor
+    ratio: Tensor
+    log_ratio: Tensor
+    shaped: Tensor | None
+
+
+def sequence_means(values_N: Tensor, counted_N: Tensor, sequence_ids_N: Tensor) -> Tensor:
+    """(N,), (N,) bool, (N,) int64 -> (N,): to every token the mean of its sequence."""
+    ids = torch.where(counted_N, sequence_ids_N, 0)
+    totals = torch.zeros_like(values_N).index_add(0, ids, torch.where(counted_N, values_N, 0.0))
+    counts = torch.zeros_like(values_N).index_add(0, ids, counted_N.to(values_N.dtype))
+    return (totals / counts.clamp(min=1.0))[ids]
+
+
+def surrogate_losses(
+    objective: PolicyObjective, ratio: Tensor, logprobs: Tensor, advantages: Tensor
+) -> Tensor:
+    """(N,) x 3 -> (N,): the policy part of the loss; formulas in `PolicyObjective`."""
+    low, high = objective.ratio_bounds
+    if objective.surrogate == "clip":
+        # The pessimistic minimum bounds the ratio from above for A > 0, from below for A < 0.
+        most = math.inf if objective.dual_clip is None else objective.dual_clip
+        bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(low, most))
+        return -advantages * bounded
+    if objective.surrogate == "cispo":
+        return -advantages * ratio.detach().clamp(max=high) * logprobs
+    if objective.surrogate == "sapo":
+        temperature = torch.full_like(ratio, objective.sapo_temperature_negative)
+        temperature.masked_fill_(advantages > 0, objective.sapo_temperature_positive)
+        return -advantages * (4.0 / temperature) * torch.sigmoid(temperature * (ratio - 1.0))
+    return -advantages * logprobs
+
+
+def kl_losses(objective: PolicyObjective, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(N,), (N,) -> (N,): the chosen estimator of KL(theta || ref)."""
+    gap = logprobs - ref_logprobs
+    if objective.kl_estimator == "k1":
+        return gap
+    if objective.kl_estimator == "k2":
+        return 0.5 * gap.square()
+    gap = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(-gap) + gap
+
+
+def token_losses(
+    objective: PolicyObjective, logprobs_N: Tensor, entropy_N: Tensor | None, columns: LossColumns
+) -> TokenLosses:
+    """(N,), (N,) -> weighted losses whose sum is the loss; differentiable in both vectors.
+
+    Shaped rows (ExGRPO 2510.02245 eq. 4) lose -A f(w), f(w) = w / (w + g) = sigmoid(log w - log g):
+    exact at any log-ratio, hence not clamped. They stay at token level and outside the means of
+    their sequence.
+    """
+    trained, advantages = columns.trained, columns.advantages
+    logprobs = torch.where(trained, logprobs_N, 0.0)
+    token_log_ratio = logprobs - columns.behaviour_logprobs
+    is_shaped = None if columns.shaping is None else columns.shaping > 0
+
+    log_ratio = token_log_ratio
+    if objective.ratio_level == "sequence":
+        assert columns.sequence_ids is not None
+        counted = trained if is_shaped is None else trained & ~is_shaped
+        log_ratio = sequence_means(token_log_ratio, counted, columns.sequence_ids)
+        log_ratio = torch.where(counted, log_ratio, token_log_ratio)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    losses = surrogate_losses(objective, ratio, logprobs, advantages)
+
+    shaped = None
+    if is_shaped is not None:
+        assert columns.shaping is not None
+        log_shaping = torch.where(is_shaped, columns.shaping, 1.0).log()
+        shaped = torch.sigmoid(torch.where(is_shaped, token_log_ratio - log_shaping, 0.0))
+        losses = torch.where(is_shaped, -advantages * shaped, losses)
+    # Advantage 0 is silent even where log pi = -inf would make 0 * inf.
+    losses = torch.where(advantages == 0, 0.0, losses)
+
+    if objective.kl_coef != 0:
+        assert columns.ref_logprobs is not None
+        losses = losses + objective.kl_coef * kl_losses(objective, logprobs, columns.ref_logprobs)
+    if objective.entropy_coef != 0:
+        assert entropy_N is not None
+        losses = losses - objective.entropy_coef * torch.where(trained, entropy_N, 0.0)
+    return TokenLosses(columns.weights * losses, ratio, log_ratio, shaped)
+
+
+def row_scalars(
+    objective: PolicyObjective, logprobs_N: Tensor, entropy_N: Tensor, columns: LossColumns
+) -> tuple[Tensor, Tensor | None]:
+    """(N,), (N,) -> c1 = dL / d logprob and c2 = -dL / d entropy (None without an entropy term).
+
+    With them the gradient in the logits is dz_j = c1 (1[j=y] - p_j) + c2 p_j (log p_j + H).
+    """
+    with torch.enable_grad():
+        logprobs = logprobs_N.detach().requires_grad_()
+        entropy = entropy_N.detach().requires_grad_(objective.entropy_coef != 0)
+        weighted = token_losses(objective, logprobs, entropy, columns).weighted
+        inputs = (logprobs,) if objective.entropy_coef == 0 else (logprobs, entropy)
+        c1, *entropy_gradient = torch.autograd.grad(weighted.sum(), inputs)
+    # The slope of a clamp at NaN is 0, which would drop a broken row from the gradients.
+    c1 = torch.where(weighted.isnan(), math.nan, c1)
+    return c1, -entropy_gradient[0] if entropy_gradient else None
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_metrics(
+    objective: PolicyObjective,
+    logprobs_N: Tensor,
+    entropy_N: Tensor | None,
+    columns: LossColumns,
+    losses: TokenLosses,
+) -> dict[str, Tensor]:
+    """0-d tensors on the device of the inputs; means over no token at all are 0.
+
+    num_trained, num_shaped           rows with a weight; those of them that are shaped
+    ratio_mean, ratio_max             over the unshaped trained rows, as are the clip fractions:
+    clip_frac_low, clip_frac_high     ratio beyond the bound, with no gradient (cispo: capped)
+    dual_clip_frac                    A < 0 and ratio beyond dual_clip
+    log_ratio_clamped                 rows whose log-ratio met the +-20 limit
+    approx_kl                         k3 estimate of KL(behaviour || theta), unshaped trained rows
+    shaped_mean                       mean f of the shaped rows
+    entropy_mean, kl_ref              over the trained rows, when the inputs are there
+    """
+    trained, advantages, ratio = columns.trained, columns.advantages, losses.ratio
+    is_shaped = torch.zeros_like(trained) if columns.shaping is None else columns.shaping > 0
+    fresh = trained & ~is_shaped
+
+    def count(mask: Tensor) -> Tensor:
+        return mask.sum().to(ratio.dtype)
+
+    def mean(values: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, values, 0.0).sum() / count(mask).clamp(min=1.0)
+
+    low, high = objective.ratio_bounds
+    below = above = beyond = torch.zeros_like(trained)
+    if objective.surrogate == "clip":
+        most = math.inf if objective.dual_clip is None else objective.dual_clip
+        below = fresh & (advantages < 0) & (ratio < low)
+        above = fresh & (advantages > 0) & (ratio > high)
+        beyond = fresh & (advantages < 0) & (ratio > most)
+    elif objective.surrogate == "cispo":
+        above = fresh & (ratio > high)
+    token_gap = torch.where(trained, logprobs_N, 0.0) - columns.behaviour_logprobs
+    token_gap = token_gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    num_fresh = count(fresh).clamp(min=1.0)
+    fresh_ratio = torch.where(fresh, ratio, 0.0)
+    metrics = {
+        "num_trained": count(trained),
+        "num_shaped": count(is_shaped),
+        "ratio_mean": mean(ratio, fresh),
+        "ratio_max": fresh_ratio.amax() if len(ratio) else ratio.new_zeros(()),
+        "clip_frac_low": count(below) / num_fresh,
+        "clip_frac_high": count(above) / num_fresh,
+        "dual_clip_frac": count(beyond) / num_fresh,
+        "log_ratio_clamped": count(fresh & (losses.log_ratio.abs() > LOG_RATIO_LIMIT)),
+        "approx_kl": mean(torch.expm1(token_gap) - token_gap, fresh),
+        "shaped_mean": mean(ratio if losses.shaped is None else losses.shaped, is_shaped),
+    }
+    if entropy_N is not None:
+        metrics["entropy_mean"] = mean(entropy_N, trained)
+    if columns.ref_logprobs is not None:
+        logprobs = torch.where(trained, logprobs_N, 0.0)
+        metrics["kl_ref"] = mean(kl_losses(objective, logprobs, columns.ref_logprobs), trained)
+    return metrics

@@ -1,0 +1,134 @@
+"""A tiny model, its tokenizer, and a trainer around it, built by the project's own `build`."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from exgrpo_fast.build import make_engine, make_policy, make_reference, make_rewards, make_trainer
+from exgrpo_fast.config import Config, validate
+from exgrpo_fast.display import NullScreen
+from exgrpo_fast.experience import Completion, Question
+from exgrpo_fast.metrics import NullSink
+from exgrpo_fast.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.trainer import Trainer
+
+REWARDS = Path(__file__).parent / "reward_functions.py"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Enough for tensors this small, and on a busy machine much faster than two that wait."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(["What is 1 + 2? right wrong <answer>3</answer>\n"] * 3, vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: Any) -> Path:
+    """A saved random policy of 2 layers and width 64."""
+    path = tmp_path_factory.mktemp("model")
+    make_model(tokenizer, seed=0, layers=2, width=64).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_questions(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> list[Question]:
+    """Questions whose prompts differ in content and length."""
+    return [
+        Question(name, tuple(tokenizer(f"What is {name} + {i}?")["input_ids"]), f"{name}?", "3")
+        for i, name in enumerate(names)
+    ]
+
+
+class ScriptedEngine:
+    """Answers each visit of a question with the next line of its script.
+
+    A script is a list of texts; the same text means the same tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> None:
+        self.tokenizer = tokenizer
+        self.name_of = {question.prompt_ids: question.id for question in questions}
+        self.lines: dict[str, deque[str]] = defaultdict(deque)
+
+    def expect(self, question_id: str, *texts: str) -> None:
+        self.lines[question_id].extend(texts)
+
+    def sync(self, version: int) -> None:
+        pass
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_finished: Callable[[int], None] = lambda count: None,
+    ) -> list[Completion]:
+        texts = [self.lines[self.name_of[request.prompt_ids]].popleft() for request in requests]
+        ids = [torch.tensor(self.tokenizer(f"{text}<|end|>")["input_ids"]) for text in texts]
+        return [Completion(i, torch.full((len(i),), -1.0), truncated=False) for i in ids]
+
+
+@pytest.fixture
+def make_test_trainer(
+    tokenizer: PreTrainedTokenizerFast, model_folder: Path, tmp_path: Path
+) -> Iterator[Callable[..., Trainer]]:
+    """make(questions, engine=None, **sections) -> Trainer; sections update a small config."""
+    pools, count = [], 0
+
+    def make(
+        questions: Sequence[Question],
+        *,
+        engine: Any = None,
+        function: str = "right",
+        held_out: Sequence[Question] = (),
+        **sections: dict[str, Any],
+    ) -> Trainer:
+        nonlocal count
+        count += 1
+        config = small_config(model_folder, function, sections)
+        policy = make_policy(config, str(model_folder), device="cpu")
+        rewards = make_rewards(config)
+        pools.append(rewards)
+        return make_trainer(
+            config,
+            policy=policy,
+            reference=make_reference(config, str(model_folder), device="cpu"),
+            engine=engine or make_engine(config, policy, tokenizer),
+            rewards=rewards,
+            train=questions,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            folder=RunFolder(tmp_path / f"run{count}", resume=False),
+            screen=NullScreen(),
+            sink=NullSink(),
+        )
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def small_config(model: Path, function: str, sections: dict[str, dict[str, Any]]) -> Config:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"name": str(model), "gradient_checkpointing": False},
+        "data": {"max_prompt_tokens": 32},
+        "reward": {"functions": [f"{REWARDS}:{function}"], "workers": 1},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 12},
+        "train": {"lr": 1e-3, "max_tokens_per_microbatch": 256, "max_steps": 10},
+        "eval": {"n": 2, "k": [1, 2]},
+    }
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | values
+    return validate(tree)

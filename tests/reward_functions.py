@@ -1,0 +1,27 @@
+"""Rewards for the tests, in TRL's signature; run by the reward workers."""
+
+
+def right(prompts, completions, **columns):
+    """1 for completions that begin with 'right'."""
+    return [float(completion.startswith("right")) for completion in completions]
+
+
+def even_length(prompts, completions, **columns):
+    """1 for an even number of characters: a random policy gets about half of them."""
+    return [float(len(completion) % 2 == 0) for completion in completions]
+
+
+def always(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def never(prompts, completions, **columns):
+    return [0.0] * len(completions)
+
+
+def raises_on_wrong(prompts, completions, **columns):
+    """Right ones score 1; on any other completion the function breaks."""
+    for completion in completions:
+        if not completion.startswith("right"):
+            raise RuntimeError("no idea")
+    return [1.0] * len(completions)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
+from exgrpo_fast.rollout.transformers_engine import (
+    TransformersEngine,
+    hash_uniform,
+    invert_cdf,
+    keep_nucleus,
+)
+
+PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (20, 21)]
+REQUESTS = [Request(p, request_seed(0, 1, str(p), i)) for i in range(5) for p in PROMPTS]
+EOS = 1
+
+
+@pytest.fixture
+def policy(model_folder) -> Policy:
+    return Policy(load_model(str(model_folder)))
+
+
+def engine(policy: Policy, max_batch_sequences: int = 64) -> TransformersEngine:
+    return TransformersEngine(
+        policy, eos_token_ids=[EOS], pad_token_id=0, max_batch_sequences=max_batch_sequences
+    )
+
+
+def assert_engine_agrees_with_trainer(policy: Policy, temperature: float) -> None:
+    policy.temperature = temperature
+    completions = engine(policy).generate(REQUESTS, Sampling(10, temperature))
+    scores = policy.score([r.prompt_ids for r in REQUESTS], [c.token_ids for c in completions])
+    for completion, score in zip(completions, scores, strict=True):
+        torch.testing.assert_close(completion.logprobs, score.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_trainers_also_after_an_update(policy, temperature: float) -> None:
+    assert_engine_agrees_with_trainer(policy, temperature)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert_engine_agrees_with_trainer(policy, temperature)
+
+
+def test_a_completion_depends_on_its_own_seed_only(policy) -> None:
+    together = engine(policy).generate(REQUESTS, Sampling(10))
+    in_threes = engine(policy, 3).generate(REQUESTS, Sampling(10))
+    alone = [engine(policy).generate([request], Sampling(10))[0] for request in REQUESTS]
+    for a, b, c in zip(together, in_threes, alone, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist() == c.token_ids.tolist()
+    assert len({tuple(c.token_ids.tolist()) for c in together}) == len(REQUESTS)
+
+
+def test_the_random_state_of_the_process_is_untouched(policy) -> None:
+    before = torch.get_rng_state()
+    engine(policy).generate(REQUESTS, Sampling(5))
+    assert torch.equal(before, torch.get_rng_state())
+    assert policy.model.training, "generation must leave the model in training mode"
+
+
+def test_completions_end_with_the_end_token_or_are_truncated(policy) -> None:
+    with torch.no_grad():  # an end token about every fourth position
+        policy.head.weight[EOS] = 0.0
+        policy.head.weight.mul_(0.05)
+    completions = engine(policy).generate(REQUESTS, Sampling(300))
+    for c in completions:
+        ends = (c.token_ids == EOS).nonzero().flatten().tolist()
+        assert ends == ([] if c.truncated else [len(c.token_ids) - 1])
+        assert len(c.logprobs) == len(c.token_ids) <= 300
+    cut = engine(policy).generate(REQUESTS, Sampling(1))
+    assert all(c.truncated == (c.token_ids.tolist() != [EOS]) for c in cut)
+
+
+def test_greedy_takes_the_most_likely_token(policy) -> None:
+    (found,) = engine(policy).generate([REQUESTS[0]], Sampling(6, temperature=0.0))
+    ids = list(REQUESTS[0].prompt_ids)
+    for token in found.token_ids.tolist():
+        with torch.no_grad():
+            assert int(policy.model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    seeds = torch.arange(40_000) * 7919
+    drawn = invert_cdf(probabilities.log().expand(40_000, 4), hash_uniform(seeds, 3))
+    shares = torch.bincount(drawn, minlength=4) / 40_000
+    torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
+    assert shares[1] == 0.0
+
+
+def test_uniform_numbers_of_positions_and_seeds_are_unrelated() -> None:
+    seeds = torch.arange(4096)
+    columns = torch.stack([hash_uniform(seeds, position) for position in range(8)])
+    assert 0.0 < columns.min() and columns.max() < 1.0
+    assert columns.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.corrcoef(columns).fill_diagonal_(0).abs().max() < 0.07
+    again = hash_uniform(seeds[17:18], 5)
+    assert again == columns[5, 17]
+
+
+def test_the_largest_uniform_number_never_draws_an_impossible_token() -> None:
+    almost_one = torch.tensor([1 - 2**-24])
+    logprobs = torch.tensor([[0.7, 0.3, 0.0]]).log()
+    assert invert_cdf(logprobs, almost_one).item() == 1
+
+
+def test_nucleus_keeps_the_smallest_sufficient_set() -> None:
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = keep_nucleus(logprobs, 0.6).exp()
+    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+    assert keep_nucleus(logprobs, 1.0) is logprobs
+
+
+def test_seeds_differ_in_every_part_of_their_place() -> None:
+    base = (0, 1, "q", 2)
+    variants = [(1, 1, "q", 2), (0, 2, "q", 2), (0, 1, "r", 2), (0, 1, "q", 3)]
+    assert request_seed(*base) == request_seed(*base)
+    assert len({request_seed(*v) for v in [base, *variants]}) == 5
