@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from exgrpo_fast.advantages import ADVANTAGES
 from exgrpo_fast.buffer.store import ExperienceStore
@@ -34,8 +34,8 @@ from exgrpo_fast.metrics import (
     TensorBoardSink,
     WandbSink,
 )
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.policy import Policy, PolicyError, load_model
+from exgrpo_fast.optim import Optimiser, linear_warmup
+from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.rewards import RewardPool, check_golds
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
@@ -55,7 +55,7 @@ class Run:
 
     trainer: Trainer
     policy: Policy
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def make_trainer(
     rewards: RewardPool,
     train: Sequence[Question],
     held_out: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     folder: RunFolder,
     screen: Screen,
     sink: MetricSink,
@@ -200,7 +200,7 @@ def make_optimiser(config: Config, policy: Policy) -> Optimiser:
         lr=train.lr,
         weight_decay=train.weight_decay,
         betas=train.betas,
-        warmup_steps=train.warmup_steps,
+        schedule=linear_warmup(train.warmup_steps),
         max_grad_norm=train.max_grad_norm,
         skip_grad_norm=train.skip_grad_norm,
     )
@@ -260,7 +260,7 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
     return str(path)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> Tokenizer:
     """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -273,7 +273,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def make_decode(tokenizer: PreTrainedTokenizerBase) -> Decode:
+def make_decode(tokenizer: Tokenizer) -> Decode:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
@@ -300,9 +300,7 @@ def make_reference(config: Config, name: str, *, device: str) -> Policy | None:
     return reference
 
 
-def make_engine(
-    config: Config, policy: Policy, tokenizer: PreTrainedTokenizerBase
-) -> TransformersEngine:
+def make_engine(config: Config, policy: Policy, tokenizer: Tokenizer) -> TransformersEngine:
     eos = end_of_sequence_ids(policy, tokenizer)
     pad = tokenizer.pad_token_id
     return TransformersEngine(
@@ -313,14 +311,14 @@ def make_engine(
     )
 
 
-def end_of_sequence_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_of_sequence_ids(policy: Policy, tokenizer: Tokenizer) -> list[int]:
     """The tokenizer's own end token first, then those of the model's generation config."""
     listed = policy.model.generation_config.eos_token_id if policy.model.generation_config else None
     others = listed if isinstance(listed, list) else [listed]
     return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
 
 
-def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def save_model(policy: Policy, tokenizer: Tokenizer, path: Path) -> None:
     policy.model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -329,7 +327,7 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path) -
 
 
 def load_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase, screen: Screen
+    config: Config, tokenizer: Tokenizer, screen: Screen
 ) -> tuple[list[Question], list[Question]]:
     """(training questions, held-out questions): distinct, and disjoint by content."""
     with screen.phase("read data"):
@@ -358,7 +356,7 @@ def distinct(questions: Sequence[Question]) -> list[Question]:
 
 
 def read_questions(
-    config: Config, source: str | GymTask, tokenizer: PreTrainedTokenizerBase, screen: Screen
+    config: Config, source: str | GymTask, tokenizer: Tokenizer, screen: Screen
 ) -> LoadedQuestions:
     data = config.data
     loaded = load_questions(

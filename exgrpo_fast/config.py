@@ -35,9 +35,12 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str | None = Field(None, description="a local folder, a hub name, or 'quickstart'")
+    name: str | None = Field(
+        default=None, description="a local folder, a hub name, or 'quickstart'"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="compute dtype: bfloat16 on CUDA, float32 elsewhere; weights stay fp32"
+        default="auto",
+        description="compute dtype: bfloat16 on CUDA, float32 elsewhere; weights stay fp32",
     )
     gradient_checkpointing: bool = True
 
@@ -53,33 +56,46 @@ class GymTask(Section):
 
 class DataConfig(Section):
     train: str | GymTask | None = Field(
-        None,
+        default=None,
         description=".jsonl / .json / .parquet file, hub dataset 'name[:split]', or a gym task",
     )
     eval: str | GymTask | None = None
-    eval_size: Positive | None = Field(None, description="use only the first so many questions")
-    prompt_field: str = Field("prompt", description="a string, or a list of chat messages")
+    eval_size: Positive | None = Field(
+        default=None, description="use only the first so many questions"
+    )
+    prompt_field: str = Field(default="prompt", description="a string, or a list of chat messages")
     answer_field: str = "answer"
     id_field: str | None = None
     system_prompt: str | None = None
     max_prompt_tokens: Positive = 512
     overlong_prompts: Literal["drop", "refuse"] = "drop"
-    max_bad_rows: Fraction = Field(0.001, description="share of malformed rows that is skipped")
-    check_answers: bool = Field(True, description="refuse gold answers that the reward rejects")
+    max_bad_rows: Fraction = Field(
+        default=0.001, description="share of malformed rows that is skipped"
+    )
+    check_answers: bool = Field(
+        default=True, description="refuse gold answers that the reward rejects"
+    )
 
 
 class RewardConfig(Section):
     functions: list[str] = Field(
-        ["math_verify"], description="built-in names, 'file.py:function' or 'package.module:name'"
+        default=["math_verify"],
+        description="built-in names, 'file.py:function' or 'package.module:name'",
     )
-    weights: list[float] | None = Field(None, description="one per function; default 1.0 each")
+    weights: list[float] | None = Field(
+        default=None, description="one per function; default 1.0 each"
+    )
     workers: Positive = 2
-    timeout_seconds: PositiveFloat = Field(5.0, description="per sample; the worker is then killed")
+    timeout_seconds: PositiveFloat = Field(
+        default=5.0, description="per sample; the worker is then killed"
+    )
 
 
 class DynamicSamplingConfig(Section):
     enabled: bool = False
-    max_extra_batches: NonNegative = Field(2, description="refill rounds before the step goes on")
+    max_extra_batches: NonNegative = Field(
+        default=2, description="refill rounds before the step goes on"
+    )
 
 
 class RolloutConfig(Section):
@@ -88,7 +104,7 @@ class RolloutConfig(Section):
     group_size: Positive = 8
     max_completion_tokens: Positive = 2048
     temperature: PositiveFloat = 1.0
-    max_batch_sequences: Positive = Field(256, description="sequences decoded side by side")
+    max_batch_sequences: Positive = Field(default=256, description="sequences decoded side by side")
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
 
 
@@ -98,9 +114,9 @@ class KLConfig(Section):
 
 
 class OverlongConfig(Section):
-    mask_truncated: bool = Field(False, description="truncated responses get weight 0")
+    mask_truncated: bool = Field(default=False, description="truncated responses get weight 0")
     soft_penalty_tokens: NonNegative = Field(
-        0, description="DAPO: the reward falls linearly by 1 over the last so many tokens"
+        default=0, description="DAPO: the reward falls linearly by 1 over the last so many tokens"
     )
 
 
@@ -112,7 +128,8 @@ class AlgorithmConfig(Section):
     clip_high: PositiveFloat | None = 0.2
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
-        "constant", description="what the token sum is divided by; constant = max_completion_tokens"
+        default="constant",
+        description="what the token sum is divided by; constant = max_completion_tokens",
     )
     entropy_coef: float = 0.0
     kl: KLConfig = KLConfig()
@@ -122,17 +139,26 @@ class AlgorithmConfig(Section):
 class ReplayConfig(Section):
     enabled: bool = False
     method: Literal["exgrpo"] = "exgrpo"
-    experience_ratio: Fraction = Field(0.5, description="rho: share of groups with a replayed slot")
+    experience_ratio: Fraction = Field(
+        default=0.5, description="rho: share of groups with a replayed slot"
+    )
     start_success_rate: Fraction | None = Field(
-        0.35, description="replay starts after the first batch above it; null = from step 1"
+        default=0.35, description="replay starts after the first batch above it; null = from step 1"
     )
-    bucket_mean: Fraction = Field(0.5, description="mu of the bucket Gaussian, in accuracy")
-    bucket_sigma: PositiveFloat = Field(0.125, description="sigma, in accuracy (1.0 = as printed)")
+    bucket_mean: Fraction = Field(default=0.5, description="mu of the bucket Gaussian, in accuracy")
+    bucket_sigma: PositiveFloat = Field(
+        default=0.125, description="sigma, in accuracy (1.0 = as printed)"
+    )
     select: Literal["entropy", "nll", "random"] = Field(
-        "entropy", description="which stored trajectory: the lowest mean entropy or NLL, or any"
+        default="entropy",
+        description="which stored trajectory: the lowest mean entropy or NLL, or any",
     )
-    shaping: Annotated[float, Field(ge=0.0)] = Field(0.1, description="beta of w / (w + beta)")
-    clip_fresh: bool = Field(False, description="keep the PPO clip on fresh rows once active")
+    shaping: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.1, description="beta of w / (w + beta)"
+    )
+    clip_fresh: bool = Field(
+        default=False, description="keep the PPO clip on fresh rows once active"
+    )
 
 
 class TrainConfig(Section):
@@ -142,43 +168,52 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     warmup_steps: NonNegative = 0
     max_grad_norm: PositiveFloat = 1.0
-    skip_grad_norm: PositiveFloat = Field(500.0, description="a larger norm skips the update")
-    minibatches: Positive = Field(1, description="optimiser updates per step")
-    max_tokens_per_microbatch: Positive = Field(16384, description="packed tokens per forward")
+    skip_grad_norm: PositiveFloat = Field(
+        default=500.0, description="a larger norm skips the update"
+    )
+    minibatches: Positive = Field(default=1, description="optimiser updates per step")
+    max_tokens_per_microbatch: Positive = Field(
+        default=16384, description="packed tokens per forward"
+    )
     seed: int = 0
 
 
 class EvalConfig(Section):
-    n: Positive = Field(8, description="samples per question")
+    n: Positive = Field(default=8, description="samples per question")
     k: list[Positive] = [1, 8]
-    temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="0 = greedy")
+    temperature: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="0 = greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    every: NonNegative = Field(0, description="steps between evaluations; 0 = before and after")
+    every: NonNegative = Field(
+        default=0, description="steps between evaluations; 0 = before and after"
+    )
 
 
 class CheckpointConfig(Section):
-    every: NonNegative = Field(50, description="steps between checkpoints; 0 = only the last")
+    every: NonNegative = Field(
+        default=50, description="steps between checkpoints; 0 = only the last"
+    )
     keep: Positive = 2
 
 
 class LogConfig(Section):
     to: list[Literal["tensorboard", "wandb"]] = []
-    completions_every: Positive = Field(10, description="steps between completion tables")
+    completions_every: Positive = Field(default=10, description="steps between completion tables")
 
 
 class WarmStartConfig(Section):
-    """Supervised warm start of the quickstart model on generated worked solutions."""
+    """Supervised warm start of the quickstart model on generated solutions."""
 
-    batches: Positive = Field(400, description="at most so many")
-    target_pass_rate: Fraction = Field(0.35, description="stop when samples are so often right")
-    probe_every: Positive = Field(10, description="batches between two looks at the pass rate")
+    batches: Positive = 500
     batch_size: Positive = 128
     lr: PositiveFloat = 3e-3
     examples: Positive = 20000
+    guess_share: Fraction = Field(
+        default=0.6, description="solutions that guess; the others show their steps"
+    )
 
 
 class Config(Section):
-    method: str = Field("grpo", description="name shown in the summary")
+    method: str = Field(default="grpo", description="name shown in the summary")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     reward: RewardConfig = RewardConfig()
@@ -324,7 +359,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_suggest_key(path)}"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return str(first.get("ctx", {}).get("error"))
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 

@@ -135,7 +135,3 @@ class TokenColumns:
     @property
     def num_tokens(self) -> int:
         return self.targets.numel()
-
-    def for_loss(self) -> dict[str, Tensor | None]:
-        """The keyword arguments of `exgrpo_kernels.linear_policy_loss`, targets apart."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}

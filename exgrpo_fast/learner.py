@@ -146,7 +146,12 @@ class Learner:
                 hidden_ND,
                 weight,
                 columns.targets,
-                **columns.for_loss(),
+                advantages=columns.advantages,
+                behaviour_logprobs=columns.behaviour_logprobs,
+                weights=columns.weights,
+                shaping=columns.shaping,
+                ref_logprobs=columns.ref_logprobs,
+                sequence_ids=columns.sequence_ids,
                 objective=objective,
                 bias=bias,
                 temperature=self.policy.temperature,
@@ -186,7 +191,7 @@ class MetricSums:
         found = dict(zip(names, values, strict=True))
         for name, value in found.items():
             if name.endswith("_max"):
-                self.sums[name] = max(value, self.sums.get(name, value))
+                self.sums[name] = max(float(value), self.sums.get(name, float(value)))
                 continue
             rows = 1.0 if name in self.COUNTS else self._num_rows(name, found)
             self.sums[name] = self.sums.get(name, 0.0) + rows * value

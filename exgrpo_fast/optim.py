@@ -1,14 +1,32 @@
-"""AdamW with a warm-up, and the guard that keeps a bad update away from the weights."""
+"""AdamW with its learning-rate schedules, and the guard that keeps a bad update away from the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+Schedule = Callable[[int], float]  # finished updates -> factor on the learning rate
+
+
+def constant(num_updates: int) -> float:
+    return 1.0
+
+
+def linear_warmup(steps: int) -> Schedule:
+    """Up to the full rate at update `steps`, then constant."""
+    return lambda num_updates: min(1.0, (num_updates + 1) / max(steps, 1))
+
+
+def warmup_then_decay(warmup: int, total: int) -> Schedule:
+    """Up over `warmup` updates, full until half of `total`, then down to 0."""
+    return lambda num_updates: min(
+        (num_updates + 1) / warmup, 1.0, 2.0 * (1.0 - num_updates / total)
+    )
 
 
 @dataclass(frozen=True)
@@ -19,7 +37,7 @@ class UpdateOutcome:
 
 
 class Optimiser:
-    """torch's AdamW (matrices decay, vectors do not), linear warm-up to a constant rate.
+    """torch's AdamW (matrices decay, vectors do not); the rate of update i is lr x schedule(i).
 
     `step` clips the gradient to `max_grad_norm`; a non-finite norm, or one above `skip_grad_norm`,
     changes neither weights nor moments.
@@ -32,13 +50,13 @@ class Optimiser:
         lr: float,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
-        warmup_steps: int = 0,
+        schedule: Schedule = constant,
         max_grad_norm: float = 1.0,
         skip_grad_norm: float = 500.0,
     ) -> None:
         self.parameters = list(parameters)
         self.lr = lr
-        self.warmup_steps = warmup_steps
+        self.schedule = schedule
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
         self.num_updates = 0
@@ -56,7 +74,7 @@ class Optimiser:
     def step(self) -> UpdateOutcome:
         """Apply the accumulated gradients and clear them."""
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
-        lr = self.lr * min(1.0, (self.num_updates + 1) / max(self.warmup_steps, 1))
+        lr = self.lr * self.schedule(self.num_updates)
         skipped = None
         if not math.isfinite(norm):
             skipped = "update_not_finite"

@@ -30,6 +30,9 @@ from exgrpo_kernels import linear_logprob
 
 ATTENTION = "exgrpo_packed"
 
+# A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
+Tokenizer = Any
+
 
 class PolicyError(UserError):
     """A model that this trainer cannot use, as one line to the user."""
@@ -79,7 +82,7 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        layer = self.model.get_output_embeddings()
+        layer: Any = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from exgrpo_fast.policy import Tokenizer
 
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
 
@@ -18,7 +21,7 @@ CHAT_TEMPLATE = (
 
 def make_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`: any text can be written, digits stay single tokens."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -43,7 +46,7 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> PreTrained
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, layers: int = 3, width: int = 128
+    tokenizer: Tokenizer, *, seed: int, layers: int = 3, width: int = 128
 ) -> Qwen3ForCausalLM:
     """About 0.8 M parameters at the defaults; weights drawn from `seed` alone."""
     config = Qwen3Config(

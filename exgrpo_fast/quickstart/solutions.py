@@ -1,15 +1,23 @@
-"""Worked solutions for reasoning-gym's chain_sum: what the warm start imitates.
+"""Solutions for reasoning-gym's chain_sum: what the warm start imitates.
 
-12 - 5 + 7   ->   12 - 5 = 7
-                  7 + 7 = 14
-                  <answer>14</answer>
+    12 - 5 + 7   ->   12-5=7                      or a guess:   <answer>11</answer>
+                      7+7=14
+                      <answer>14</answer>
+
+Some solutions show their steps, the others guess an answer near the right one. A policy that has
+seen both is right far more often when it shows its steps; that this habit pays is what
+reinforcement learning finds out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from exgrpo_fast.config import GymTask
+
+GUESS_ERROR = 5  # a guess is off by at most so much, evenly
 
 
 def worked_solution(expression: str) -> str:
@@ -18,16 +26,28 @@ def worked_solution(expression: str) -> str:
     lines = []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
         result = int(total) + int(term) if sign == "+" else int(total) - int(term)
-        lines.append(f"{total} {sign} {term} = {result}")
+        lines.append(f"{total}{sign}{term}={result}")
         total = str(result)
-    return "\n".join([*lines, f"<answer>{total}</answer>"])
+    return "\n".join([*lines, answer(total)])
 
 
-def worked_examples(task: GymTask) -> Iterator[tuple[str, str]]:
-    """(question, worked solution) for every row of a chain_sum task."""
+def guess(correct: str, rng: np.random.Generator) -> str:
+    return answer(int(correct) + rng.integers(-GUESS_ERROR, GUESS_ERROR + 1))
+
+
+def answer(value: object) -> str:
+    return f"<answer>{value}</answer>"
+
+
+def solved_examples(task: GymTask, *, guess_share: float, seed: int) -> Iterator[tuple[str, str]]:
+    """(question, solution) for every row of a chain_sum task."""
     import reasoning_gym
 
+    rng = np.random.default_rng(seed)
     for row in reasoning_gym.create_dataset(
         task.gym, size=task.size, seed=task.seed, **task.options
     ):
-        yield row["question"], worked_solution(row["metadata"]["expression"])
+        if rng.random() < guess_share:
+            yield row["question"], guess(row["answer"], rng)
+        else:
+            yield row["question"], worked_solution(row["metadata"]["expression"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from exgrpo_fast.display import Screen
-from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.optim import Optimiser, warmup_then_decay
 from exgrpo_fast.packing import pack
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
 
@@ -23,9 +22,7 @@ class Example:
     response_ids: Tensor  # int64 [T], the end-of-sequence token included
 
 
-def tokenize_examples(
-    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+def tokenize_examples(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Example]:
     """(question, solution) -> the chat prompt and the solution, ended like a completion."""
     prompts = [
         tokenizer.apply_chat_template(
@@ -50,21 +47,21 @@ def warm_start(
     lr: float,
     seed: int,
     screen: Screen,
-    good_enough: Callable[[int], bool] = lambda batch: False,
-) -> int:
-    """Imitate the examples for at most `batches` batches, until `good_enough(batch)`; returns how
-    many were used."""
-    optimiser = Optimiser(policy.trainable_parameters, lr=lr, warmup_steps=20)
+) -> None:
+    """Imitate `batches` random batches of the examples, the rate falling to 0 over the last half."""
+    optimiser = Optimiser(
+        policy.trainable_parameters,
+        lr=lr,
+        betas=(0.9, 0.95),  # short and steep: the variance has to forget the first batches
+        schedule=warmup_then_decay(20, batches),
+    )
     rng = np.random.default_rng([seed, 0x3A7])
     with screen.phase("warm start", batches) as advance:
-        for batch in range(1, batches + 1):
+        for _ in range(batches):
             picks = rng.integers(len(examples), size=batch_size)
             imitate(policy, [examples[i] for i in picks])
             optimiser.step()
             advance(1)
-            if good_enough(batch):
-                return batch
-    return batches
 
 
 def imitate(policy: Policy, examples: Sequence[Example]) -> None:

@@ -8,6 +8,7 @@ CDF with a counter-based hash, so a completion depends on its own seed only, not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class TransformersEngine:
             prompts[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
         sampler = SeededSampler([r.seed for r in requests], sampling, width, device)
-        output = self.policy.model.generate(
+        model: Any = self.policy.model
+        output = model.generate(
             input_ids=prompts,
             attention_mask=mask,
             logits_processor=LogitsProcessorList([sampler]),
@@ -76,7 +78,7 @@ class TransformersEngine:
                 pad_token_id=self.pad_token_id,
             ),
         )
-        tokens = output[:, width:].cpu()  # pyright: ignore[reportIndexIssue]
+        tokens = output[:, width:].cpu()
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu()
         return [self._cut(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
 
