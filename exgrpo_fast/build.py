@@ -74,7 +74,10 @@ def open_run(
         model_path = str(resume_from / "hf") if resume_from else start
         policy = make_policy(config, model_path, device=device)
         engine = make_engine(config, policy, tokenizer)
-        sink = stack.enter_context(contextlib.closing(make_sink(config, folder, screen)))
+        state = load_state(resume_from) if resume_from else {"num_steps": 0}
+        forget_after(state["num_steps"], folder)
+        sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
+        stack.enter_context(contextlib.closing(sink))
         trainer = make_trainer(
             config,
             policy=policy,
@@ -89,7 +92,7 @@ def open_run(
             sink=sink,
         )
         if resume_from:
-            trainer.load_state_dict(load_state(resume_from))
+            trainer.load_state_dict(state)
         yield Run(trainer, policy, tokenizer)
 
 
@@ -224,10 +227,18 @@ def make_evaluator(
     )
 
 
-def make_sink(config: Config, folder: RunFolder, screen: Screen) -> MetricSink:
+def forget_after(step: int, folder: RunFolder) -> None:
+    """Drop what an interrupted run wrote about steps that will be done again."""
+    JsonlSink(folder.metrics).truncate_after(step)
+    CompletionLog(folder.completions).truncate_after(step)
+
+
+def make_sink(
+    config: Config, folder: RunFolder, screen: Screen, *, resumed_from: int
+) -> MetricSink:
     sinks: list[MetricSink] = [JsonlSink(folder.metrics)]
     if "tensorboard" in config.log.to:
-        sinks.append(TensorBoardSink(folder.path / "tensorboard"))
+        sinks.append(TensorBoardSink(folder.path / "tensorboard", resumed_from=resumed_from))
     if "wandb" in config.log.to:
         sinks.append(WandbSink("exgrpo-fast", folder.path.name, config.model_dump(mode="json")))
     return FanOut(sinks, warn=screen.note)

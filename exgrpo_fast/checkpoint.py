@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used, as one line naming the file."""
 
 
+class CannotSave(Exception):
+    """The disk refused a checkpoint; those already there are untouched."""
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run: save, find, verify, load, keep the newest."""
 
@@ -38,7 +43,18 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
-        """Write everything beside its final name, make it durable, then rename."""
+        """Write everything beside its final name, make it durable, then rename.
+
+        CannotSave when the disk refuses.
+        """
+        try:
+            return self._save(step, save_model, state)
+        except (OSError, SafetensorError) as error:
+            raise CannotSave(f"checkpoint of step {step} in {self.folder}: {error}") from error
+
+    def _save(
+        self, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]
+    ) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".tmp-*"):  # of a run that died here
             shutil.rmtree(leftover)

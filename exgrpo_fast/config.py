@@ -203,12 +203,12 @@ class LogConfig(Section):
 class WarmStartConfig(Section):
     """Supervised warm start of the quickstart model on generated solutions."""
 
-    batches: Positive = 500
+    batches: Positive = 450
     batch_size: Positive = 128
     lr: PositiveFloat = 3e-3
     examples: Positive = 20000
     guess_share: Fraction = Field(
-        default=0.6, description="solutions that guess; the others show their steps"
+        default=0.5, description="solutions that guess; the others show their steps"
     )
 
 

@@ -157,7 +157,16 @@ class Learner:
                 temperature=self.policy.temperature,
                 softcap=softcap,
             )
-            yield result.loss, result.metrics, columns.num_tokens
+            replay_ratio = shaped_ratio_metrics(result.ratio, columns.shaping)
+            yield result.loss, result.metrics | replay_ratio, columns.num_tokens
+
+
+@torch.no_grad()
+def shaped_ratio_metrics(ratio_N: Tensor, shaping_N: Tensor) -> dict[str, Tensor]:
+    """How far the policy has moved from the one that produced the replayed tokens."""
+    ratio_N = torch.where(shaping_N > 0, ratio_N, 0.0)
+    mean = ratio_N.sum() / (shaping_N > 0).sum().clamp(min=1)
+    return {"replay_ratio_mean": mean, "replay_ratio_max": ratio_N.max()}
 
 
 def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
@@ -176,7 +185,7 @@ class MetricSums:
     """Joins the kernels' metrics over micro-batches: *_max by maximum, counts by sum, and the rest
     by the mean over the rows that each is a mean of."""
 
-    OVER_SHAPED_ROWS = {"shaped_mean"}
+    OVER_SHAPED_ROWS = {"shaped_mean", "replay_ratio_mean"}
     OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref"}
     COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped"}
 

@@ -22,11 +22,11 @@ from exgrpo_fast.build import (
     quiet_libraries,
     read_questions,
 )
-from exgrpo_fast.checkpoint import Checkpoints, verify
+from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.display import Screen, make_screen
-from exgrpo_fast.metrics import JsonlSink, clean_text, peak_memory_gib
+from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.report import write_report
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import NumericalStop, Trainer
@@ -62,7 +62,7 @@ def train_session(
         log.error("%s", error)
         screen.note(f"stopped: {error}")
         return EXIT_NUMERICAL
-    except OSError as error:
+    except CannotSave as error:
         log.exception("cannot save")
         screen.note(f"cannot save: {error}")
         return EXIT_CANNOT_SAVE
@@ -79,11 +79,10 @@ def _train(
     stop_after: int | None,
     started: float,
 ) -> int:
-    summary = folder.read_json("summary.json")
+    summary = {"eval_before": None, "eval_after": None} | folder.read_json("summary.json")
     if trainer.num_steps:
-        JsonlSink(folder.metrics).truncate_after(trainer.num_steps)
         screen.note(f"resumed after step {trainer.num_steps}")
-    if trainer.eval_questions and "eval_before" not in summary:
+    if trainer.eval_questions and summary["eval_before"] is None:
         summary["eval_before"] = trainer.evaluate().as_dict()
         folder.write_json("summary.json", summary)
         screen.note(headline("before", summary["eval_before"]))
@@ -92,6 +91,7 @@ def _train(
     if trainer.eval_questions and finished:
         summary["eval_after"] = trainer.evaluate().as_dict()
         screen.note(headline("after", summary["eval_after"]))
+        screen.note(gain(summary["eval_before"], summary["eval_after"]))
     summary |= {
         "method": config.replay.method if config.replay.enabled else config.method,
         "steps": trainer.num_steps,
@@ -109,6 +109,11 @@ def headline(when: str, evaluation: dict[str, Any]) -> str:
         f"held-out {when}: avg@{evaluation['n']} {100 * evaluation['avg_at_n']:.1f} % "
         f"[{100 * low:.1f}, {100 * high:.1f}] on {evaluation['questions']} questions"
     )
+
+
+def gain(before: dict[str, Any], after: dict[str, Any]) -> str:
+    points = 100 * (after["avg_at_n"] - before["avg_at_n"])
+    return f"held-out change: {points:+.1f} points of avg@{after['n']}"
 
 
 def find_checkpoint(folder: RunFolder, resume: str, screen: Screen) -> Path | None:

@@ -113,7 +113,8 @@ class Trainer:
     # --- saving ---
 
     def save(self) -> Path:
-        return self.checkpoints.save(self.num_steps, self.save_model, self.state_dict())
+        with self.screen.phase("save"):
+            return self.checkpoints.save(self.num_steps, self.save_model, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights, which lie in the checkpoint's hf/ folder."""
