@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from exgrpo_fast.buffer.store import ExperienceStore
 from exgrpo_fast.checkpoint import Checkpoints, load_state
 from exgrpo_fast.collect import Collector, OverlongRule
 from exgrpo_fast.config import Config, ConfigError, GymTask
-from exgrpo_fast.data import LoadedQuestions, load_questions
+from exgrpo_fast.data import LoadedQuestions, load_questions, read_rows
 from exgrpo_fast.display import Screen
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
@@ -92,8 +94,16 @@ def open_run(
             sink=sink,
         )
         if resume_from:
-            trainer.load_state_dict(state)
+            take_up(trainer, state)
         yield Run(trainer, policy, tokenizer)
+
+
+def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
+    """ConfigError where the config or the data no longer fit what was saved."""
+    try:
+        trainer.load_state_dict(state)
+    except ValueError as error:
+        raise ConfigError(f"--resume: {error}") from None
 
 
 def make_trainer(
@@ -266,8 +276,14 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
     from exgrpo_fast.quickstart.prepare import prepare_quickstart
 
     path = folder.path / "warm_start"
-    if not (path / "config.json").exists():
-        prepare_quickstart(config, path, screen, device=device)
+    if not path.exists():
+        for source in (config.data.train, config.data.eval):
+            if isinstance(source, GymTask):  # a misspelt task is found before the warm start
+                next(iter(read_rows(source.model_dump())), None)
+        unfinished = folder.path / ".warm_start.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that died here
+        prepare_quickstart(config, unfinished, screen, device=device)
+        os.rename(unfinished, path)
     return str(path)
 
 
@@ -354,6 +370,11 @@ def load_data(
     if len(unseen) < len(train):
         screen.note(
             f"{len(train) - len(unseen)} training questions are held-out ones too: left out"
+        )
+    if len(unseen) < config.rollout.prompts_per_step:
+        screen.note(
+            f"data.train has {len(unseen)} questions: a step takes all of them instead of "
+            f"rollout.prompts_per_step {config.rollout.prompts_per_step}"
         )
     return unseen, held_out
 

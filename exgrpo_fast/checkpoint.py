@@ -139,7 +139,7 @@ def _write_manifest(path: Path, step: int) -> None:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    return (file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return (file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
 
 
 def _digest(file: Path) -> str:

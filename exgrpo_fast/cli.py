@@ -10,30 +10,44 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from exgrpo_fast import __version__
-from exgrpo_fast.config import Config, ConfigError, all_keys, dump_yaml, load_config, recipe_names
+from exgrpo_fast.config import (
+    Config,
+    ConfigError,
+    all_keys,
+    dump_yaml,
+    keys_by_last_word,
+    load_config,
+    recipe_names,
+)
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.metrics import clean_line
 
 EXIT_USAGE, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 2, 70, 74, 128
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the reward workers are forked after
+    # OpenMP threads that spin while they wait slow a run down many times over as soon as anything
+    # else uses the CPU. Read when torch is loaded, hence before it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         arguments, rest = parser().parse_known_args(argv)
         if rest and arguments.run is not train:
-            raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'")
+            hint = suggest(rest[0], arguments.options)
+            raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'{hint}")
         if arguments.run is train:
-            arguments.overrides = parse_overrides(rest)
+            arguments.overrides = parse_overrides(rest, arguments.options)
         code = arguments.run(arguments)
     except UserError as error:
-        print(f"exgrpo-fast: {error}", file=sys.stderr)
+        print(f"exgrpo-fast: {clean_line(error)}", file=sys.stderr)
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code = EXIT_SIGNAL + 2
@@ -70,16 +84,16 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     for path in arguments.data:
         require_file(path, "--data")
-    ks = [int(k) for k in arguments.k.split(",")]
-    if max(ks) > arguments.n:
-        raise ConfigError(f"-k {max(ks)} needs at least as many samples: -n is {arguments.n}")
+    if max(arguments.k) > arguments.n:
+        raise ConfigError(f"-k {max(arguments.k)} needs as many samples: -n is {arguments.n}")
+    require_rewards([arguments.reward], "--reward")
     from exgrpo_fast.session import eval_session
 
     results = eval_session(
         arguments.model,
         arguments.data,
         n=arguments.n,
-        ks=ks,
+        ks=arguments.k,
         device=choose_device(arguments.device),
         **sampling_arguments(arguments),
     )
@@ -92,6 +106,7 @@ def sample(arguments: argparse.Namespace) -> int:
         require_file(arguments.data, "--data")
     elif not arguments.prompt:
         raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
+    require_rewards([arguments.reward], "--reward")
     from exgrpo_fast.session import sample_session
 
     sample_session(
@@ -108,20 +123,25 @@ def sample(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     require_file(arguments.input, "--in")
+    functions = arguments.functions.split(",")
+    require_rewards(functions, "--functions")
     from exgrpo_fast.rewards.score import score_file
 
-    summary = score_file(
-        Path(arguments.input), Path(arguments.output), functions=arguments.functions.split(",")
-    )
-    print(summary)
+    try:
+        print(score_file(Path(arguments.input), Path(arguments.output), functions=functions))
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.output}: {error.strerror}") from None
     return 0
 
 
 def init(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.scaffold import write_project
 
-    for path in write_project(Path(arguments.folder), recipe=arguments.recipe):
-        print(path)
+    try:
+        for path in write_project(Path(arguments.folder), recipe=arguments.recipe):
+            print(path)
+    except OSError as error:
+        raise ConfigError(f"init {arguments.folder}: {error.strerror}") from None
     return 0
 
 
@@ -162,10 +182,19 @@ def check_data(arguments: argparse.Namespace) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line and, for a mistyped command, a suggestion."""
+    """argparse whose mistakes are one line with a suggestion."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog.removeprefix('exgrpo-fast ')}: {message}")
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            message += suggest(choice[1], choice[2].replace("'", "").split(", "))
+        command = self.prog.removeprefix("exgrpo-fast").strip()
+        raise ConfigError(f"{command}: {message}" if command else message)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def parser() -> Parser:
@@ -179,13 +208,15 @@ def parser() -> Parser:
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, options=made._option_string_actions)  # grows below
         return made
 
     c = command("train", train, "train a policy; any config key can be set, as --train.lr 1e-5")
     c.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
     c.add_argument("--out", help="run directory (default runs/NAME)")
-    c.add_argument("--resume", default="never", help="auto | never | STEP (default never)")
+    c.add_argument(
+        "--resume", type=resume_point, default="never", help="auto | never | STEP (default never)"
+    )
     c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
     c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
     c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
@@ -197,7 +228,7 @@ def parser() -> Parser:
     c.add_argument("--model", required=True, help="a folder, such as RUN/checkpoints/step_N/hf")
     c.add_argument("--data", required=True, nargs="+", help=".jsonl or .parquet files")
     c.add_argument("-n", type=positive, default=8, help="samples per question (8)")
-    c.add_argument("-k", default="1,8", help="pass@k, comma separated (1,8)")
+    c.add_argument("-k", type=positives, default=[1, 8], help="pass@k, comma separated (1,8)")
     add_sampling(c)
 
     c = command("sample", sample, "look at completions with their rewards")
@@ -248,13 +279,22 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return int(text)
 
 
-def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+def positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def resume_point(text: str) -> str:
+    if text not in ("auto", "never") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither auto, never nor a step")
+    return text
+
+
+def parse_overrides(rest: Sequence[str], options: Sequence[str]) -> list[tuple[str, str]]:
     """['--train.lr', '1e-5', '--replay.enabled=false'] -> pairs of dotted key and text."""
     words, pairs = list(rest), []
     while words:
@@ -262,21 +302,14 @@ def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
         name, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name:
             raise ConfigError(f"train: '{word}' is neither an option nor the value of one")
-        if "." not in name:
-            known = [
-                "out",
-                "resume",
-                "max-steps",
-                "stop-after",
-                "deterministic",
-                "dry-run",
-                "device",
-            ]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '--{close[0]}'?" if close else ""
+        if "." not in name and name not in all_keys():
+            near = {word: f"--{key}" for word, key in keys_by_last_word().items()}
+            near |= {option.lstrip("-"): option for option in options}
+            close = difflib.get_close_matches(name, near, n=1)
+            hint = f"; did you mean '{near[close[0]]}'?" if close else ""
             raise ConfigError(f"train: unknown option '--{name}'{hint}")
         if not has_value:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise ConfigError(f"train: --{name} needs a value")
             value = words.pop(0)
         pairs.append((name, value))
@@ -297,10 +330,7 @@ def check_inputs(config: Config) -> None:
             require_file(source, key)
     if looks_local(config.model.name):
         require_file(config.model.name, "model.name")
-    for function in config.reward.functions:
-        file, colon, _ = function.rpartition(":")
-        if colon and file.endswith(".py"):
-            require_file(file, "reward.functions")
+    require_rewards(config.reward.functions, "reward.functions")
 
 
 def looks_local(name: str) -> bool:
@@ -315,6 +345,16 @@ def require_file(path: str, key: str) -> None:
     close = difflib.get_close_matches(Path(path).name, names, n=1)
     hint = f"; did you mean {folder / close[0]}?" if close else ""
     raise ConfigError(f"{key}: {path} does not exist{hint}")
+
+
+def require_rewards(references: Sequence[str], key: str) -> None:
+    from exgrpo_fast.rewards import RewardError, check_reference
+
+    for reference in references:
+        try:
+            check_reference(reference)
+        except RewardError as error:
+            raise ConfigError(f"{key}: {error}") from None
 
 
 def choose_device(asked: str | None) -> str:

@@ -10,19 +10,28 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from exgrpo_fast.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
@@ -31,7 +40,15 @@ class ConfigError(UserError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_1(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("neither true nor false can stand here")
+        return value
 
 
 class ModelConfig(Section):
@@ -80,6 +97,7 @@ class DataConfig(Section):
 class RewardConfig(Section):
     functions: list[str] = Field(
         default=["math_verify"],
+        min_length=1,
         description="built-in names, 'file.py:function' or 'package.module:name'",
     )
     weights: list[float] | None = Field(
@@ -165,7 +183,7 @@ class TrainConfig(Section):
     max_steps: Positive = 200
     lr: PositiveFloat = 1e-6
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     warmup_steps: NonNegative = 0
     max_grad_norm: PositiveFloat = 1.0
     skip_grad_norm: PositiveFloat = Field(
@@ -175,12 +193,12 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: Positive = Field(
         default=16384, description="packed tokens per forward"
     )
-    seed: int = 0
+    seed: NonNegative = 0
 
 
 class EvalConfig(Section):
     n: Positive = Field(default=8, description="samples per question")
-    k: list[Positive] = [1, 8]
+    k: list[Positive] = Field(default=[1, 8], min_length=1)
     temperature: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="0 = greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     every: NonNegative = Field(
@@ -203,12 +221,12 @@ class LogConfig(Section):
 class WarmStartConfig(Section):
     """Supervised warm start of the quickstart model on generated solutions."""
 
-    batches: Positive = 450
+    batches: Positive = 550
     batch_size: Positive = 128
     lr: PositiveFloat = 3e-3
     examples: Positive = 20000
     guess_share: Fraction = Field(
-        default=0.5, description="solutions that guess; the others show their steps"
+        default=0.55, description="solutions that guess; the others show their steps"
     )
 
 
@@ -246,9 +264,21 @@ class Config(Section):
                 f"reward.weights has {len(self.reward.weights)} entries for "
                 f"{len(self.reward.functions)} reward.functions"
             )
+        algorithm = self.algorithm
+        if algorithm.dual_clip is not None and algorithm.surrogate != "clip":
+            raise ValueError(
+                f"algorithm.dual_clip belongs to algorithm.surrogate clip, not to "
+                f"{algorithm.surrogate}; set it to null"
+            )
+        soft, limit = algorithm.overlong.soft_penalty_tokens, self.rollout.max_completion_tokens
+        if soft > limit:
+            raise ValueError(
+                f"algorithm.overlong.soft_penalty_tokens ({soft}) is above "
+                f"rollout.max_completion_tokens ({limit}): every response would be punished"
+            )
         if max(self.eval.k) > self.eval.n:
             raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
-        longest = self.data.max_prompt_tokens + self.rollout.max_completion_tokens
+        longest = self.data.max_prompt_tokens + limit
         if self.train.max_tokens_per_microbatch < longest:
             raise ValueError(
                 f"train.max_tokens_per_microbatch ({self.train.max_tokens_per_microbatch}) is "
@@ -274,7 +304,7 @@ def load_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
     """A recipe's name or a YAML file, with dotted overrides on top -> a checked Config."""
     tree = read_yaml(*_find(source))
     for dotted, text in overrides:
-        _assign(tree, dotted, yaml.load(text, Loader=StrictLoader))
+        _assign(tree, dotted, _load_yaml(text, f"--{dotted}"))
     return validate(tree)
 
 
@@ -317,6 +347,8 @@ class StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise ConfigError(f"line {line}: the key '{key}' stands there twice")
@@ -325,15 +357,19 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        tree = yaml.load(text, Loader=StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {name}: {' '.join(str(error).split())}") from None
-    except ConfigError as error:
-        raise ConfigError(f"config {name}, {error}") from None
+    tree = _load_yaml(text, f"config {name}")
     if not isinstance(tree, dict):
         raise ConfigError(f"config {name}: expected 'key: value' lines, got {type(tree).__name__}")
     return tree
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}, {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -352,14 +388,16 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _one_line(error: ValidationError) -> str:
     details = error.errors(include_url=False)
-    unknown = [d for d in details if d["type"] == "extra_forbidden"]
-    first = (unknown or details)[0]
+    # Unknown keys first; of a union's complaints the one that looked deepest.
+    first = max(details, key=lambda d: (d["type"] == "extra_forbidden", len(d["loc"])))
     path = [str(part) for part in first["loc"] if str(part) not in _UNION_TAGS]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_suggest_key(path)}"
-    if first["type"] == "value_error":
-        return str(first.get("ctx", {}).get("error"))
+    if first["type"] == "missing":
+        return f"{key} is not set"
+    if first["type"] == "value_error":  # our own words; those about several keys name them
+        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 
@@ -370,12 +408,14 @@ def _suggest_key(path: Sequence[str]) -> str:
     section: type[BaseModel] = Config
     for name in path[:-1]:
         section = _section(section.model_fields[name].annotation) or section
+    everywhere = keys_by_last_word()
     near = _suggest(path[-1], list(section.model_fields), prefix=".".join(path[:-1]))
-    if near:
+    if near and path[-1] not in everywhere:
         return near
-    everywhere = {leaf.rsplit(".", 1)[-1]: leaf for leaf in all_keys()}
     close = difflib.get_close_matches(path[-1], everywhere, n=1)
-    return f"; did you mean '{everywhere[close[0]]}'?" if close else ""
+    if close:
+        return f"; did you mean '{everywhere[close[0]]}'?"
+    return f"; keys there: {', '.join(section.model_fields)}"
 
 
 def _suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
@@ -389,6 +429,12 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return next((s for a in typing.get_args(annotation) if (s := _section(a))), None)
     return None
+
+
+def keys_by_last_word() -> dict[str, str]:
+    """'lr' -> 'train.lr': of several keys the outermost, then the first."""
+    keys = sorted(reversed(all_keys()), key=lambda key: -key.count("."))
+    return {key.rpartition(".")[2]: key for key in keys}
 
 
 def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -78,6 +78,8 @@ class Learner:
         metrics = MetricSums()
         for minibatch in split_evenly(groups, self.minibatches):
             self._update_once(minibatch, objective, report, metrics, on_tokens)
+        if not groups:  # dynamic sampling kept none
+            report.skipped["update_without_gradient"] += 1
         report.kernel_metrics = metrics.joined()
         return report
 

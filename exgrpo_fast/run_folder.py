@@ -26,6 +26,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool) -> None:
         """RunFolderError when the folder holds a run and `resume` is False, or is in use."""
         self.path = path
+        self._log_handler: logging.Handler | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock: TextIO = (path / ".lock").open("w")
@@ -60,9 +61,13 @@ class RunFolder:
         """Send everything logged by this package to run.log."""
         handler = logging.FileHandler(self.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._log_handler = handler
         root = logging.getLogger("exgrpo_fast")
         root.setLevel(logging.INFO)
         root.addHandler(handler)
 
     def close(self) -> None:
+        if self._log_handler:
+            logging.getLogger("exgrpo_fast").removeHandler(self._log_handler)
+            self._log_handler.close()
         self._lock.close()

@@ -128,7 +128,8 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.num_steps = state["num_steps"]
         self.stream.load_state_dict(state["stream"])
-        self.replay.load_state_dict(state["replay"])
+        if state["replay"]:  # an on-policy run that goes on with replay starts with none
+            self.replay.load_state_dict(state["replay"])
         self.learner.optimiser.load_state_dict(state["optimiser"])
 
     # --- the small print ---

@@ -5,8 +5,8 @@
                       <answer>14</answer>
 
 Some solutions show their steps, the others guess an answer near the right one. A policy that has
-seen both is right far more often when it shows its steps; that this habit pays is what
-reinforcement learning finds out.
+seen both is right when it shows its steps and wrong when it guesses; that the one habit pays and
+the other does not is what reinforcement learning finds out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from exgrpo_fast.config import GymTask
 
-GUESS_ERROR = 5  # a guess is off by at most so much, evenly
+GUESS_ERRORS = [error for error in range(-5, 6) if error]  # a guess is near, and wrong
 
 
 def worked_solution(expression: str) -> str:
@@ -32,7 +32,7 @@ def worked_solution(expression: str) -> str:
 
 
 def guess(correct: str, rng: np.random.Generator) -> str:
-    return answer(int(correct) + rng.integers(-GUESS_ERROR, GUESS_ERROR + 1))
+    return answer(int(correct) + rng.choice(GUESS_ERRORS))
 
 
 def answer(value: object) -> str:

@@ -1,7 +1,7 @@
 r"""Where the final answer of a completion stands, and how its text is cleaned.
 
 Takes any string, hostile ones included, and returns the text of the answer; what that text means is
-left to `functions.py`. Linear in the length of the window, so that no completion can make the
+left to the rewards. Linear in the length of the window, so that no completion can make the
 search itself slow. Pure standard library: the reward workers import it at start.
 
 The answer is looked for after the last `</think>`, within the last 64 KB, in this order:

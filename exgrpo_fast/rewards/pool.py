@@ -32,7 +32,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from exgrpo_fast.rewards.functions import BUILT_IN, RewardError, check_reference
+from exgrpo_fast.rewards.functions import BUILT_IN
+from exgrpo_fast.rewards.judgement import RewardError
+from exgrpo_fast.rewards.references import check_reference
 
 if TYPE_CHECKING:  # experience.py loads torch, which a reward alone does not need
     from exgrpo_fast.experience import Verdict

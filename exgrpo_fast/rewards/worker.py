@@ -28,7 +28,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
-from exgrpo_fast.rewards.functions import RewardError, RewardFunction, describe, load_function
+from exgrpo_fast.rewards.judgement import RewardError, RewardFunction
+from exgrpo_fast.rewards.references import describe, load_function
 
 Result = tuple[float | None, str, str]  # reward, reason, a sentence for the log
 

@@ -103,13 +103,12 @@ def token_level_pass(
     """Statistics and gradients of every row in one pass over the chunks."""
     outputs = [head.hidden_ND.new_empty(len(head), dtype=head.dtype) for _ in range(3)]
     gradients = HeadGradients.like(head, needs)
-    keep_exp = objective.entropy_coef == 0 and head.softcap is None
     workspace = Workspace(head)
     for rows in workspace.chunks(len(head)):
         chunk = head.rows(rows)
         z = workspace.logits[: len(chunk)]
         write_logits(chunk, z)
-        statistics = row_statistics_(chunk, workspace, z, keep_exp=keep_exp)
+        statistics = row_statistics_(chunk, workspace, z)
         for output, value in zip(
             outputs, (statistics.logprobs, statistics.entropy, statistics.lse), strict=True
         ):

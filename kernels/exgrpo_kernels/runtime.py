@@ -11,16 +11,18 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 
-# The chunk of logits [R, V] is sized in bytes. 48 MiB is 384 float32 rows of a 32k vocabulary,
-# where a CPU GEMM is within 5 % of its rate at 4096 rows (256 rows: within 12 %).
-CHUNK_BYTES = 48 * 2**20
+# The chunk of logits [R, V] is sized in bytes. 40 MiB is 320 float32 rows of a 32k vocabulary,
+# where the three GEMMs are within 8 % of their rate at 4096 rows (AVX-512, 2 cores; 384 rows:
+# 5 %, 192 rows: 23 %, 64 rows: a half slower).
+CHUNK_BYTES = 40 * 2**20
 # Below this many rows the GEMMs mostly re-read the weight, so a large vocabulary may exceed
 # CHUNK_BYTES to reach it, up to LARGEST_CHUNK_BYTES.
-EFFICIENT_ROWS = 384
+EFFICIENT_ROWS = 320
 LARGEST_CHUNK_BYTES = 256 * 2**20
-# Elementwise passes walk the chunk in blocks, which is all the scratch they need. Smaller blocks
-# are no faster on an idle CPU and much slower on a shared one: every pass ends in a barrier.
-BLOCK_BYTES = 16 * 2**20
+# Passes that need scratch walk the chunk in blocks, three to a full chunk. Smaller blocks are no
+# faster on an idle CPU and much slower on a shared one, as every pass ends in a wait for all cores
+# (2 busy cores: blocks of 4 MiB 6.8 s, 16 MiB 4.2 s for the loss of bench/loss.py; idle: 1.5 s).
+BLOCK_BYTES = 14 * 2**20
 # A low-precision weight is upcast tile by tile, never as a whole.
 TILE_BYTES = 8 * 2**20
 

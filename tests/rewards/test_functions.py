@@ -11,17 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exgrpo_fast.rewards import extraction
-from exgrpo_fast.rewards.functions import (
-    RewardError,
-    check_reference,
-    exact,
-    gsm8k,
-    load_function,
-    math_verify,
-    number,
-    reasoning_gym,
-    refuse,
-)
+from exgrpo_fast.rewards.functions import exact, gsm8k, math_verify, reasoning_gym
+from exgrpo_fast.rewards.judgement import RewardError
+from exgrpo_fast.rewards.numerals import number
+from exgrpo_fast.rewards.references import check_reference, load_function
+from exgrpo_fast.rewards.refusals import refuse
 
 
 def judge(completion: str, gold: str) -> tuple[float, str]:

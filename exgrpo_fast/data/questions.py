@@ -1,0 +1,163 @@
+"""Checked rows -> Questions: the chat template, the token ids, and how much may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from exgrpo_fast.data.checking import CheckedRow, DataReport, check_data, content_id
+from exgrpo_fast.data.sources import BadRow, DataError, Source, first_line
+
+if TYPE_CHECKING:  # experience.py loads torch; check-data does without
+    from exgrpo_fast.experience import Question
+
+TOKENIZER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class LoadedQuestions:
+    questions: list[Question]
+    bad_rows: list[BadRow]
+    num_overlong: int
+
+
+def load_questions(
+    source: Source,
+    *,
+    tokenizer: Any,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    id_field: str | None = None,
+    system_prompt: str | None = None,
+    max_prompt_tokens: int = 512,
+    overlong_prompts: Literal["drop", "refuse"] = "drop",
+    max_bad_rows: float = 0.001,
+    limit: int | None = None,
+) -> LoadedQuestions:
+    """The questions of a source, tokenized, in the order of the source.
+
+    tokenizer: one of transformers; its chat template is applied where it has one.
+    max_bad_rows: the share of malformed rows that is skipped; with more, DataError.
+    limit: only the first so many good questions; the other rows are checked all the same.
+    DataError, in one line, also for a missing source, unknown fields, no question left, or a prompt
+    above `max_prompt_tokens` where `overlong_prompts` is "refuse".
+    """
+    report = check_data(
+        source, prompt_field=prompt_field, answer_field=answer_field, id_field=id_field
+    )
+    render = _Renderer(tokenizer, system_prompt)
+    questions: list[Question] = []
+    bad_rows = list(report.bad_rows)
+    num_overlong = 0
+    wanted = len(report.rows) if limit is None else max(limit, 0)
+    batch_size = min(TOKENIZER_BATCH, max(wanted, 64))
+    for start in range(0, len(report.rows), batch_size):
+        batch = report.rows[start : start + batch_size]
+        for row, made in zip(batch, render(batch), strict=True):
+            if isinstance(made, BadRow):
+                bad_rows.append(made)
+            elif len(made.prompt_ids) <= max_prompt_tokens:
+                questions.append(made)
+            elif overlong_prompts == "refuse":
+                raise DataError(_overlong(row, made, max_prompt_tokens))
+            else:
+                num_overlong += 1
+        if len(questions) >= wanted:
+            break
+    _refuse_too_many(report, bad_rows, max_bad_rows)
+    if not questions[:wanted]:
+        raise DataError(
+            f"data {report.name}: no usable question in {report.num_rows} rows: {len(bad_rows)} "
+            f"malformed, {num_overlong} longer than data.max_prompt_tokens {max_prompt_tokens}"
+        )
+    return LoadedQuestions(questions[:wanted], bad_rows, num_overlong)
+
+
+def _overlong(row: CheckedRow, question: Question, limit: int) -> str:
+    return (
+        f"{row.where}: the prompt has {len(question.prompt_ids)} tokens, above "
+        f"data.max_prompt_tokens {limit} (data.overlong_prompts drop leaves such rows out)"
+    )
+
+
+def _refuse_too_many(report: DataReport, bad_rows: Sequence[BadRow], max_bad_rows: float) -> None:
+    if len(bad_rows) > max_bad_rows * report.num_rows:
+        raise DataError(
+            f"data {report.name}: {len(bad_rows)} of {report.num_rows} rows are malformed, "
+            f"data.max_bad_rows allows {max_bad_rows:g} of them; the first: {bad_rows[0]}"
+        )
+
+
+def question_from_text(prompt: str, *, tokenizer: Any) -> Question:
+    """A question typed by hand; it has no answer to compare with."""
+    row = CheckedRow("--prompt", content_id(prompt, ""), prompt, "")
+    [made] = _Renderer(tokenizer, None)([row])
+    if isinstance(made, BadRow):
+        raise DataError(str(made))
+    return made
+
+
+# --- the chat template and the tokenizer ----------------------------------------------------------
+
+
+class _Renderer:
+    """Each row -> its Question, or a BadRow where the chat template refuses the messages."""
+
+    def __init__(self, tokenizer: Any, system_prompt: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._system_prompt = system_prompt
+
+    def __call__(self, rows: Sequence[CheckedRow]) -> list[Question | BadRow]:
+        from exgrpo_fast.experience import Question
+
+        texts = self._texts(rows)
+        encoded = iter(self._encode([text for text in texts if isinstance(text, str)]))
+        return [
+            text
+            if isinstance(text, BadRow)
+            else Question(row.id, tuple(next(encoded)), text, row.answer, row.columns)
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # of which a tokenizer makes no empty list
+            return []
+        # A template writes its special tokens itself; a second <bos> would be one too many.
+        return self._tokenizer(texts, add_special_tokens=not self._has_template)["input_ids"]
+
+    def _texts(self, rows: Sequence[CheckedRow]) -> Sequence[str | BadRow]:
+        if not self._has_template:
+            return [self._plain_text(row) for row in rows]
+        try:
+            return self._apply_template(rows)
+        except Exception:  # a template is a program of its own; which row it refuses is found below
+            return [self._one(row) for row in rows]
+
+    def _one(self, row: CheckedRow) -> str | BadRow:
+        try:
+            return self._apply_template([row])[0]
+        except Exception as error:
+            return BadRow(row.where, f"the chat template refuses it: {first_line(error)}")
+
+    def _apply_template(self, rows: Sequence[CheckedRow]) -> list[str]:
+        return self._tokenizer.apply_chat_template(
+            [self._conversation(row) for row in rows], tokenize=False, add_generation_prompt=True
+        )
+
+    def _conversation(self, row: CheckedRow) -> list[dict[str, Any]]:
+        messages = row.prompt
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if self._system_prompt and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self._system_prompt}, *messages]
+        return messages
+
+    def _plain_text(self, row: CheckedRow) -> str:
+        if not isinstance(row.prompt, str):
+            raise DataError(
+                f"{row.where}: the prompt is a list of chat messages, and the tokenizer has no "
+                "chat template"
+            )
+        return f"{self._system_prompt}\n\n{row.prompt}" if self._system_prompt else row.prompt
