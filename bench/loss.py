@@ -345,6 +345,7 @@ def measure(arguments: argparse.Namespace) -> dict:
                 milliseconds = timed(provider, batch, entropy_coef)
                 if repeat > 0:  # the first round warms up
                     times.setdefault((case, provider), []).append(milliseconds)
+    load_average = os.getloadavg()[0]  # above `threads`: other processes slowed this one
     rows, exact = [], {case: truth(batch, coef) for case, coef in CASES.items()}
     for (case, provider), peak in peaks(batch).items():
         entropy_coef = CASES[case]
@@ -373,6 +374,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         **shape,
         "zero_advantages": arguments.zero_advantages,
         "repeats": arguments.repeats,
+        "load_average": round(load_average, 2),
         "mean_entropy": float(entropy.mean()),
         "rows": rows,
     }

@@ -29,10 +29,10 @@ class OverlongRule:
     soft_penalty_tokens: int = 0
 
     def penalty(self, num_tokens: int) -> float:
-        free = self.max_completion_tokens - self.soft_penalty_tokens
-        return (
-            max(-1.0, (free - num_tokens) / self.soft_penalty_tokens) if num_tokens > free else 0.0
-        )
+        over = num_tokens - (self.max_completion_tokens - self.soft_penalty_tokens)
+        if over <= 0 or not self.soft_penalty_tokens:  # a replayed one may be above today's limit
+            return 0.0
+        return max(-1.0, -over / self.soft_penalty_tokens)
 
 
 @dataclass
