@@ -397,7 +397,8 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key} is not set"
     if first["type"] == "value_error":  # our own words; those about several keys name them
-        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        said = str(first.get("ctx", {}).get("error"))
+        return f"{key}: {said}" if key else said
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 

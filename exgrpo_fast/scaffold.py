@@ -12,7 +12,7 @@ START = """
 model:
   name: {model}
 data:
-  train: {folder}/train.jsonl
+  train: "{folder}/train.jsonl"
   eval: null
   prompt_field: prompt
   answer_field: answer

@@ -79,7 +79,8 @@ def _train(
     stop_after: int | None,
     started: float,
 ) -> int:
-    summary = {"eval_before": None, "eval_after": None} | folder.read_json("summary.json")
+    summary: dict[str, Any] = {"eval_before": None, "eval_after": None}
+    summary |= folder.read_json("summary.json")
     if trainer.num_steps:
         screen.note(f"resumed after step {trainer.num_steps}")
     if trainer.eval_questions and summary["eval_before"] is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_a_mean_over_no_rows_is_none() -> None:
 
 
 def test_split_evenly() -> None:
-    items = list(range(7))
+    items: list[Any] = list(range(7))
     assert split_evenly(items, 3) == [[0, 1], [2, 3], [4, 5, 6]]
     assert split_evenly(items, 1) == [items]
     assert split_evenly(items[:2], 4) == [[0], [1]]

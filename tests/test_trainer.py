@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_three_refused_updates_in_a_row_stop_the_run(make) -> None:
 
 
 def test_a_good_update_in_between_forgives(make) -> None:
-    optimiser = None
+    optimiser: Any = None
 
     def alternate(step: int) -> None:
         optimiser.skip_grad_norm = 500.0 if step % 3 == 2 else 1e-9
