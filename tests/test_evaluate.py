@@ -71,6 +71,8 @@ def test_evaluating_twice_gives_the_same_and_leaves_training_alone(
     evaluated = make_test_trainer(questions, function="even_length", held_out=questions[:3])
     assert evaluated.evaluate() == evaluated.evaluate()
     assert evaluated.evaluate().truncated > 0  # a random policy does not end in 12 tokens
+    samples = evaluated.evaluator.sample(questions[:3])
+    assert len({tuple(s.completion.token_ids.tolist()) for s in samples}) == 6  # n = 2, all differ
     assert [plain.step()[1]["loss_hex"] for _ in range(2)] == [
         evaluated.step()[1]["loss_hex"] for _ in range(2)
     ]
