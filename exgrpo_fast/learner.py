@@ -178,9 +178,11 @@ def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
 
 
 def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """Consecutive parts whose sizes differ by at most one; never an empty one."""
-    bounds = [len(groups) * i // parts for i in range(parts + 1)]
-    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    """Parts whose sizes differ by at most one; never an empty one.
+
+    Every `parts`-th group: the replayed ones stand first in a batch, and each part gets its share.
+    """
+    return [part for start in range(parts) if (part := groups[start::parts])]
 
 
 class MetricSums:

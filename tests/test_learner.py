@@ -262,7 +262,7 @@ def test_a_mean_over_no_rows_is_none() -> None:
 
 def test_split_evenly() -> None:
     items: list[Any] = list(range(7))
-    assert split_evenly(items, 3) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert split_evenly(items, 3) == [[0, 3, 6], [1, 4], [2, 5]]
     assert split_evenly(items, 1) == [items]
     assert split_evenly(items[:2], 4) == [[0], [1]]
     assert split_evenly([], 3) == []
