@@ -14,7 +14,7 @@ from exgrpo_fast.experience import Group, Trajectory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
-from exgrpo_kernels import PolicyObjective, linear_policy_loss
+from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,17 @@ class Learner:
             report.skipped["update_without_gradient"] += 1
             return
         loss = 0.0
-        for columns_loss, kernel_metrics, num_tokens in self._micro_batches(rows, objective):
-            columns_loss.backward()
-            loss += float(columns_loss.detach())
-            metrics.add(kernel_metrics)
-            report.tokens_trained += num_tokens
-            on_tokens(num_tokens)
+        try:
+            for columns_loss, kernel_metrics, num_tokens in self._micro_batches(rows, objective):
+                columns_loss.backward()
+                loss += float(columns_loss.detach())
+                metrics.add(kernel_metrics)
+                report.tokens_trained += num_tokens
+                on_tokens(num_tokens)
+        except NonFiniteHidden:
+            self.optimiser.discard()
+            report.skipped["update_not_finite"] += 1
+            return
         outcome = self.optimiser.step()
         report.losses.append(loss)
         report.grad_norms.append(outcome.grad_norm)

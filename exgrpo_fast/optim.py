@@ -88,6 +88,10 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         return UpdateOutcome(norm, lr, skipped)
 
+    def discard(self) -> None:
+        """Drop the accumulated gradients; weights and moments stay as they are."""
+        self.adamw.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "num_updates": self.num_updates,

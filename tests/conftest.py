@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Triton decides when it is imported whether kernels are Python; on a machine without a GPU they are.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import PreTrainedTokenizerFast
 
 from exgrpo_fast.build import make_engine, make_policy, make_reference, make_rewards, make_trainer

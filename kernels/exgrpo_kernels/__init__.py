@@ -3,13 +3,14 @@
     linear_logprob      hidden x weight -> log-probabilities, entropy, lse; any loss can follow
     linear_policy_loss  hidden x weight -> the policy loss, gradients made in the forward
     policy_loss         the same objective on vectors of log-probabilities
+    policy_loss_from_logits   the same objective where logits exist, gradients in their place
     PolicyObjective     which ratio, clip, surrogate, KL and entropy terms make up that loss
 
 Beside each function stands a `*_reference` in plain PyTorch that is its specification.
 """
 
+from exgrpo_kernels.linear_head import LinearLogprob, NonFiniteHidden
 from exgrpo_kernels.linear_logprob import (
-    LinearLogprob,
     linear_logprob,
     linear_logprob_reference,
 )
@@ -19,10 +20,12 @@ from exgrpo_kernels.policy_loss import (
     linear_policy_loss,
     linear_policy_loss_reference,
     policy_loss,
+    policy_loss_from_logits,
 )
 
 __all__ = [
     "LinearLogprob",
+    "NonFiniteHidden",
     "PolicyLoss",
     "PolicyObjective",
     "linear_logprob",
@@ -30,4 +33,5 @@ __all__ = [
     "linear_policy_loss",
     "linear_policy_loss_reference",
     "policy_loss",
+    "policy_loss_from_logits",
 ]

@@ -1,8 +1,9 @@
 """The loss of one token, and the two row scalars it sends back to the logits.
 
 Everything here acts on vectors of N tokens; nothing knows about hidden states or a vocabulary.
-The loss mathematics of the project is written in `token_losses` and nowhere else: the fused
-losses obtain their coefficients by differentiating that function (`row_scalars`).
+The loss mathematics of the project is written here, once: each loss in `token_losses`, its
+derivative beside it for `row_scalars`. The Triton row kernel repeats the derivative of the
+token-level losses (`rowwise.policy_coefficient`); the tests hold all three together.
 
 Legend: N tokens, joined end to end; `ratio` is pi_theta / pi_behaviour of the emitted token, or
 of its whole sequence; `shaped` tokens use w / (w + g) in place of the surrogate.
@@ -132,9 +133,17 @@ class LossColumns:
     ref_logprobs: Tensor | None
     sequence_ids: Tensor | None
 
-    def rows(self, start: int, stop: int) -> "LossColumns":
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The fields in order, as a registered operator takes them."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    def rows(self, rows: slice) -> "LossColumns":
+        """Some of the rows; where sequence ids are cut, they are numbered again from 0."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t[start:stop] for name, t in picked.items() if t is not None})
+        picked = {name: t[rows] for name, t in picked.items() if t is not None}
+        if self.sequence_ids is not None and len(picked["weights"]) < len(self.weights):
+            picked["sequence_ids"] = picked["sequence_ids"].unique(return_inverse=True)[1]
+        return replace(self, **picked)
 
 
 def check_vector(name: str, value: Tensor, num_rows: int, device: torch.device) -> None:
@@ -185,9 +194,12 @@ def loss_columns(
                 f"sequence_ids must be int64 of shape [{num_rows}], got "
                 f"{sequence_ids.dtype} of shape {list(sequence_ids.shape)}"
             )
-        if sequence_ids.device != device:
-            raise ValueError(f"sequence_ids must be on {device}, got {sequence_ids.device}")
-        sequence_ids = torch.where(trained, sequence_ids, 0)
+        if sequence_ids.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"sequence_ids must be on {device} or the CPU, got {sequence_ids.device}"
+            )
+        if sequence_ids.device == device:
+            sequence_ids = torch.where(trained, sequence_ids, 0)
         # Segment buffers have N entries, so that their size is known without asking the device.
         in_range = ((sequence_ids >= 0) & (sequence_ids < num_rows)).all()
         require(in_range, f"sequence_ids must lie in [0, {num_rows}) on every row with a weight")
@@ -235,10 +247,30 @@ def surrogate_losses(
     if objective.surrogate == "cispo":
         return -advantages * ratio.detach().clamp(max=high) * logprobs
     if objective.surrogate == "sapo":
-        temperature = torch.full_like(ratio, objective.sapo_temperature_negative)
-        temperature.masked_fill_(advantages > 0, objective.sapo_temperature_positive)
+        temperature = sapo_temperatures(objective, advantages)
         return -advantages * (4.0 / temperature) * torch.sigmoid(temperature * (ratio - 1.0))
     return -advantages * logprobs
+
+
+def surrogate_slopes(objective: PolicyObjective, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """(N,), (N,) -> (N,): the derivative of `surrogate_losses` in log ratio, or in log pi for
+    the surrogates whose ratio carries no gradient."""
+    low, high = objective.ratio_bounds
+    if objective.surrogate == "clip":
+        most = math.inf if objective.dual_clip is None else objective.dual_clip
+        above = ratio > torch.where(advantages > 0, high, most)
+        return -advantages * ratio.masked_fill(above | ((advantages < 0) & (ratio < low)), 0.0)
+    if objective.surrogate == "cispo":
+        return -advantages * ratio.clamp(max=high)
+    if objective.surrogate == "sapo":
+        gate = torch.sigmoid(sapo_temperatures(objective, advantages) * (ratio - 1.0))
+        return -advantages * 4.0 * gate * (1.0 - gate) * ratio
+    return -advantages
+
+
+def sapo_temperatures(objective: PolicyObjective, advantages: Tensor) -> Tensor:
+    temperature = torch.full_like(advantages, objective.sapo_temperature_negative)
+    return temperature.masked_fill(advantages > 0, objective.sapo_temperature_positive)
 
 
 def kl_losses(objective: PolicyObjective, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -252,35 +284,68 @@ def kl_losses(objective: PolicyObjective, logprobs: Tensor, ref_logprobs: Tensor
     return torch.expm1(-gap) + gap
 
 
+def kl_slopes(objective: PolicyObjective, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(N,), (N,) -> (N,): the derivative of `kl_losses` in log pi."""
+    gap = logprobs - ref_logprobs
+    if objective.kl_estimator == "k1":
+        return torch.ones_like(gap)
+    if objective.kl_estimator == "k2":
+        return gap
+    beyond = gap.abs() > LOG_RATIO_LIMIT
+    return -torch.expm1(-gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).masked_fill(beyond, 0.0)
+
+
+class LogRatios(NamedTuple):
+    """[N] each: of the token, of what the surrogate takes, and which tokens share it."""
+
+    of_token: Tensor
+    of_surrogate: Tensor
+    counted: Tensor
+    ids: Tensor | None
+
+
+def log_ratios(objective: PolicyObjective, logprobs: Tensor, columns: LossColumns) -> LogRatios:
+    """(N,) -> log pi_theta / pi_behaviour by token, and by sequence where the objective says so.
+
+    Shaped rows stay at token level and outside the means of their sequence.
+    """
+    of_token = logprobs - columns.behaviour_logprobs
+    counted = columns.trained if columns.shaping is None else columns.trained & ~is_shaped(columns)
+    if objective.ratio_level == "token":
+        return LogRatios(of_token, of_token, counted, None)
+    assert columns.sequence_ids is not None
+    ids = columns.sequence_ids.to(logprobs.device, non_blocking=True)
+    means = sequence_means(of_token, counted, ids)
+    return LogRatios(of_token, torch.where(counted, means, of_token), counted, ids)
+
+
+def is_shaped(columns: LossColumns) -> Tensor:
+    return torch.zeros_like(columns.trained) if columns.shaping is None else columns.shaping > 0
+
+
+def shaped_ratios(columns: LossColumns, of_token: Tensor) -> Tensor:
+    """(N,) -> f(w) = w / (w + g) = sigmoid(log w - log g), exact at any log-ratio, never clamped.
+
+    ExGRPO 2510.02245 eq. 4; one half where nothing is shaped.
+    """
+    assert columns.shaping is not None
+    shaped = is_shaped(columns)
+    log_shaping = torch.where(shaped, columns.shaping, 1.0).log()
+    return torch.sigmoid(torch.where(shaped, of_token - log_shaping, 0.0))
+
+
 def token_losses(
     objective: PolicyObjective, logprobs_N: Tensor, entropy_N: Tensor | None, columns: LossColumns
 ) -> TokenLosses:
-    """(N,), (N,) -> weighted losses whose sum is the loss; differentiable in both vectors.
-
-    Shaped rows (ExGRPO 2510.02245 eq. 4) lose -A f(w), f(w) = w / (w + g) = sigmoid(log w - log g):
-    exact at any log-ratio, hence not clamped. They stay at token level and outside the means of
-    their sequence.
-    """
+    """(N,), (N,) -> weighted losses whose sum is the loss; differentiable in both vectors."""
     trained, advantages = columns.trained, columns.advantages
     logprobs = torch.where(trained, logprobs_N, 0.0)
-    token_log_ratio = logprobs - columns.behaviour_logprobs
-    is_shaped = None if columns.shaping is None else columns.shaping > 0
-
-    log_ratio = token_log_ratio
-    if objective.ratio_level == "sequence":
-        assert columns.sequence_ids is not None
-        counted = trained if is_shaped is None else trained & ~is_shaped
-        log_ratio = sequence_means(token_log_ratio, counted, columns.sequence_ids)
-        log_ratio = torch.where(counted, log_ratio, token_log_ratio)
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    losses = surrogate_losses(objective, ratio, logprobs, advantages)
-
-    shaped = None
-    if is_shaped is not None:
-        assert columns.shaping is not None
-        log_shaping = torch.where(is_shaped, columns.shaping, 1.0).log()
-        shaped = torch.sigmoid(torch.where(is_shaped, token_log_ratio - log_shaping, 0.0))
-        losses = torch.where(is_shaped, -advantages * shaped, losses)
+    ratios = log_ratios(objective, logprobs, columns)
+    ratio = ratios.of_surrogate.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    losses, shaped = surrogate_losses(objective, ratio, logprobs, advantages), None
+    if columns.shaping is not None:
+        shaped = shaped_ratios(columns, ratios.of_token)
+        losses = torch.where(is_shaped(columns), -advantages * shaped, losses)
     # Advantage 0 is silent even where log pi = -inf would make 0 * inf.
     losses = torch.where(advantages == 0, 0.0, losses)
 
@@ -290,25 +355,42 @@ def token_losses(
     if objective.entropy_coef != 0:
         assert entropy_N is not None
         losses = losses - objective.entropy_coef * torch.where(trained, entropy_N, 0.0)
-    return TokenLosses(columns.weights * losses, ratio, log_ratio, shaped)
+    return TokenLosses(columns.weights * losses, ratio, ratios.of_surrogate, shaped)
 
 
+@torch.no_grad()
 def row_scalars(
     objective: PolicyObjective, logprobs_N: Tensor, entropy_N: Tensor, columns: LossColumns
 ) -> tuple[Tensor, Tensor | None]:
     """(N,), (N,) -> c1 = dL / d logprob and c2 = -dL / d entropy (None without an entropy term).
 
-    With them the gradient in the logits is dz_j = c1 (1[j=y] - p_j) + c2 p_j (log p_j + H).
+    The derivative of `token_losses`, written out because a registered operator runs below
+    autograd. With them the gradient in the logits is dz_j = c1 (1[j=y] - p_j) + c2 p_j (log p_j + H).
     """
-    with torch.enable_grad():
-        logprobs = logprobs_N.detach().requires_grad_()
-        entropy = entropy_N.detach().requires_grad_(objective.entropy_coef != 0)
-        weighted = token_losses(objective, logprobs, entropy, columns).weighted
-        inputs = (logprobs,) if objective.entropy_coef == 0 else (logprobs, entropy)
-        c1, *entropy_gradient = torch.autograd.grad(weighted.sum(), inputs)
+    trained, advantages = columns.trained, columns.advantages
+    logprobs = torch.where(trained, logprobs_N, 0.0)
+    ratios = log_ratios(objective, logprobs, columns)
+    ratio = ratios.of_surrogate.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    slopes = surrogate_slopes(objective, ratio, advantages)
+    has_ratio_gradient = objective.surrogate in ("clip", "sapo")
+    if has_ratio_gradient:
+        slopes = slopes.masked_fill(ratios.of_surrogate.abs() > LOG_RATIO_LIMIT, 0.0)
+    c1 = columns.weights * torch.where(advantages == 0, 0.0, slopes)
+    if has_ratio_gradient and ratios.ids is not None:
+        # each token moves the mean log-ratio of its sequence by one part in its length
+        c1 = torch.where(ratios.counted, sequence_means(c1, ratios.counted, ratios.ids), c1)
+    if columns.shaping is not None:
+        shaped = shaped_ratios(columns, ratios.of_token)
+        slopes = -advantages * shaped * (1.0 - shaped)
+        c1 = torch.where(is_shaped(columns), columns.weights * slopes, c1)
+    if objective.kl_coef != 0:
+        assert columns.ref_logprobs is not None
+        slopes = kl_slopes(objective, logprobs, columns.ref_logprobs)
+        c1 = c1 + columns.weights * objective.kl_coef * slopes
     # The slope of a clamp at NaN is 0, which would drop a broken row from the gradients.
+    weighted = token_losses(objective, logprobs_N, entropy_N, columns).weighted
     c1 = torch.where(weighted.isnan(), math.nan, c1)
-    return c1, -entropy_gradient[0] if entropy_gradient else None
+    return c1, objective.entropy_coef * columns.weights if objective.entropy_coef != 0 else None
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -334,8 +416,8 @@ def loss_metrics(
     entropy_mean, kl_ref              over the trained rows, when the inputs are there
     """
     trained, advantages, ratio = columns.trained, columns.advantages, losses.ratio
-    is_shaped = torch.zeros_like(trained) if columns.shaping is None else columns.shaping > 0
-    fresh = trained & ~is_shaped
+    shaped = is_shaped(columns)
+    fresh = trained & ~shaped
 
     def count(mask: Tensor) -> Tensor:
         return mask.sum().to(ratio.dtype)
@@ -358,7 +440,7 @@ def loss_metrics(
     fresh_ratio = torch.where(fresh, ratio, 0.0)
     metrics = {
         "num_trained": count(trained),
-        "num_shaped": count(is_shaped),
+        "num_shaped": count(shaped),
         "ratio_mean": mean(ratio, fresh),
         "ratio_max": fresh_ratio.amax() if len(ratio) else ratio.new_zeros(()),
         "clip_frac_low": count(below) / num_fresh,
@@ -366,7 +448,7 @@ def loss_metrics(
         "dual_clip_frac": count(beyond) / num_fresh,
         "log_ratio_clamped": count(fresh & (losses.log_ratio.abs() > LOG_RATIO_LIMIT)),
         "approx_kl": mean(torch.expm1(token_gap) - token_gap, fresh),
-        "shaped_mean": mean(ratio if losses.shaped is None else losses.shaped, is_shaped),
+        "shaped_mean": mean(ratio if losses.shaped is None else losses.shaped, shaped),
     }
     if entropy_N is not None:
         metrics["entropy_mean"] = mean(entropy_N, trained)

@@ -2,8 +2,9 @@
 
 For a token-level loss the coefficients of a row are known as soon as its log-probability is, so
 its gradients are made in the forward while the chunk is still there: three GEMMs and no logits
-made twice. A sequence-level ratio couples rows; then all rows are scored first, the coefficients
-follow, and a second pass makes the logits again: four GEMMs.
+made twice. A sequence-level ratio couples rows: where the host knows the sequences, chunks follow
+them and nothing changes; else all rows are scored first, the coefficients follow, and a second
+pass makes the logits again: four GEMMs.
 
 The loss itself is `objective.token_losses`; the row algebra is `linear_logprob`'s.
 Legend: N tokens, V vocabulary, D hidden.
@@ -11,6 +12,8 @@ Legend: N tokens, V vocabulary, D hidden.
 
 # pyright: reportIncompatibleMethodOverride=false
 
+import json
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -18,19 +21,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from exgrpo_kernels import runtime
-from exgrpo_kernels.linear_logprob import (
+from exgrpo_kernels.linear_head import (
+    HEAD_DTYPES,
+    Gradients,
     HeadGradients,
     LinearHead,
     LinearLogprob,
     RowCoefficients,
-    Workspace,
-    add_gradients_,
+    RowInputs,
+    compute_dtype,
     linear_head,
-    linear_logprob_reference,
-    linear_statistics,
-    recompute_gradients,
-    row_statistics_,
+    row_inputs,
     write_logits,
+)
+from exgrpo_kernels.linear_logprob import (
+    chunk_buffer,
+    chunk_size,
+    chunks,
+    linear_logprob_reference,
+    new_outputs,
+    recompute_gradients,
+    score_rows,
+    store_outputs,
 )
 from exgrpo_kernels.objective import (
     LossColumns,
@@ -42,6 +54,7 @@ from exgrpo_kernels.objective import (
     row_scalars,
     token_losses,
 )
+from exgrpo_kernels.rowwise_torch import TorchRows
 
 SPARSITIES = ("auto", "off")
 
@@ -72,6 +85,7 @@ def linear_policy_loss_reference(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     sparsity: str = "auto",
     backend: str = "auto",
     **columns,
@@ -84,44 +98,38 @@ def linear_policy_loss_reference(
     if isinstance(temperature, Tensor):
         temperature = torch.where(trained, temperature, 1.0)
     out = linear_logprob_reference(
-        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logits_dtype=logits_dtype,
     )
     return policy_loss(out.logprobs, out.entropy, weights=weights, **columns)
 
 
-# ---- chunked -------------------------------------------------------------------------------------
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# ---- passes over the chunks ----------------------------------------------------------------------
 
 
-def token_level_pass(
+def one_phase_pass(
     head: LinearHead,
     objective: PolicyObjective,
     columns: LossColumns,
     needs: tuple[bool, bool, bool],
+    main_grad: Tensor | None,
+    plan: list[slice],
 ) -> tuple[LinearLogprob, Gradients]:
-    """Statistics and gradients of every row in one pass over the chunks."""
-    outputs = [head.hidden_ND.new_empty(len(head), dtype=head.dtype) for _ in range(3)]
-    gradients = HeadGradients.like(head, needs)
-    workspace = Workspace(head)
-    for rows in workspace.chunks(len(head)):
+    """Statistics and gradients of every row in one pass over the chunks of `plan`."""
+    outputs, gradients = new_outputs(head), HeadGradients.like(head, needs, main_grad)
+    buffer = chunk_buffer(head, len(head))
+    for rows in plan:
         chunk = head.rows(rows)
-        z = workspace.logits[: len(chunk)]
-        write_logits(chunk, z)
-        statistics = row_statistics_(chunk, workspace, z)
-        for output, value in zip(
-            outputs, (statistics.logprobs, statistics.entropy, statistics.lse), strict=True
-        ):
-            output[rows] = value
-        c1, c2 = row_scalars(
-            objective,
-            statistics.logprobs,
-            statistics.entropy,
-            columns.rows(rows.start, rows.stop),
-        )
-        coefficients = RowCoefficients(c1, c2)
-        add_gradients_(gradients, chunk, workspace, z, statistics, coefficients, rows)
-    return LinearLogprob(*outputs), gradients.finish(head)
+        write_logits(buffer, chunk)
+        statistics, gradient = buffer.policy_gradient(chunk.inputs, objective, columns.rows(rows))
+        store_outputs(outputs, rows, statistics)
+        gradients.add(chunk, gradient, rows)
+    return outputs, gradients.finish(head)
 
 
 def two_phase_pass(
@@ -129,13 +137,157 @@ def two_phase_pass(
     objective: PolicyObjective,
     columns: LossColumns,
     needs: tuple[bool, bool, bool],
+    main_grad: Tensor | None,
 ) -> tuple[LinearLogprob, Gradients]:
     """Score all rows, find all coefficients, then make each chunk of logits again."""
-    outputs = linear_statistics(head)
+    outputs = score_rows(head)
     coefficients = RowCoefficients(
         *row_scalars(objective, outputs.logprobs, outputs.entropy, columns)
     )
-    return outputs, recompute_gradients(head, outputs, coefficients, needs)
+    return outputs, recompute_gradients(head, outputs, coefficients, needs, main_grad)
+
+
+def chunk_plan(columns: LossColumns, num_rows: int, chunk_rows: int) -> list[slice] | None:
+    """Chunks of whole sequences; None where one is too long, in pieces, or unknown to the host."""
+    if num_rows <= chunk_rows:
+        return [slice(0, num_rows)]
+    ids = columns.sequence_ids
+    if ids is None or not runtime.can_read_values(ids.device):
+        return None
+    # a row that is not trained belongs to whatever sequence is around it
+    trained = torch.arange(num_rows, device=ids.device)
+    if columns.trained.device == ids.device:
+        trained = columns.trained.nonzero().squeeze(1)
+    if len(trained) == 0:
+        return list(chunks(num_rows, chunk_rows))
+    ids = ids[trained]
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[1:] = ids[1:] != ids[:-1]
+    starts = trained[is_first]
+    if len(starts) != len(ids.unique()):
+        return None
+    plan, start = [], 0
+    ends = [*starts[1:].tolist(), num_rows]
+    for begin, end in zip([0, *starts[1:].tolist()], ends, strict=True):
+        if end - start > chunk_rows and begin > start:
+            plan.append(slice(start, begin))
+            start = begin
+        if end - start > chunk_rows:
+            return None
+    return [*plan, slice(start, num_rows)]
+
+
+# ---- operators: torch.compile and CUDA graphs see one node ---------------------------------------
+
+
+@torch.library.custom_op("exgrpo_kernels::linear_policy_loss", mutates_args=("main_grad",))
+def linear_policy_loss_operator(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype,
+    backend: str,
+    weights: Tensor,
+    trained: Tensor,
+    advantages: Tensor,
+    behaviour_logprobs: Tensor,
+    shaping: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sequence_ids: Tensor | None,
+    objective: str,
+    needs: list[bool],
+    main_grad: Tensor | None,
+) -> list[Tensor]:
+    """logprobs, entropy, and the wanted ones of dX, dW, db for an upstream gradient of 1."""
+    head = LinearHead.from_arguments(
+        hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
+    )
+    columns = LossColumns(
+        weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
+    )
+    policy = PolicyObjective(**json.loads(objective))
+    wanted = (needs[0], needs[1], needs[2])
+    if not any(wanted):
+        outputs, gradients = score_rows(head), ()
+    else:
+        size = chunk_size(head, len(head))
+        plan = list(chunks(len(head), size))
+        if policy.ratio_level == "sequence":
+            plan = chunk_plan(columns, len(head), size)
+        if plan is None:
+            outputs, gradients = two_phase_pass(head, policy, columns, wanted, main_grad)
+        else:
+            outputs, gradients = one_phase_pass(head, policy, columns, wanted, main_grad, plan)
+    return [*outputs[:2], *(gradient for gradient in gradients if gradient is not None)]
+
+
+@linear_policy_loss_operator.register_fake
+def _(hidden, weight, targets, bias, *arguments):
+    *_, needs, main_grad = arguments
+    outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:5]))
+    wanted = needs[0], needs[1] and main_grad is None, needs[2]
+    gradients = [
+        torch.empty_like(value, memory_format=torch.contiguous_format)
+        for value, needed in zip((hidden, weight, bias), wanted, strict=True)
+        if needed
+    ]
+    return [*outputs[:2], *gradients]
+
+
+@torch.library.custom_op("exgrpo_kernels::policy_loss_from_logits_", mutates_args=("logits",))
+def policy_loss_from_logits_operator(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    backend: str,
+    weights: Tensor,
+    trained: Tensor,
+    advantages: Tensor,
+    behaviour_logprobs: Tensor,
+    shaping: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sequence_ids: Tensor | None,
+    objective: str,
+) -> tuple[Tensor, Tensor]:
+    """logprobs, entropy; the gradient for an upstream gradient of 1 replaces `logits`."""
+    inputs = RowInputs(targets, bias, temperatures, temperature, softcap)
+    columns = LossColumns(
+        weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
+    )
+    policy = PolicyObjective(**json.loads(objective))
+    dtype = compute_dtype(logits)
+    if backend == "triton":
+        from exgrpo_kernels.rowwise import TritonRows
+
+        buffer = TritonRows(logits, operand_dtype=logits.dtype)
+    else:
+        # PyTorch reads low-precision logits through a float32 copy
+        buffer = TorchRows(
+            logits.to(dtype),
+            has_softcap=softcap is not None,
+            operand_dtype=dtype,
+            closes_gaps=False,
+        )
+    statistics, gradient = buffer.policy_gradient(inputs, policy, columns)
+    if gradient.scale_L is not None:
+        gradient.dlogits_LV.mul_(gradient.scale_L[:, None])
+    if buffer.logits is not logits:
+        logits.copy_(gradient.dlogits_LV)
+    return statistics.logprobs, statistics.entropy
+
+
+@policy_loss_from_logits_operator.register_fake
+def _(logits, *arguments):
+    new = logits.new_empty
+    dtype = compute_dtype(logits)
+    return new(len(logits), dtype=dtype), new(len(logits), dtype=dtype)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -156,6 +308,26 @@ class _WithGradients(torch.autograd.Function):
         is_one = runtime.can_read_values(upstream.device) and float(upstream) == 1.0
         scaled = (g if g is None or is_one else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
         return None, *scaled, None
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+class _WithGradients(torch.autograd.Function):
+    """Gives a finished loss the gradients that were made beside it."""
+
+    @staticmethod
+    def forward(ctx, loss, first, second, third, *gradients):
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        # Multiplying by 1 would copy [V, D]; the host may look only where that costs no sync.
+        is_one = runtime.is_free_to_read(upstream) and float(upstream) == 1.0
+        scaled = (g if g is None or is_one else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return None, *scaled, None, None, None
 
 
 # ---- public --------------------------------------------------------------------------------------
@@ -223,6 +395,8 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    weight_main_grad: Tensor | None = None,
     sparsity: str = "auto",
     backend: str = "auto",
 ) -> PolicyLoss:
@@ -235,9 +409,12 @@ def linear_policy_loss(
     weights              [N], mask x normaliser x correction; nothing is divided inside
     shaping              [N], 0: the surrogate; g > 0: w / (w + g) with the unclipped ratio w
     ref_logprobs         [N], needed when objective.kl_coef > 0
-    sequence_ids         int64 [N] in [0, N), needed when objective.ratio_level is "sequence"
+    sequence_ids         int64 [N] in [0, N), needed when objective.ratio_level is "sequence";
+                         on the CPU they let chunks follow the sequences, which saves a GEMM
     objective            `PolicyObjective`, which gives the formulas and their papers
-    bias, temperature, softcap, backend   as in `linear_logprob`
+    weight_main_grad     float32 [V, D]: dW is added to it here, and `weight` gets none from
+                         autograd; the upstream gradient of the loss must then be 1
+    bias, temperature, softcap, logits_dtype, backend   as in `linear_logprob`
     sparsity             "auto" or "off"; both are dense
 
     A row of weight 0 contributes exactly 0, whatever its inputs hold; a target outside [0, V) is
@@ -246,12 +423,13 @@ def linear_policy_loss(
     entropy and log-probabilities come back for all rows, for metrics and for later steps.
     N = 0 is legal: loss 0 and zero gradients.
     Errors: ValueError naming the argument, for shapes, dtypes, devices, settings; values (targets,
-    temperature, shaping, sequence_ids) are checked on a CPU, and by device-side asserts on CUDA.
+    temperature, shaping, sequence_ids, a hidden state that is not finite on a trained row) are
+    checked on a CPU. On CUDA the first four are device-side asserts, and the last makes a NaN loss.
     """
     objective = resolve_objective(objective)
     if sparsity not in SPARSITIES:
         raise ValueError(f"sparsity must be one of {', '.join(SPARSITIES)}, got {sparsity!r}")
-    runtime.resolve_backend(backend, hidden.device)
+    check_main_grad(weight_main_grad, weight)
     check_vector("weights", weights, len(hidden), hidden.device)
     head = linear_head(
         hidden,
@@ -260,8 +438,9 @@ def linear_policy_loss(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        trained=weights.detach() != 0,
-    )
+        logits_dtype=logits_dtype,
+        backend=backend,
+    ).with_checked_values(weights.detach() != 0)
     columns = loss_columns(
         objective,
         len(head),
@@ -278,20 +457,119 @@ def linear_policy_loss(
     def wants(value: Tensor | None) -> bool:
         return torch.is_grad_enabled() and value is not None and value.requires_grad
 
-    needs = wants(hidden), wants(weight), wants(bias)
+    needs = [wants(hidden), wants(weight), wants(bias)]
     with torch.no_grad():
-        gradients: Gradients | None = None
-        if not any(needs):
-            outputs = linear_statistics(head)
-        elif objective.ratio_level == "sequence":
-            outputs, gradients = two_phase_pass(head, objective, columns, needs)
-        else:
-            outputs, gradients = token_level_pass(head, objective, columns, needs)
-        is_token = (targets >= 0) & (targets < len(weight))
-        logprobs = torch.where(is_token, outputs.logprobs, 0.0)
-        losses = token_losses(objective, logprobs, outputs.entropy, columns)
-        metrics = loss_metrics(objective, logprobs, outputs.entropy, columns, losses)
-        loss = losses.weighted.sum()
-    if gradients is not None:
-        loss = _WithGradients.apply(loss, hidden, weight, bias, gradients)
-    return PolicyLoss(loss, logprobs, outputs.entropy, losses.ratio, metrics)
+        logprobs, entropy, *made = linear_policy_loss_operator(
+            *head.arguments(),
+            *columns.arguments(),
+            json.dumps(asdict(objective)),
+            needs,
+            weight_main_grad,
+        )
+        result = finished_loss(objective, columns, targets, len(weight), logprobs, entropy)
+    if not any(needs):
+        return result
+    needs[1] = needs[1] and weight_main_grad is None
+    remaining = iter(made)
+    dhidden, dweight, dbias = (next(remaining) if needed else None for needed in needs)
+    loss = _WithGradients.apply(result.loss, hidden, weight, bias, dhidden, dweight, dbias)
+    return result._replace(loss=loss)
+
+
+def policy_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    advantages: Tensor,
+    behaviour_logprobs: Tensor,
+    weights: Tensor,
+    shaping: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    objective: PolicyObjective | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    in_place: bool = True,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """(N, V), (N,) -> float32 scalar: the loss of `linear_policy_loss` where logits exist already.
+
+    logits     bfloat16, float16, float32 or float64, rows with any stride. With `in_place`, and
+               when they require a gradient, the gradient takes their memory: their values are
+               gone after this call, and autograd refuses to go on if anyone saved them.
+    The other arguments, their errors and the result are those of `linear_policy_loss`; a bias gets
+    no gradient here. In low precision the gradient is rounded to the dtype of the logits.
+    """
+    objective = resolve_objective(objective)
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in HEAD_DTYPES:
+        raise ValueError(f"logits must be floating [N, V], got {logits.dtype} {list(logits.shape)}")
+    if logits.stride(1) != 1 and logits.shape[1] > 1 and len(logits) > 0:
+        raise ValueError(f"logits must be contiguous in their rows, got strides {logits.stride()}")
+    num_rows, num_tokens = logits.shape
+    dtype, device = compute_dtype(logits), logits.device
+    check_vector("weights", weights, num_rows, device)
+    inputs = row_inputs(
+        num_rows,
+        num_tokens,
+        device,
+        dtype,
+        targets=targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+    ).with_checked_values(num_tokens, weights.detach() != 0)
+    columns = loss_columns(
+        objective,
+        num_rows,
+        dtype,
+        device,
+        advantages=advantages,
+        behaviour_logprobs=behaviour_logprobs,
+        weights=weights,
+        shaping=shaping,
+        ref_logprobs=ref_logprobs,
+        sequence_ids=sequence_ids,
+    )
+    backend = runtime.resolve_backend(backend, device, dtype)
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    # a detached tensor shares the version counter, by which autograd sees the change
+    made = logits.detach() if in_place and wants_gradient else logits.detach().clone()
+    with torch.no_grad():
+        logprobs, entropy = policy_loss_from_logits_operator(
+            made, *inputs.arguments(), backend, *columns.arguments(), json.dumps(asdict(objective))
+        )
+        result = finished_loss(objective, columns, targets, num_tokens, logprobs, entropy)
+    if not wants_gradient:
+        return result
+    return result._replace(
+        loss=_WithGradients.apply(result.loss, logits, None, None, made, None, None)
+    )
+
+
+def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    """ValueError unless dW can be added to `main_grad`."""
+    if main_grad is None:
+        return
+    fits = main_grad.shape == weight.shape and main_grad.device == weight.device
+    if not fits or main_grad.dtype != torch.float32:
+        raise ValueError(
+            f"weight_main_grad must be float32 {list(weight.shape)} on {weight.device}, got "
+            f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+        )
+
+
+def finished_loss(
+    objective: PolicyObjective,
+    columns: LossColumns,
+    targets: Tensor,
+    num_tokens: int,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> PolicyLoss:
+    """The loss of finished rows, and its metrics."""
+    is_token = (targets >= 0) & (targets < num_tokens)
+    logprobs = torch.where(is_token, logprobs, 0.0)
+    losses = token_losses(objective, logprobs, entropy, columns)
+    metrics = loss_metrics(objective, logprobs, entropy, columns, losses)
+    return PolicyLoss(losses.weighted.sum(), logprobs, entropy, losses.ratio, metrics)

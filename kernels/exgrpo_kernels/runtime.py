@@ -4,12 +4,26 @@ The only file that looks at devices; the mathematics above it is the same everyw
 Shapes: R rows of one chunk, V vocabulary, D hidden.
 """
 
+import contextlib
+import importlib.util
+import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+
+# ---- sizes on a GPU: predictions of the roofline until a GPU has measured them -------------------
+# 4096 rows of bfloat16 logits of a 152k vocabulary: all but the dW accumulator that we hold.
+CUDA_CHUNK_BYTES = 1280 * 2**20
+# Rows of a GEMM tile; the last chunk is padded to a multiple.
+ROW_GRANULE = 128
+# Columns and warps of the row kernel: 8 KiB to 16 KiB of a row under way in each of its programs.
+ROW_BLOCK, ROW_WARPS = 4096, 8
+
+# ---- sizes on a CPU ------------------------------------------------------------------------------
 
 # The chunk of logits [R, V] is sized in bytes. 40 MiB is 320 float32 rows of a 32k vocabulary,
 # where the three GEMMs are within 8 % of their rate at 4096 rows (AVX-512, 2 cores; 384 rows:
@@ -27,22 +41,53 @@ BLOCK_BYTES = 14 * 2**20
 TILE_BYTES = 8 * 2**20
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that will run: "torch" is the only one in this build."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will run: "auto" is Triton on CUDA devices, PyTorch elsewhere.
+
+    "triton" on a CPU needs Triton's interpreter; float64 is PyTorch's alone.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError(
-            f"backend='triton' is not available on {device} in this build: "
-            "accepted are 'auto' and 'torch'"
-        )
-    return "torch"
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "the package triton is not installed"
+    elif dtype == torch.float64:
+        reason = "its kernels have no float64"
+    elif device.type != "cuda" and not is_interpreting():
+        reason = f"tensors are on {device} and TRITON_INTERPRET=1 was not set before the import"
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend='triton' cannot run here: {reason}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and reason is None else "torch"
+    return backend
 
 
-def chunk_rows(num_rows: int, row_bytes: int) -> int:
+def is_interpreting() -> bool:
+    """Whether Triton kernels run as Python on CPU tensors; it is fixed when Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def chunk_rows(num_rows: int, row_bytes: int, device: torch.device) -> int:
     """How many rows of logits one chunk holds, given the bytes of one row."""
+    if device.type == "cuda":
+        most = max(ROW_GRANULE, CUDA_CHUNK_BYTES // row_bytes // ROW_GRANULE * ROW_GRANULE)
+        return min(most, -(-max(num_rows, 1) // ROW_GRANULE) * ROW_GRANULE)
     fitting = max(CHUNK_BYTES // row_bytes, min(EFFICIENT_ROWS, LARGEST_CHUNK_BYTES // row_bytes))
     return max(1, min(num_rows, fitting))
+
+
+def padded_rows(num_rows: int, chunk_rows: int, device: torch.device) -> int:
+    """How many rows the GEMMs of the last chunk have.
+
+    Multiples of a tile keep the kernels of the BLAS few; all of the chunk, when algorithms are to
+    be deterministic, makes a row's bits independent of how many others come with it.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return chunk_rows
+    return min(chunk_rows, -(-num_rows // ROW_GRANULE) * ROW_GRANULE)
 
 
 def block_rows(num_rows: int, row_bytes: int) -> int:
@@ -50,43 +95,82 @@ def block_rows(num_rows: int, row_bytes: int) -> int:
     return max(1, min(num_rows, BLOCK_BYTES // row_bytes))
 
 
+class RowKernelShape(NamedTuple):
+    block: int
+    num_warps: int
+
+
+def row_kernel_shape(num_columns: int) -> RowKernelShape:
+    """Columns per block and warps per program for rows of `num_columns`."""
+    block = ROW_BLOCK
+    while block > 128 and block // 2 >= num_columns:
+        block //= 2
+    return RowKernelShape(block, max(1, min(ROW_WARPS, block // 256)))
+
+
+def num_programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one for each multiprocessor, a few where Python plays GPU."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def empty_logits(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device):
     """An uninitialised [R, V] buffer whose rows do not all start in the same cache set.
 
-    A row length that is a multiple of the page (every power-of-two vocabulary) makes the
-    transposed read of the dW GEMM collide; one cache line of padding makes it 8 % faster.
+    On a CPU a row length that is a multiple of the page (every power-of-two vocabulary) makes the
+    transposed read of the dW GEMM collide; one cache line of padding makes it 8 % faster. On a
+    GPU rows start at multiples of 128 bytes whatever the vocabulary, as the fast GEMMs want.
     """
-    padding = 0
-    if device.type == "cpu" and (num_columns * dtype.itemsize) % 4096 == 0:
+    padding, row_bytes = 0, num_columns * dtype.itemsize
+    if device.type == "cuda":
+        padding = -row_bytes % 128 // dtype.itemsize
+    elif row_bytes % 4096 == 0:
         padding = 64 // dtype.itemsize
     buffer = torch.empty(num_rows, num_columns + padding, dtype=dtype, device=device)
     return buffer[:, :num_columns]
 
 
 def can_read_values(device: torch.device) -> bool:
-    """Whether the host may look at tensor values without waiting for a device."""
-    return device.type == "cpu"
+    """Whether the host may look at tensor values: on a CPU at no cost, in debug mode at any."""
+    return device.type == "cpu" or os.environ.get("EXGRPO_KERNELS_DEBUG") == "1"
+
+
+def is_free_to_read(value: Tensor) -> bool:
+    """Whether the host may look at `value`; a compiled graph cannot branch on it."""
+    return can_read_values(value.device) and not torch.compiler.is_compiling()
 
 
 def require(condition: Tensor, message: str) -> None:
-    """Check a 0-d bool tensor: ValueError on a CPU, device-side assert (no sync) elsewhere."""
-    if can_read_values(condition.device):
+    """Check a 0-d bool tensor: ValueError on a CPU, device-side assert (no sync) elsewhere.
+
+    A compiled graph asserts everywhere (RuntimeError): it cannot branch on values.
+    """
+    if is_free_to_read(condition):
         if not bool(condition):
             raise ValueError(message)
-    elif condition.device.type == "cuda":
+    elif condition.device.type in ("cpu", "cuda"):
         torch._assert_async(condition, message)
 
 
 # ---- the three GEMMs of a linear layer, accumulated in float32 -----------------------------------
 
 
-def gemm_dtype(hidden: Tensor, weight: Tensor, compute: torch.dtype) -> torch.dtype:
-    """The operand dtype: bfloat16 where tensor cores accumulate it in float32, else `compute`.
+def gemm_dtype(
+    hidden: Tensor, weight: Tensor, compute: torch.dtype, *, is_triton: bool
+) -> torch.dtype:
+    """The operand dtype: bfloat16 where it is accumulated in float32, else `compute`.
 
-    float16 stays out: coefficients divided by token counts underflow its range.
+    float16 stays out: coefficients divided by token counts underflow its range. The interpreter
+    takes what a GPU would.
     """
     low = hidden.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if low and hidden.is_cuda else compute
+    return torch.bfloat16 if low and (hidden.is_cuda or is_triton) else compute
 
 
 def _upcast_tiles(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -127,7 +211,9 @@ def weight_gradient_add(
     beta = 0 if overwrite else 1
     if dlogits_RV.dtype == out_VD.dtype:
         out_VD.addmm_(dlogits_RV.t(), hidden_RD, beta=beta)
-    else:
+    elif dlogits_RV.is_cuda:
         torch.addmm(
             out_VD, dlogits_RV.t(), hidden_RD, out_dtype=out_VD.dtype, beta=beta, out=out_VD
         )
+    else:
+        out_VD.addmm_(dlogits_RV.t().to(out_VD.dtype), hidden_RD.to(out_VD.dtype), beta=beta)

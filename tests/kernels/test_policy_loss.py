@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exgrpo_kernels import (
+    NonFiniteHidden,
     PolicyObjective,
     linear_logprob,
     linear_logprob_reference,
@@ -23,6 +24,7 @@ from exgrpo_kernels import (
     runtime,
 )
 
+CPU = torch.device("cpu")
 F64 = torch.float64
 
 OBJECTIVES = {
@@ -175,7 +177,7 @@ def test_chunk_size_changes_nothing(monkeypatch, name, rows):
     monkeypatch.setattr(runtime, "CHUNK_BYTES", rows * 67 * 8)
     monkeypatch.setattr(runtime, "EFFICIENT_ROWS", 1)
     monkeypatch.setattr(runtime, "BLOCK_BYTES", 2 * 67 * 8)
-    assert runtime.chunk_rows(41, 67 * 8) == rows
+    assert runtime.chunk_rows(41, 67 * 8, CPU) == rows
     chunked = gradients_of(linear_policy_loss, tensors, targets, columns, **arguments)
     assert_same(chunked, whole, 1e-13)
 
@@ -384,13 +386,25 @@ def test_no_rows(name):
     assert all(value == 0 for value in result.metrics.values())
 
 
-def test_nan_in_a_trained_row_is_never_hidden():
+def test_a_non_finite_hidden_state_on_a_trained_row_is_refused_by_name():
     (hidden, weight, _), targets, columns = make_batch(dtype=torch.float32)
-    dirty = hidden.detach().clone()
-    dirty[1] = math.nan
-    result = linear_policy_loss(dirty.requires_grad_(), weight, targets, **columns)
+    for value in (math.nan, math.inf):
+        dirty = hidden.detach().clone()
+        dirty[1, 3] = value
+        with pytest.raises(NonFiniteHidden, match=r"hidden \[41, 11\] must be finite .* row 1"):
+            linear_policy_loss(dirty, weight, targets, **columns)
+
+
+@pytest.mark.parametrize("name", ["advantages", "behaviour_logprobs", "ref_logprobs"])
+def test_nan_in_a_trained_row_is_never_hidden(name):
+    (hidden, weight, _), targets, columns = make_batch(dtype=torch.float32)
+    columns[name] = columns[name].clone()
+    columns[name][1] = math.nan
+    objective = PolicyObjective(kl_coef=0.1)
+    result = linear_policy_loss(hidden, weight, targets, objective=objective, **columns)
     result.loss.backward()
-    assert result.loss.isnan() and dirty.grad[1].isnan().all()
+    assert result.loss.isnan() and hidden.grad[1].isnan().all()
+    assert hidden.grad[2:5].isfinite().all()
 
 
 def test_rows_may_come_in_any_order():
@@ -580,7 +594,7 @@ def test_any_batch_matches_the_reference(
         ({"temperature": 0}, ["temperature", "> 0"]),
         ({"temperature": torch.tensor([1.0, -1.0, 1.0])}, ["temperature", "> 0"]),
         ({"sparsity": "on"}, ["sparsity", "auto, off", "'on'"]),
-        ({"backend": "triton"}, ["backend", "'auto' and 'torch'"]),
+        ({"backend": "cuda"}, ["backend", "auto, triton, torch", "'cuda'"]),
         ({"objective": PolicyObjective(kl_coef=1.0)}, ["ref_logprobs", "[3]"]),
         ({"objective": PolicyObjective(ratio_level="sequence")}, ["sequence_ids", "[3]"]),
         ({"objective": 0.2}, ["objective", "PolicyObjective"]),

@@ -1,0 +1,258 @@
+"""What does the compiler make of the kernels? Compiled ahead of time, no GPU needed.
+
+    PYTHONPATH=kernels python bench/aot.py [--targets 80 89 90 100] [--only policy] [--out DIR]
+
+Every launch that the launchers would make is recorded, with the types and alignments that a launch
+derives, and compiled to machine code for each target by the compiler inside Triton. Register
+spills, serialized matrix instructions and shared memory over the chip's limit are failures (exit
+1): on a GPU they would show as a slow kernel or a launch that fails, here they show as a row.
+What this cannot say: time, races, and the accuracy of approximate instructions.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    sys.exit("bench/aot.py: unset TRITON_INTERPRET, interpreted kernels cannot be compiled")
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="aot-"))
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from exgrpo_kernels import PolicyObjective, rowwise
+from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
+from exgrpo_kernels.objective import loss_columns
+
+# Bytes of shared memory a block may have: CUDA C++ programming guide, technical specifications.
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TARGETS = (80, 89, 90, 100)
+TYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+class Launch(NamedTuple):
+    """One kernel as a launcher calls it."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int], list]
+    num_warps: int
+
+
+# ---- the launches of the row kernels -------------------------------------------------------------
+
+
+class Recorder(rowwise.TritonRows):
+    """Keeps the launches instead of making them."""
+
+    name: str
+    launches: list[Launch]
+
+    def launch(self, kernel, num_rows: int, *arguments, **constants) -> None:
+        names = kernel.arg_names
+        values = dict(zip(names, arguments, strict=False)) | constants
+        values["BLOCK"] = self.shape.block
+        name = f"{kernel.fn.__name__.removesuffix('_kernel')} {self.name}"
+        self.launches.append(specialised(name, kernel, values, self.shape.num_warps))
+
+
+def specialised(name: str, kernel: Any, values: dict[str, Any], num_warps: int) -> Launch:
+    """Types, constants and alignments as Triton's own launcher derives them."""
+    signature, constants, attributes = {}, {}, {}
+    compiled_in = {p.name for p in kernel.params if p.is_constexpr}
+    for index, parameter in enumerate(kernel.arg_names):
+        value = values[parameter]
+        aligned = False
+        if parameter in compiled_in or value is None or (type(value) is int and value == 1):
+            signature[parameter], constants[parameter] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter] = "*" + TYPE_NAMES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[parameter] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[parameter] = "fp32"
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return Launch(name, kernel, signature, constants, attributes, num_warps)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+PLACES = {"bf16": (BF16, BF16), "fp32 to bf16": (FP32, BF16), "fp32": (FP32, FP32)}
+LOSSES = {
+    "clip": {},
+    "cispo k1": {"surrogate": "cispo", "kl_coef": 0.1, "kl_estimator": "k1"},
+    "sapo k2": {"surrogate": "sapo", "kl_coef": 0.1, "kl_estimator": "k2"},
+    "reinforce": {"surrogate": "reinforce"},
+    "clip k3": {"dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01},
+}
+
+
+def row_launches() -> list[Launch]:
+    """Every row kernel in every dtype, with nothing optional and with all of it, and every loss."""
+    launches: list[Launch] = []
+    for place, (logits_dtype, gradient_dtype) in PLACES.items():
+        for vocab in (151_936, 300):
+            for full in (False, True):
+                label = f"{place}, V={vocab}, {'all options' if full else 'plain'}"
+                losses = ["clip k3" if full else "clip"]
+                if vocab == 151_936 and place == "bf16" and not full:
+                    losses = ["clip", "cispo k1", "sapo k2", "reinforce"]
+                if vocab == 300 and place != "bf16":
+                    continue
+                launches += launches_of(label, logits_dtype, gradient_dtype, vocab, full, losses)
+    return launches
+
+
+def launches_of(
+    label: str,
+    logits_dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    vocab: int,
+    full: bool,
+    losses: list[str],
+) -> list[Launch]:
+    rows = Recorder(
+        torch.empty(2, vocab, dtype=logits_dtype), operand_dtype=gradient_dtype, keeps_masses=full
+    )
+    rows.launches, rows.name = [], label
+    vector = torch.ones(2)
+    inputs = RowInputs(
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(vocab) if full else None,
+        vector if full else None,
+        1.0,
+        30.0 if full else None,
+    )
+    rows.statistics(inputs)
+    extra = vector if full else None
+    statistics = LinearLogprob(vector, vector, vector)
+    rows.gradient(inputs, statistics, RowCoefficients(vector, extra, extra))
+    for loss in losses:
+        rows.name = f"{label}, {loss}"
+        objective = PolicyObjective(**LOSSES[loss])
+        columns = loss_columns(
+            objective,
+            2,
+            FP32,
+            vector.device,
+            advantages=vector,
+            behaviour_logprobs=vector,
+            weights=vector,
+            shaping=extra,
+            ref_logprobs=vector if objective.kl_coef else None,
+            sequence_ids=None,
+        )
+        rows.policy_gradient(inputs, objective, columns)
+    return rows.launches
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+def compiled(job: tuple[int, int]) -> dict[str, Any]:
+    """Compile one launch for one target; the row says what came out and what is wrong with it."""
+    launch, target = LAUNCHES[job[0]], job[1]
+    row: dict[str, Any] = {"kernel": launch.name, "target": f"sm_{target}"}
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    try:
+        with contextlib.redirect_stdout(log):
+            kernel = triton.compile(
+                source,
+                target=GPUTarget("cuda", target, 32),
+                options={"num_warps": launch.num_warps},
+            )
+    except Exception as error:
+        return row | {"problems": [f"{type(error).__name__}: {str(error)[-300:]}"]}
+    text = log.getvalue()
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    row |= {
+        "warps": launch.num_warps,
+        "registers": registers(kernel.asm["cubin"]),
+        "spill_bytes": int(spills[1]) + int(spills[2]) if spills else None,
+        "shared_bytes": kernel.metadata.shared,
+        "serialized": "wgmma" in text and "serialized" in text,
+    }
+    problems = []
+    if row["spill_bytes"] is None:
+        problems.append("ptxas said nothing of spills")
+    elif row["spill_bytes"] > 0:
+        problems.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > SHARED_LIMIT[target]:
+        problems.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[target]}")
+    if row["serialized"]:
+        problems.append("matrix instructions are serialized")
+    return row | {"problems": problems}
+
+
+def registers(cubin: bytes) -> int:
+    """Registers per thread, as the binary says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(number) for number in re.findall(r"REG:(\d+)", usage))
+
+
+LAUNCHES: list[Launch] = []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=SHARED_LIMIT)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="folder for triton-VERSION.json")
+    arguments = parser.parse_args()
+
+    LAUNCHES.extend(launch for launch in row_launches() if arguments.only in launch.name)
+    jobs = [(i, target) for i in range(len(LAUNCHES)) for target in arguments.targets]
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=fork) as pool:
+        table = list(pool.map(compiled, jobs))
+
+    width = max(len(launch.name) for launch in LAUNCHES)
+    print(f"triton {triton.__version__}: {len(LAUNCHES)} launches, targets {arguments.targets}")
+    print(f"{'kernel':{width}}  target  warps  regs  spills  shared")
+    for row in table:
+        figures = [row.get(key, "-") for key in ("warps", "registers", "spill_bytes", "shared_bytes")]
+        print(f"{row['kernel']:{width}}  {row['target']:6}", end="")
+        print("  {:>5}  {:>4}  {:>6}  {:>6}".format(*map(str, figures)), *row["problems"])
+    bad = [row for row in table if row["problems"]]
+    print(f"{len(table) - len(bad)} compiled clean, {len(bad)} with problems")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        result = {"bench": "aot", "triton": triton.__version__, "torch": torch.__version__}
+        text = json.dumps(result | {"rows": table}, indent=1)
+        (arguments.out / f"triton-{triton.__version__}.json").write_text(text + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

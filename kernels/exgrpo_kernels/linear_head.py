@@ -1,0 +1,391 @@
+"""The linear head: its checked inputs, the coefficients of its rows, and the sums dX, dW, db.
+
+What happens to a chunk of raw logits is the protocol `ChunkRows`: plain PyTorch follows it in
+`rowwise_torch`, Triton in `rowwise`. The checks, the GEMMs and the sums around it are here.
+
+Legend: N tokens, R rows of a chunk, L rows of a chunk that stay in its GEMMs, V vocabulary, D hidden.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from exgrpo_kernels import runtime
+from exgrpo_kernels.objective import LossColumns, PolicyObjective
+
+HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class NonFiniteHidden(ValueError):
+    """A hidden state of a trained row holds NaN or inf; a trainer may want to skip the step."""
+
+
+class LinearLogprob(NamedTuple):
+    """[N] each, float32: log p(target), entropy of p, log-sum-exp of the scaled logits."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowInputs:
+    """What a row of logits x meets: z = softcap(x + bias) / temperature, and its target.
+
+    `temperatures_N` is None where every row has `temperature`.
+    """
+
+    targets_N: Tensor
+    bias_V: Tensor | None
+    temperatures_N: Tensor | None
+    temperature: float
+    softcap: float | None
+
+    def __len__(self) -> int:
+        return self.targets_N.shape[0]
+
+    @property
+    def tau(self) -> Tensor | float:
+        return self.temperature if self.temperatures_N is None else self.temperatures_N
+
+    def rows(self, index: slice | Tensor) -> "RowInputs":
+        tau = self.temperatures_N
+        return replace(
+            self,
+            targets_N=self.targets_N[index],
+            temperatures_N=None if tau is None else tau[index],
+        )
+
+    def arguments(self) -> tuple:
+        """The fields in order, as a registered operator takes them."""
+        return self.targets_N, self.bias_V, self.temperatures_N, self.temperature, self.softcap
+
+    def with_checked_values(self, num_tokens: int, trained_N: Tensor | None) -> "RowInputs":
+        """Check what only the values tell; rows that are not trained may hold anything."""
+        in_range = (self.targets_N >= 0) & (self.targets_N < num_tokens)
+        allowed = in_range if trained_N is None else in_range | ~trained_N
+        runtime.require(
+            allowed.all(), f"targets must lie in [0, {num_tokens}) on every trained row"
+        )
+        tau = self.temperatures_N
+        if tau is not None:
+            tau = tau if trained_N is None else torch.where(trained_N, tau, 1.0)
+            positive = (tau > 0) & tau.isfinite()
+            runtime.require(positive.all(), "temperature must be > 0 and finite on every row")
+        targets = torch.where(in_range, self.targets_N, 0)
+        return replace(self, targets_N=targets, temperatures_N=tau)
+
+
+def row_inputs(
+    num_rows: int,
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> RowInputs:
+    """Check everything that shapes, dtypes and devices tell; ValueError names the argument."""
+    if targets.shape != (num_rows,):
+        raise ValueError(f"targets must have shape [{num_rows}], got {list(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if bias is not None and bias.shape != (num_tokens,):
+        raise ValueError(f"bias must have shape [{num_tokens}], got {list(bias.shape)}")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias must be a floating tensor, got {bias.dtype}")
+    for name, value in (("targets", targets), ("bias", bias), ("temperature", temperature)):
+        if isinstance(value, Tensor) and value.ndim > 0 and value.device != device:
+            raise ValueError(f"{name} must be on {device}, got {value.device}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
+    softcap = None if softcap is None else float(softcap)
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        if temperature.shape != (num_rows,):
+            raise ValueError(
+                f"temperature must be a number or have shape [{num_rows}], "
+                f"got {list(temperature.shape)}"
+            )
+        return RowInputs(targets, bias, temperature.detach().to(dtype), 1.0, softcap)
+    temperature = float(temperature)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    return RowInputs(targets, bias, None, temperature, softcap)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The logits hidden @ weight^T, rounded to `logits_dtype`, and what their rows meet."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    inputs: RowInputs
+    logits_dtype: torch.dtype
+    backend: str
+
+    def __len__(self) -> int:
+        return self.hidden_ND.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of statistics and sums."""
+        return compute_dtype(self.hidden_ND, self.weight_VD)
+
+    def rows(self, index: slice | Tensor) -> "LinearHead":
+        return replace(self, hidden_ND=self.hidden_ND[index], inputs=self.inputs.rows(index))
+
+    def arguments(self) -> tuple:
+        """The fields one by one, as a registered operator takes them; see `from_arguments`."""
+        return (
+            self.hidden_ND,
+            self.weight_VD,
+            *self.inputs.arguments(),
+            self.logits_dtype,
+            self.backend,
+        )
+
+    @staticmethod
+    def from_arguments(hidden: Tensor, weight: Tensor, *arguments) -> "LinearHead":
+        *inputs, logits_dtype, backend = arguments
+        return LinearHead(hidden, weight, RowInputs(*inputs), logits_dtype, backend)
+
+    def with_checked_values(self, trained_N: Tensor | None = None) -> "LinearHead":
+        """Check what only the values tell; rows that are not trained may hold anything.
+
+        ValueError on a CPU. On CUDA a device-side assert for what would read out of bounds, while
+        a non-finite hidden state makes a NaN loss there, which costs nothing and kills no run;
+        EXGRPO_KERNELS_DEBUG=1 raises for everything there too, with synchronisations.
+        """
+        inputs = self.inputs.with_checked_values(len(self.weight_VD), trained_N)
+        if trained_N is not None and runtime.is_free_to_read(self.hidden_ND):
+            bad = (~self.hidden_ND.isfinite().all(-1) & trained_N).nonzero()
+            if len(bad) > 0:
+                shape = list(self.hidden_ND.shape)
+                raise NonFiniteHidden(
+                    f"hidden {shape} must be finite on every trained row, row {int(bad[0])} is not"
+                )
+        return replace(self, inputs=inputs)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def linear_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    backend: str,
+) -> LinearHead:
+    """Check everything that shapes, dtypes and devices tell; ValueError names the argument."""
+    for name, value, shape in (("hidden", hidden, "[N, D]"), ("weight", weight, "[V, D]")):
+        if value.ndim != 2:
+            raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
+        if value.dtype not in HEAD_DTYPES:
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in HEAD_DTYPES)
+            raise ValueError(f"{name} must be one of {accepted}, got {value.dtype}")
+    num_rows, num_hidden = hidden.shape
+    if weight.shape[1] != num_hidden:
+        raise ValueError(
+            f"weight must have shape [V, {num_hidden}] to match hidden {list(hidden.shape)}, "
+            f"got {list(weight.shape)}"
+        )
+    if len(weight) == 0:
+        raise ValueError(f"weight must hold at least one token, got shape {list(weight.shape)}")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    dtype = compute_dtype(hidden, weight)
+    if logits_dtype not in (None, dtype, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be {dtype}, torch.bfloat16 or None: {logits_dtype}")
+    inputs = row_inputs(
+        num_rows,
+        len(weight),
+        hidden.device,
+        dtype,
+        targets=targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+    )
+    backend = runtime.resolve_backend(backend, hidden.device, dtype)
+    return LinearHead(hidden, weight, inputs, logits_dtype or dtype, backend)
+
+
+# ---- what a backend does -------------------------------------------------------------------------
+
+
+class RowCoefficients(NamedTuple):
+    """[R] each: c1 = dL/dlogprob, c2 = -dL/dentropy, c3 = dL/dlse; None is zero everywhere."""
+
+    c1: Tensor
+    c2: Tensor | None = None
+    c3: Tensor | None = None
+
+    def alive(self) -> Tensor:
+        """(R,) bool: rows that send anything back. NaN is alive."""
+        alive = self.c1 != 0
+        for other in (self.c2, self.c3):
+            alive = alive if other is None else alive | (other != 0)
+        return alive
+
+    def rows(self, index: slice | Tensor) -> "RowCoefficients":
+        c2, c3 = self.c2, self.c3
+        return RowCoefficients(
+            self.c1[index], None if c2 is None else c2[index], None if c3 is None else c3[index]
+        )
+
+
+class LogitGradient(NamedTuple):
+    """dL/dlogits of a chunk is scale[:, None] * dlogits; a scale of None is one.
+
+    `kept` says which rows of the chunk these are; None: all of them, in order, perhaps with
+    padding behind. Rows that are not `alive` are exactly zero; None: all are alive.
+    """
+
+    dlogits_LV: Tensor
+    scale_L: Tensor | None = None
+    kept_L: Tensor | None = None
+    alive_L: Tensor | None = None
+
+
+class ChunkRows(Protocol):
+    """A chunk of raw logits and what can be done with its rows; `inputs` are those of its rows."""
+
+    logits: Tensor
+
+    def padded(self, num_rows: int) -> int:
+        """How many rows the GEMMs of `num_rows` rows have."""
+        ...
+
+    def statistics(self, inputs: RowInputs) -> LinearLogprob:
+        """Log-probabilities, entropies and lse of raw logits."""
+        ...
+
+    def gradient(
+        self, inputs: RowInputs, statistics: LinearLogprob, coefficients: RowCoefficients
+    ) -> LogitGradient:
+        """The gradient in place of raw logits whose `statistics` are of an earlier pass."""
+        ...
+
+    def policy_gradient(
+        self, inputs: RowInputs, objective: PolicyObjective, columns: LossColumns
+    ) -> tuple[LinearLogprob, LogitGradient]:
+        """Statistics of raw logits, the coefficients they give, and the gradient, in one go."""
+        ...
+
+
+def write_logits(rows: ChunkRows, chunk: LinearHead) -> None:
+    """The GEMM of a chunk, into `rows.logits`; padding rows are zero."""
+    num_rows = rows.padded(len(chunk))
+    out_RV = rows.logits[:num_rows]
+    runtime.logits_into(out_RV, padded(chunk.hidden_ND, num_rows), chunk.weight_VD)
+    if out_RV.dtype != chunk.logits_dtype:
+        out_RV.copy_(out_RV.to(chunk.logits_dtype))
+
+
+def padded(rows_RD: Tensor, num_rows: int) -> Tensor:
+    """(R, D) -> (num_rows, D), zeros behind."""
+    if len(rows_RD) == num_rows:
+        return rows_RD
+    out = rows_RD.new_zeros(num_rows, rows_RD.shape[1])
+    out[: len(rows_RD)] = rows_RD
+    return out
+
+
+# ---- sums over the chunks ------------------------------------------------------------------------
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass
+class HeadGradients:
+    """Sums of dX, dW, db; dW and db in the compute dtype. None: the input needs no gradient."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    is_weight_written: bool = False
+    joins_main_grad: bool = False
+
+    @staticmethod
+    def like(
+        head: LinearHead, needs: tuple[bool, bool, bool], main_grad: Tensor | None = None
+    ) -> "HeadGradients":
+        """`needs` says whether hidden, weight and bias want a gradient; dW may join `main_grad`."""
+        needs_hidden, needs_weight, needs_bias = needs
+        hidden, weight, bias, dtype = head.hidden_ND, head.weight_VD, head.inputs.bias_V, head.dtype
+        # the first chunk overwrites, which saves a pass of zeros over [V, D]
+        total = weight.new_empty(weight.shape, dtype=dtype) if main_grad is None else main_grad
+        return HeadGradients(
+            hidden.new_zeros(hidden.shape) if needs_hidden else None,
+            total if needs_weight else None,
+            weight.new_zeros(len(weight), dtype=dtype) if needs_bias and bias is not None else None,
+            is_weight_written=main_grad is not None,
+            joins_main_grad=main_grad is not None,
+        )
+
+    def add(self, chunk: LinearHead, gradient: LogitGradient, rows: slice | Tensor) -> None:
+        """Add a chunk whose rows are `rows` of the whole."""
+        dlogits, scale, kept, alive = gradient
+        if len(dlogits) == 0:
+            return
+        hidden = chunk.hidden_ND
+        if kept is not None:
+            hidden = hidden[kept]
+            rows = rows[kept] if isinstance(rows, Tensor) else kept + rows.start
+        if self.hidden_ND is not None:
+            # a scale is applied before anything is rounded
+            direct = scale is None and dlogits.dtype == self.hidden_ND.dtype
+            dtype = self.hidden_ND.dtype if direct else chunk.dtype
+            view = self.hidden_ND[rows] if isinstance(rows, slice) else None
+            in_place = view is not None and view.shape[0] == len(dlogits) and view.dtype == dtype
+            dhidden = (
+                view if in_place else hidden.new_empty(len(dlogits), hidden.shape[1], dtype=dtype)
+            )
+            runtime.hidden_gradient_into(dhidden, dlogits, chunk.weight_VD)
+            if scale is not None:
+                dhidden.mul_(scale[:, None])
+            if not in_place:
+                self.hidden_ND[rows] = dhidden[: len(hidden)].to(self.hidden_ND.dtype)
+        if self.weight_VD is not None:
+            if alive is not None:
+                # a dead row may hold NaN: select, as 0 * NaN is NaN
+                hidden = torch.where(alive[:, None], hidden, 0.0)
+            if scale is not None:
+                hidden = hidden.to(scale.dtype) * scale[:, None]
+            operand = padded(hidden.to(dlogits.dtype), len(dlogits))
+            first = not self.is_weight_written
+            runtime.weight_gradient_add(self.weight_VD, dlogits, operand, overwrite=first)
+            self.is_weight_written = True
+        if self.bias_V is not None:
+            if scale is None:
+                self.bias_V.add_(dlogits.sum(0, dtype=self.bias_V.dtype))
+            else:
+                self.bias_V.addmv_(dlogits.to(scale.dtype).t(), scale)
+
+    def finish(self, head: LinearHead) -> Gradients:
+        """dX, dW, db in the dtypes of the inputs; dW is None where it joined a main_grad."""
+        weight, bias = self.weight_VD, self.bias_V
+        if self.joins_main_grad:
+            weight = None
+        if weight is not None:
+            if not self.is_weight_written:
+                weight.zero_()
+            weight = weight.to(head.weight_VD.dtype)
+        if bias is not None and head.inputs.bias_V is not None:
+            bias = bias.to(head.inputs.bias_V.dtype)
+        return self.hidden_ND, weight, bias

@@ -1,0 +1,139 @@
+"""The registered operators: one node for torch.compile, true shapes without values, true schemas."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+import torch
+from cases import Case, make_batch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from exgrpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss, runtime
+from exgrpo_kernels.linear_head import linear_head
+from exgrpo_kernels.linear_logprob import (
+    linear_logprob_backward_operator,
+    linear_logprob_operator,
+)
+from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.policy_loss import linear_policy_loss_operator, policy_loss_from_logits_operator
+
+BACKENDS = ["torch"] + (["triton"] if runtime.is_interpreting() else [])
+OBJECTIVE = PolicyObjective(entropy_coef=0.01)
+CASE = Case(num_rows=6, num_tokens=70, num_hidden=8)
+
+
+def example(backend: str):
+    """(fields of the head, fields of the columns) of a small batch."""
+    batch = make_batch(CASE)
+    head = linear_head(
+        batch.hidden,
+        batch.weight,
+        batch.targets,
+        bias=None,
+        temperature=0.9,
+        softcap=None,
+        logits_dtype=None,
+        backend=backend,
+    )
+    columns = loss_columns(
+        OBJECTIVE,
+        6,
+        torch.float32,
+        batch.hidden.device,
+        shaping=None,
+        **{k: v for k, v in batch.columns.items() if k != "sequence_ids"},
+        sequence_ids=None,
+    )
+    return head, columns
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_keep_their_schemas(backend):
+    """No hidden mutation or alias, fakes of the true shapes, gradients that autograd accepts."""
+    head, columns = example(backend)
+    arguments = [a.detach().requires_grad_() if i < 2 else a for i, a in enumerate(head.arguments())]
+    torch.library.opcheck(linear_logprob_operator, tuple(arguments))
+    vectors = [torch.randn(6) for _ in range(5)]
+    backward = (*head.arguments(), *vectors, None, [True, False, False])
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(linear_logprob_backward_operator, backward, test_utils=utilities)
+    objective = json.dumps(asdict(OBJECTIVE))
+    loss = (*head.arguments(), *columns.arguments(), objective, [True, True, False])
+    for main_grad in (None, torch.zeros_like(head.weight_VD)):
+        torch.library.opcheck(
+            linear_policy_loss_operator, (*loss, main_grad), test_utils=utilities
+        )
+    inputs = head.inputs.arguments()
+    from_logits = (torch.randn(6, 70), *inputs, backend, *columns.arguments(), objective)
+    torch.library.opcheck(policy_loss_from_logits_operator, from_logits, test_utils=utilities)
+
+
+def policy_step(hidden, weight, targets, columns, backend):
+    result = linear_policy_loss(
+        hidden * 1.0, weight, targets, objective=OBJECTIVE, backend=backend, **columns
+    )
+    return result.loss, result.logprobs, result.metrics["ratio_mean"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_is_one_node_and_the_same_numbers(backend):
+    torch._dynamo.reset()
+    batch = make_batch(CASE)
+    columns = {k: v for k, v in batch.columns.items() if k != "sequence_ids"}
+    nodes: Counter[str] = Counter()
+
+    def count(graph: torch.fx.GraphModule, inputs):
+        nodes.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    outcomes = []
+    for function in (policy_step, torch.compile(policy_step, fullgraph=True, backend=count)):
+        hidden = batch.hidden.clone().requires_grad_()
+        weight = batch.weight.clone().requires_grad_()
+        loss, logprobs, ratio = function(hidden, weight, batch.targets, columns, backend)
+        loss.backward()
+        outcomes.append((loss.detach(), logprobs, ratio, hidden.grad, weight.grad))
+    for eager, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+    ours = {name: n for name, n in nodes.items() if "exgrpo_kernels" in name}
+    assert ours == {"exgrpo_kernels.linear_policy_loss.default": 1}
+    assert counter.frame_count == 0  # the counting backend above did the work
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_log_probabilities_have_the_same_gradients(backend):
+    torch._dynamo.reset()
+    batch = make_batch(CASE)
+
+    def total(hidden, weight):
+        out = linear_logprob(hidden * 1.0, weight, batch.targets, temperature=0.7, backend=backend)
+        return (out.logprobs - 0.1 * out.entropy).sum()
+
+    gradients = []
+    for function in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
+        hidden = batch.hidden.clone().requires_grad_()
+        weight = batch.weight.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(function(hidden, weight), [hidden, weight]))
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_graph_asserts_values():
+    """It cannot branch on a value, so a bad target is an assertion inside the graph."""
+    torch._dynamo.reset()
+    batch = make_batch(CASE)
+
+    def score(targets):
+        return linear_logprob(batch.hidden, batch.weight, targets).logprobs
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(batch.targets), score(batch.targets))
+    with pytest.raises(RuntimeError, match=r"targets must lie in \[0, 70\)"):
+        compiled(torch.full_like(batch.targets, 70))
+    torch._dynamo.reset()

@@ -1,0 +1,371 @@
+"""The Triton row kernels: property suite, structure, and seeded bugs that the suite has to find."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import CHECKS, OBJECTIVES, Case, check_policy_loss, make_batch, random_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import shuffled_programs
+
+from exgrpo_kernels import PolicyObjective, linear_logprob, rowwise, runtime
+from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
+from exgrpo_kernels.objective import LossColumns, loss_columns
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+pytestmark = [
+    pytest.mark.usefixtures("small_row_blocks"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy plays GPU: NaN, inf, overflow
+    pytest.mark.skipif(
+        not (runtime.is_interpreting() or DEVICE.type == "cuda"), reason="nothing runs Triton"
+    ),
+]
+
+
+# ---- properties: 2,000 cases a run ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("check", "examples"), [("policy_loss", 1000), ("logprob", 500), ("from_logits", 500)]
+)
+def test_any_case_keeps_the_rule(check, examples):
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(rng=st.randoms(use_true_random=False))
+    def run(rng: random.Random) -> None:
+        CHECKS[check](random_case(rng, check), "triton")
+
+    run()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("check", ["policy_loss", "from_logits"])
+def test_every_loss(objective, check):
+    case = Case(objective=objective, num_rows=7, shaped=True, masked=0.3, silent=0.2, dirty=True)
+    CHECKS[check](case, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_of_the_shipped_size(monkeypatch, dtype):
+    monkeypatch.undo()
+    assert runtime.row_kernel_shape(10**5) == (runtime.ROW_BLOCK, runtime.ROW_WARPS)
+    check_policy_loss(Case(num_rows=3, num_tokens=9001, num_hidden=8, dtype=dtype), "triton")
+
+
+# ---- scalar functions ----------------------------------------------------------------------------
+
+
+@triton.jit
+def scalar_functions_kernel(inputs, tanhs, logs, exps, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    x = tl.load(inputs + index)
+    tl.store(tanhs + index, rowwise.hyperbolic_tangent(x))
+    tl.store(logs + index, rowwise.log_of_one_plus(tl.abs(x)))
+    tl.store(exps + index, rowwise.one_minus_exp(-tl.abs(x)))
+
+
+def test_scalar_functions_are_accurate_relative_to_their_value():
+    magnitudes = torch.logspace(-8, 1.3, 512)
+    x = torch.cat([-magnitudes, magnitudes]).to(DEVICE)
+    tanh, log, exp = (torch.empty_like(x) for _ in range(3))
+    scalar_functions_kernel[(1,)](x, tanh, log, exp, SIZE=1024)
+    wide = x.double()
+    for ours, truth in (
+        (tanh, wide.tanh()),
+        (log, wide.abs().log1p()),
+        (exp, -(-wide.abs()).expm1()),
+    ):
+        assert ((ours.double() - truth) / truth).abs().max() < 5e-7
+
+
+# ---- structure -----------------------------------------------------------------------------------
+
+
+def row_inputs(num_rows: int, num_columns: int) -> RowInputs:
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(num_columns, (num_rows,), generator=generator)
+    return RowInputs(targets.to(DEVICE), None, None, 0.8, None)
+
+
+def some_columns(objective: PolicyObjective, num_rows: int, **changes) -> LossColumns:
+    generator = torch.Generator().manual_seed(2)
+    columns = {
+        "advantages": torch.randn(num_rows, generator=generator),
+        "behaviour_logprobs": -6 + torch.randn(num_rows, generator=generator),
+        "weights": torch.ones(num_rows),
+        "shaping": None,
+        "ref_logprobs": None,
+        "sequence_ids": None,
+    } | changes
+    columns = {k: None if c is None else c.to(DEVICE) for k, c in columns.items()}
+    return loss_columns(objective, num_rows, torch.float32, DEVICE, **columns)
+
+
+def some_logits(num_rows: int, num_columns: int, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return (2 * torch.randn(num_rows, num_columns, generator=generator)).to(DEVICE, dtype)
+
+
+CLIP = PolicyObjective(entropy_coef=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_columns", [1, 127, 128, 300])
+def test_nothing_outside_the_rows_is_touched(dtype, num_columns):
+    """Guard bands before, between and behind the rows, and around every vector of statistics."""
+    num_rows, stride, guard = 5, num_columns + 7, -12345.0
+    storage = torch.full(((num_rows + 2) * stride,), guard, dtype=dtype, device=DEVICE)
+    rows = storage[stride : stride + num_rows * stride].view(num_rows, stride)[:, :num_columns]
+    rows.copy_(some_logits(num_rows, num_columns, dtype))
+    before = storage.clone()
+    vectors = []
+
+    class Guarded(rowwise.TritonRows):
+        def new_statistics(self, num_rows: int) -> LinearLogprob:
+            for _ in range(3):
+                vectors.append(torch.full((num_rows + 8,), guard, device=DEVICE))
+            return LinearLogprob(*(vector[4:-4] for vector in vectors[-3:]))
+
+    buffer = Guarded(rows, operand_dtype=dtype, keeps_masses=True)
+    inputs = row_inputs(num_rows, num_columns)
+    buffer.statistics(inputs)
+    assert torch.equal(storage, before), "scoring must not write logits"
+    buffer.policy_gradient(inputs, CLIP, some_columns(CLIP, num_rows))
+    outside = torch.ones_like(storage, dtype=torch.bool)
+    outside[stride : stride + num_rows * stride].view(num_rows, stride)[:, :num_columns] = False
+    assert torch.equal(storage[outside], before[outside])
+    for vector in vectors:
+        assert (vector[:4] == guard).all() and (vector[-4:] == guard).all()
+        assert (vector[4:-4] != guard).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the GPU chooses its own order")
+def test_the_order_of_programs_changes_no_bit(monkeypatch):
+    inputs, columns = row_inputs(9, 300), some_columns(CLIP, 9)
+    outcomes = []
+    for seed, programs in ((0, 9), (1, 9), (2, 4), (3, 2), (4, 1)):
+        monkeypatch.setattr(runtime, "num_programs", lambda device, programs=programs: programs)
+        buffer = rowwise.TritonRows(some_logits(9, 300), operand_dtype=torch.float32)
+        with shuffled_programs(seed):
+            statistics, gradient = buffer.policy_gradient(inputs, CLIP, columns)
+        outcomes.append((*statistics, gradient.dlogits_LV))
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcome, outcomes[0], strict=True))
+
+
+def test_masses_are_the_sums_of_the_gradient_over_tiles():
+    columns = some_columns(CLIP, 6, weights=torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.0]))
+    buffer = rowwise.TritonRows(some_logits(6, 300), operand_dtype=torch.float32, keeps_masses=True)
+    _, gradient = buffer.policy_gradient(row_inputs(6, 300), CLIP, columns)
+    padded = torch.nn.functional.pad(gradient.dlogits_LV.abs().double(), (0, 320 - 300))
+    expected = padded.view(6, 5, rowwise.MASS_TILE).sum(-1)
+    assert buffer.masses is not None and buffer.masses.shape == (6, 5)
+    torch.testing.assert_close(buffer.masses.double(), expected, rtol=1e-5, atol=1e-7)
+    assert (buffer.masses[1] == 0).all() and (buffer.masses[0] > 0).all()
+
+
+def test_a_narrow_gradient_is_the_rounded_wide_one():
+    inputs, columns = row_inputs(5, 700), some_columns(CLIP, 5)
+    wide = rowwise.TritonRows(some_logits(5, 700), operand_dtype=torch.float32)
+    narrow = rowwise.TritonRows(some_logits(5, 700), operand_dtype=torch.bfloat16)
+    _, expected = wide.policy_gradient(inputs, CLIP, columns)
+    _, gradient = narrow.policy_gradient(inputs, CLIP, columns)
+    assert gradient.dlogits_LV.data_ptr() == narrow.logits.data_ptr()
+    assert torch.equal(gradient.dlogits_LV, expected.dlogits_LV.to(torch.bfloat16))
+
+
+def test_dead_rows_are_zero_and_never_read():
+    logits = some_logits(4, 300)
+    logits[1] = float("nan")
+    columns = some_columns(CLIP, 4, weights=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    buffer = rowwise.TritonRows(logits, operand_dtype=torch.float32)
+    _, gradient = buffer.policy_gradient(row_inputs(4, 300), CLIP, columns)
+    assert gradient.alive_L is not None and gradient.alive_L.tolist() == [True, False, True, False]
+    assert torch.count_nonzero(gradient.dlogits_LV[1::2]) == 0
+    assert (gradient.dlogits_LV[::2].abs().sum(-1) > 0).all()
+
+
+def test_padding_rows_become_zero(monkeypatch):
+    """A chunk of 3 rows whose GEMM has 8; rows 3 .. 7 hold whatever was there."""
+    monkeypatch.setattr(runtime, "padded_rows", lambda num_rows, chunk_rows, device: 8)
+    inputs = row_inputs(3, 130)
+    for given_coefficients in (False, True):
+        logits = some_logits(8, 130)
+        logits[3:] = float("nan")
+        buffer = rowwise.TritonRows(logits, operand_dtype=torch.float32)
+        if given_coefficients:
+            statistics = buffer.statistics(inputs)
+            coefficients = RowCoefficients(torch.ones(3, device=DEVICE))
+            gradient = buffer.gradient(inputs, statistics, coefficients)
+        else:
+            statistics, gradient = buffer.policy_gradient(inputs, CLIP, some_columns(CLIP, 3))
+        assert len(statistics.logprobs) == 3 and gradient.dlogits_LV.shape == (8, 130)
+        assert torch.count_nonzero(gradient.dlogits_LV[3:]) == 0
+        assert gradient.dlogits_LV[:3].isfinite().all()
+
+
+def test_row_offsets_beyond_32_bits():
+    """Row 2 of a stride of 2^30 + 64 starts past 2^31 elements."""
+    stride, num_columns = 2**30 + 64, 130
+    storage = torch.empty(2 * stride + num_columns, dtype=torch.bfloat16, device=DEVICE)
+    rows = storage.as_strided((3, num_columns), (stride, 1))
+    rows.copy_(some_logits(3, num_columns, torch.bfloat16))
+    dense = rowwise.TritonRows(rows.clone().contiguous(), operand_dtype=torch.bfloat16)
+    sparse = rowwise.TritonRows(rows, operand_dtype=torch.bfloat16)
+    inputs, columns = row_inputs(3, num_columns), some_columns(CLIP, 3)
+    expected = dense.policy_gradient(inputs, CLIP, columns)
+    ours = sparse.policy_gradient(inputs, CLIP, columns)
+    assert torch.equal(ours[0].lse, expected[0].lse)
+    assert torch.equal(ours[1].dlogits_LV, expected[1].dlogits_LV)
+
+
+def test_a_row_has_the_same_bits_alone_and_in_any_batch():
+    batch = make_batch(Case(num_rows=6, num_tokens=300))
+    arguments = {"backend": "triton", "temperature": 0.7}
+    together = linear_logprob(batch.hidden, batch.weight, batch.targets, **arguments)
+    order = torch.tensor([3, 0, 5, 1])
+    apart = linear_logprob(batch.hidden[order], batch.weight, batch.targets[order], **arguments)
+    # the GEMM of a CPU may order its sums by shape: the same logits, then
+    torch.testing.assert_close(apart.logprobs, together.logprobs[order], rtol=0, atol=2e-6)
+    inputs, logits = row_inputs(6, 300), some_logits(6, 300)
+    whole = rowwise.TritonRows(logits, operand_dtype=torch.float32).statistics(inputs)
+    part = rowwise.TritonRows(logits[order].contiguous(), operand_dtype=torch.float32)
+    for a, b in zip(part.statistics(inputs.rows(order)), whole, strict=True):
+        assert torch.equal(a, b[order])
+
+
+# ---- seeded bugs: the suite above has to find each of them ---------------------------------------
+
+SEEDED_BUGS = {
+    "sum_not_rescaled_at_a_new_maximum": (
+        "others = others * rescale + exps",
+        "others = others + exps",
+    ),
+    "columns_past_the_vocabulary_counted": (
+        "x * inverse_temperature, MINUS_INFINITY), slope",
+        "x * inverse_temperature, 0.0), slope",
+    ),
+    "target_counted_twice": (
+        "exps = tl.where(columns == target, 0.0, tl.exp(distance))",
+        "exps = tl.exp(distance)",
+    ),
+    "entropy_moment_not_shifted": (
+        "moments = (moments + others * drop) * rescale",
+        "moments = moments * rescale",
+    ),
+    "absent_columns_make_nan": (
+        "return tl.where(z == MINUS_INFINITY, LOWEST, z - shift)",
+        "return z - shift",
+    ),
+    "clip_by_the_wrong_sign": (
+        "tl.where(advantage > 0.0, ratio <= ratio_high, ratio <= dual_clip)",
+        "tl.where(advantage < 0.0, ratio <= ratio_high, ratio <= dual_clip)",
+    ),
+    "gradient_beyond_the_clamp_of_the_ratio": (
+        "reached = tl.where(in_range, ratio, 0.0)",
+        "reached = ratio",
+    ),
+    "shaped_rows_clipped": (
+        "slope = tl.where(shaping > 0.0, shaped, slope)",
+        "slope = slope",
+    ),
+    "masked_rows_leak_nan": (
+        "return tl.where(weight == 0.0, 0.0, c1)",
+        "return c1",
+    ),
+    "silent_rows_leak": (
+        "tl.where(advantage == 0.0, 0.0, -advantage * slope)",
+        "-(advantage + 1e-3) * slope",
+    ),
+    "softcap_slope_forgotten": (
+        "slope = inverse_temperature * (1.0 - t * t)",
+        "slope = inverse_temperature",
+    ),
+    "temperature_slope_forgotten": (
+        "slope = inverse_temperature\n    if bias",
+        "slope = 1.0\n    if bias",
+    ),
+    "entropy_gradient_with_the_wrong_sign": (
+        "dz = tl.exp(log_p) * (c2 * (log_p + entropy)",
+        "dz = tl.exp(log_p) * (c2 * (log_p - entropy)",
+    ),
+    "lse_gradient_dropped": (
+        "+ (c3 - c1))",
+        "+ (-c1))",
+    ),
+    "certain_target_cancels": (
+        "c1 * one_minus_exp(logprob)",
+        "c1 * (1.0 - (tl.exp(logprob) + 1e-4))",
+    ),
+    "dead_rows_not_cleared": (
+        "if not alive:\n            store_zeros",
+        "if num_columns < 0:\n            store_zeros",
+    ),
+    "every_other_row_skipped": (
+        "tl.program_id(0), num_padded, tl.num_programs(0)):\n        r = tl.cast(index, tl.int64)\n"
+        "        row_masses",
+        "tl.program_id(0), num_padded, 2 * tl.num_programs(0)):\n"
+        "        r = tl.cast(index, tl.int64)\n        row_masses",
+    ),
+    "store_past_the_row": (
+        "dx.to(out.dtype.element_ty), mask=columns < num_columns)",
+        "dx.to(out.dtype.element_ty), mask=columns < num_columns + 1)",
+    ),
+}
+
+
+@pytest.fixture
+def with_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """with_bug(name) puts a broken copy of rowwise.py in the place of the real one."""
+
+    def install(name: str) -> types.ModuleType:
+        source = Path(rowwise.__file__).read_text()
+        right, wrong = SEEDED_BUGS[name]
+        assert source.count(right) == 1, f"{name}: the text to break is not there once"
+        path = tmp_path / "rowwise.py"
+        path.write_text(source.replace(right, wrong))
+        spec = importlib.util.spec_from_file_location("exgrpo_kernels.rowwise", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, "exgrpo_kernels.rowwise", module)
+        return module
+
+    yield install
+
+
+def suite_finds_something_wrong(module: types.ModuleType) -> bool:
+    """Guard bands first, then cases as the property test draws them, up to 150."""
+    rng = random.Random(0)
+    try:
+        storage = torch.zeros(5, 140, device=DEVICE)
+        rows = storage[:, :130]
+        rows.copy_(some_logits(5, 130))
+        buffer = module.TritonRows(rows, operand_dtype=torch.float32)
+        buffer.policy_gradient(row_inputs(5, 130), CLIP, some_columns(CLIP, 5))
+        assert torch.count_nonzero(storage[:, 130:]) == 0
+        for _ in range(150):
+            check = rng.choice(sorted(CHECKS))
+            CHECKS[check](random_case(rng, check), "triton")
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", SEEDED_BUGS)
+def test_the_suite_finds_the_seeded_bug(name, with_bug):
+    assert suite_finds_something_wrong(with_bug(name))
+
+
+def test_the_suite_finds_nothing_in_the_kernels_as_they_are():
+    assert not suite_finds_something_wrong(rowwise)
