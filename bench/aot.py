@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 from exgrpo_kernels import PolicyObjective, rowwise
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.runtime import RowKernelShape
 
 # Bytes of shared memory a block may have: CUDA C++ programming guide, technical specifications.
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -58,6 +59,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     attributes: dict[tuple[int], list]
     num_warps: int
+    max_registers: int
 
 
 # ---- the launches of the row kernels -------------------------------------------------------------
@@ -74,10 +76,10 @@ class Recorder(rowwise.TritonRows):
         values = dict(zip(names, arguments, strict=False)) | constants
         values["BLOCK"] = self.shape.block
         name = f"{kernel.fn.__name__.removesuffix('_kernel')} {self.name}"
-        self.launches.append(specialised(name, kernel, values, self.shape.num_warps))
+        self.launches.append(specialised(name, kernel, values, self.shape))
 
 
-def specialised(name: str, kernel: Any, values: dict[str, Any], num_warps: int) -> Launch:
+def specialised(name: str, kernel: Any, values: dict[str, Any], shape: RowKernelShape) -> Launch:
     """Types, constants and alignments as Triton's own launcher derives them."""
     signature, constants, attributes = {}, {}, {}
     compiled_in = {p.name for p in kernel.params if p.is_constexpr}
@@ -96,7 +98,9 @@ def specialised(name: str, kernel: Any, values: dict[str, Any], num_warps: int) 
             signature[parameter] = "fp32"
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return Launch(name, kernel, signature, constants, attributes, num_warps)
+    return Launch(
+        name, kernel, signature, constants, attributes, shape.num_warps, shape.max_registers
+    )
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -185,7 +189,7 @@ def compiled(job: tuple[int, int]) -> dict[str, Any]:
             kernel = triton.compile(
                 source,
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": launch.num_warps},
+                options={"num_warps": launch.num_warps, "maxnreg": launch.max_registers},
             )
     except Exception as error:
         return row | {"problems": [f"{type(error).__name__}: {str(error)[-300:]}"]}
@@ -241,7 +245,9 @@ def main() -> int:
     print(f"triton {triton.__version__}: {len(LAUNCHES)} launches, targets {arguments.targets}")
     print(f"{'kernel':{width}}  target  warps  regs  spills  shared")
     for row in table:
-        figures = [row.get(key, "-") for key in ("warps", "registers", "spill_bytes", "shared_bytes")]
+        figures = [
+            row.get(key, "-") for key in ("warps", "registers", "spill_bytes", "shared_bytes")
+        ]
         print(f"{row['kernel']:{width}}  {row['target']:6}", end="")
         print("  {:>5}  {:>4}  {:>6}  {:>6}".format(*map(str, figures)), *row["problems"])
     bad = [row for row in table if row["problems"]]

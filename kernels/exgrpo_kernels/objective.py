@@ -98,6 +98,16 @@ class PolicyObjective:
                     "the accepted value is None"
                 )
 
+    def as_text(self) -> str:
+        """The fields as a registered operator takes them; see `from_text`."""
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+    @staticmethod
+    def from_text(text: str) -> "PolicyObjective":
+        pairs = (pair.split("=") for pair in text.split())
+        words = {"None": None} | {word: word for word in RATIO_LEVELS + SURROGATES + KL_ESTIMATORS}
+        return PolicyObjective(**{k: words[v] if v in words else float(v) for k, v in pairs})
+
     @property
     def ratio_bounds(self) -> tuple[float, float]:
         low = -math.inf if self.clip_low is None else 1.0 - self.clip_low

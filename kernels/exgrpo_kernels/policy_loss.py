@@ -12,8 +12,6 @@ Legend: N tokens, V vocabulary, D hidden.
 
 # pyright: reportIncompatibleMethodOverride=false
 
-import json
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -201,18 +199,18 @@ def linear_policy_loss_operator(
     objective: str,
     needs: list[bool],
     main_grad: Tensor | None,
-) -> list[Tensor]:
-    """logprobs, entropy, and the wanted ones of dX, dW, db for an upstream gradient of 1."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, and dX, dW, db for an upstream gradient of 1; empty where not wanted."""
     head = LinearHead.from_arguments(
         hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
     )
     columns = LossColumns(
         weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
     )
-    policy = PolicyObjective(**json.loads(objective))
+    policy = PolicyObjective.from_text(objective)
     wanted = (needs[0], needs[1], needs[2])
     if not any(wanted):
-        outputs, gradients = score_rows(head), ()
+        outputs, gradients = score_rows(head), (None, None, None)
     else:
         size = chunk_size(head, len(head))
         plan = list(chunks(len(head), size))
@@ -222,7 +220,8 @@ def linear_policy_loss_operator(
             outputs, gradients = two_phase_pass(head, policy, columns, wanted, main_grad)
         else:
             outputs, gradients = one_phase_pass(head, policy, columns, wanted, main_grad, plan)
-    return [*outputs[:2], *(gradient for gradient in gradients if gradient is not None)]
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    return outputs.logprobs, outputs.entropy, dhidden, dweight, dbias
 
 
 @linear_policy_loss_operator.register_fake
@@ -230,12 +229,13 @@ def _(hidden, weight, targets, bias, *arguments):
     *_, needs, main_grad = arguments
     outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:5]))
     wanted = needs[0], needs[1] and main_grad is None, needs[2]
-    gradients = [
+    gradients = (
         torch.empty_like(value, memory_format=torch.contiguous_format)
-        for value, needed in zip((hidden, weight, bias), wanted, strict=True)
         if needed
-    ]
-    return [*outputs[:2], *gradients]
+        else hidden.new_empty(0)
+        for value, needed in zip((hidden, weight, bias), wanted, strict=True)
+    )
+    return *outputs[:2], *gradients
 
 
 @torch.library.custom_op("exgrpo_kernels::policy_loss_from_logits_", mutates_args=("logits",))
@@ -261,7 +261,7 @@ def policy_loss_from_logits_operator(
     columns = LossColumns(
         weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
     )
-    policy = PolicyObjective(**json.loads(objective))
+    policy = PolicyObjective.from_text(objective)
     dtype = compute_dtype(logits)
     if backend == "triton":
         from exgrpo_kernels.rowwise import TritonRows
@@ -459,10 +459,10 @@ def linear_policy_loss(
 
     needs = [wants(hidden), wants(weight), wants(bias)]
     with torch.no_grad():
-        logprobs, entropy, *made = linear_policy_loss_operator(
+        logprobs, entropy, *gradients = linear_policy_loss_operator(
             *head.arguments(),
             *columns.arguments(),
-            json.dumps(asdict(objective)),
+            objective.as_text(),
             needs,
             weight_main_grad,
         )
@@ -470,10 +470,8 @@ def linear_policy_loss(
     if not any(needs):
         return result
     needs[1] = needs[1] and weight_main_grad is None
-    remaining = iter(made)
-    dhidden, dweight, dbias = (next(remaining) if needed else None for needed in needs)
-    loss = _WithGradients.apply(result.loss, hidden, weight, bias, dhidden, dweight, dbias)
-    return result._replace(loss=loss)
+    gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return result._replace(loss=_WithGradients.apply(result.loss, hidden, weight, bias, *gradients))
 
 
 def policy_loss_from_logits(
@@ -537,7 +535,7 @@ def policy_loss_from_logits(
     made = logits.detach() if in_place and wants_gradient else logits.detach().clone()
     with torch.no_grad():
         logprobs, entropy = policy_loss_from_logits_operator(
-            made, *inputs.arguments(), backend, *columns.arguments(), json.dumps(asdict(objective))
+            made, *inputs.arguments(), backend, *columns.arguments(), objective.as_text()
         )
         result = finished_loss(objective, columns, targets, num_tokens, logprobs, entropy)
     if not wants_gradient:

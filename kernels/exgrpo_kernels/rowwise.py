@@ -587,6 +587,7 @@ class TritonRows:
                 **constants,
                 BLOCK=self.shape.block,
                 num_warps=self.shape.num_warps,
+                maxnreg=self.shape.max_registers,
             )
 
 

@@ -22,6 +22,7 @@ CUDA_CHUNK_BYTES = 1280 * 2**20
 ROW_GRANULE = 128
 # Columns and warps of the row kernel: 8 KiB to 16 KiB of a row under way in each of its programs.
 ROW_BLOCK, ROW_WARPS = 4096, 8
+ROW_REGISTERS = 128
 
 # ---- sizes on a CPU ------------------------------------------------------------------------------
 
@@ -96,8 +97,14 @@ def block_rows(num_rows: int, row_bytes: int) -> int:
 
 
 class RowKernelShape(NamedTuple):
+    """Columns per block, warps per program, registers per thread at most.
+
+    Left alone, ptxas aims at an occupancy that a persistent kernel has no use for, and spills.
+    """
+
     block: int
     num_warps: int
+    max_registers: int = ROW_REGISTERS
 
 
 def row_kernel_shape(num_columns: int) -> RowKernelShape:

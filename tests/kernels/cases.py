@@ -241,7 +241,9 @@ def check_logprob(case: Case, backend: str) -> None:
 
     def run(function: Any, dtype: torch.dtype | None, **more) -> Outputs:
         tensors = [batch.hidden, batch.weight]
-        hidden, weight = ((t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in tensors)
+        hidden, weight = (
+            (t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in tensors
+        )
         bias = batch.bias if dtype is None or batch.bias is None else batch.bias.to(dtype)
         out = function(
             hidden,

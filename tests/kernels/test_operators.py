@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -54,18 +52,18 @@ def example(backend: str):
 def test_operators_keep_their_schemas(backend):
     """No hidden mutation or alias, fakes of the true shapes, gradients that autograd accepts."""
     head, columns = example(backend)
-    arguments = [a.detach().requires_grad_() if i < 2 else a for i, a in enumerate(head.arguments())]
+    arguments = [
+        a.detach().requires_grad_() if i < 2 else a for i, a in enumerate(head.arguments())
+    ]
     torch.library.opcheck(linear_logprob_operator, tuple(arguments))
     vectors = [torch.randn(6) for _ in range(5)]
     backward = (*head.arguments(), *vectors, None, [True, False, False])
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(linear_logprob_backward_operator, backward, test_utils=utilities)
-    objective = json.dumps(asdict(OBJECTIVE))
+    objective = OBJECTIVE.as_text()
     loss = (*head.arguments(), *columns.arguments(), objective, [True, True, False])
     for main_grad in (None, torch.zeros_like(head.weight_VD)):
-        torch.library.opcheck(
-            linear_policy_loss_operator, (*loss, main_grad), test_utils=utilities
-        )
+        torch.library.opcheck(linear_policy_loss_operator, (*loss, main_grad), test_utils=utilities)
     inputs = head.inputs.arguments()
     from_logits = (torch.randn(6, 70), *inputs, backend, *columns.arguments(), objective)
     torch.library.opcheck(policy_loss_from_logits_operator, from_logits, test_utils=utilities)
