@@ -10,10 +10,10 @@ SEED ?= 0
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
 
-test: $(VENV)/.dev ## install the dev extras and run the whole suite
+test: $(VENV)/.dev $(VENV)/triton-3.6.0 ## install the dev extras and run the whole suite
 	$(BIN)/pytest
 
-test-all: $(VENV)/.dev ## the suite with the long tests
+test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 	$(BIN)/pytest -m "not gpu"
 
 lint: $(VENV)/.dev ## ruff and pyright
@@ -37,3 +37,8 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.train
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,gym,dev]"
 	touch $@
+
+# The compiler that torch 2.11 brings; the kernels have to pass both (tests/kernels/test_aot.py).
+$(VENV)/triton-3.6.0: | $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@

@@ -2,9 +2,9 @@
 
     PYTHONPATH=kernels python bench/loss.py [--tokens 4096 --vocab 32768 --hidden 512]
 
-Every provider does the same work: the PPO clip loss of N tokens from their hidden states, the
-log-probabilities and entropies of all tokens, and the gradients of hidden states and weight.
-They run interleaved, round-robin, in one process; a machine that slows down slows all of them.
+Every provider of `peers.py` that can run does the same work: the PPO clip loss of N tokens from
+their hidden states, and the gradients of hidden states and weight. They run interleaved,
+round-robin, in one process; a machine that slows down slows all of them.
 The last line of stdout is JSON; --out gives the folder of loss.json and loss.png.
 
 Legend: N tokens, V vocabulary, D hidden.
@@ -12,8 +12,8 @@ Legend: N tokens, V vocabulary, D hidden.
 
 import argparse
 import datetime
+import importlib.metadata
 import json
-import math
 import os
 import platform
 import statistics
@@ -26,200 +26,62 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from figures import draw, print_table
+from inputs import DTYPES, Batch, make_batch
+from peers import PROVIDERS, Outcome
 from torch import Tensor
 
-from exgrpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss, policy_loss
+from exgrpo_kernels import linear_logprob
 
-CLIP_LOW, CLIP_HIGH, ENTROPY_COEF = 0.2, 0.28, 1e-3
-CHUNK = 256
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Batch(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    advantages: Tensor
-    behaviour_logprobs: Tensor
-    weights: Tensor
+PACKAGES = ("triton", "liger-kernel", "trl", "verl", "cut-cross-entropy", "quack-kernels")
+CASES = {"without entropy gradient": 0.0, "with entropy gradient": 1e-3}
 
 
-# ---- inputs --------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
-def realistic_head(tokens: int, vocab: int, hidden: int, generator: torch.Generator):
-    """(N, D), (V, D) of a policy that is nearly certain of most tokens, without any model.
-
-    The weight is noise plus a Zipf unigram along one direction u. Each row chooses 12 candidates
-    from the unigram and how the mass is shared: half the rows leave 1e-5 .. 1e-2 to others than
-    their first choice, 30 % up to 0.12, 20 % up to 0.6, and 15 % of what is left goes to the
-    tail. Solving a 12 x 12 system gives the hidden state with those logits.
-    """
-    candidates, tail_share = min(12, vocab), 0.15
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    u = torch.nn.functional.normalize(torch.randn(hidden, generator=generator), dim=0)
-    unigram = -1.15 * torch.log(torch.arange(vocab) + 3.0)
-    unigram = (unigram - unigram.mean()).double()
-    noise = torch.randn(vocab, hidden, generator=generator) / math.sqrt(hidden)
-    noise -= (noise @ u)[:, None] * u
-    weight = noise + unigram.float()[:, None] * u
-
-    kind = uniform(tokens)
-    rest = torch.where(
-        kind < 0.5,
-        10 ** (-5 + 3 * uniform(tokens)),
-        torch.where(kind < 0.8, 0.01 + 0.11 * uniform(tokens), 0.12 + 0.48 * uniform(tokens)),
-    )
-    shares = torch.arange(1, candidates).double() ** -1.4
-    shares = (1 - tail_share) * rest[:, None] * shares / shares.sum()
-    wanted = torch.cat([(1 - rest)[:, None], shares], 1).log()
-    wanted += (torch.logsumexp(unigram, 0) - (tail_share * rest).log())[:, None]
-
-    states = []
-    for rows in torch.arange(tokens).split(CHUNK):
-        odds = torch.softmax(unigram, 0).expand(len(rows), -1)
-        chosen = torch.multinomial(odds, candidates, generator=generator)
-        basis = noise[chosen].double()
-        gram = basis @ basis.transpose(1, 2) + 1e-9 * torch.eye(candidates)
-        coefficients = torch.linalg.solve(gram, wanted[rows] - unigram[chosen])
-        states.append(u + (coefficients[:, None] @ basis).squeeze(1).float())
-    return torch.cat(states), weight
-
-
-def make_batch(arguments: argparse.Namespace) -> Batch:
-    generator = torch.Generator().manual_seed(arguments.seed)
-    tokens, vocab = arguments.tokens, arguments.vocab
-    if arguments.inputs == "realistic":
-        hidden, weight = realistic_head(tokens, vocab, arguments.hidden, generator)
-    else:
-        hidden = torch.randn(tokens, arguments.hidden, generator=generator)
-        weight = torch.randn(vocab, arguments.hidden, generator=generator)
-        weight /= math.sqrt(arguments.hidden)
-    dtype, device = DTYPES[arguments.dtype], arguments.device
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    targets = torch.cat(
-        [
-            torch.multinomial(torch.softmax((h @ weight.t()).float(), -1), 1, generator=generator)
-            for h in hidden.split(CHUNK)
-        ]
-    ).squeeze(1)
-    logprobs = linear_logprob(hidden, weight, targets).logprobs
-    advantages = torch.randn(tokens, generator=generator)
-    silent = torch.rand(tokens, generator=generator) < arguments.zero_advantages
-    behaviour = logprobs + 0.05 * torch.randn(tokens, generator=generator)
-    batch = Batch(
-        hidden,
-        weight,
-        targets,
-        advantages.masked_fill(silent, 0.0),
-        behaviour,
-        torch.full((tokens,), 1.0 / tokens),
-    )
-    batch = Batch(*(t.to(device) for t in batch))
-    batch.hidden.requires_grad_()
-    batch.weight.requires_grad_()
-    return batch
-
-
-# ---- providers: each runs forward and backward and returns log-probabilities and entropy ---------
-
-
-def clip_loss(logprobs: Tensor, batch: Batch) -> Tensor:
-    ratio = (logprobs - batch.behaviour_logprobs).exp()
-    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
-    return -torch.min(ratio * batch.advantages, clipped * batch.advantages)
-
-
-def naive(batch: Batch, *, entropy_coef: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Full logits and autograd; the entropy joins the graph only if its gradient is wanted."""
-    logits = batch.hidden @ batch.weight.t()
-    log_p = torch.log_softmax(logits.to(batch.advantages.dtype), -1)
-    del logits
-    logprobs = log_p.gather(1, batch.targets[:, None]).squeeze(1)
-    with torch.set_grad_enabled(entropy_coef != 0):
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    losses = clip_loss(logprobs, batch) - entropy_coef * entropy
-    (batch.weights * losses).sum().backward()
-    return logprobs.detach(), entropy.detach()
-
-
-def plain_chunked(batch: Batch, *, entropy_coef: float = 0.0) -> tuple[Tensor, Tensor]:
-    """What one writes in half an hour: `naive` on slices, backward at once, autograd adds up."""
-    hidden = batch.hidden.detach()
-    gradient, outputs = torch.empty_like(hidden), []
-    for start in range(0, len(hidden), CHUNK):
-        rows = slice(start, start + CHUNK)
-        part = hidden[rows].requires_grad_()
-        taken = Batch(part, batch.weight, *(column[rows] for column in batch[2:]))
-        outputs.append(naive(taken, entropy_coef=entropy_coef))
-        assert part.grad is not None
-        gradient[rows] = part.grad
-    batch.hidden.grad = gradient
-    logprobs, entropy = (torch.cat(values) for values in zip(*outputs, strict=True))
-    return logprobs, entropy
-
-
-def fused(batch: Batch, *, entropy_coef: float = 0.0) -> tuple[Tensor, Tensor]:
-    objective = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, entropy_coef=entropy_coef)
-    result = linear_policy_loss(
-        batch.hidden,
-        batch.weight,
-        batch.targets,
-        advantages=batch.advantages,
-        behaviour_logprobs=batch.behaviour_logprobs,
-        weights=batch.weights,
-        objective=objective,
-    )
-    result.loss.backward()
-    assert result.entropy is not None
-    return result.logprobs, result.entropy
-
-
-def composed(batch: Batch, *, entropy_coef: float = 0.0) -> tuple[Tensor, Tensor]:
-    objective = PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, entropy_coef=entropy_coef)
-    out = linear_logprob(batch.hidden, batch.weight, batch.targets)
-    entropy = out.entropy if entropy_coef else out.entropy.detach()
-    result = policy_loss(
-        out.logprobs,
-        entropy,
-        advantages=batch.advantages,
-        behaviour_logprobs=batch.behaviour_logprobs,
-        weights=batch.weights,
-        objective=objective,
-    )
-    result.loss.backward()
-    return out.logprobs.detach(), out.entropy.detach()
-
-
-PROVIDERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "naive": naive,
-    "plain chunked": plain_chunked,
-    "linear_policy_loss": fused,
-    "linear_logprob + policy_loss": composed,
-}
-CASES = {"without entropy gradient": 0.0, "with entropy gradient": ENTROPY_COEF}
-
-
-# ---- measurements --------------------------------------------------------------------------------
-
-
-def run(provider: str, batch: Batch, entropy_coef: float) -> tuple[Tensor, Tensor]:
+def forward(provider: str, batch: Batch, entropy_coef: float) -> Outcome:
     batch.hidden.grad = batch.weight.grad = None
-    return PROVIDERS[provider](batch, entropy_coef=entropy_coef)
+    return PROVIDERS[provider].run(batch, entropy_coef)
 
 
-def timed(provider: str, batch: Batch, entropy_coef: float) -> float:
-    """Milliseconds of one forward and backward."""
+def backward(outcome: Outcome) -> None:
+    if outcome[0].requires_grad:
+        outcome[0].backward()
+
+
+def run(provider: str, batch: Batch, entropy_coef: float) -> Outcome:
+    outcome = forward(provider, batch, entropy_coef)
+    backward(outcome)
+    return outcome
+
+
+class Times(NamedTuple):
+    """Milliseconds."""
+
+    forward: float
+    full: float
+
+
+def timed(provider: str, batch: Batch, entropy_coef: float) -> Times:
+    """One forward and backward; on CUDA by events, without a wait in between."""
     if batch.hidden.is_cuda:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        outcome = forward(provider, batch, entropy_coef)
+        marks[1].record()
+        backward(outcome)
+        marks[2].record()
         torch.cuda.synchronize()
+        return Times(marks[0].elapsed_time(marks[1]), marks[0].elapsed_time(marks[2]))
     start = time.perf_counter()
-    run(provider, batch, entropy_coef)
-    if batch.hidden.is_cuda:
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    outcome = forward(provider, batch, entropy_coef)
+    middle = time.perf_counter()
+    backward(outcome)
+    return Times(1e3 * (middle - start), 1e3 * (time.perf_counter() - start))
+
+
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def resident(field: str) -> int:
@@ -247,8 +109,8 @@ def peak_extra_bytes(provider: str, batch: Batch, entropy_coef: float) -> int:
         run(provider, batch, entropy_coef)
         return torch.cuda.max_memory_allocated() - before
     small = Batch(
-        batch.hidden[:2, :8].detach().requires_grad_(),
-        batch.weight[:64, :8].detach().requires_grad_(),
+        batch.hidden[:2, :8].detach().clone().requires_grad_(),
+        batch.weight[:64, :8].detach().clone().requires_grad_(),
         batch.targets[:2] % 64,
         *(column[:2] for column in batch[3:]),
     )
@@ -269,6 +131,19 @@ def peak_in_subprocess(provider: str, batch_file: Path, entropy_coef: float) -> 
     return json.loads(finished.stdout.splitlines()[-1])["peak_extra_bytes"]
 
 
+def peaks(batch: Batch, runs: list[tuple[str, str]]) -> list[int | None]:
+    """Peak extra bytes of every (case, provider)."""
+    if batch.hidden.is_cuda:
+        return [peak_extra_bytes(provider, batch, CASES[case]) for case, provider in runs]
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "batch.pt"
+        torch.save(tuple(t.detach() for t in batch), saved)
+        return [peak_in_subprocess(provider, saved, CASES[case]) for case, provider in runs]
+
+
+# ---- error ---------------------------------------------------------------------------------------
+
+
 class Truth(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
@@ -287,26 +162,37 @@ def first_rows(batch: Batch, dtype: torch.dtype, rows: int = 256) -> Batch:
 def truth(batch: Batch, entropy_coef: float) -> Truth:
     """float64 on the first rows."""
     exact = first_rows(batch, torch.float64)
-    logprobs, entropy = naive(exact, entropy_coef=entropy_coef)
+    _, logprobs, entropy = run("naive", exact, entropy_coef)
+    assert logprobs is not None and entropy is not None
     assert exact.hidden.grad is not None and exact.weight.grad is not None
-    return Truth(logprobs, entropy, exact.hidden.grad, exact.weight.grad)
+    return Truth(logprobs.detach(), entropy.detach(), exact.hidden.grad, exact.weight.grad)
 
 
-def errors(provider: str, batch: Batch, entropy_coef: float, exact: Truth) -> dict[str, float]:
-    """On the same rows: largest error of the vectors, relative Frobenius error of dX and dW."""
+def errors(provider: str, batch: Batch, entropy_coef: float, exact: Truth) -> dict:
+    """On the same rows: largest error of the vectors, relative Frobenius error of dX and dW.
+
+    None where a provider gives nothing to compare: no vectors, or not this loss.
+    """
     small = first_rows(batch, batch.hidden.dtype)
-    logprobs, entropy = run(provider, small, entropy_coef)
+    _, logprobs, entropy = run(provider, small, entropy_coef)
 
-    def relative(gradient: Tensor | None, expected: Tensor) -> float:
-        assert gradient is not None
+    def largest(value: Tensor | None, expected: Tensor) -> float | None:
+        return None if value is None else float((value.detach() - expected).abs().max())
+
+    def relative(gradient: Tensor | None, expected: Tensor) -> float | None:
+        if gradient is None or logprobs is None:
+            return None
         return float((gradient - expected).norm() / expected.norm())
 
     return {
-        "logprobs_max": float((logprobs - exact.logprobs).abs().max()),
-        "entropy_max": float((entropy - exact.entropy).abs().max()),
+        "logprobs_max": largest(logprobs, exact.logprobs),
+        "entropy_max": largest(entropy, exact.entropy),
         "hidden_grad_rel": relative(small.hidden.grad, exact.hidden_grad),
         "weight_grad_rel": relative(small.weight.grad, exact.weight_grad),
     }
+
+
+# ---- everything ----------------------------------------------------------------------------------
 
 
 def machine(device: str) -> dict[str, str | int]:
@@ -321,47 +207,81 @@ def machine(device: str) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **{name: version for name in PACKAGES if (version := installed(name))},
     }
 
 
-def peaks(batch: Batch) -> dict[tuple[str, str], int | None]:
-    """Peak extra bytes of every case and provider."""
-    every = [(case, provider) for case in CASES for provider in PROVIDERS]
-    if batch.hidden.is_cuda:
-        return {key: peak_extra_bytes(key[1], batch, CASES[key[0]]) for key in every}
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "batch.pt"
-        torch.save(tuple(t.detach() for t in batch), saved)
-        return {key: peak_in_subprocess(key[1], saved, CASES[key[0]]) for key in every}
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is absent."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def runnable(batch: Batch, only: list[str] | None) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Every (case, provider) that runs, and of every other provider the reason."""
+    runs, reasons = [], {}
+    for case, entropy_coef in CASES.items():
+        for name, provider in PROVIDERS.items():
+            if only and name not in only and name != "naive":
+                continue
+            reason = provider.unavailable(batch.hidden.is_cuda, entropy_coef)
+            if reason is None:
+                reason = first_error(
+                    lambda n=name, c=entropy_coef: run(n, first_rows(batch, batch.hidden.dtype), c)
+                )
+            if reason is None:
+                runs.append((case, name))
+            else:
+                reasons[f"{name}, {case}"] = reason
+    return runs, reasons
+
+
+def first_error(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except Exception as error:  # a peer may fail in any way, and the table has to say how
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    return None
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     batch = make_batch(arguments)
     entropy = linear_logprob(batch.hidden.detach(), batch.weight.detach(), batch.targets).entropy
-    times: dict[tuple[str, str], list[float]] = {}
+    runs, reasons = runnable(batch, arguments.only)
+    times: dict[tuple[str, str], list[Times]] = {key: [] for key in runs}
     for repeat in range(arguments.repeats + 1):
-        for case, entropy_coef in CASES.items():
-            for provider in PROVIDERS:
-                milliseconds = timed(provider, batch, entropy_coef)
-                if repeat > 0:  # the first round warms up
-                    times.setdefault((case, provider), []).append(milliseconds)
+        for case, provider in runs:
+            spent = timed(provider, batch, CASES[case])
+            if repeat > 0:  # the first round warms up
+                times[case, provider].append(spent)
     load_average = os.getloadavg()[0]  # above `threads`: other processes slowed this one
-    rows, exact = [], {case: truth(batch, coef) for case, coef in CASES.items()}
-    for (case, provider), peak in peaks(batch).items():
-        entropy_coef = CASES[case]
-        spent, of_naive = times[case, provider], times[case, "naive"]
+    exact = {case: truth(batch, coef) for case, coef in CASES.items()}
+    gemm_flops = 6 * arguments.tokens * arguments.vocab * arguments.hidden
+    floor = [t.full for t in times.get((next(iter(CASES)), "three GEMMs, no loss"), [])]
+    rows = []
+    for (case, provider), peak in zip(runs, peaks(batch, runs), strict=True):
+        full, of_naive = (
+            [t.full for t in times[case, provider]],
+            [t.full for t in times[case, "naive"]],
+        )
+        median = statistics.median(full)
         row = {
             "case": case,
             "provider": provider,
-            "median_ms": statistics.median(spent),
-            "fastest_ms": min(spent),
+            "median_ms": median,
+            "fastest_ms": min(full),
+            "forward_ms": statistics.median(t.forward for t in times[case, provider]),
+            "backward_ms": statistics.median(t.full - t.forward for t in times[case, provider]),
             # round by round, so that a slow minute weighs on both sides of the quotient
-            "time_to_naive": statistics.median(a / b for a, b in zip(spent, of_naive, strict=True)),
+            "time_to_naive": statistics.median(a / b for a, b in zip(full, of_naive, strict=True)),
+            "fastest_to_naive": min(full) / min(of_naive),
+            "share_of_three_gemms": median / statistics.median(floor) if floor else None,
+            "tflops_at_6nvd": gemm_flops / median / 1e9,
             "peak_extra_mib": None if peak is None else peak / 2**20,
-            **errors(provider, batch, entropy_coef, exact[case]),
+            **errors(provider, batch, CASES[case], exact[case]),
         }
-        # the fastest rounds are the ones that no other process disturbed
-        row["fastest_to_naive"] = row["fastest_ms"] / min(of_naive)
         first = next((r for r in rows if r["case"] == case), row)
         base = first["peak_extra_mib"]
         row["memory_to_naive"] = None if base is None else row["peak_extra_mib"] / base
@@ -377,65 +297,8 @@ def measure(arguments: argparse.Namespace) -> dict:
         "load_average": round(load_average, 2),
         "mean_entropy": float(entropy.mean()),
         "rows": rows,
+        "not_run": reasons,
     }
-
-
-# ---- report --------------------------------------------------------------------------------------
-
-
-def print_table(results: dict) -> None:
-    print(f"{'':30} {'ms':>8} {'x naive':>8} {'fastest':>8} {'x naive':>8}", end=" ")
-    print(f"{'MiB':>8} {'x naive':>8}", end=" ")
-    print(f"{'logp':>8} {'H':>8} {'dX':>8} {'dW':>8}")
-    for case in CASES:
-        print(f"{case}, error against float64 at the right")
-        for row in (r for r in results["rows"] if r["case"] == case):
-            mib, share = row["peak_extra_mib"] or math.nan, row["memory_to_naive"] or math.nan
-            print(f"  {row['provider']:28} {row['median_ms']:8.0f}", end=" ")
-            print(f"{row['time_to_naive']:8.3f} {row['fastest_ms']:8.0f}", end=" ")
-            print(f"{row['fastest_to_naive']:8.3f} {mib:8.0f} {share:8.3f}", end=" ")
-            for name in ("logprobs_max", "entropy_max", "hidden_grad_rel", "weight_grad_rel"):
-                print(f"{row[name]:8.1e}", end=" ")
-            print()
-
-
-def draw(results: dict, path: Path) -> None:
-    """Two panels from the JSON alone: time and peak memory beside naive PyTorch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    providers = list(dict.fromkeys(row["provider"] for row in results["rows"]))
-    cases = list(dict.fromkeys(row["case"] for row in results["rows"]))
-    for offset, (case, colour) in enumerate(zip(cases, ("#2a6f97", "#e09f3e"), strict=True)):
-        rows = {row["provider"]: row for row in results["rows"] if row["case"] == case}
-        places = [i + 0.38 * offset for i in range(len(providers))]
-        for axis, value, share in (
-            (axes[0], "median_ms", "time_to_naive"),
-            (axes[1], "peak_extra_mib", "memory_to_naive"),
-        ):
-            lengths = [rows[p][value] or 0.0 for p in providers]
-            bars = axis.barh(places, lengths, height=0.36, color=colour, label=case)
-            shares = [f" {rows[p][share]:.2f}x" if rows[p][share] else "" for p in providers]
-            axis.bar_label(bars, shares, fontsize=8)
-            axis.margins(x=0.12)
-    axes[0].set_yticks([i + 0.19 for i in range(len(providers))], providers)
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("forward + backward, median ms")
-    axes[1].set_xlabel("peak extra memory, MiB")
-    axes[1].legend(frameon=False, loc="lower right")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"policy loss, N={results['tokens']} V={results['vocab']} D={results['hidden']} "
-        f"{results['dtype']}, {results['inputs']} inputs, {results['device']} "
-        f"({results['threads']} threads), torch {results['torch']}",
-        fontsize=10,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -447,8 +310,10 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("realistic", "random"), default="realistic")
     parser.add_argument("--zero-advantages", type=float, default=0.0, help="share of rows with A=0")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=PROVIDERS, help="these providers and naive")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="loss", help="NAME.json and NAME.png")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>")
     parser.add_argument("--batch-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peak-of", choices=PROVIDERS, help=argparse.SUPPRESS)
@@ -466,8 +331,9 @@ def main() -> None:
     device = results["device"].lower().replace(" ", "-")
     out = arguments.out or Path(__file__).parent / "results" / device
     out.mkdir(parents=True, exist_ok=True)
-    (out / "loss.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(json.loads((out / "loss.json").read_text()), out / "loss.png")
+    path = out / f"{arguments.name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    draw(json.loads(path.read_text()), path.with_suffix(".png"))
     print(json.dumps(results))
 
 

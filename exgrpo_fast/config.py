@@ -304,7 +304,7 @@ def load_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
     """A recipe's name or a YAML file, with dotted overrides on top -> a checked Config."""
     tree = read_yaml(*_find(source))
     for dotted, text in overrides:
-        _assign(tree, dotted, _load_yaml(text, f"--{dotted}"))
+        _assign(tree, dotted, _override(dotted, text))
     return validate(tree)
 
 
@@ -370,6 +370,30 @@ def _load_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}, {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _override(dotted: str, text: str) -> Any:
+    """The value of an option: YAML, but the text itself where only a text can be meant.
+
+    YAML would end the text 'answer after #### ' at its first ' #'.
+    """
+    is_plain = text.strip() not in {"", "~", "null"} and text.strip()[0] not in "\"'"
+    if is_plain and _annotation(dotted.replace("-", "_").split(".")) in (str, str | None):
+        return text
+    return _load_yaml(text, f"--{dotted}")
+
+
+def _annotation(path: Sequence[str]) -> Any:
+    """The type of a dotted key; None where there is no such key."""
+    section: type[BaseModel] | None = Config
+    annotation: Any = None
+    for name in path:
+        info = section.model_fields.get(name) if section else None
+        if info is None:
+            return None
+        annotation = info.annotation
+        section = _section(annotation)
+    return annotation
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -130,6 +130,7 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         if state["replay"]:  # an on-policy run that goes on with replay starts with none
             self.replay.load_state_dict(state["replay"])
+            self.stream.check_known(self.replay.questions())
         self.learner.optimiser.load_state_dict(state["optimiser"])
 
     # --- the small print ---

@@ -171,6 +171,19 @@ def test_dry_run_shows_what_would_be_trained(run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    """`exgrpo-fast train quickstart --dry-run | head -1`"""
+    command = [sys.executable, "-m", "exgrpo_fast", "train", "quickstart", "--dry-run"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    ended = subprocess.run(
+        command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("recipe", ["exgrpo", "grpo", "dapo", "quickstart"])
 def test_init_writes_a_project_that_validates(run, refused, tmp_path: Path, recipe: str) -> None:
     written = run("init", "new", "--recipe", recipe)

@@ -79,6 +79,20 @@ def test_overrides_go_into_nested_sections() -> None:
     assert held_out.size == 300  # the recipe's other task is left alone
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("End with #### and the number", "End with #### and the number"),
+        ("Answer: a number", "Answer: a number"),
+        ("1e-6", "1e-6"),
+        ("'quoted # text'", "quoted # text"),
+        ("null", None),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(text: str, value: str | None) -> None:
+    assert override(("data.system_prompt", text)).data.system_prompt == value
+
+
 def test_a_gym_task_can_take_the_place_of_a_file_and_the_other_way_round() -> None:
     config = override(("data.train", "rows.jsonl"))
     assert config.data.train == "rows.jsonl"
@@ -143,7 +157,6 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
         ("data.train.size", "many", "data.train.size: input should be a valid integer"),
         ("data.train", "{size: 3}", "data.train.gym is not set"),
         ("data.train", "5", "data.train: input should be a valid string"),
-        ("data.prompt_field", "[a]", "data.prompt_field: input should be a valid string"),
         ("train.lr", "[", "--train.lr: while parsing"),
         ("train.lr", "{a: 1, a: 2}", "--train.lr, line 1: the key 'a' stands there twice"),
         ("train.lr", "!!python/name:os.system", "--train.lr: could not determine a constructor"),

@@ -26,6 +26,7 @@ class Experience:
     behaviour_logprobs: Tensor  # float32 [T], under the policy that produced it
     birth_step: int
     digest: int  # of the token ids, for exact de-duplication
+    truncated: bool = False  # the length limit ended it
 
 
 class ExperienceStore:
@@ -70,13 +71,22 @@ class ExperienceStore:
     def bucket_sizes(self) -> dict[int, int]:
         return {k: len(questions) for k, questions in self._buckets.items()}
 
+    def questions(self) -> list[str]:
+        return list(self._bucket_of)
+
     def experiences(self, question_id: str) -> list[Experience]:
         return list(self._experiences[question_id].values())
 
     # --- changing ---
 
     def add(
-        self, question_id: str, token_ids: Tensor, behaviour_logprobs: Tensor, *, birth_step: int
+        self,
+        question_id: str,
+        token_ids: Tensor,
+        behaviour_logprobs: Tensor,
+        *,
+        birth_step: int,
+        truncated: bool = False,
     ) -> None:
         """Keep one success, unless the very same tokens are kept already."""
         if token_ids.shape != behaviour_logprobs.shape or not token_ids.numel():
@@ -93,6 +103,7 @@ class ExperienceStore:
                 behaviour_logprobs=behaviour_logprobs.to(self.device, torch.float32, copy=True),
                 birth_step=birth_step,
                 digest=digest,
+                truncated=truncated,
             ),
         )
 
@@ -133,7 +144,9 @@ class ExperienceStore:
                 "group_size": self.group_size,
                 "buckets": {str(k): list(bucket) for k, bucket in self._buckets.items()},
                 "retired": self.retired,
-                "experiences": [[q, e.token_ids.numel(), e.birth_step] for q, e in flat],
+                "experiences": [
+                    [q, e.token_ids.numel(), e.birth_step, e.truncated] for q, e in flat
+                ],
             },
             "token_ids": _join((e.token_ids for _, e in flat), torch.int32),
             "behaviour_logprobs": _join((e.behaviour_logprobs for _, e in flat), torch.float32),
@@ -147,13 +160,13 @@ class ExperienceStore:
                 f"{self.group_size}: buckets count successes and cannot be converted"
             )
         self.__init__(group_size=self.group_size, device=self.device)
-        lengths = [length for _, length, _ in index["experiences"]]
+        lengths = [length for _, length, *_ in index["experiences"]]
         tokens = state["token_ids"].split(lengths) if lengths else []
         logprobs = state["behaviour_logprobs"].split(lengths) if lengths else []
-        for (question_id, _, birth_step), t, lp in zip(
+        for (question_id, _, birth_step, truncated), t, lp in zip(
             index["experiences"], tokens, logprobs, strict=True
         ):
-            self.add(question_id, t, lp, birth_step=birth_step)
+            self.add(question_id, t, lp, birth_step=birth_step, truncated=truncated)
         for k, questions in index["buckets"].items():
             for question_id in questions:
                 self.move(question_id, int(k))

@@ -32,7 +32,7 @@ class QuestionStream:
     def draw(self, count: int, *, exclude: AbstractSet[str] = frozenset()) -> list[Question]:
         """`count` distinct questions outside `exclude`; fewer only when there are not so many."""
         drawn: dict[str, None] = {}
-        held_back: list[str] = []
+        held_back: dict[str, None] = {}
         available = self.num_live - sum(q in self.by_id and q not in self._retired for q in exclude)
         while len(drawn) < min(count, available):
             if not self._waiting:
@@ -41,10 +41,11 @@ class QuestionStream:
             if question_id in self._retired:
                 continue
             if question_id in exclude or question_id in drawn:
-                held_back.append(question_id)
+                held_back[question_id] = None
             else:
                 drawn[question_id] = None
-        self._waiting += reversed(held_back)  # excluded today, first in line tomorrow
+        # excluded today, first in line tomorrow, and not once more where an epoch began in between
+        self._waiting = [q for q in self._waiting if q not in held_back] + [*reversed(held_back)]
         return [self.by_id[question_id] for question_id in drawn]
 
     def retire(self, question_ids: Iterable[str]) -> None:
@@ -57,15 +58,19 @@ class QuestionStream:
         return {"epoch": self._epoch, "waiting": self._waiting, "retired": list(self._retired)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        unknown = {*state["waiting"], *state["retired"]} - self.by_id.keys()
+        self.check_known({*state["waiting"], *state["retired"]})
+        self._epoch = state["epoch"]
+        self._waiting = list(state["waiting"])
+        self._retired = dict.fromkeys(state["retired"])
+
+    def check_known(self, question_ids: AbstractSet[str]) -> None:
+        """ValueError when a checkpoint holds questions that the data does not."""
+        unknown = question_ids - self.by_id.keys()
         if unknown:
             raise ValueError(
                 f"the checkpoint knows {len(unknown)} questions that the data no longer has, "
                 f"such as {min(unknown)}"
             )
-        self._epoch = state["epoch"]
-        self._waiting = list(state["waiting"])
-        self._retired = dict.fromkeys(state["retired"])
 
     def _start_epoch(self) -> None:
         self._epoch += 1

@@ -147,6 +147,7 @@ class ReplaySource:
                     trajectory.token_ids,
                     trajectory.behaviour_logprobs,
                     birth_step=trajectory.birth_step,
+                    truncated=trajectory.truncated,
                 )
 
     def _choose(self, scores: Sequence[Scores]) -> int:
@@ -162,7 +163,7 @@ class ReplaySource:
             token_ids=experience.token_ids.long().cpu(),
             behaviour_logprobs=experience.behaviour_logprobs.cpu(),
             entropies=now.entropies,
-            truncated=False,
+            truncated=experience.truncated,
             source="replay",
             shaping=self.shaping,
             birth_step=experience.birth_step,
@@ -182,9 +183,16 @@ class ReplaySource:
         self.rng.bit_generator.state = state["rng"]
         self.store.load_state_dict(state["store"])
 
+    def questions(self) -> set[str]:
+        """Ids of the stored questions."""
+        return set(self.store.questions())
+
 
 class NoReplay:
     """The on-policy run: nothing is recalled, kept or retired."""
+
+    def questions(self) -> set[str]:
+        return set()
 
     def recall(self, questions: Mapping[str, Question], *, step: int) -> Recall:
         return Recall()

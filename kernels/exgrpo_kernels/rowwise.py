@@ -485,6 +485,7 @@ class TritonRows:
             shape = len(logits), triton.cdiv(num_columns, MASS_TILE)
             self.masses = logits.new_empty(shape, dtype=torch.float32)
         self.shape = runtime.row_kernel_shape(num_columns)
+        self.num_programs = runtime.num_programs(logits.device)
 
     def padded(self, num_rows: int) -> int:
         return runtime.padded_rows(num_rows, len(self.logits), self.logits.device)
@@ -580,9 +581,8 @@ class TritonRows:
     def launch(self, kernel, num_rows: int, *arguments, **constants) -> None:
         if num_rows == 0:
             return
-        programs = min(num_rows, runtime.num_programs(self.logits.device))
         with runtime.current_device(self.logits.device):
-            kernel[(programs,)](
+            kernel[(min(num_rows, self.num_programs),)](
                 *arguments,
                 **constants,
                 BLOCK=self.shape.block,

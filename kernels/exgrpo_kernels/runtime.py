@@ -26,13 +26,13 @@ ROW_REGISTERS = 128
 
 # ---- sizes on a CPU ------------------------------------------------------------------------------
 
-# The chunk of logits [R, V] is sized in bytes. 40 MiB is 320 float32 rows of a 32k vocabulary,
-# where the three GEMMs are within 8 % of their rate at 4096 rows (AVX-512, 2 cores; 384 rows:
-# 5 %, 192 rows: 23 %, 64 rows: a half slower).
-CHUNK_BYTES = 40 * 2**20
+# The chunk of logits [R, V] is sized in bytes. 48 MiB is 384 float32 rows of a 32k vocabulary,
+# where the three GEMMs are within 5 % of their rate at 4096 rows (AVX-512, 2 cores; 320 rows:
+# 8 %, 192 rows: 23 %, 64 rows: a half slower).
+CHUNK_BYTES = 48 * 2**20
 # Below this many rows the GEMMs mostly re-read the weight, so a large vocabulary may exceed
 # CHUNK_BYTES to reach it, up to LARGEST_CHUNK_BYTES.
-EFFICIENT_ROWS = 320
+EFFICIENT_ROWS = 384
 LARGEST_CHUNK_BYTES = 256 * 2**20
 # Passes that need scratch walk the chunk in blocks, three to a full chunk. Smaller blocks are no
 # faster on an idle CPU and much slower on a shared one, as every pass ends in a wait for all cores

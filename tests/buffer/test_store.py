@@ -27,6 +27,13 @@ def test_stored_tokens_and_logprobs_come_back_as_they_were() -> None:
     assert (first.birth_step, second.birth_step) == (3, 4)
 
 
+def test_a_response_cut_at_the_limit_stays_marked_over_a_checkpoint() -> None:
+    store, other = filled(), ExperienceStore(group_size=4)
+    store.add("b", torch.tensor([9, 9]), torch.zeros(2), birth_step=5, truncated=True)
+    other.load_state_dict(store.state_dict())
+    assert [e.truncated for e in other.experiences("b")] == [False, True]
+
+
 def test_the_caller_keeps_no_hand_on_what_is_stored() -> None:
     store, tokens = ExperienceStore(group_size=4), torch.tensor([1, 2], dtype=torch.int32)
     store.add("a", tokens, torch.zeros(2), birth_step=1)

@@ -9,7 +9,7 @@ rounding of the largest logit does.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Case:
     shaped: bool = False
     dirty: bool = False
     strided: bool = False
+    device: str = "cpu"
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -82,7 +83,14 @@ class Batch:
     temperature: float | Tensor
     columns: dict[str, Tensor]
     objective: PolicyObjective
-    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: str) -> Batch:
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        columns = {name: moved(column) for name, column in self.columns.items()}
+        values = (self.hidden, self.weight, self.targets, self.bias, self.temperature)
+        return Batch(*map(moved, values), columns, self.objective)
 
 
 def make_batch(case: Case) -> Batch:
@@ -153,7 +161,8 @@ def make_batch(case: Case) -> Batch:
     if case.strided:
         hidden = torch.cat([hidden, hidden], 1)[:, ::2] if d > 1 else hidden.t().contiguous().t()
         weight = weight.t().contiguous().t()
-    return Batch(hidden, weight, targets, bias, temperature, columns, objective)
+    batch = Batch(hidden, weight, targets, bias, temperature, columns, objective)
+    return batch if case.device == "cpu" else batch.to(case.device)
 
 
 Outputs = dict[str, Tensor]
@@ -237,7 +246,7 @@ def check_policy_loss(case: Case, backend: str) -> None:
 def check_logprob(case: Case, backend: str) -> None:
     """`linear_logprob` on one case, with gradients through all three outputs."""
     batch = make_batch(case)
-    upstream = torch.randn(3, case.num_rows, generator=case.generator())
+    upstream = torch.randn(3, case.num_rows, generator=case.generator()).to(case.device)
 
     def run(function: Any, dtype: torch.dtype | None, **more) -> Outputs:
         tensors = [batch.hidden, batch.weight]
@@ -326,7 +335,7 @@ CHECKS = {
 }
 
 
-def random_case(rng: Any, check: str) -> Case:
+def random_case(rng: Any, check: str, device: str = "cpu") -> Case:
     """Any case that `check` accepts; `rng` has the methods of `random.Random`."""
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     rounds = check != "from_logits" and rng.random() < 0.15
@@ -348,4 +357,5 @@ def random_case(rng: Any, check: str) -> Case:
         shaped=rng.random() < 0.3,
         dirty=check != "logprob" and rng.random() < 0.5,
         strided=rng.random() < 0.3,
+        device=device,
     )

@@ -338,9 +338,9 @@ def test_the_full_logits_never_exist(small_chunks, dtype):
 
 def test_chunks_follow_bytes():
     vocabulary_bytes = 32768 * 4
-    assert runtime.chunk_rows(10**6, vocabulary_bytes, CPU) == 320
+    assert runtime.chunk_rows(10**6, vocabulary_bytes, CPU) == 384
     assert runtime.chunk_rows(10**6, 100, CPU) == runtime.CHUNK_BYTES // 100
-    assert runtime.chunk_rows(10**6, 152_000 * 4, CPU) == 320  # enough rows for an efficient GEMM
+    assert runtime.chunk_rows(10**6, 152_000 * 4, CPU) == 384  # enough rows for an efficient GEMM
     assert runtime.chunk_rows(10**6, 2**31, CPU) == 1  # one row at least
     assert runtime.chunk_rows(7, vocabulary_bytes, CPU) == 7
 

@@ -35,6 +35,15 @@ def test_a_draw_over_the_end_of_an_epoch_has_no_duplicates() -> None:
         assert len(set(ids(stream.draw(4)))) == 4
 
 
+def test_a_question_held_back_over_the_end_of_an_epoch_waits_once() -> None:
+    for seed in range(20):
+        stream = QuestionStream(questions(6), seed=seed)
+        stream.draw(4)
+        stream.draw(4, exclude={"0", "1"})
+        waiting = stream.state_dict()["waiting"]
+        assert len(waiting) == len(set(waiting))
+
+
 def test_excluded_questions_come_later() -> None:
     stream = QuestionStream(questions(6), seed=0)
     first = ids(stream.draw(3, exclude={"0", "1"}))
