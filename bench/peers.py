@@ -8,10 +8,13 @@ Signatures were read in the installed sources: liger-kernel 0.8.5, trl 1.16.0, v
 cut-cross-entropy 25.1.1, quack-kernels 0.6.5.
 """
 
+# pyright: reportMissingImports=false
+
 import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from inputs import CHUNK, Batch
@@ -47,7 +50,7 @@ def objective(entropy_coef: float) -> PolicyObjective:
     return PolicyObjective(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, entropy_coef=entropy_coef)
 
 
-def columns(batch: Batch) -> dict[str, Tensor]:
+def columns(batch: Batch) -> dict[str, Any]:
     return {
         "advantages": batch.advantages,
         "behaviour_logprobs": batch.behaviour_logprobs,

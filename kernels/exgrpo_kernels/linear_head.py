@@ -351,10 +351,12 @@ class HeadGradients:
             # a scale is applied before anything is rounded
             direct = scale is None and dlogits.dtype == self.hidden_ND.dtype
             dtype = self.hidden_ND.dtype if direct else chunk.dtype
-            view = self.hidden_ND[rows] if isinstance(rows, slice) else None
-            in_place = view is not None and view.shape[0] == len(dlogits) and view.dtype == dtype
+            in_place = isinstance(rows, slice) and len(hidden) == len(dlogits)
+            in_place = in_place and self.hidden_ND.dtype == dtype
             dhidden = (
-                view if in_place else hidden.new_empty(len(dlogits), hidden.shape[1], dtype=dtype)
+                self.hidden_ND[rows]
+                if in_place
+                else hidden.new_empty(len(dlogits), hidden.shape[1], dtype=dtype)
             )
             runtime.hidden_gradient_into(dhidden, dlogits, chunk.weight_VD)
             if scale is not None:

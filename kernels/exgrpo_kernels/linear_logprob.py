@@ -175,21 +175,11 @@ def linear_logprob_operator(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`score_rows` of the fields of a `LinearHead`."""
-    return tuple(
-        score_rows(
-            LinearHead.from_arguments(
-                hidden,
-                weight,
-                targets,
-                bias,
-                temperatures,
-                temperature,
-                softcap,
-                logits_dtype,
-                backend,
-            )
-        )
+    head = LinearHead.from_arguments(
+        hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
     )
+    logprobs, entropy, lse = score_rows(head)
+    return logprobs, entropy, lse
 
 
 @linear_logprob_operator.register_fake
@@ -221,7 +211,8 @@ def linear_logprob_backward_operator(
         hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
     )
     outputs, coefficients = LinearLogprob(logprobs, entropy, lse), RowCoefficients(c1, c2, c3)
-    gradients = recompute_gradients(head, outputs, coefficients, tuple(needs))
+    wanted = needs[0], needs[1], needs[2]
+    gradients = recompute_gradients(head, outputs, coefficients, wanted)
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -11,7 +11,7 @@ of its whole sequence; `shaped` tokens use w / (w + g) in place of the surrogate
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,9 +104,10 @@ class PolicyObjective:
 
     @staticmethod
     def from_text(text: str) -> "PolicyObjective":
-        pairs = (pair.split("=") for pair in text.split())
         words = {"None": None} | {word: word for word in RATIO_LEVELS + SURROGATES + KL_ESTIMATORS}
-        return PolicyObjective(**{k: words[v] if v in words else float(v) for k, v in pairs})
+        pairs = (pair.split("=") for pair in text.split())
+        values: dict[str, Any] = {k: words[v] if v in words else float(v) for k, v in pairs}
+        return PolicyObjective(**values)
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:

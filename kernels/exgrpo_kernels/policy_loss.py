@@ -297,26 +297,6 @@ class _WithGradients(torch.autograd.Function):
     """Gives a finished loss the gradients that were made beside it."""
 
     @staticmethod
-    def forward(ctx, loss, hidden, weight, bias, gradients: Gradients):
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        # Multiplying by 1 would copy [V, D]; the host may look only where that costs no sync.
-        is_one = runtime.can_read_values(upstream.device) and float(upstream) == 1.0
-        scaled = (g if g is None or is_one else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
-        return None, *scaled, None
-
-
-# ---- autograd ------------------------------------------------------------------------------------
-
-
-class _WithGradients(torch.autograd.Function):
-    """Gives a finished loss the gradients that were made beside it."""
-
-    @staticmethod
     def forward(ctx, loss, first, second, third, *gradients):
         ctx.save_for_backward(*gradients)
         return loss.clone()

@@ -23,8 +23,14 @@ from exgrpo_kernels import (
     linear_policy_loss_reference,
     policy_loss,
     policy_loss_from_logits,
+    runtime,
 )
 from exgrpo_kernels.linear_logprob import logprob_reference
+
+if runtime.is_interpreting():
+    from interpreter import install_bfloat16_rounding
+
+    install_bfloat16_rounding()
 
 F64 = torch.float64
 
@@ -81,7 +87,7 @@ class Batch:
     targets: Tensor
     bias: Tensor | None
     temperature: float | Tensor
-    columns: dict[str, Tensor]
+    columns: dict[str, Any]
     objective: PolicyObjective
 
     def to(self, device: str) -> Batch:
@@ -89,8 +95,15 @@ class Batch:
             return value.to(device) if isinstance(value, Tensor) else value
 
         columns = {name: moved(column) for name, column in self.columns.items()}
-        values = (self.hidden, self.weight, self.targets, self.bias, self.temperature)
-        return Batch(*map(moved, values), columns, self.objective)
+        return Batch(
+            moved(self.hidden),
+            moved(self.weight),
+            moved(self.targets),
+            moved(self.bias),
+            moved(self.temperature),
+            columns,
+            self.objective,
+        )
 
 
 def make_batch(case: Case) -> Batch:

@@ -166,7 +166,12 @@ def columns_of(ids: list[int], weights: list[float] | None = None):
         ([0, 0, 1, 1, 2, 2], None, 6, [6]),
         ([0, 0, 0, 0, 1, 1], None, 3, None),  # a sequence longer than a chunk
         ([0, 1, 0, 1, 0, 1], None, 4, None),  # sequences in pieces
-        ([0, 9, 0, 1, 9, 1], [1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 3, [3, 6]),  # untrained rows belong anywhere
+        (
+            [0, 9, 0, 1, 9, 1],
+            [1.0, 0.0, 1.0, 1.0, 0.0, 1.0],
+            3,
+            [3, 6],
+        ),  # untrained rows belong anywhere
         ([0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0], 3, [3, 4]),
     ],
 )

@@ -1,5 +1,7 @@
 """The kernels on a real GPU: the shapes they are for, the same bits every time, no host waits."""
 
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import random

@@ -1,5 +1,7 @@
 """The Triton row kernels: property suite, structure, and seeded bugs that the suite has to find."""
 
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import importlib.util
@@ -8,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,13 @@ from interpreter import shuffled_programs
 from exgrpo_kernels import PolicyObjective, linear_logprob, rowwise, runtime
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import LossColumns, loss_columns
+
+
+@pytest.fixture
+def small_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a few hundred columns take several blocks."""
+    monkeypatch.setattr(runtime, "ROW_BLOCK", 128)
+
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -99,7 +109,7 @@ def row_inputs(num_rows: int, num_columns: int) -> RowInputs:
 
 def some_columns(objective: PolicyObjective, num_rows: int, **changes) -> LossColumns:
     generator = torch.Generator().manual_seed(2)
-    columns = {
+    columns: dict[str, Any] = {
         "advantages": torch.randn(num_rows, generator=generator),
         "behaviour_logprobs": -6 + torch.randn(num_rows, generator=generator),
         "weights": torch.ones(num_rows),
