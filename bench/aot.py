@@ -33,10 +33,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from exgrpo_kernels import PolicyObjective, rowwise
+from exgrpo_kernels import PolicyObjective, rowwise, runtime, sparse_kernels
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import loss_columns
-from exgrpo_kernels.runtime import RowKernelShape
 
 # Bytes of shared memory a block may have: CUDA C++ programming guide, technical specifications.
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -45,6 +44,7 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
 }
@@ -58,8 +58,8 @@ class Launch(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     attributes: dict[tuple[int], list]
-    num_warps: int
-    max_registers: int
+    options: dict[str, int]
+    target: int | None = None  # only this one; None: all
 
 
 # ---- the launches of the row kernels -------------------------------------------------------------
@@ -76,10 +76,17 @@ class Recorder(rowwise.TritonRows):
         values = dict(zip(names, arguments, strict=False)) | constants
         values["BLOCK"] = self.shape.block
         name = f"{kernel.fn.__name__.removesuffix('_kernel')} {self.name}"
-        self.launches.append(specialised(name, kernel, values, self.shape))
+        options = {"num_warps": self.shape.num_warps, "maxnreg": self.shape.max_registers}
+        self.launches.append(specialised(name, kernel, values, options))
 
 
-def specialised(name: str, kernel: Any, values: dict[str, Any], shape: RowKernelShape) -> Launch:
+def specialised(
+    name: str,
+    kernel: Any,
+    values: dict[str, Any],
+    options: dict[str, int],
+    target: int | None = None,
+) -> Launch:
     """Types, constants and alignments as Triton's own launcher derives them."""
     signature, constants, attributes = {}, {}, {}
     compiled_in = {p.name for p in kernel.params if p.is_constexpr}
@@ -98,9 +105,7 @@ def specialised(name: str, kernel: Any, values: dict[str, Any], shape: RowKernel
             signature[parameter] = "fp32"
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return Launch(
-        name, kernel, signature, constants, attributes, shape.num_warps, shape.max_registers
-    )
+    return Launch(name, kernel, signature, constants, attributes, options, target)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -173,6 +178,48 @@ def launches_of(
     return rows.launches
 
 
+# ---- the launches of the block-sparse products -------------------------------------------------
+
+
+def sparse_launches() -> list[Launch]:
+    """Both products in bfloat16 and float32, with the shape that each chip's memory allows."""
+    launches: list[Launch] = []
+
+    def record(kernel, num_work, device, *arguments, **constants):
+        options = {
+            n: constants.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in constants
+        }
+        names = [n for n in kernel.arg_names if n not in constants]
+        values = dict(zip(names, arguments, strict=True)) | constants
+        name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label}"
+        launches.append(specialised(name, kernel, values, options, target))
+
+    def shape(num_hidden: int, dtype: torch.dtype, device: torch.device):
+        return runtime.sparse_shape_for(num_hidden, dtype.itemsize, SHARED_LIMIT[target])
+
+    saved = sparse_kernels.launch, runtime.sparse_kernel_shape
+    sparse_kernels.launch = record
+    runtime.sparse_kernel_shape = shape
+    for chip in SHARED_LIMIT:
+        target = chip
+        for dtype, hidden in ((BF16, 1536), (BF16, 96), (FP32, 1536)):
+            label = f"{TYPE_NAMES[dtype]}, D={hidden}"
+            weight, states = (
+                torch.empty(320, hidden, dtype=dtype),
+                torch.empty(256, hidden, dtype=dtype),
+            )
+            dlogits, kept = torch.empty(256, 320, dtype=dtype), torch.ones(2, 5, dtype=torch.bool)
+            sparse_kernels.hidden_gradient_into(torch.empty_like(states), dlogits, weight, kept)
+            total = torch.empty(320, hidden)
+            for overwrite in (False, True):
+                label = f"{TYPE_NAMES[dtype]}, D={hidden}{', overwrites' if overwrite else ''}"
+                sparse_kernels.weight_gradient_add(
+                    total, dlogits, states, kept, overwrite=overwrite
+                )
+    sparse_kernels.launch, runtime.sparse_kernel_shape = saved
+    return launches
+
+
 # ---- compiling -----------------------------------------------------------------------------------
 
 
@@ -189,14 +236,14 @@ def compiled(job: tuple[int, int]) -> dict[str, Any]:
             kernel = triton.compile(
                 source,
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": launch.num_warps, "maxnreg": launch.max_registers},
+                options=launch.options,
             )
     except Exception as error:
         return row | {"problems": [f"{type(error).__name__}: {str(error)[-300:]}"]}
     text = log.getvalue()
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     row |= {
-        "warps": launch.num_warps,
+        "warps": launch.options["num_warps"],
         "registers": registers(kernel.asm["cubin"]),
         "spill_bytes": int(spills[1]) + int(spills[2]) if spills else None,
         "shared_bytes": kernel.metadata.shared,
@@ -235,14 +282,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for triton-VERSION.json")
     arguments = parser.parse_args()
 
-    LAUNCHES.extend(launch for launch in row_launches() if arguments.only in launch.name)
-    jobs = [(i, target) for i in range(len(LAUNCHES)) for target in arguments.targets]
+    every = [*row_launches(), *sparse_launches()]
+    LAUNCHES.extend(launch for launch in every if arguments.only in launch.name)
+    jobs = [
+        (i, target)
+        for i, launch in enumerate(LAUNCHES)
+        for target in arguments.targets
+        if launch.target in (None, target)
+    ]
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(arguments.jobs, mp_context=fork) as pool:
         table = list(pool.map(compiled, jobs))
 
     width = max(len(launch.name) for launch in LAUNCHES)
-    print(f"triton {triton.__version__}: {len(LAUNCHES)} launches, targets {arguments.targets}")
+    print(f"triton {triton.__version__}: {len(jobs)} launches, targets {arguments.targets}")
     print(f"{'kernel':{width}}  target  warps  regs  spills  shared")
     for row in table:
         figures = [

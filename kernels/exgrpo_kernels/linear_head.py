@@ -8,13 +8,14 @@ Legend: N tokens, R rows of a chunk, L rows of a chunk that stay in its GEMMs, V
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from exgrpo_kernels import runtime
+from exgrpo_kernels import runtime, sparse_backward
 from exgrpo_kernels.objective import LossColumns, PolicyObjective
+from exgrpo_kernels.sparse_backward import TileMasses, TileSelector
 
 HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -253,13 +254,21 @@ class LogitGradient(NamedTuple):
     """dL/dlogits of a chunk is scale[:, None] * dlogits; a scale of None is one.
 
     `kept` says which rows of the chunk these are; None: all of them, in order, perhaps with
-    padding behind. Rows that are not `alive` are exactly zero; None: all are alive.
+    padding behind. Rows that are not `alive` are exactly zero; None: all are alive. `masses` are
+    there when the buffer was made to keep them.
     """
 
     dlogits_LV: Tensor
     scale_L: Tensor | None = None
     kept_L: Tensor | None = None
     alive_L: Tensor | None = None
+    masses: TileMasses | None = None
+
+    def num_alive(self, num_rows: int) -> int | Tensor:
+        """How many of the chunk's `num_rows` rows send anything back."""
+        if self.alive_L is not None:
+            return self.alive_L.sum()
+        return num_rows if self.kept_L is None else len(self.kept_L)
 
 
 class ChunkRows(Protocol):
@@ -306,6 +315,15 @@ def padded(rows_RD: Tensor, num_rows: int) -> Tensor:
     return out
 
 
+def products(chunk: LinearHead) -> Any:
+    """The block-sparse products of the backend."""
+    if chunk.backend == "triton":
+        from exgrpo_kernels import sparse_kernels
+
+        return sparse_kernels
+    return sparse_backward
+
+
 # ---- sums over the chunks ------------------------------------------------------------------------
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -338,9 +356,20 @@ class HeadGradients:
             joins_main_grad=main_grad is not None,
         )
 
-    def add(self, chunk: LinearHead, gradient: LogitGradient, rows: slice | Tensor) -> None:
-        """Add a chunk whose rows are `rows` of the whole."""
-        dlogits, scale, kept, alive = gradient
+    def add(
+        self,
+        chunk: LinearHead,
+        gradient: LogitGradient,
+        rows: slice | Tensor,
+        selector: TileSelector | None = None,
+    ) -> None:
+        """Add a chunk whose rows are `rows` of the whole, or what `selector` keeps of it."""
+        dlogits, scale, kept, alive, masses = gradient
+        tiles, residue = None, None
+        if selector is not None:
+            selector.count_rows(gradient.num_alive(len(chunk)))
+            tiles = selector.select(masses)
+            residue = None if tiles is None else tiles.residue_RT
         if len(dlogits) == 0:
             return
         hidden = chunk.hidden_ND
@@ -349,7 +378,7 @@ class HeadGradients:
             rows = rows[kept] if isinstance(rows, Tensor) else kept + rows.start
         if self.hidden_ND is not None:
             # a scale is applied before anything is rounded
-            direct = scale is None and dlogits.dtype == self.hidden_ND.dtype
+            direct = scale is None and dlogits.dtype == self.hidden_ND.dtype and residue is None
             dtype = self.hidden_ND.dtype if direct else chunk.dtype
             in_place = isinstance(rows, slice) and len(hidden) == len(dlogits)
             in_place = in_place and self.hidden_ND.dtype == dtype
@@ -358,20 +387,35 @@ class HeadGradients:
                 if in_place
                 else hidden.new_empty(len(dlogits), hidden.shape[1], dtype=dtype)
             )
-            runtime.hidden_gradient_into(dhidden, dlogits, chunk.weight_VD)
+            if tiles is None:
+                runtime.hidden_gradient_into(dhidden, dlogits, chunk.weight_VD)
+            else:
+                products(chunk).hidden_gradient_into(
+                    dhidden, dlogits, chunk.weight_VD, tiles.kept_GT
+                )
             if scale is not None:
                 dhidden.mul_(scale[:, None])
+            if residue is not None:
+                dhidden += sparse_backward.centroids_of_hidden(residue, chunk.weight_VD)
             if not in_place:
                 self.hidden_ND[rows] = dhidden[: len(hidden)].to(self.hidden_ND.dtype)
         if self.weight_VD is not None:
             if alive is not None:
                 # a dead row may hold NaN: select, as 0 * NaN is NaN
                 hidden = torch.where(alive[:, None], hidden, 0.0)
+            unscaled = padded(hidden, len(dlogits))
             if scale is not None:
                 hidden = hidden.to(scale.dtype) * scale[:, None]
             operand = padded(hidden.to(dlogits.dtype), len(dlogits))
             first = not self.is_weight_written
-            runtime.weight_gradient_add(self.weight_VD, dlogits, operand, overwrite=first)
+            if tiles is None or (selector is not None and selector.tail == "dense_dw"):
+                runtime.weight_gradient_add(self.weight_VD, dlogits, operand, overwrite=first)
+            else:
+                products(chunk).weight_gradient_add(
+                    self.weight_VD, dlogits, operand, tiles.kept_GT, overwrite=first
+                )
+                if residue is not None:
+                    sparse_backward.add_centroids_of_weight(self.weight_VD, residue, unscaled)
             self.is_weight_written = True
         if self.bias_V is not None:
             if scale is None:

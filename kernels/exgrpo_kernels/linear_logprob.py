@@ -32,6 +32,7 @@ from exgrpo_kernels.linear_head import (
     write_logits,
 )
 from exgrpo_kernels.rowwise_torch import TorchRows
+from exgrpo_kernels.sparse_backward import TileSelector
 
 # ---- reference -----------------------------------------------------------------------------------
 
@@ -92,17 +93,28 @@ def chunk_size(head: LinearHead, num_rows: int) -> int:
     return runtime.chunk_rows(num_rows, row_bytes, head.hidden_ND.device)
 
 
-def chunk_buffer(head: LinearHead, num_rows: int) -> ChunkRows:
+def chunk_buffer(
+    head: LinearHead, num_rows: int, selector: TileSelector | None = None
+) -> ChunkRows:
     """The buffer that every chunk of `num_rows` rows uses again."""
     size, num_columns = chunk_size(head, num_rows), len(head.weight_VD)
     dtype, operands = buffer_dtypes(head)
     logits = runtime.empty_logits(size, num_columns, dtype, head.hidden_ND.device)
+    keeps_masses = selector is not None and selector.wants_masses
+    keeps_sums = selector is not None and selector.wants_sums
     if head.backend == "triton":
         from exgrpo_kernels.rowwise import TritonRows
 
-        return TritonRows(logits, operand_dtype=operands)
-    has_softcap = head.inputs.softcap is not None
-    return TorchRows(logits, has_softcap=has_softcap, operand_dtype=operands)
+        return TritonRows(
+            logits, operand_dtype=operands, keeps_masses=keeps_masses, keeps_sums=keeps_sums
+        )
+    return TorchRows(
+        logits,
+        has_softcap=head.inputs.softcap is not None,
+        operand_dtype=operands,
+        keeps_masses=keeps_masses,
+        keeps_sums=keeps_sums,
+    )
 
 
 def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -116,7 +128,7 @@ def new_outputs(head: LinearHead) -> LinearLogprob:
     return LinearLogprob(*(new(len(head), dtype=head.dtype) for _ in range(3)))
 
 
-def store_outputs(outputs: LinearLogprob, rows: slice, statistics: LinearLogprob) -> None:
+def store_outputs(outputs: LinearLogprob, rows: slice | Tensor, statistics: LinearLogprob) -> None:
     for output, value in zip(outputs, statistics, strict=True):
         output[rows] = value
 
@@ -137,6 +149,7 @@ def recompute_gradients(
     coefficients: RowCoefficients,
     needs: tuple[bool, bool, bool],
     main_grad: Tensor | None = None,
+    selector: TileSelector | None = None,
 ) -> Gradients:
     """dX, dW, db from the statistics of a finished forward pass; makes each chunk of logits again.
 
@@ -149,13 +162,13 @@ def recompute_gradients(
         alive = coefficients.alive()
         order = None if bool(alive.all()) else alive.nonzero().squeeze(1)
     num_rows = len(head) if order is None else len(order)
-    buffer = chunk_buffer(head, num_rows)
+    buffer = chunk_buffer(head, num_rows, selector)
     for rows in chunks(num_rows, len(buffer.logits)):
         index = rows if order is None else order[rows]
         chunk, taken = head.rows(index), coefficients.rows(index)
         statistics = LinearLogprob(*(value[index] for value in outputs))
         write_logits(buffer, chunk)
-        gradients.add(chunk, buffer.gradient(chunk.inputs, statistics, taken), index)
+        gradients.add(chunk, buffer.gradient(chunk.inputs, statistics, taken), index, selector)
     return gradients.finish(head)
 
 

@@ -148,7 +148,7 @@ class LossColumns:
         """The fields in order, as a registered operator takes them."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
-    def rows(self, rows: slice) -> "LossColumns":
+    def rows(self, rows: slice | Tensor) -> "LossColumns":
         """Some of the rows; where sequence ids are cut, they are numbered again from 0."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         picked = {name: t[rows] for name, t in picked.items() if t is not None}

@@ -12,6 +12,7 @@ Legend: N tokens, V vocabulary, D hidden.
 
 # pyright: reportIncompatibleMethodOverride=false
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import (
     HEAD_DTYPES,
-    Gradients,
     HeadGradients,
     LinearHead,
     LinearLogprob,
@@ -53,6 +53,7 @@ from exgrpo_kernels.objective import (
     token_losses,
 )
 from exgrpo_kernels.rowwise_torch import TorchRows
+from exgrpo_kernels.sparse_backward import DEFAULT_THRESHOLD, TAILS, Tail, TileSelector
 
 SPARSITIES = ("auto", "off")
 
@@ -84,7 +85,8 @@ def linear_policy_loss_reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
-    sparsity: str = "auto",
+    sparsity: str | float = "auto",
+    tail: str = "drop",
     backend: str = "auto",
     **columns,
 ) -> PolicyLoss:
@@ -114,38 +116,49 @@ def one_phase_pass(
     head: LinearHead,
     objective: PolicyObjective,
     columns: LossColumns,
-    needs: tuple[bool, bool, bool],
-    main_grad: Tensor | None,
-    plan: list[slice],
-) -> tuple[LinearLogprob, Gradients]:
+    gradients: HeadGradients,
+    selector: TileSelector,
+    plan: Sequence[slice | Tensor],
+) -> LinearLogprob:
     """Statistics and gradients of every row in one pass over the chunks of `plan`."""
-    outputs, gradients = new_outputs(head), HeadGradients.like(head, needs, main_grad)
-    buffer = chunk_buffer(head, len(head))
+    outputs, buffer = new_outputs(head), chunk_buffer(head, len(head), selector)
     for rows in plan:
         chunk = head.rows(rows)
         write_logits(buffer, chunk)
         statistics, gradient = buffer.policy_gradient(chunk.inputs, objective, columns.rows(rows))
         store_outputs(outputs, rows, statistics)
-        gradients.add(chunk, gradient, rows)
-    return outputs, gradients.finish(head)
+        gradients.add(chunk, gradient, rows, selector)
+    return outputs
 
 
-def two_phase_pass(
-    head: LinearHead,
-    objective: PolicyObjective,
-    columns: LossColumns,
-    needs: tuple[bool, bool, bool],
-    main_grad: Tensor | None,
-) -> tuple[LinearLogprob, Gradients]:
-    """Score all rows, find all coefficients, then make each chunk of logits again."""
-    outputs = score_rows(head)
-    coefficients = RowCoefficients(
-        *row_scalars(objective, outputs.logprobs, outputs.entropy, columns)
-    )
-    return outputs, recompute_gradients(head, outputs, coefficients, needs, main_grad)
+def row_order(objective: PolicyObjective, columns: LossColumns, targets_N: Tensor) -> Tensor:
+    """(N,) -> rows by what they will need of the vocabulary, known before any logits are.
+
+    First those that may send something back, by how sure the behaviour policy was in powers of
+    two, then by target; neighbours share their tiles, and the silent rows come last.
+    """
+    others = -torch.expm1(columns.behaviour_logprobs.float().clamp(-80.0, -1e-9))
+    doubt = others.log2().floor().clamp(min=-31.0).long() + 32
+    silent = ~columns.trained
+    if objective.kl_coef == 0 and objective.entropy_coef == 0:
+        silent = silent | (columns.advantages == 0)
+    key = silent.long() * 64 + doubt
+    return torch.argsort(key * (targets_N.max() + 1) + targets_N, stable=True)
 
 
-def chunk_plan(columns: LossColumns, num_rows: int, chunk_rows: int) -> list[slice] | None:
+def chunk_plan(
+    objective: PolicyObjective, columns: LossColumns, head: LinearHead, *, reorders: bool
+) -> Sequence[slice | Tensor] | None:
+    """The rows of every chunk of a single pass; None where that cannot be."""
+    size = chunk_size(head, len(head))
+    if objective.ratio_level == "sequence":
+        return sequence_plan(columns, len(head), size)
+    if reorders and len(head) > 1:
+        return row_order(objective, columns, head.inputs.targets_N).split(size)
+    return list(chunks(len(head), size)) or [slice(0, 0)]
+
+
+def sequence_plan(columns: LossColumns, num_rows: int, chunk_rows: int) -> list[slice] | None:
     """Chunks of whole sequences; None where one is too long, in pieces, or unknown to the host."""
     if num_rows <= chunk_rows:
         return [slice(0, num_rows)]
@@ -199,8 +212,11 @@ def linear_policy_loss_operator(
     objective: str,
     needs: list[bool],
     main_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, and dX, dW, db for an upstream gradient of 1; empty where not wanted."""
+    threshold: float | None,
+    tail: str,
+    is_auto: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, what sparsity dropped, and dX, dW, db; empty where not wanted."""
     head = LinearHead.from_arguments(
         hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
     )
@@ -208,25 +224,29 @@ def linear_policy_loss_operator(
         weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
     )
     policy = PolicyObjective.from_text(objective)
-    wanted = (needs[0], needs[1], needs[2])
+    wanted = needs[0], needs[1], needs[2]
+    selector = TileSelector(threshold, tail_named(tail), is_auto=is_auto, device=hidden.device)
     if not any(wanted):
-        outputs, gradients = score_rows(head), (None, None, None)
+        outputs, made = score_rows(head), (None, None, None)
+        selector.count_rows(len(head))
+    elif plan := chunk_plan(policy, columns, head, reorders=selector.wants_masses):
+        gradients = HeadGradients.like(head, wanted, main_grad)
+        outputs = one_phase_pass(head, policy, columns, gradients, selector, plan)
+        made = gradients.finish(head)
     else:
-        size = chunk_size(head, len(head))
-        plan = list(chunks(len(head), size))
-        if policy.ratio_level == "sequence":
-            plan = chunk_plan(columns, len(head), size)
-        if plan is None:
-            outputs, gradients = two_phase_pass(head, policy, columns, wanted, main_grad)
-        else:
-            outputs, gradients = one_phase_pass(head, policy, columns, wanted, main_grad, plan)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
-    return outputs.logprobs, outputs.entropy, dhidden, dweight, dbias
+        # score all rows, find all coefficients, then make each chunk of logits again
+        outputs = score_rows(head)
+        scalars = row_scalars(policy, outputs.logprobs, outputs.entropy, columns)
+        coefficients = RowCoefficients(*scalars)
+        made = recompute_gradients(head, outputs, coefficients, wanted, main_grad, selector)
+    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in made)
+    dropped = selector.metrics(len(head)).float()
+    return outputs.logprobs, outputs.entropy, dropped, dhidden, dweight, dbias
 
 
 @linear_policy_loss_operator.register_fake
 def _(hidden, weight, targets, bias, *arguments):
-    *_, needs, main_grad = arguments
+    *_, needs, main_grad, _, _, _ = arguments
     outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:5]))
     wanted = needs[0], needs[1] and main_grad is None, needs[2]
     gradients = (
@@ -235,7 +255,7 @@ def _(hidden, weight, targets, bias, *arguments):
         else hidden.new_empty(0)
         for value, needed in zip((hidden, weight, bias), wanted, strict=True)
     )
-    return *outputs[:2], *gradients
+    return *outputs[:2], hidden.new_empty(3, dtype=torch.float32), *gradients
 
 
 @torch.library.custom_op("exgrpo_kernels::policy_loss_from_logits_", mutates_args=("logits",))
@@ -360,6 +380,29 @@ def policy_loss(
     return PolicyLoss(losses.weighted.sum(), *detached, losses.ratio.detach(), metrics)
 
 
+def resolve_sparsity(sparsity: str | float, num_tokens: int) -> tuple[float | None, bool]:
+    """(threshold, is_auto) of the argument `sparsity`; a threshold of None is dense."""
+    if isinstance(sparsity, int | float) and not isinstance(sparsity, bool):
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity as a number must lie in [0, 1), got {sparsity}")
+        return float(sparsity), False
+    if sparsity not in SPARSITIES:
+        raise ValueError(
+            f"sparsity must be one of {', '.join(SPARSITIES)} or a number, got {sparsity!r}"
+        )
+    is_off = sparsity == "off" or num_tokens < runtime.SPARSE_VOCABULARY
+    if is_off or torch.are_deterministic_algorithms_enabled():
+        return None, False
+    return DEFAULT_THRESHOLD, True
+
+
+def tail_named(tail: str) -> Tail:
+    for known in TAILS:
+        if tail == known:
+            return known
+    raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+
+
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -377,7 +420,8 @@ def linear_policy_loss(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     weight_main_grad: Tensor | None = None,
-    sparsity: str = "auto",
+    sparsity: str | float = "auto",
+    tail: str = "drop",
     backend: str = "auto",
 ) -> PolicyLoss:
     """(N, D), (V, D), (N,) -> float32 scalar: sum of weights * loss over tokens, never [N, V].
@@ -395,7 +439,12 @@ def linear_policy_loss(
     weight_main_grad     float32 [V, D]: dW is added to it here, and `weight` gets none from
                          autograd; the upstream gradient of the loss must then be 1
     bias, temperature, softcap, logits_dtype, backend   as in `linear_logprob`
-    sparsity             "auto" or "off"; both are dense
+    sparsity             "off"; a threshold: tiles of 64 x 64 whose gradient mass stays under it, as
+                         a share of the mean |c1|, are not multiplied (`sparse_backward`); "auto":
+                         1e-4, and dense where too few tiles would be dropped to pay, for a small
+                         vocabulary, and under torch.use_deterministic_algorithms(True)
+    tail                 what becomes of dropped tiles: "drop"; "centroid", one value per tile;
+                         "dense_dw", nothing is dropped from dW
 
     A row of weight 0 contributes exactly 0, whatever its inputs hold; a target outside [0, V) is
     legal there and its logprob is reported as 0. The gradients are made here, in the forward, for
@@ -407,8 +456,8 @@ def linear_policy_loss(
     checked on a CPU. On CUDA the first four are device-side asserts, and the last makes a NaN loss.
     """
     objective = resolve_objective(objective)
-    if sparsity not in SPARSITIES:
-        raise ValueError(f"sparsity must be one of {', '.join(SPARSITIES)}, got {sparsity!r}")
+    threshold, is_auto = resolve_sparsity(sparsity, len(weight))
+    tail_named(tail)
     check_main_grad(weight_main_grad, weight)
     check_vector("weights", weights, len(hidden), hidden.device)
     head = linear_head(
@@ -439,14 +488,19 @@ def linear_policy_loss(
 
     needs = [wants(hidden), wants(weight), wants(bias)]
     with torch.no_grad():
-        logprobs, entropy, *gradients = linear_policy_loss_operator(
+        logprobs, entropy, dropped, *gradients = linear_policy_loss_operator(
             *head.arguments(),
             *columns.arguments(),
             objective.as_text(),
             needs,
             weight_main_grad,
+            threshold,
+            tail,
+            is_auto,
         )
         result = finished_loss(objective, columns, targets, len(weight), logprobs, entropy)
+        names = ("density", "skipped_mass", "rows_skipped")
+        result.metrics.update(zip(names, dropped.unbind(), strict=True))
     if not any(needs):
         return result
     needs[1] = needs[1] and weight_main_grad is None

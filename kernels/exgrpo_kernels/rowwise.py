@@ -33,9 +33,10 @@ from torch import Tensor
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import LinearLogprob, LogitGradient, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import LOG_RATIO_LIMIT, LossColumns, PolicyObjective, row_scalars
+from exgrpo_kernels.sparse_backward import COLUMNS, TileMasses, mean_coefficient, num_tiles
 
 # Columns whose |gradient| is summed into one mass.
-MASS_TILE = 64
+MASS_TILE = COLUMNS
 # exp(-1000) is 0, and 0 * -1000 is 0 where 0 * -inf would be NaN.
 LOWEST = tl.constexpr(-1000.0)
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
@@ -214,6 +215,7 @@ def store_row_gradient(
     out,
     bias,
     masses,
+    sums,
     target,
     num_columns,
     softcap,
@@ -246,10 +248,15 @@ def store_row_gradient(
             mass = tl.sum(tl.reshape(tl.abs(dx), [BLOCK // TILE, TILE]), 1)
             tiles = start // TILE + tl.arange(0, BLOCK // TILE)
             tl.store(masses + tiles, mass, mask=tiles * TILE < num_columns)
+            if sums is not None:
+                signed = tl.sum(
+                    tl.reshape(tl.where(columns < num_columns, dx, 0.0), [BLOCK // TILE, TILE]), 1
+                )
+                tl.store(sums + tiles, signed, mask=tiles * TILE < num_columns)
 
 
 @triton.jit
-def store_zeros(out, masses, num_columns, BLOCK: tl.constexpr):
+def store_zeros(out, masses, sums, num_columns, BLOCK: tl.constexpr):
     """A dead row: nothing is read."""
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -259,6 +266,8 @@ def store_zeros(out, masses, num_columns, BLOCK: tl.constexpr):
             tiles = start // TILE + tl.arange(0, BLOCK // TILE)
             zeros = tl.zeros([BLOCK // TILE], tl.float32)
             tl.store(masses + tiles, zeros, mask=tiles * TILE < num_columns)
+            if sums is not None:
+                tl.store(sums + tiles, zeros, mask=tiles * TILE < num_columns)
 
 
 # ---- kernels: a program walks over rows ----------------------------------------------------------
@@ -307,6 +316,7 @@ def gradient_kernel(
     out,
     out_stride,
     masses,
+    sums,
     masses_stride,
     bias,
     targets,
@@ -338,12 +348,16 @@ def gradient_kernel(
         row_masses = masses
         if masses is not None:
             row_masses = masses + r * masses_stride
+        row_sums = sums
+        if sums is not None:
+            row_sums = sums + r * masses_stride
         if (c1 != 0.0) | (c2 != 0.0) | (c3 != 0.0):
             store_row_gradient(
                 logits + r * logits_stride,
                 out + r * out_stride,
                 bias,
                 row_masses,
+                row_sums,
                 tl.load(targets + r).to(tl.int32),
                 num_columns,
                 softcap,
@@ -359,7 +373,7 @@ def gradient_kernel(
                 BLOCK,
             )
         else:
-            store_zeros(out + r * out_stride, row_masses, num_columns, BLOCK)
+            store_zeros(out + r * out_stride, row_masses, row_sums, num_columns, BLOCK)
 
 
 @triton.jit
@@ -369,6 +383,7 @@ def policy_gradient_kernel(
     out,
     out_stride,
     masses,
+    sums,
     masses_stride,
     bias,
     targets,
@@ -390,7 +405,7 @@ def policy_gradient_kernel(
     logprobs,
     entropies,
     lses,
-    lives,
+    c1s,
     num_rows,
     num_padded,
     num_columns,
@@ -404,6 +419,9 @@ def policy_gradient_kernel(
         row_masses = masses
         if masses is not None:
             row_masses = masses + r * masses_stride
+        row_sums = sums
+        if sums is not None:
+            row_sums = sums + r * masses_stride
         alive = False
         if r < num_rows:
             target = tl.load(targets + r).to(tl.int32)
@@ -440,13 +458,14 @@ def policy_gradient_kernel(
             )
             c2 = entropy_coef * weight
             alive = (c1 != 0.0) | (c2 != 0.0)
-            tl.store(lives + r, alive)
+            tl.store(c1s + r, c1)
             if alive:
                 store_row_gradient(
                     row,
                     out + r * out_stride,
                     bias,
                     row_masses,
+                    row_sums,
                     target,
                     num_columns,
                     softcap,
@@ -462,7 +481,7 @@ def policy_gradient_kernel(
                     BLOCK,
                 )
         if not alive:
-            store_zeros(out + r * out_stride, row_masses, num_columns, BLOCK)
+            store_zeros(out + r * out_stride, row_masses, row_sums, num_columns, BLOCK)
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -474,16 +493,22 @@ class TritonRows:
     A gradient of a narrower dtype takes the first part of its row in the same memory.
     """
 
-    def __init__(self, logits: Tensor, *, operand_dtype: torch.dtype, keeps_masses: bool = False):
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        operand_dtype: torch.dtype,
+        keeps_masses: bool = False,
+        keeps_sums: bool = False,
+    ):
         """`logits` (R, V) is the buffer, `operand_dtype` that of the gradient put there."""
         num_columns = logits.shape[1]
         self.logits = logits
         self.narrows = operand_dtype != logits.dtype
         self.gradients = logits.view(operand_dtype)[:, :num_columns] if self.narrows else logits
-        self.masses = None
-        if keeps_masses:
-            shape = len(logits), triton.cdiv(num_columns, MASS_TILE)
-            self.masses = logits.new_empty(shape, dtype=torch.float32)
+        shape = len(logits), num_tiles(num_columns)
+        self.masses = logits.new_empty(shape, dtype=torch.float32) if keeps_masses else None
+        self.sums = logits.new_empty(shape, dtype=torch.float32) if keeps_sums else None
         self.shape = runtime.row_kernel_shape(num_columns)
         self.num_programs = runtime.num_programs(logits.device)
 
@@ -520,7 +545,7 @@ class TritonRows:
             self.logits.shape[1],
             NARROWS=self.narrows,
         )
-        return LogitGradient(self.gradients[:num_padded], alive_L=coefficients.alive())
+        return self.result(num_padded, coefficients.alive(), coefficients.c1)
 
     def policy_gradient(
         self, inputs: RowInputs, objective: PolicyObjective, columns: LossColumns
@@ -532,7 +557,7 @@ class TritonRows:
             return statistics, self.gradient(inputs, statistics, RowCoefficients(*scalars))
         num_rows, num_padded = len(inputs), self.padded(len(inputs))
         out = self.new_statistics(num_rows)
-        alive = torch.empty(num_rows, dtype=torch.bool, device=self.logits.device)
+        c1 = self.logits.new_empty(num_rows, dtype=torch.float32)
         low, high = objective.ratio_bounds
         dual_clip = math.inf if objective.dual_clip is None else objective.dual_clip
         self.launch(
@@ -552,7 +577,7 @@ class TritonRows:
             float(objective.kl_coef),
             float(objective.entropy_coef),
             *out,
-            alive,
+            c1,
             num_rows,
             num_padded,
             self.logits.shape[1],
@@ -560,7 +585,16 @@ class TritonRows:
             KL=objective.kl_estimator if objective.kl_coef != 0 else "none",
             NARROWS=self.narrows,
         )
-        return out, LogitGradient(self.gradients[:num_padded], alive_L=alive)
+        c2 = objective.entropy_coef * columns.weights
+        return out, self.result(num_padded, RowCoefficients(c1, c2).alive(), c1)
+
+    def result(self, num_padded: int, alive: Tensor, c1: Tensor) -> LogitGradient:
+        masses = None
+        if self.masses is not None:
+            sums = None if self.sums is None else self.sums[:num_padded]
+            mean = mean_coefficient(c1, alive)
+            masses = TileMasses(self.masses[:num_padded], sums, mean)
+        return LogitGradient(self.gradients[:num_padded], alive_L=alive, masses=masses)
 
     def new_statistics(self, num_rows: int) -> LinearLogprob:
         new = self.logits.new_empty
@@ -575,6 +609,7 @@ class TritonRows:
             self.gradients,
             self.gradients.stride(0),
             masses,
+            self.sums,
             0 if masses is None else masses.stride(0),
         )
 

@@ -14,6 +14,12 @@ from torch import Tensor
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import LinearLogprob, LogitGradient, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import LossColumns, PolicyObjective, row_scalars
+from exgrpo_kernels.sparse_backward import (
+    TileMasses,
+    mean_coefficient,
+    num_tiles,
+    tile_sums,
+)
 
 # exp(-1000) is 0 in float64 too, so replacing -inf by it changes no probability, and 0 * -1000
 # is 0 where 0 * -inf would be NaN.
@@ -30,6 +36,8 @@ class TorchRows:
         has_softcap: bool,
         operand_dtype: torch.dtype,
         closes_gaps: bool = True,
+        keeps_masses: bool = False,
+        keeps_sums: bool = False,
     ):
         """`logits` (R, V) is the buffer to use; the GEMMs get operands of `operand_dtype`.
 
@@ -37,6 +45,7 @@ class TorchRows:
         them; else they become exact zeros.
         """
         self.logits, self.operand_dtype = logits, operand_dtype
+        self.keeps_masses, self.keeps_sums = keeps_masses, keeps_sums
         self.closes_gaps = closes_gaps and runtime.can_read_values(logits.device)
         row_bytes = logits.shape[1] * logits.element_size()
         block = runtime.block_rows(len(logits), row_bytes)
@@ -122,23 +131,30 @@ class TorchRows:
     ) -> LogitGradient:
         """The gradient where the buffer holds z - shift, or its exp."""
         z_RV = self.logits[: len(inputs)]
-        alive = coefficients.alive()
-        if self.closes_gaps:
-            if bool(alive.all()):
-                scale = self.logits_to_gradient_(z_RV, inputs, statistics, coefficients, has_exps)
-                return LogitGradient(z_RV.to(self.operand_dtype), scale)
+        alive, kept = coefficients.alive(), None
+        if self.closes_gaps and not bool(alive.all()):
             kept = self.close_gaps_(z_RV, alive)
-            z_RV = z_RV[: len(kept)]
+            z_RV, inputs = z_RV[: len(kept)], inputs.rows(kept)
             self.shift, self.total = self.shift[kept], self.total[kept]
             statistics = LinearLogprob(*(value[kept] for value in statistics))
-            scale = self.logits_to_gradient_(
-                z_RV, inputs.rows(kept), statistics, coefficients.rows(kept), has_exps
-            )
-            return LogitGradient(z_RV.to(self.operand_dtype), scale, kept)
+            coefficients = coefficients.rows(kept)
         scale = self.logits_to_gradient_(z_RV, inputs, statistics, coefficients, has_exps)
-        z_RV.masked_fill_(~alive[:, None], 0.0)
-        scale = torch.where(alive, scale, 0.0)
-        return LogitGradient(z_RV.to(self.operand_dtype), scale, alive_L=alive)
+        if not self.closes_gaps:
+            z_RV.masked_fill_(~alive[:, None], 0.0)
+            scale = torch.where(alive, scale, 0.0)
+        masses = self.tile_masses(z_RV, scale, coefficients.c1) if self.keeps_masses else None
+        dlogits = z_RV.to(self.operand_dtype)
+        return LogitGradient(dlogits, scale, kept, None if self.closes_gaps else alive, masses)
+
+    def tile_masses(self, dz_RV: Tensor, scale: Tensor, c1: Tensor) -> TileMasses:
+        shape = len(dz_RV), num_tiles(dz_RV.shape[1])
+        masses = dz_RV.new_empty(shape)
+        for rows in self.blocks(len(dz_RV)):
+            magnitudes = torch.abs(dz_RV[rows], out=self.block[: rows.stop - rows.start])
+            masses[rows] = tile_sums(magnitudes)
+        masses.mul_(scale.abs()[:, None])
+        sums = tile_sums(dz_RV).mul_(scale[:, None]) if self.keeps_sums else None
+        return TileMasses(masses, sums, mean_coefficient(c1, scale != 0))
 
     def close_gaps_(self, z_RV: Tensor, alive_R: Tensor) -> Tensor:
         """Move live rows from the end into the places of dead ones; (L,) says which row is where.

@@ -23,6 +23,12 @@ ROW_GRANULE = 128
 # Columns and warps of the row kernel: 8 KiB to 16 KiB of a row under way in each of its programs.
 ROW_BLOCK, ROW_WARPS = 4096, 8
 ROW_REGISTERS = 128
+# Of a multiprocessor of compute capability 8.9, the smallest that is compiled for.
+LEAST_SHARED_BYTES = 101_376
+# Above this density the gathered products lose to dense ones (predicted: 0.6 on an H200).
+BREAK_EVEN_DENSITY = 0.5
+# Below this vocabulary there is nothing to win, and "auto" does not look.
+SPARSE_VOCABULARY = 8192
 
 # ---- sizes on a CPU ------------------------------------------------------------------------------
 
@@ -113,6 +119,33 @@ def row_kernel_shape(num_columns: int) -> RowKernelShape:
     while block > 128 and block // 2 >= num_columns:
         block //= 2
     return RowKernelShape(block, max(1, min(ROW_WARPS, block // 256)))
+
+
+class SparseKernelShape(NamedTuple):
+    """Columns of the hidden size per block, warps, stages of the pipeline."""
+
+    block_hidden: int
+    num_warps: int
+    num_stages: int
+
+
+def sparse_kernel_shape(
+    num_hidden: int, dtype: torch.dtype, device: torch.device
+) -> SparseKernelShape:
+    """Blocks of 128 x 256 in bfloat16, as deep a pipeline as shared memory holds."""
+    shared = LEAST_SHARED_BYTES
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin
+    return sparse_shape_for(num_hidden, dtype.itemsize, shared)
+
+
+def sparse_shape_for(num_hidden: int, itemsize: int, shared_bytes: int) -> SparseKernelShape:
+    block = 256 if itemsize == 2 else 32
+    while block > 32 and block // 2 >= num_hidden:
+        block //= 2
+    stage_bytes = 64 * (128 + block) * itemsize
+    return SparseKernelShape(block, 8, max(1, min(3, shared_bytes // stage_bytes)))
 
 
 def num_programs(device: torch.device) -> int:

@@ -20,7 +20,10 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def install_bfloat16_rounding() -> None:
-    """Casts to bfloat16 round to nearest; the interpreter of Triton 3.6 and 3.7 cuts bits off."""
+    """Casts to bfloat16 round to nearest, and products of it are products of its values.
+
+    The interpreter of Triton 3.6 and 3.7 cuts bits off, and multiplies the bit patterns.
+    """
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "rounds_bfloat16", False):
         return
@@ -40,6 +43,18 @@ def install_bfloat16_rounding() -> None:
             return rounded(source)
         return float_cast(self, source, target_type, mode)
 
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        values = torch.from_numpy(handle.data.copy()).view(torch.bfloat16).float().numpy()
+        return interpreter.TensorHandle(values, tl.float32)
+
+    dot = builder.create_dot
+
+    def create_dot(self, a, b, accumulator, *settings):
+        return dot(self, widened(a), widened(b), accumulator, *settings)
+
+    builder.create_dot = create_dot
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     builder.rounds_bfloat16 = True
 

@@ -20,7 +20,7 @@ from exgrpo_kernels import (
     runtime,
 )
 from exgrpo_kernels.objective import loss_columns
-from exgrpo_kernels.policy_loss import chunk_plan
+from exgrpo_kernels.policy_loss import sequence_plan
 
 CPU = torch.device("cpu")
 BACKENDS = ["torch"] + (["triton"] if runtime.is_interpreting() else [])
@@ -176,7 +176,7 @@ def columns_of(ids: list[int], weights: list[float] | None = None):
     ],
 )
 def test_chunks_follow_sequences(ids, weights, size, ends):
-    plan = chunk_plan(columns_of([i % len(ids) for i in ids], weights), len(ids), size)
+    plan = sequence_plan(columns_of([i % len(ids) for i in ids], weights), len(ids), size)
     if ends is None:
         assert plan is None
     else:

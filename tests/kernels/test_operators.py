@@ -63,7 +63,11 @@ def test_operators_keep_their_schemas(backend):
     objective = OBJECTIVE.as_text()
     loss = (*head.arguments(), *columns.arguments(), objective, [True, True, False])
     for main_grad in (None, torch.zeros_like(head.weight_VD)):
-        torch.library.opcheck(linear_policy_loss_operator, (*loss, main_grad), test_utils=utilities)
+        torch.library.opcheck(
+            linear_policy_loss_operator,
+            (*loss, main_grad, 1e-4, "centroid", False),
+            test_utils=utilities,
+        )
     inputs = head.inputs.arguments()
     from_logits = (torch.randn(6, 70), *inputs, backend, *columns.arguments(), objective)
     torch.library.opcheck(policy_loss_from_logits_operator, from_logits, test_utils=utilities)

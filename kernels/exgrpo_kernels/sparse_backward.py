@@ -1,0 +1,247 @@
+"""Block-sparse dX and dW: only the tiles of the logit gradient that carry any of it are multiplied.
+
+A policy is nearly certain of most tokens, so most of its logit gradient is next to nothing. The
+row sweep leaves the mass of every tile of COLUMNS columns, sum |dz|, where the logits are. A tile of
+ROWS rows is kept when the mass of any of its rows reaches
+
+    mass >= threshold * mean |c1|,      the mean over the rows of the chunk that send anything back.
+
+The rule is on mass, not on single elements: a flat row has no large element, and all of the
+gradient. It is relative to the mean of the batch, not to the row: rows of weight or advantage 0
+vanish, rows of high weight are protected. What is dropped is always measured.
+
+Beside the products stands what they are to be, `*_reference`: the dense ones of the masked gradient.
+Legend: R rows of a chunk, V vocabulary, D hidden, G groups of ROWS rows, T tiles of COLUMNS columns,
+L columns that a block of rows needs.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from exgrpo_kernels import runtime
+
+# A tile: as many rows as an output block of dX has, as many columns as one step of its inner loop.
+ROWS, COLUMNS = 128, 64
+
+Tail = Literal["drop", "centroid", "dense_dw"]
+TAILS: tuple[Tail, ...] = ("drop", "centroid", "dense_dw")
+DEFAULT_THRESHOLD = 1e-4
+
+
+# ---- which tiles are kept ------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """kept (G, T) bool; `residue` (R, T) is the sum of dz over each tile that is not, or None."""
+
+    kept_GT: Tensor
+    residue_RT: Tensor | None = None
+
+
+def num_tiles(num_columns: int) -> int:
+    return -(-num_columns // COLUMNS)
+
+
+def tile_sums(values_RV: Tensor) -> Tensor:
+    """(R, V) -> (R, T): sums over tiles of columns, the last of which may be narrow."""
+    num_columns = values_RV.shape[1]
+    whole = num_columns // COLUMNS * COLUMNS
+    sums = values_RV[:, :whole].unflatten(1, (-1, COLUMNS)).sum(-1)
+    if whole == num_columns:
+        return sums
+    return torch.cat([sums, values_RV[:, whole:].sum(-1, keepdim=True)], 1)
+
+
+def keep_tiles(masses_RT: Tensor, mean_coefficient: Tensor, threshold: float) -> Tensor:
+    """(R, T), () -> (G, T) bool. NaN is kept: it is never hidden."""
+    light = masses_RT < threshold * mean_coefficient
+    rows = -len(light) % ROWS
+    if rows:
+        light = torch.nn.functional.pad(light, (0, 0, 0, rows), value=True)
+    return ~light.unflatten(0, (-1, ROWS)).all(1)
+
+
+def spread(kept_GT: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """(G, T) -> (R, V) bool: the elements of the kept tiles."""
+    rows = kept_GT.repeat_interleave(ROWS, 0)[:num_rows]
+    return rows.repeat_interleave(COLUMNS, 1)[:, :num_columns]
+
+
+# ---- reference -----------------------------------------------------------------------------------
+
+
+def masked_reference(dlogits_RV: Tensor, kept_GT: Tensor) -> Tensor:
+    """The gradient with zeros in the tiles that are not kept."""
+    return dlogits_RV * spread(kept_GT, *dlogits_RV.shape)
+
+
+# ---- products in plain PyTorch -------------------------------------------------------------------
+
+
+def row_blocks(kept_GT: Tensor, num_rows: int, num_columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, columns (L,)) of every block of rows that keeps any tile; reads values of a CPU."""
+    within = torch.arange(COLUMNS, device=kept_GT.device)
+    for group, needed in enumerate(kept_GT):
+        tiles = needed.nonzero()
+        if len(tiles):
+            columns = (tiles * COLUMNS + within).flatten()
+            rows = slice(group * ROWS, min((group + 1) * ROWS, num_rows))
+            yield rows, columns[columns < num_columns]
+
+
+def hidden_gradient_into(
+    out_RD: Tensor, dlogits_RV: Tensor, weight_VD: Tensor, kept_GT: Tensor
+) -> None:
+    """out = dlogits @ weight over the kept tiles; blocks of rows without any become 0."""
+    out_RD.zero_()
+    for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
+        part = dlogits_RV[rows].index_select(1, columns).to(out_RD.dtype)
+        torch.mm(part, weight_VD.index_select(0, columns).to(out_RD.dtype), out=out_RD[rows])
+
+
+def weight_gradient_add(
+    out_VD: Tensor, dlogits_RV: Tensor, hidden_RD: Tensor, kept_GT: Tensor, *, overwrite: bool
+) -> None:
+    """out += dlogits.T @ hidden over the kept tiles, or `=` when overwriting."""
+    if overwrite:
+        out_VD.zero_()
+    for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
+        part = dlogits_RV[rows].index_select(1, columns).to(out_VD.dtype)
+        out_VD.index_add_(0, columns, part.t() @ hidden_RD[rows].to(out_VD.dtype))
+
+
+# ---- what was dropped, put back as one number per tile -------------------------------------------
+
+
+def residues(sums_RT: Tensor, kept_GT: Tensor) -> Tensor:
+    """(R, T): the sum of dz over each dropped tile, 0 for kept ones."""
+    kept = kept_GT.repeat_interleave(ROWS, 0)[: len(sums_RT)]
+    return sums_RT.masked_fill(kept, 0.0)
+
+
+def tile_means(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, D) -> (T, D): the mean row of each tile of the weight."""
+    num_columns = len(weight_VD)
+    sums = tile_sums(weight_VD.t().to(dtype)).t()
+    widths = torch.full((len(sums), 1), float(COLUMNS), dtype=dtype, device=sums.device)
+    widths[-1] = num_columns - (len(sums) - 1) * COLUMNS
+    return sums / widths
+
+
+def centroids_of_hidden(residue_RT: Tensor, weight_VD: Tensor) -> Tensor:
+    """(R, T), (V, D) -> (R, D): what dropped tiles would add to dX, were their rows of W equal.
+
+    It restores sum_v dz_v = 0, whose loss pushes every hidden state along the mean embedding.
+    """
+    return residue_RT @ tile_means(weight_VD, residue_RT.dtype)
+
+
+def add_centroids_of_weight(out_VD: Tensor, residue_RT: Tensor, hidden_RD: Tensor) -> None:
+    """Spread what each dropped tile summed to evenly over its rows of dW."""
+    per_tile = residue_RT.t() @ hidden_RD.to(residue_RT.dtype)
+    whole = len(out_VD) // COLUMNS
+    body = out_VD[: whole * COLUMNS].unflatten(0, (-1, COLUMNS))
+    body += (per_tile[:whole, None] / COLUMNS).to(out_VD.dtype)
+    if whole * COLUMNS < len(out_VD):
+        tail = out_VD[whole * COLUMNS :]
+        tail += (per_tile[whole] / len(tail)).to(out_VD.dtype)
+
+
+# ---- one call: what is kept of every chunk, and what that dropped --------------------------------
+
+
+class TileMasses(NamedTuple):
+    """sum |dz| of every tile of a chunk, and the mean |c1| of its rows that send anything back.
+
+    `sums` are signed, and None unless the tail wants them.
+    """
+
+    masses_RT: Tensor
+    sums_RT: Tensor | None
+    mean_coefficient: Tensor
+
+
+def mean_coefficient(c1_R: Tensor, alive_R: Tensor) -> Tensor:
+    """(R,), (R,) bool -> (): the mean of |c1| over live rows; NaN counts as 0, and is kept anyway."""
+    total = torch.where(alive_R, c1_R.abs(), 0.0).nan_to_num(0.0).sum()
+    return total / alive_R.sum().clamp(min=1)
+
+
+class DensityMemory:
+    """Densities that reach the host without making it wait: on CUDA one call late."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self.arriving: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+
+    def latest(self, density: Tensor) -> float:
+        """The newest density the host can know; a first call takes its rows to be sparse."""
+        if runtime.can_read_values(density.device):
+            return float(density)
+        if torch.cuda.is_current_stream_capturing():
+            return self.last
+        if self.arriving is None or self.arrived is None:
+            self.arriving = torch.zeros((), dtype=density.dtype, pin_memory=True)
+            self.arrived = torch.cuda.Event()
+        elif self.arrived.query():
+            self.last = float(self.arriving)
+        else:
+            return self.last
+        self.arriving.copy_(density, non_blocking=True)
+        self.arrived.record()
+        return self.last
+
+
+_MEMORIES: defaultdict[torch.device, DensityMemory] = defaultdict(DensityMemory)
+
+
+class TileSelector:
+    """Chooses the tiles of each chunk of one call, and adds up what was kept and dropped.
+
+    A threshold of None multiplies everything. With `is_auto` a chunk that keeps more than
+    `runtime.BREAK_EVEN_DENSITY` of its tiles is multiplied densely, and drops nothing.
+    """
+
+    def __init__(self, threshold: float | None, tail: Tail, *, is_auto: bool, device: torch.device):
+        self.threshold, self.tail, self.is_auto = threshold, tail, is_auto
+        self.memory = _MEMORIES[device]
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.tiles = self.kept = self.mass = self.skipped = self.alive = zero
+
+    @property
+    def wants_masses(self) -> bool:
+        return self.threshold is not None
+
+    @property
+    def wants_sums(self) -> bool:
+        return self.threshold is not None and self.tail == "centroid"
+
+    def count_rows(self, num_alive: int | Tensor) -> None:
+        self.alive = self.alive + num_alive
+
+    def select(self, masses: TileMasses | None) -> Tiles | None:
+        """The kept tiles of a chunk; None where it is multiplied densely."""
+        if masses is None or self.threshold is None:
+            return None
+        kept = keep_tiles(masses.masses_RT, masses.mean_coefficient, self.threshold)
+        density = kept.double().mean()
+        self.mass = self.mass + masses.masses_RT.double().sum()
+        self.tiles = self.tiles + kept.numel()
+        if self.is_auto and self.memory.latest(density) > runtime.BREAK_EVEN_DENSITY:
+            self.kept = self.kept + kept.numel()
+            return None
+        self.kept = self.kept + kept.double().sum()
+        self.skipped = self.skipped + residues(masses.masses_RT, kept).double().sum()
+        sums = masses.sums_RT
+        return Tiles(kept, None if sums is None else residues(sums, kept))
+
+    def metrics(self, num_rows: int) -> Tensor:
+        """(3,) float64: density, skipped_mass, rows_skipped."""
+        density = torch.where(self.tiles > 0, self.kept / self.tiles.clamp(min=1), 1.0)
+        skipped = torch.where(self.mass > 0, self.skipped / self.mass, 0.0)
+        return torch.stack([density, skipped, num_rows - self.alive])
