@@ -150,6 +150,8 @@ def make_trainer(
         minibatches=config.train.minibatches,
         mask_truncated=algorithm.overlong.mask_truncated,
         reference=reference,
+        sparsity=config.train.sparsity,
+        tail=config.train.sparse_tail,
     )
     evaluator = make_evaluator(config, engine, rewards, decode, screen)
     return Trainer(

@@ -193,6 +193,10 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: Positive = Field(
         default=16384, description="packed tokens per forward"
     )
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "off"] = Field(
+        default="auto", description="logit-gradient tiles below this share are not multiplied"
+    )
+    sparse_tail: Literal["drop", "centroid", "dense_dw"] = "drop"
     seed: NonNegative = 0
 
 
@@ -426,7 +430,14 @@ def _one_line(error: ValidationError) -> str:
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 
-_UNION_TAGS = {"str", "GymTask", "int", "float"}  # pydantic names the union member it tried
+_UNION_TAGS = {
+    "str",
+    "GymTask",
+    "int",
+    "float",
+    "constrained-float",
+    "literal['auto','off']",
+}  # pydantic names the union member it tried
 
 
 def _suggest_key(path: Sequence[str]) -> str:

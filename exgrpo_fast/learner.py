@@ -56,8 +56,13 @@ class Learner:
         minibatches: int = 1,
         mask_truncated: bool = False,
         reference: Policy | None = None,
+        sparsity: str | float = "auto",
+        tail: str = "drop",
     ) -> None:
-        """`reference`: the frozen policy of the KL term, needed when its coefficient is not 0."""
+        """`reference`: the frozen policy of the KL term, needed when its coefficient is not 0.
+
+        `sparsity`, `tail`: those of `linear_policy_loss`.
+        """
         self.policy = policy
         self.optimiser = optimiser
         self.advantage = advantage
@@ -66,6 +71,7 @@ class Learner:
         self.minibatches = minibatches
         self.mask_truncated = mask_truncated
         self.reference = reference
+        self.sparsity, self.tail = sparsity, tail
 
     def update(
         self,
@@ -163,6 +169,8 @@ class Learner:
                 bias=bias,
                 temperature=self.policy.temperature,
                 softcap=softcap,
+                sparsity=self.sparsity,
+                tail=self.tail,
             )
             replay_ratio = shaped_ratio_metrics(result.ratio, columns.shaping)
             yield result.loss, result.metrics | replay_ratio, columns.num_tokens
@@ -195,8 +203,8 @@ class MetricSums:
     by the mean over the rows that each is a mean of."""
 
     OVER_SHAPED_ROWS = {"shaped_mean", "replay_ratio_mean"}
-    OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref"}
-    COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped"}
+    OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref", "density", "skipped_mass"}
+    COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped", "rows_skipped"}
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}

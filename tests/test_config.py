@@ -160,6 +160,9 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
         ("train.lr", "[", "--train.lr: while parsing"),
         ("train.lr", "{a: 1, a: 2}", "--train.lr, line 1: the key 'a' stands there twice"),
         ("train.lr", "!!python/name:os.system", "--train.lr: could not determine a constructor"),
+        ("train.sparsity", "on", "train.sparsity: "),
+        ("train.sparsity", "1.5", "train.sparsity: "),
+        ("train.sparse_tail", "cut", "train.sparse_tail: "),
     ],
 )
 def test_a_wrong_value_names_its_key(dotted: str, text: str, said: str) -> None:
