@@ -20,8 +20,8 @@ from exgrpo_kernels.policy_loss import (
     linear_policy_loss,
     linear_policy_loss_reference,
     policy_loss,
-    policy_loss_from_logits,
 )
+from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits
 
 __all__ = [
     "LinearLogprob",

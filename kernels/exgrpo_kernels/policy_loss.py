@@ -21,15 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import (
-    HEAD_DTYPES,
     HeadGradients,
     LinearHead,
     LinearLogprob,
     RowCoefficients,
-    RowInputs,
-    compute_dtype,
     linear_head,
-    row_inputs,
     write_logits,
 )
 from exgrpo_kernels.linear_logprob import (
@@ -52,7 +48,6 @@ from exgrpo_kernels.objective import (
     row_scalars,
     token_losses,
 )
-from exgrpo_kernels.rowwise_torch import TorchRows
 from exgrpo_kernels.sparse_backward import DEFAULT_THRESHOLD, TAILS, Tail, TileSelector
 
 SPARSITIES = ("auto", "off")
@@ -258,62 +253,10 @@ def _(hidden, weight, targets, bias, *arguments):
     return *outputs[:2], hidden.new_empty(3, dtype=torch.float32), *gradients
 
 
-@torch.library.custom_op("exgrpo_kernels::policy_loss_from_logits_", mutates_args=("logits",))
-def policy_loss_from_logits_operator(
-    logits: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    backend: str,
-    weights: Tensor,
-    trained: Tensor,
-    advantages: Tensor,
-    behaviour_logprobs: Tensor,
-    shaping: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sequence_ids: Tensor | None,
-    objective: str,
-) -> tuple[Tensor, Tensor]:
-    """logprobs, entropy; the gradient for an upstream gradient of 1 replaces `logits`."""
-    inputs = RowInputs(targets, bias, temperatures, temperature, softcap)
-    columns = LossColumns(
-        weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
-    )
-    policy = PolicyObjective.from_text(objective)
-    dtype = compute_dtype(logits)
-    if backend == "triton":
-        from exgrpo_kernels.rowwise import TritonRows
-
-        buffer = TritonRows(logits, operand_dtype=logits.dtype)
-    else:
-        # PyTorch reads low-precision logits through a float32 copy
-        buffer = TorchRows(
-            logits.to(dtype),
-            has_softcap=softcap is not None,
-            operand_dtype=dtype,
-            closes_gaps=False,
-        )
-    statistics, gradient = buffer.policy_gradient(inputs, policy, columns)
-    if gradient.scale_L is not None:
-        gradient.dlogits_LV.mul_(gradient.scale_L[:, None])
-    if buffer.logits is not logits:
-        logits.copy_(gradient.dlogits_LV)
-    return statistics.logprobs, statistics.entropy
-
-
-@policy_loss_from_logits_operator.register_fake
-def _(logits, *arguments):
-    new = logits.new_empty
-    dtype = compute_dtype(logits)
-    return new(len(logits), dtype=dtype), new(len(logits), dtype=dtype)
-
-
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-class _WithGradients(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
     """Gives a finished loss the gradients that were made beside it."""
 
     @staticmethod
@@ -328,6 +271,60 @@ class _WithGradients(torch.autograd.Function):
         is_one = runtime.is_free_to_read(upstream) and float(upstream) == 1.0
         scaled = (g if g is None or is_one else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
         return None, *scaled, None, None, None
+
+
+# ---- checks and the finished loss -----------------------------------------------------------------
+
+
+def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    """ValueError unless dW can be added to `main_grad`."""
+    if main_grad is None:
+        return
+    fits = main_grad.shape == weight.shape and main_grad.device == weight.device
+    if not fits or main_grad.dtype != torch.float32:
+        raise ValueError(
+            f"weight_main_grad must be float32 {list(weight.shape)} on {weight.device}, got "
+            f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+        )
+
+
+def finished_loss(
+    objective: PolicyObjective,
+    columns: LossColumns,
+    targets: Tensor,
+    num_tokens: int,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> PolicyLoss:
+    """The loss of finished rows, and its metrics."""
+    is_token = (targets >= 0) & (targets < num_tokens)
+    logprobs = torch.where(is_token, logprobs, 0.0)
+    losses = token_losses(objective, logprobs, entropy, columns)
+    metrics = loss_metrics(objective, logprobs, entropy, columns, losses)
+    return PolicyLoss(losses.weighted.sum(), logprobs, entropy, losses.ratio, metrics)
+
+
+def resolve_sparsity(sparsity: str | float, num_tokens: int) -> tuple[float | None, bool]:
+    """(threshold, is_auto) of the argument `sparsity`; a threshold of None is dense."""
+    if isinstance(sparsity, int | float) and not isinstance(sparsity, bool):
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity as a number must lie in [0, 1), got {sparsity}")
+        return float(sparsity), False
+    if sparsity not in SPARSITIES:
+        raise ValueError(
+            f"sparsity must be one of {', '.join(SPARSITIES)} or a number, got {sparsity!r}"
+        )
+    is_off = sparsity == "off" or num_tokens < runtime.SPARSE_VOCABULARY
+    if is_off or torch.are_deterministic_algorithms_enabled():
+        return None, False
+    return DEFAULT_THRESHOLD, True
+
+
+def tail_named(tail: str) -> Tail:
+    for known in TAILS:
+        if tail == known:
+            return known
+    raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
 
 
 # ---- public --------------------------------------------------------------------------------------
@@ -378,29 +375,6 @@ def policy_loss(
     detached = logprobs.detach(), None if entropy is None else entropy.detach()
     metrics = loss_metrics(objective, *detached, columns, losses)
     return PolicyLoss(losses.weighted.sum(), *detached, losses.ratio.detach(), metrics)
-
-
-def resolve_sparsity(sparsity: str | float, num_tokens: int) -> tuple[float | None, bool]:
-    """(threshold, is_auto) of the argument `sparsity`; a threshold of None is dense."""
-    if isinstance(sparsity, int | float) and not isinstance(sparsity, bool):
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity as a number must lie in [0, 1), got {sparsity}")
-        return float(sparsity), False
-    if sparsity not in SPARSITIES:
-        raise ValueError(
-            f"sparsity must be one of {', '.join(SPARSITIES)} or a number, got {sparsity!r}"
-        )
-    is_off = sparsity == "off" or num_tokens < runtime.SPARSE_VOCABULARY
-    if is_off or torch.are_deterministic_algorithms_enabled():
-        return None, False
-    return DEFAULT_THRESHOLD, True
-
-
-def tail_named(tail: str) -> Tail:
-    for known in TAILS:
-        if tail == known:
-            return known
-    raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
 
 
 def linear_policy_loss(
@@ -505,103 +479,4 @@ def linear_policy_loss(
         return result
     needs[1] = needs[1] and weight_main_grad is None
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-    return result._replace(loss=_WithGradients.apply(result.loss, hidden, weight, bias, *gradients))
-
-
-def policy_loss_from_logits(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    advantages: Tensor,
-    behaviour_logprobs: Tensor,
-    weights: Tensor,
-    shaping: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    sequence_ids: Tensor | None = None,
-    objective: PolicyObjective | None = None,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    in_place: bool = True,
-    backend: str = "auto",
-) -> PolicyLoss:
-    """(N, V), (N,) -> float32 scalar: the loss of `linear_policy_loss` where logits exist already.
-
-    logits     bfloat16, float16, float32 or float64, rows with any stride. With `in_place`, and
-               when they require a gradient, the gradient takes their memory: their values are
-               gone after this call, and autograd refuses to go on if anyone saved them.
-    The other arguments, their errors and the result are those of `linear_policy_loss`; a bias gets
-    no gradient here. In low precision the gradient is rounded to the dtype of the logits.
-    """
-    objective = resolve_objective(objective)
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in HEAD_DTYPES:
-        raise ValueError(f"logits must be floating [N, V], got {logits.dtype} {list(logits.shape)}")
-    if logits.stride(1) != 1 and logits.shape[1] > 1 and len(logits) > 0:
-        raise ValueError(f"logits must be contiguous in their rows, got strides {logits.stride()}")
-    num_rows, num_tokens = logits.shape
-    dtype, device = compute_dtype(logits), logits.device
-    check_vector("weights", weights, num_rows, device)
-    inputs = row_inputs(
-        num_rows,
-        num_tokens,
-        device,
-        dtype,
-        targets=targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-    ).with_checked_values(num_tokens, weights.detach() != 0)
-    columns = loss_columns(
-        objective,
-        num_rows,
-        dtype,
-        device,
-        advantages=advantages,
-        behaviour_logprobs=behaviour_logprobs,
-        weights=weights,
-        shaping=shaping,
-        ref_logprobs=ref_logprobs,
-        sequence_ids=sequence_ids,
-    )
-    backend = runtime.resolve_backend(backend, device, dtype)
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    # a detached tensor shares the version counter, by which autograd sees the change
-    made = logits.detach() if in_place and wants_gradient else logits.detach().clone()
-    with torch.no_grad():
-        logprobs, entropy = policy_loss_from_logits_operator(
-            made, *inputs.arguments(), backend, *columns.arguments(), objective.as_text()
-        )
-        result = finished_loss(objective, columns, targets, num_tokens, logprobs, entropy)
-    if not wants_gradient:
-        return result
-    return result._replace(
-        loss=_WithGradients.apply(result.loss, logits, None, None, made, None, None)
-    )
-
-
-def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
-    """ValueError unless dW can be added to `main_grad`."""
-    if main_grad is None:
-        return
-    fits = main_grad.shape == weight.shape and main_grad.device == weight.device
-    if not fits or main_grad.dtype != torch.float32:
-        raise ValueError(
-            f"weight_main_grad must be float32 {list(weight.shape)} on {weight.device}, got "
-            f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
-        )
-
-
-def finished_loss(
-    objective: PolicyObjective,
-    columns: LossColumns,
-    targets: Tensor,
-    num_tokens: int,
-    logprobs: Tensor,
-    entropy: Tensor,
-) -> PolicyLoss:
-    """The loss of finished rows, and its metrics."""
-    is_token = (targets >= 0) & (targets < num_tokens)
-    logprobs = torch.where(is_token, logprobs, 0.0)
-    losses = token_losses(objective, logprobs, entropy, columns)
-    metrics = loss_metrics(objective, logprobs, entropy, columns, losses)
-    return PolicyLoss(losses.weighted.sum(), logprobs, entropy, losses.ratio, metrics)
+    return result._replace(loss=WithGradients.apply(result.loss, hidden, weight, bias, *gradients))

@@ -16,7 +16,8 @@ from exgrpo_kernels.linear_logprob import (
     linear_logprob_operator,
 )
 from exgrpo_kernels.objective import loss_columns
-from exgrpo_kernels.policy_loss import linear_policy_loss_operator, policy_loss_from_logits_operator
+from exgrpo_kernels.policy_loss import linear_policy_loss_operator
+from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits_operator
 
 BACKENDS = ["torch"] + (["triton"] if runtime.is_interpreting() else [])
 OBJECTIVE = PolicyObjective(entropy_coef=0.01)
