@@ -1,0 +1,122 @@
+"""What sparsity costs on a real policy: density and gradient error at points of a run.
+
+    python bench/policy_sparsity.py RUN [--out DIR]
+
+RUN is the folder of a run. Its starting policy and every checkpoint answer held-out questions; their
+hidden states, weights and behaviour log-probabilities are those of a training step, and the
+advantages +-1 by a coin. The gradient of the loss over all their tokens, by threshold and tail,
+stands beside the dense one. Writes policy_sparsity.json.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import torch
+
+from exgrpo_fast.build import load_data, load_tokenizer, make_engine, make_policy
+from exgrpo_fast.config import load_config
+from exgrpo_fast.display import NullScreen
+from exgrpo_fast.packing import pack
+from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
+from exgrpo_kernels import linear_logprob, linear_policy_loss
+
+THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours - exact).norm() / exact.norm())
+
+
+def measure(config, model: Path, num_questions: int) -> list[dict]:
+    """Rows of density and error for one policy."""
+    tokenizer = load_tokenizer(str(model))
+    policy = make_policy(config, str(model), device="cpu")
+    engine = make_engine(config, policy, tokenizer)
+    questions = load_data(config, tokenizer, NullScreen())[1][:num_questions]
+    requests = [
+        Request(q.prompt_ids, request_seed(0, "sparsity", q.id, k))
+        for q in questions
+        for k in range(4)
+    ]
+    completions = engine.generate(requests, Sampling(config.rollout.max_completion_tokens))
+    (packed,) = pack(
+        [r.prompt_ids for r in requests], [c.token_ids for c in completions], max_tokens=10**9
+    )
+    with torch.no_grad():
+        hidden = policy.hidden_states(packed).float()
+        weight, bias, softcap = policy.head_for(hidden)
+        weight = weight.detach().float()
+        behaviour = linear_logprob(hidden, weight, packed.targets, bias=bias, softcap=softcap)
+    coin = torch.Generator().manual_seed(0)
+    signs = 1.0 - 2.0 * torch.randint(2, (len(requests),), generator=coin)
+    advantages = signs[list(packed.index)].repeat_interleave(torch.tensor(packed.lengths))
+
+    def gradients(sparsity: str | float, tail: str):
+        tensors = [t.clone().requires_grad_() for t in (hidden, weight)]
+        result = linear_policy_loss(
+            *tensors,
+            packed.targets,
+            advantages=advantages,
+            behaviour_logprobs=behaviour.logprobs,
+            weights=torch.full_like(advantages, 1 / len(advantages)),
+            bias=bias,
+            softcap=softcap,
+            sparsity=sparsity,
+            tail=tail,
+        )
+        return result.metrics, torch.autograd.grad(result.loss, tensors)
+
+    _, (dx, dw) = gradients("off", "drop")
+    rows = []
+    for threshold in THRESHOLDS:
+        for tail in ("drop", "centroid"):
+            metrics, (ours_dx, ours_dw) = gradients(threshold, tail)
+            rows.append(
+                {
+                    "threshold": threshold,
+                    "tail": tail,
+                    "tokens": len(advantages),
+                    "entropy": float(behaviour.entropy.mean()),
+                    "density": float(metrics["density"]),
+                    "skipped_mass": float(metrics["skipped_mass"]),
+                    "dx": relative(ours_dx, dx),
+                    "dw": relative(ours_dw, dw),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu")
+    arguments = parser.parse_args()
+    config = load_config(str(arguments.run / "config.yaml"))
+    points = {0: arguments.run / "warm_start"} if (arguments.run / "warm_start").exists() else {}
+    for folder in arguments.run.glob("checkpoints/step_*"):
+        points[int(folder.name.removeprefix("step_"))] = folder / "hf"
+    results = {
+        "bench": "policy_sparsity",
+        "date": datetime.date.today().isoformat(),
+        "device": "cpu",
+        "torch": torch.__version__,
+        "points": [],
+    }
+    for step, model in sorted(points.items()):
+        for row in measure(config, model, arguments.questions):
+            results["points"].append({"step": step} | row)
+            print(
+                "  ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                    for k, v in results["points"][-1].items()
+                )
+            )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "policy_sparsity.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
