@@ -111,12 +111,15 @@ def three_gemms(batch: Batch, entropy_coef: float) -> Outcome:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def fused(batch: Batch, entropy_coef: float, **settings) -> Outcome:
+def fused(
+    batch: Batch, entropy_coef: float, *, sparsity: str | float = "off", **settings: Any
+) -> Outcome:
     result = linear_policy_loss(
         batch.hidden,
         batch.weight,
         batch.targets,
         objective=objective(entropy_coef),
+        sparsity=sparsity,
         **columns(batch),
         **settings,
     )
@@ -278,6 +281,8 @@ PROVIDERS = {
     "linear_policy_loss, bf16 logits": Provider(
         functools.partial(fused, logits_dtype=torch.bfloat16), cuda=True
     ),
+    "linear_policy_loss, sparsity 1e-4": Provider(functools.partial(fused, sparsity=1e-4)),
+    "linear_policy_loss, sparsity 1e-3": Provider(functools.partial(fused, sparsity=1e-3)),
     "linear_logprob + policy_loss": Provider(composed),
     "policy_loss_from_logits": Provider(from_logits),
     "plain chunked": Provider(plain_chunked),

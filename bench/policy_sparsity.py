@@ -54,9 +54,10 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
     advantages = signs[list(packed.index)].repeat_interleave(torch.tensor(packed.lengths))
 
     def gradients(sparsity: str | float, tail: str):
-        tensors = [t.clone().requires_grad_() for t in (hidden, weight)]
+        states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         result = linear_policy_loss(
-            *tensors,
+            states,
+            head,
             packed.targets,
             advantages=advantages,
             behaviour_logprobs=behaviour.logprobs,
@@ -66,7 +67,7 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
             sparsity=sparsity,
             tail=tail,
         )
-        return result.metrics, torch.autograd.grad(result.loss, tensors)
+        return result.metrics, torch.autograd.grad(result.loss, [states, head])
 
     _, (dx, dw) = gradients("off", "drop")
     rows = []
