@@ -112,7 +112,7 @@ def three_gemms(batch: Batch, entropy_coef: float) -> Outcome:
 
 
 def fused(
-    batch: Batch, entropy_coef: float, *, sparsity: str | float = "off", **settings: Any
+    batch: Batch, entropy_coef: float, *, sparsity: str | float = "auto", **settings: Any
 ) -> Outcome:
     result = linear_policy_loss(
         batch.hidden,
@@ -281,6 +281,7 @@ PROVIDERS = {
     "linear_policy_loss, bf16 logits": Provider(
         functools.partial(fused, logits_dtype=torch.bfloat16), cuda=True
     ),
+    "linear_policy_loss, dense": Provider(functools.partial(fused, sparsity="off")),
     "linear_policy_loss, sparsity 1e-4": Provider(functools.partial(fused, sparsity=1e-4)),
     "linear_policy_loss, sparsity 1e-3": Provider(functools.partial(fused, sparsity=1e-3)),
     "linear_logprob + policy_loss": Provider(composed),

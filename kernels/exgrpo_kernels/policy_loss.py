@@ -281,9 +281,10 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
     if main_grad is None:
         return
     fits = main_grad.shape == weight.shape and main_grad.device == weight.device
-    if not fits or main_grad.dtype != torch.float32:
+    if not fits or main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
         raise ValueError(
-            f"weight_main_grad must be float32 {list(weight.shape)} on {weight.device}, got "
+            f"weight_main_grad must be float32 {list(weight.shape)}, contiguous, on "
+            f"{weight.device}, got "
             f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
         )
 

@@ -115,7 +115,11 @@ def test_main_grad_takes_the_weight_gradient_unrounded(monkeypatch, backend, obj
 
 def test_a_main_grad_that_does_not_fit_is_named():
     batch, columns = small_batch()
-    for wrong in (torch.zeros(70, 4, dtype=torch.bfloat16), torch.zeros(4, 70)):
+    for wrong in (
+        torch.zeros(70, 4, dtype=torch.bfloat16),
+        torch.zeros(4, 70),
+        torch.zeros(4, 70).t(),
+    ):
         with pytest.raises(ValueError, match=r"weight_main_grad must be float32 \[70, 4\]"):
             linear_policy_loss(
                 batch.hidden, batch.weight, batch.targets, weight_main_grad=wrong, **columns
