@@ -170,12 +170,14 @@ def draw(results: dict, path: Path) -> None:
         strict=True,
     ):
         points = [r for r in results["rules"] if (r["order"], r["rule"]) == (order, rule)]
-        label = f"{rule}, rows by {order}"
+        label = f"{rule}, {'natural order' if order == 'natural' else 'sorted rows'}"
         densities = [p["density"] for p in points]
         axes[0].plot(densities, [p["dx drop"] for p in points], styles[rule], c=colour, label=label)
     level = results["yardstick"]["dx of dz rounded to bfloat16"]
     axes[0].axhline(level, color="grey", lw=0.8)
-    axes[0].text(0.02, level * 1.1, "rounding dz to bfloat16", fontsize=8, color="grey")
+    beside = axes[0].get_yaxis_transform()
+    text = "rounding dz to bfloat16"
+    axes[0].text(0.98, level * 1.05, text, transform=beside, ha="right", fontsize=8, color="grey")
     axes[0].set(xlabel="density of kept tiles", ylabel="relative error of dX", yscale="log")
     axes[0].legend(frameon=False, fontsize=8)
     points = results["break_even"]
