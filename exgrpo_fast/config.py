@@ -39,6 +39,13 @@ class ConfigError(UserError):
     """A user's mistake in a config, as one line that names the key."""
 
 
+def _words(annotation: Any) -> set[str]:
+    """The words of every Literal in a type."""
+    if typing.get_origin(annotation) is Literal:
+        return set(typing.get_args(annotation))
+    return {word for part in typing.get_args(annotation) for word in _words(part)}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -46,6 +53,8 @@ class Section(BaseModel):
     @classmethod
     def _true_is_not_1(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
+        if value is False and "off" in _words(field.annotation):
+            return "off"  # YAML reads `off` as false
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError("neither true nor false can stand here")
         return value

@@ -93,6 +93,11 @@ def test_a_text_is_taken_as_it_stands(text: str, value: str | None) -> None:
     assert override(("data.system_prompt", text)).data.system_prompt == value
 
 
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("auto", "auto"), ("1e-4", 1e-4)])
+def test_off_is_a_word_where_it_is_one_of_the_words(text: str, value: object) -> None:
+    assert override(("train.sparsity", text)).train.sparsity == value
+
+
 def test_a_gym_task_can_take_the_place_of_a_file_and_the_other_way_round() -> None:
     config = override(("data.train", "rows.jsonl"))
     assert config.data.train == "rows.jsonl"
