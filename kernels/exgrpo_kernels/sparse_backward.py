@@ -26,6 +26,8 @@ from exgrpo_kernels import runtime
 
 # A tile: as many rows as an output block of dX has, as many columns as one step of its inner loop.
 ROWS, COLUMNS = 128, 64
+# Columns that are copied together on a CPU: as many rows of the weight, and of its gradient.
+GATHERED = 2048
 
 Tail = Literal["drop", "centroid", "dense_dw"]
 TAILS: tuple[Tail, ...] = ("drop", "centroid", "dense_dw")
@@ -83,14 +85,18 @@ def masked_reference(dlogits_RV: Tensor, kept_GT: Tensor) -> Tensor:
 
 
 def row_blocks(kept_GT: Tensor, num_rows: int, num_columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, columns (L,)) of every block of rows that keeps any tile; reads values of a CPU."""
+    """(rows, columns (L,)) of what every group of rows keeps, at most GATHERED columns at a time.
+
+    Reads the values of a CPU.
+    """
     within = torch.arange(COLUMNS, device=kept_GT.device)
     for group, needed in enumerate(kept_GT):
         tiles = needed.nonzero()
         if len(tiles):
             columns = (tiles * COLUMNS + within).flatten()
             rows = slice(group * ROWS, min((group + 1) * ROWS, num_rows))
-            yield rows, columns[columns < num_columns]
+            for part in columns[columns < num_columns].split(GATHERED):
+                yield rows, part
 
 
 def hidden_gradient_into(
@@ -100,7 +106,7 @@ def hidden_gradient_into(
     out_RD.zero_()
     for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
         part = dlogits_RV[rows].index_select(1, columns).to(out_RD.dtype)
-        torch.mm(part, weight_VD.index_select(0, columns).to(out_RD.dtype), out=out_RD[rows])
+        out_RD[rows].addmm_(part, weight_VD.index_select(0, columns).to(out_RD.dtype))
 
 
 def weight_gradient_add(
