@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exgrpo_kernels import runtime, sparse_backward
 from exgrpo_kernels.objective import LossColumns, PolicyObjective
-from exgrpo_kernels.sparse_backward import TileMasses, TileSelector
+from exgrpo_kernels.sparse_backward import TileMasses, Tiles, TileSelector
 
 HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -365,11 +365,10 @@ class HeadGradients:
     ) -> None:
         """Add a chunk whose rows are `rows` of the whole, or what `selector` keeps of it."""
         dlogits, scale, kept, alive, masses = gradient
-        tiles, residue = None, None
+        tiles = None
         if selector is not None:
             selector.count_rows(gradient.num_alive(len(chunk)))
             tiles = selector.select(masses)
-            residue = None if tiles is None else tiles.residue_RT
         if len(dlogits) == 0:
             return
         hidden = chunk.hidden_ND
@@ -377,51 +376,71 @@ class HeadGradients:
             hidden = hidden[kept]
             rows = rows[kept] if isinstance(rows, Tensor) else kept + rows.start
         if self.hidden_ND is not None:
-            # a scale is applied before anything is rounded
-            direct = scale is None and dlogits.dtype == self.hidden_ND.dtype and residue is None
-            dtype = self.hidden_ND.dtype if direct else chunk.dtype
-            in_place = isinstance(rows, slice) and len(hidden) == len(dlogits)
-            in_place = in_place and self.hidden_ND.dtype == dtype
-            dhidden = (
-                self.hidden_ND[rows]
-                if in_place
-                else hidden.new_empty(len(dlogits), hidden.shape[1], dtype=dtype)
-            )
-            if tiles is None:
-                runtime.hidden_gradient_into(dhidden, dlogits, chunk.weight_VD)
-            else:
-                products(chunk).hidden_gradient_into(
-                    dhidden, dlogits, chunk.weight_VD, tiles.kept_GT
-                )
-            if scale is not None:
-                dhidden.mul_(scale[:, None])
-            if residue is not None:
-                dhidden += sparse_backward.centroids_of_hidden(residue, chunk.weight_VD)
-            if not in_place:
-                self.hidden_ND[rows] = dhidden[: len(hidden)].to(self.hidden_ND.dtype)
+            self._add_hidden(self.hidden_ND, chunk, gradient, rows, tiles)
         if self.weight_VD is not None:
             if alive is not None:
                 # a dead row may hold NaN: select, as 0 * NaN is NaN
                 hidden = torch.where(alive[:, None], hidden, 0.0)
-            unscaled = padded(hidden, len(dlogits))
-            if scale is not None:
-                hidden = hidden.to(scale.dtype) * scale[:, None]
-            operand = padded(hidden.to(dlogits.dtype), len(dlogits))
-            first = not self.is_weight_written
-            if tiles is None or (selector is not None and selector.tail == "dense_dw"):
-                runtime.weight_gradient_add(self.weight_VD, dlogits, operand, overwrite=first)
-            else:
-                products(chunk).weight_gradient_add(
-                    self.weight_VD, dlogits, operand, tiles.kept_GT, overwrite=first
-                )
-                if residue is not None:
-                    sparse_backward.add_centroids_of_weight(self.weight_VD, residue, unscaled)
-            self.is_weight_written = True
+            if selector is not None and selector.tail == "dense_dw":
+                tiles = None
+            self._add_weight(self.weight_VD, chunk, gradient, hidden, tiles)
         if self.bias_V is not None:
             if scale is None:
                 self.bias_V.add_(dlogits.sum(0, dtype=self.bias_V.dtype))
             else:
                 self.bias_V.addmv_(dlogits.to(scale.dtype).t(), scale)
+
+    def _add_hidden(
+        self,
+        out_ND: Tensor,
+        chunk: LinearHead,
+        gradient: LogitGradient,
+        rows: slice | Tensor,
+        tiles: Tiles | None,
+    ) -> None:
+        """Write the rows `rows` of dX: straight to their place where nothing follows the product."""
+        dlogits, scale = gradient.dlogits_LV, gradient.scale_L
+        residue = None if tiles is None else tiles.residue_RT
+        # a scale is applied, and a residue added, before anything is rounded
+        direct = scale is None and residue is None and dlogits.dtype == out_ND.dtype
+        dtype = out_ND.dtype if direct else chunk.dtype
+        num_rows = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        in_place = isinstance(rows, slice) and num_rows == len(dlogits) and out_ND.dtype == dtype
+        shape = len(dlogits), out_ND.shape[1]
+        out = out_ND[rows] if in_place else out_ND.new_empty(shape, dtype=dtype)
+        if tiles is None:
+            runtime.hidden_gradient_into(out, dlogits, chunk.weight_VD)
+        else:
+            products(chunk).hidden_gradient_into(out, dlogits, chunk.weight_VD, tiles.kept_GT)
+        if scale is not None:
+            out.mul_(scale[:, None])
+        if residue is not None:
+            out += sparse_backward.centroids_of_hidden(residue, chunk.weight_VD)
+        if not in_place:
+            out_ND[rows] = out[:num_rows].to(out_ND.dtype)
+
+    def _add_weight(
+        self,
+        out_VD: Tensor,
+        chunk: LinearHead,
+        gradient: LogitGradient,
+        hidden_LD: Tensor,
+        tiles: Tiles | None,
+    ) -> None:
+        """Add to dW; the first chunk overwrites it."""
+        dlogits, scale = gradient.dlogits_LV, gradient.scale_L
+        scaled = hidden_LD if scale is None else hidden_LD.to(scale.dtype) * scale[:, None]
+        operand, first = padded(scaled.to(dlogits.dtype), len(dlogits)), not self.is_weight_written
+        if tiles is None:
+            runtime.weight_gradient_add(out_VD, dlogits, operand, overwrite=first)
+        else:
+            products(chunk).weight_gradient_add(
+                out_VD, dlogits, operand, tiles.kept_GT, overwrite=first
+            )
+            if tiles.residue_RT is not None:
+                unscaled = padded(hidden_LD, len(dlogits))
+                sparse_backward.add_centroids_of_weight(out_VD, tiles.residue_RT, unscaled)
+        self.is_weight_written = True
 
     def finish(self, head: LinearHead) -> Gradients:
         """dX, dW, db in the dtypes of the inputs; dW is None where it joined a main_grad."""

@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 from cases import Case, make_batch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from exgrpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss, runtime
 from exgrpo_kernels.linear_head import linear_head
@@ -92,7 +91,6 @@ def test_compiled_is_one_node_and_the_same_numbers(backend):
         nodes.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    counter = CompileCounterWithBackend("aot_eager")
     outcomes = []
     for function in (policy_step, torch.compile(policy_step, fullgraph=True, backend=count)):
         hidden = batch.hidden.clone().requires_grad_()
@@ -104,7 +102,6 @@ def test_compiled_is_one_node_and_the_same_numbers(backend):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
     ours = {name: n for name, n in nodes.items() if "exgrpo_kernels" in name}
     assert ours == {"exgrpo_kernels.linear_policy_loss.default": 1}
-    assert counter.frame_count == 0  # the counting backend above did the work
     torch._dynamo.reset()
 
 
