@@ -18,7 +18,7 @@ import torch
 from exgrpo_fast.build import load_data, load_tokenizer, make_engine, make_policy
 from exgrpo_fast.config import load_config
 from exgrpo_fast.display import NullScreen
-from exgrpo_fast.packing import pack
+from exgrpo_fast.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_kernels import linear_logprob, linear_policy_loss
 
@@ -42,7 +42,9 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
     ]
     completions = engine.generate(requests, Sampling(config.rollout.max_completion_tokens))
     (packed,) = pack(
-        [r.prompt_ids for r in requests], [c.token_ids for c in completions], max_tokens=10**9
+        Ragged.of([r.prompt_ids for r in requests]),
+        Ragged.of([c.token_ids for c in completions]),
+        max_tokens=10**9,
     )
     with torch.no_grad():
         hidden = policy.hidden_states(packed).float()

@@ -1,36 +1,65 @@
 """Group statistics: rewards of one group -> one advantage per trajectory.
 
-The baseline is pooled: a replayed trajectory counts like a fresh one (ExGRPO, arXiv 2510.02245,
-section 3.3). A group whose rewards are all equal gets exactly 0 everywhere.
+A group whose rewards are all equal gets exactly 0 everywhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-Advantage = Callable[[Sequence[float]], list[float]]
+Advantage = Callable[..., list[float]]  # (rewards, of=None): `of` are those the statistics are of
+Baseline = Literal["pooled", "fresh", "split"]
 
 
-def grpo(rewards: Sequence[float]) -> list[float]:
+def grpo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[float]:
     """(r - mean) / std with the population std, so |A| <= sqrt(K) (arXiv 2402.03300, eq. 3)."""
-    centred = dr_grpo(rewards)
-    std = math.sqrt(sum(a * a for a in centred) / len(centred))
+    centred = dr_grpo(rewards, of)
+    spread = dr_grpo(of) if of is not None else centred
+    std = math.sqrt(sum(a * a for a in spread) / len(spread))
     return [a / std for a in centred] if std > 0.0 else centred
 
 
-def dr_grpo(rewards: Sequence[float]) -> list[float]:
+def dr_grpo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[float]:
     """r - mean: no division by the std (Dr.GRPO, arXiv 2503.20783, section 3.2)."""
-    if len(set(rewards)) <= 1:
+    of = rewards if of is None else of
+    if len({*rewards, *of}) <= 1:
         return [0.0] * len(rewards)  # the mean of equal floats need not be that float
-    mean = sum(rewards) / len(rewards)
+    mean = sum(of) / len(of)
     return [reward - mean for reward in rewards]
 
 
-def rloo(rewards: Sequence[float]) -> list[float]:
-    """r - mean of the others (RLOO, arXiv 2402.14740, eq. 8)."""
+def rloo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[float]:
+    """r - mean of the others (RLOO, arXiv 2402.14740, eq. 8); of all, where it is not among them."""
+    if of is not None:
+        return dr_grpo(rewards, of)
     others = max(len(rewards) - 1, 1)
     return [a * len(rewards) / others for a in dr_grpo(rewards)]
 
 
 ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+
+
+def group_advantages(
+    rewards: Sequence[float],
+    replayed: Sequence[bool],
+    *,
+    advantage: Advantage,
+    baseline: Baseline = "pooled",
+) -> list[float]:
+    """Advantages of a group in which some trajectories are replayed.
+
+    pooled  statistics of all: a replayed one counts like a fresh one (ExGRPO, arXiv 2510.02245,
+            section 3.3; LUFFY, arXiv 2504.14945)
+    fresh   statistics of the fresh ones for all: the replayed ones, chosen for their success, do
+            not lift the baseline of the others
+    split   fresh and replayed ones each by their own statistics (RePO, arXiv 2506.09340)
+    """
+    if baseline == "pooled" or len(set(replayed)) <= 1:
+        return advantage(rewards)
+    fresh = [r for r, old in zip(rewards, replayed, strict=True) if not old]
+    stored = [r for r, old in zip(rewards, replayed, strict=True) if old]
+    of_fresh = iter(advantage(fresh))
+    of_stored = iter(advantage(stored) if baseline == "split" else advantage(stored, of=fresh))
+    return [next(of_stored if old else of_fresh) for old in replayed]

@@ -6,6 +6,7 @@ What can fail by a user's mistake (files, rewards, golds) is tried before the we
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -16,9 +17,18 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 from transformers import AutoTokenizer
 
 from exgrpo_fast.advantages import ADVANTAGES
+from exgrpo_fast.buffer.plan import StorePlan, StoreTooSmall
+from exgrpo_fast.buffer.pool import load_pool, solutions_of
+from exgrpo_fast.buffer.selectors import (
+    QuestionSelector,
+    gaussian_buckets,
+    medium_questions,
+    uniform_questions,
+)
 from exgrpo_fast.buffer.store import ExperienceStore
 from exgrpo_fast.checkpoint import Checkpoints, load_state
 from exgrpo_fast.collect import Collector, OverlongRule
@@ -27,7 +37,7 @@ from exgrpo_fast.data import LoadedQuestions, load_questions, read_rows
 from exgrpo_fast.display import Screen
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
-from exgrpo_fast.learner import Learner
+from exgrpo_fast.learner import Learner, ReplayTerm
 from exgrpo_fast.metrics import (
     CompletionLog,
     FanOut,
@@ -44,7 +54,7 @@ from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import NoReplay, ReplaySource
+from exgrpo_fast.sources.replay import NoReplay, Replay, ReplayRecipe, ReplaySource
 from exgrpo_fast.trainer import Trainer
 from exgrpo_kernels import PolicyObjective
 
@@ -124,7 +134,7 @@ def make_trainer(
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
     decode = make_decode(tokenizer)
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
-    replay = make_replay(config, policy)
+    replay = make_replay(config, policy, train, tokenizer)
     sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
     extra_batches = rollout.dynamic_sampling.max_extra_batches
     collector = Collector(
@@ -152,6 +162,7 @@ def make_trainer(
         reference=reference,
         sparsity=config.train.sparsity,
         tail=config.train.sparse_tail,
+        replay=ReplayTerm(config.replay.baseline, config.replay.coef),
     )
     evaluator = make_evaluator(config, engine, rewards, decode, screen)
     return Trainer(
@@ -189,23 +200,86 @@ def make_objective(config: Config) -> PolicyObjective:
     )
 
 
-def make_replay(config: Config, policy: Policy) -> ReplaySource | NoReplay:
+def make_replay(
+    config: Config, policy: Policy, questions: Sequence[Question], tokenizer: Tokenizer
+) -> Replay:
     replay = config.replay
-    if not replay.enabled or replay.experience_ratio == 0.0:
+    takes_a_share = replay.questions != "stream" and replay.mixer != "spent_groups"
+    if not replay.enabled or (takes_a_share and replay.experience_ratio == 0.0):
         return NoReplay()
+    store = ExperienceStore(
+        make_store_plan(config, len(questions)),
+        group_size=config.rollout.group_size,
+        device=policy.device,
+        evict=replay.store.evict,
+        max_per_question=replay.store.max_per_question,
+        deduplicate=replay.store.deduplicate,
+    )
+    vocabulary = vocabulary_of(tokenizer)
+    try:
+        if replay.store.pool:
+            pool = Path(replay.store.pool)
+            store.add(load_pool(pool, [q.id for q in questions], vocabulary=vocabulary))
+        if replay.store.pool_field:
+            field, eos = replay.store.pool_field, tokenizer.eos_token_id
+            store.add(solutions_of(questions, field, encode=make_encode(tokenizer), eos=eos))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"replay.store.pool: {error}") from None
     return ReplaySource(
-        ExperienceStore(group_size=config.rollout.group_size, device=policy.device),
+        store,
         policy,
+        questions,
+        make_replay_recipe(config),
         prompts_per_step=config.rollout.prompts_per_step,
-        experience_ratio=replay.experience_ratio,
-        start_success_rate=replay.start_success_rate,
-        bucket_mean=replay.bucket_mean,
-        bucket_sigma=replay.bucket_sigma,
-        select=replay.select,
-        shaping=replay.shaping,
-        clip_fresh=replay.clip_fresh,
+        vocabulary=vocabulary,
         seed=config.train.seed,
     )
+
+
+def make_store_plan(config: Config, num_questions: int) -> StorePlan:
+    """ConfigError when the budget does not hold one step's trajectories."""
+    rollout, store = config.rollout, config.replay.store
+    try:
+        return StorePlan.fit(
+            num_questions=num_questions,
+            trajectories_per_step=rollout.prompts_per_step * rollout.group_size,
+            num_steps=config.train.max_steps,
+            max_tokens=rollout.max_completion_tokens,
+            max_bytes=int(store.max_gib * 2**30),
+            host_bytes=int(store.host_gib * 2**30),
+            page_tokens=store.page_tokens,
+            logprob_dtype=getattr(torch, store.logprob_dtype),
+        )
+    except StoreTooSmall as error:
+        raise ConfigError(f"replay.store.max_gib: {error}") from None
+
+
+def make_replay_recipe(config: Config) -> ReplayRecipe:
+    replay = config.replay
+    same = (
+        "mixer keep difficulty retire experience_ratio start_success_rate stop_after_steps select "
+        "count min_stored prefilter max_age weight shaping clip_fresh"
+    )
+    return ReplayRecipe(
+        questions=make_question_selector(config),
+        **{name: getattr(replay, name) for name in same.split()},
+    )
+
+
+def make_question_selector(config: Config) -> QuestionSelector | None:
+    replay = config.replay
+    if replay.questions == "gaussian":
+        return gaussian_buckets(mean=replay.bucket_mean, sigma=replay.bucket_sigma)
+    if replay.questions == "uniform":
+        return uniform_questions()
+    if replay.questions == "medium":
+        return medium_questions(
+            low=replay.medium_low,
+            high=replay.medium_high,
+            cooldown=replay.cooldown_steps,
+            max_visits=replay.max_visits,
+        )
+    return None
 
 
 def make_optimiser(config: Config, policy: Policy) -> Optimiser:
@@ -304,6 +378,16 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def make_decode(tokenizer: Tokenizer) -> Decode:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> str:
+    """A fingerprint: equal for tokenizers that give every token the same id."""
+    listed = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
 
 
 def make_policy(config: Config, name: str, *, device: str) -> Policy:

@@ -1,7 +1,7 @@
 """One step's groups: plan -> sources -> rewards -> groups.
 
-The plan of a step is a list of questions with open slots: a recalled question brings its replayed
-trajectory and K - 1 fresh slots, any other question K fresh slots.
+The plan of a step is a list of questions with open slots: those that the store asks again come
+first, the stream brings the others. What is recalled for a question stands in its first slots.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from exgrpo_fast.experience import Completion, Group, Question, Trajectory, Verd
 from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.sources.fresh import FreshSource, Mismatch
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import NoReplay, Recall, ReplaySource
+from exgrpo_fast.sources.replay import Recall, Replay
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -63,6 +63,10 @@ class Batch:
     def generated(self) -> tuple[Group, ...]:
         return self.groups + self.discarded
 
+    @property
+    def replayed(self) -> list[Trajectory]:
+        return [t for group in self.generated for t in group.from_source("replay")]
+
 
 class Collector:
     """Fills the slots of a step from its sources and has every trajectory verified."""
@@ -72,7 +76,7 @@ class Collector:
         *,
         stream: QuestionStream,
         fresh: FreshSource,
-        replay: ReplaySource | NoReplay,
+        replay: Replay,
         rewards: RewardPool,
         decode: Decode,
         screen: Screen,
@@ -95,10 +99,17 @@ class Collector:
 
     def collect(self, step: int, clock: Clock) -> Batch:
         with clock.measure("replay"):
-            recall = self.replay.recall(self.stream.by_id, step=step)
-        recalled = {trajectory.question.id for trajectory in recall.trajectories}
-        drawn = self.stream.draw(self.prompts_per_step - len(recalled), exclude=recalled)
-        groups, mismatch = self._make_groups(recall.trajectories, drawn, step, clock)
+            plan = self.replay.plan(step=step)
+        taken = {question.id for question in plan.questions}
+        taken |= {group.question.id for group in plan.groups}
+        missing = self.prompts_per_step - len(plan.questions) - len(plan.groups)
+        drawn = self.stream.draw(missing, exclude=taken)
+        with clock.measure("replay"):
+            recall = self.replay.recall(plan, drawn, step=step)
+        questions = [*plan.questions, *drawn]
+        groups, mismatch = self._make_groups(questions, recall, step, clock)
+        with clock.measure("replay"):
+            groups = self.replay.exchange([*plan.groups, *groups])
         if self.max_extra_batches is None:
             return Batch(tuple(groups), (), recall, mismatch)
         return self._refill(groups, recall, mismatch, step, clock)
@@ -114,39 +125,44 @@ class Collector:
             if missing == 0:
                 break
             seen = {group.question.id for group in kept + discarded}
-            extra, _ = self._make_groups((), self.stream.draw(missing, exclude=seen), step, clock)
+            drawn = self.stream.draw(missing, exclude=seen)
+            nothing = Recall.nothing(len(drawn))
+            extra, _ = self._make_groups(drawn, nothing, step, clock)
             kept += [group for group in extra if group.learnable]
             discarded += [group for group in extra if not group.learnable]
         return Batch(tuple(kept), tuple(discarded), recall, mismatch)
 
     def _make_groups(
-        self,
-        replayed: Sequence[Trajectory],
-        drawn: Sequence[Question],
-        step: int,
-        clock: Clock,
+        self, questions: Sequence[Question], recall: Recall, step: int, clock: Clock
     ) -> tuple[list[Group], Mismatch]:
-        questions = [trajectory.question for trajectory in replayed] + list(drawn)
-        slots = [self.group_size - 1] * len(replayed) + [self.group_size] * len(drawn)
+        """One group for each question: what was recalled, then fresh ones."""
+        slots = [self.replay.num_fresh(self.group_size, len(found)) for found in recall.slots]
         with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
             completions = self.fresh.sample(questions, slots, step=step, on_finished=advance)
         flat = [c for of_question in completions for c in of_question]
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
+        replayed = [t for found in recall.slots for t in found]
         with clock.measure("reward"):
             verdicts = self._verify(
                 [*question_of, *(t.question for t in replayed)], [*flat, *replayed]
             )
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(question_of, flat, step=step)
-        judged = [
+        judged = iter(
             replace(
                 trajectory,
                 verdict=verdict,
                 penalty=self.overlong.penalty(len(trajectory.token_ids)),
             )
             for trajectory, verdict in zip([*fresh, *replayed], verdicts, strict=True)
+        )
+        members = [[next(judged) for _ in range(n)] for n in slots]
+        firsts = [[next(judged) for _ in found] for found in recall.slots]
+        groups = [
+            Group(question, (*first, *others))
+            for question, first, others in zip(questions, firsts, members, strict=True)
         ]
-        return self._group(questions, slots, judged[: len(fresh)], judged[len(fresh) :]), mismatch
+        return groups, mismatch
 
     def _verify(
         self, questions: Sequence[Question], responses: Sequence[Completion | Trajectory]
@@ -157,17 +173,3 @@ class Collector:
         ]
         with self.screen.phase("reward", len(samples)) as advance:
             return self.rewards.score(samples, advance)
-
-    def _group(
-        self,
-        questions: Sequence[Question],
-        slots: Sequence[int],
-        fresh: Sequence[Trajectory],
-        replayed: Sequence[Trajectory],
-    ) -> list[Group]:
-        """The replayed trajectory takes slot 0 of its group."""
-        remaining, groups = iter(fresh), []
-        for i, (question, count) in enumerate(zip(questions, slots, strict=True)):
-            members = [next(remaining) for _ in range(count)]
-            groups.append(Group(question, (*replayed[i : i + 1], *members)))
-        return groups

@@ -163,29 +163,89 @@ class AlgorithmConfig(Section):
     overlong: OverlongConfig = OverlongConfig()
 
 
+class StoreConfig(Section):
+    """Memory of the experience store."""
+
+    max_gib: PositiveFloat = Field(default=2.0, description="at most so much on the device")
+    host_gib: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="cold trajectories move to pinned host memory instead of leaving"
+    )
+    page_tokens: Positive | None = Field(default=None, description="null = by the longest response")
+    logprob_dtype: Literal["float32", "bfloat16"] = "float32"
+    evict: Literal["entropy", "oldest"] = Field(
+        default="entropy", description="who leaves a full store: highest last entropy, or oldest"
+    )
+    max_per_question: Positive | None = None
+    deduplicate: bool = True
+    pool: str | None = Field(
+        default=None, description="trajectories to start with: a parquet file of `buffer export`"
+    )
+    pool_field: str | None = Field(
+        default=None, description="field of the training rows with a worked solution"
+    )
+
+
 class ReplayConfig(Section):
     enabled: bool = False
-    method: Literal["exgrpo"] = "exgrpo"
+    method: str = Field(default="exgrpo", description="name shown in the summary")
+    mixer: Literal[
+        "replace_slot", "append", "question_only", "recent_groups", "spent_groups"
+    ] = Field(default="replace_slot", description="how the past enters a batch: docs/replay.md")
     experience_ratio: Fraction = Field(
-        default=0.5, description="rho: share of groups with a replayed slot"
+        default=0.5, description="rho: share of groups whose question comes from the store"
     )
     start_success_rate: Fraction | None = Field(
         default=0.35, description="replay starts after the first batch above it; null = from step 1"
+    )
+    stop_after_steps: Positive | None = Field(
+        default=None, description="on-policy from there on; null = never"
+    )
+    keep: Literal["successes", "all", "none"] = "successes"
+    difficulty: Literal["successes", "reward_std"] = Field(
+        default="successes", description="what a bucket counts; reward_std for continuous rewards"
+    )
+    retire: bool = Field(default=True, description="questions solved K of K times leave for good")
+    questions: Literal["gaussian", "uniform", "medium", "stream"] = Field(
+        default="gaussian", description="which questions are asked again"
     )
     bucket_mean: Fraction = Field(default=0.5, description="mu of the bucket Gaussian, in accuracy")
     bucket_sigma: PositiveFloat = Field(
         default=0.125, description="sigma, in accuracy (1.0 = as printed)"
     )
-    select: Literal["entropy", "nll", "random"] = Field(
-        default="entropy",
-        description="which stored trajectory: the lowest mean entropy or NLL, or any",
+    medium_low: Fraction = Field(default=0.25, description="questions medium: pass rate from")
+    medium_high: Fraction = Field(default=0.75, description="questions medium: pass rate to")
+    cooldown_steps: NonNegative = Field(default=1, description="questions medium: steps between")
+    max_visits: Positive = Field(default=8, description="questions medium: visits at most")
+    select: Literal[
+        "entropy",
+        "highest_entropy",
+        "nll",
+        "entropy_sum",
+        "stored_entropy",
+        "random",
+        "newest",
+        "highest_reward",
+        "max_variance",
+        "all",
+    ] = Field(default="entropy", description="which stored trajectory: the lowest entropy, ...")
+    count: Positive = Field(default=1, description="replayed trajectories a question")
+    min_stored: Positive = Field(default=1, description="questions with fewer are left alone")
+    prefilter: Positive | None = Field(
+        default=None, description="score only so many candidates, of the lowest last-known entropy"
     )
+    max_age: Positive | None = Field(default=None, description="steps; older ones stay away")
+    weight: Literal["shaped", "importance", "clipped", "none", "proximal"] = "shaped"
     shaping: Annotated[float, Field(ge=0.0)] = Field(
         default=0.1, description="beta of w / (w + beta)"
     )
     clip_fresh: bool = Field(
         default=False, description="keep the PPO clip on fresh rows once active"
     )
+    baseline: Literal["pooled", "fresh", "split"] = "pooled"
+    coef: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="weight of a replay objective of its own; null = one objective"
+    )
+    store: StoreConfig = StoreConfig()
 
 
 class TrainConfig(Section):
@@ -272,6 +332,14 @@ class Config(Section):
             )
         if self.replay.enabled and self.rollout.group_size < 2:
             raise ValueError("rollout.group_size must be at least 2 when replay.enabled is true")
+        replay = self.replay
+        if replay.mixer == "replace_slot" and replay.count >= self.rollout.group_size:
+            raise ValueError(
+                f"replay.count ({replay.count}) leaves no fresh slot in a group of "
+                f"rollout.group_size {self.rollout.group_size}; use replay.mixer append"
+            )
+        if replay.weight == "proximal" and self.algorithm.dual_clip is not None:
+            raise ValueError("replay.weight proximal has no algorithm.dual_clip; set it to null")
         if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
             raise ValueError(
                 f"reward.weights has {len(self.reward.weights)} entries for "

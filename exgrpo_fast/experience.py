@@ -61,6 +61,7 @@ class Trajectory:
     truncated: bool
     source: SourceName = "fresh"
     shaping: float = 0.0  # 0 = clipped ratio; g > 0 = unclipped w / (w + g)
+    proximal_logprobs: Tensor | None = None  # float32 [T]; the clip is taken around these
     birth_step: int = 0  # the step in which it was generated
     verdict: Verdict | None = None
     penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong responses
@@ -105,6 +106,10 @@ class Group:
     def learnable(self) -> bool:
         """Whether the rewards differ: only then does the group carry a gradient."""
         return len(set(self.rewards)) > 1
+
+    @property
+    def replayed(self) -> list[bool]:
+        return [trajectory.source == "replay" for trajectory in self.trajectories]
 
     def from_source(self, source: SourceName) -> list[Trajectory]:
         return [trajectory for trajectory in self.trajectories if trajectory.source == source]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from exgrpo_fast.advantages import Advantage
+from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
 from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Aggregation, fill_columns, pack, token_weights
+from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
+from exgrpo_fast.weighting import moved_clip
 from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
 
 
@@ -23,7 +25,19 @@ class Row:
 
     trajectory: Trajectory
     advantage: float
-    weight: float  # of each of its tokens
+    weight: float  # of each of its tokens: mask x loss normaliser
+
+
+@dataclass(frozen=True)
+class ReplayTerm:
+    """What replayed trajectories are to the loss.
+
+    `coef`: None = they share the normaliser of the batch; a number = they form an objective of
+    their own, J_fresh + coef x J_replayed, each with its own normaliser (RePO).
+    """
+
+    baseline: Baseline = "pooled"
+    coef: float | None = None
 
 
 @dataclass
@@ -36,6 +50,7 @@ class UpdateReport:
     tokens_trained: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     kernel_metrics: dict[str, float | None] = field(default_factory=dict)
+    replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
 
     @property
     def loss(self) -> float:
@@ -58,6 +73,7 @@ class Learner:
         reference: Policy | None = None,
         sparsity: str | float = "auto",
         tail: str = "drop",
+        replay: ReplayTerm = ReplayTerm(),
     ) -> None:
         """`reference`: the frozen policy of the KL term, needed when its coefficient is not 0.
 
@@ -72,6 +88,7 @@ class Learner:
         self.mask_truncated = mask_truncated
         self.reference = reference
         self.sparsity, self.tail = sparsity, tail
+        self.replay = replay
 
     def update(
         self,
@@ -86,7 +103,7 @@ class Learner:
             self._update_once(minibatch, objective, report, metrics, on_tokens)
         if not groups:  # dynamic sampling kept none
             report.skipped["update_without_gradient"] += 1
-        report.kernel_metrics = metrics.joined()
+        report.kernel_metrics = metrics.joined() | replay_ratio_metrics(report.replay_ratios)
         return report
 
     def _update_once(
@@ -103,7 +120,9 @@ class Learner:
             return
         loss = 0.0
         try:
-            for columns_loss, kernel_metrics, num_tokens in self._micro_batches(rows, objective):
+            for columns_loss, kernel_metrics, num_tokens in self._micro_batches(
+                rows, objective, report.replay_ratios
+            ):
                 columns_loss.backward()
                 loss += float(columns_loss.detach())
                 metrics.add(kernel_metrics)
@@ -123,34 +142,71 @@ class Learner:
     def rows(self, groups: Sequence[Group]) -> list[Row]:
         """Advantages and weights of all trajectories of one update batch."""
         trajectories = [t for group in groups for t in group.trajectories]
-        advantages = [a for group in groups for a in self.advantage(group.rewards)]
-        weight_of = token_weights(
+        advantages = [
+            a
+            for group in groups
+            for a in group_advantages(
+                group.rewards,
+                group.replayed,
+                advantage=self.advantage,
+                baseline=self.replay.baseline,
+            )
+        ]
+        weights = self._weights(trajectories)
+        return [Row(t, a, w) for t, a, w in zip(trajectories, advantages, weights, strict=True)]
+
+    def _weights(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """Mask x loss normaliser of each."""
+        coef = self.replay.coef
+        if coef is None:
+            weight_of = self._normaliser(trajectories)
+            weights = [weight_of(t.num_tokens) for t in trajectories]
+        else:
+            parts = [
+                [t for t in trajectories if (t.source == "replay") == old] for old in (False, True)
+            ]
+            fresh, replayed = (self._normaliser(part) for part in parts)
+            weights = [
+                coef * replayed(t.num_tokens) if t.source == "replay" else fresh(t.num_tokens)
+                for t in trajectories
+            ]
+        return [
+            0.0 if t.truncated and self.mask_truncated else w
+            for t, w in zip(trajectories, weights, strict=True)
+        ]
+
+    def _normaliser(self, trajectories: Sequence[Trajectory]) -> Callable[[int], float]:
+        return token_weights(
             self.aggregation,
             num_sequences=len(trajectories),
             num_tokens=sum(t.num_tokens for t in trajectories),
             max_completion_tokens=self.max_completion_tokens,
         )
-        return [
-            Row(t, a, 0.0 if t.truncated and self.mask_truncated else weight_of(t.num_tokens))
-            for t, a in zip(trajectories, advantages, strict=True)
-        ]
 
-    def _micro_batches(self, rows: Sequence[Row], objective: PolicyObjective):
-        """(differentiable loss, kernel metrics, tokens) of one micro-batch after the other."""
+    def _micro_batches(
+        self, rows: Sequence[Row], objective: PolicyObjective, ratios: list[Tensor]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
+        """(differentiable loss, kernel metrics, tokens) of one micro-batch after the other.
+
+        The ratios of replayed tokens are appended to `ratios`.
+        """
         trajectories = [row.trajectory for row in rows]
-        prompts = [t.question.prompt_ids for t in trajectories]
-        responses = [t.token_ids for t in trajectories]
+        replayed = [trajectory.source == "replay" for trajectory in trajectories]
+        prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
+        responses = Ragged.of([t.token_ids for t in trajectories])
         ref_logprobs = None
         if objective.kl_coef:
             assert self.reference is not None, "a KL term needs a reference policy"
-            ref_logprobs = [s.logprobs for s in self.reference.score(prompts, responses)]
+            ref_logprobs = [lp for lp, _ in self.reference.score(prompts, responses).split()]
+        terms = [token_terms(row, objective) for row in rows]
         limit = self.policy.max_tokens_per_microbatch
         for packed in pack(prompts, responses, max_tokens=limit, device=self.policy.device):
             columns = fill_columns(
                 packed,
                 trajectories,
+                behaviour_logprobs=[logprobs for logprobs, _ in terms],
                 advantages=[row.advantage for row in rows],
-                weights=[row.weight for row in rows],
+                weights=[weights for _, weights in terms],
                 ref_logprobs=ref_logprobs,
             )
             hidden_ND = self.policy.hidden_states(packed)
@@ -172,16 +228,30 @@ class Learner:
                 sparsity=self.sparsity,
                 tail=self.tail,
             )
-            replay_ratio = shaped_ratio_metrics(result.ratio, columns.shaping)
-            yield result.loss, result.metrics | replay_ratio, columns.num_tokens
+            ratios.append(result.ratio[packed.rows_of(replayed)])
+            yield result.loss, result.metrics, columns.num_tokens
 
 
-@torch.no_grad()
-def shaped_ratio_metrics(ratio_N: Tensor, shaping_N: Tensor) -> dict[str, Tensor]:
-    """How far the policy has moved from the one that produced the replayed tokens."""
-    ratio_N = torch.where(shaping_N > 0, ratio_N, 0.0)
-    mean = ratio_N.sum() / (shaping_N > 0).sum().clamp(min=1)
-    return {"replay_ratio_mean": mean, "replay_ratio_max": ratio_N.max()}
+def replay_ratio_metrics(ratios: Sequence[Tensor]) -> dict[str, float | None]:
+    """How far the policy has moved from those that produced the replayed tokens."""
+    joined = torch.cat([torch.empty(0), *(ratio.cpu() for ratio in ratios)])
+    if not len(joined):
+        return dict.fromkeys(("replay_ratio_mean", "replay_ratio_p99", "replay_ratio_max"))
+    return {
+        "replay_ratio_mean": float(joined.mean()),
+        "replay_ratio_p99": float(np.quantile(joined.numpy(), 0.99)),
+        "replay_ratio_max": float(joined.max()),
+    }
+
+
+def token_terms(row: Row, objective: PolicyObjective) -> tuple[Tensor, Tensor]:
+    """(denominators [T], weights [T]) of one row."""
+    trajectory = row.trajectory
+    behaviour, proximal = trajectory.behaviour_logprobs, trajectory.proximal_logprobs
+    if proximal is None:
+        return behaviour, torch.full_like(behaviour, row.weight)
+    moved = moved_clip(behaviour, proximal, row.advantage, objective)
+    return moved.behaviour_logprobs, row.weight * moved.factors
 
 
 def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
@@ -202,7 +272,7 @@ class MetricSums:
     """Joins the kernels' metrics over micro-batches: *_max by maximum, counts by sum, and the rest
     by the mean over the rows that each is a mean of."""
 
-    OVER_SHAPED_ROWS = {"shaped_mean", "replay_ratio_mean"}
+    OVER_SHAPED_ROWS = {"shaped_mean"}
     OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref", "density", "skipped_mass"}
     COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped", "rows_skipped"}
 

@@ -1,7 +1,7 @@
 """Sequences -> padding-free micro-batches, and trajectories -> TokenColumns.
 
 Legend of shapes
-    S   sequences in one pack
+    S   sequences
     L   tokens the model reads: all sequences end to end, each prompt + response without its last
         token (nothing is predicted from it)
     N   response tokens, the rows of the loss
@@ -9,7 +9,7 @@ Legend of shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,59 @@ from torch import Tensor
 from exgrpo_fast.experience import TokenColumns, Trajectory
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences joined end to end. The lengths stay on the CPU: they decide shapes, and reading
+    them must not wait for a device."""
+
+    values: Tensor  # [N]
+    lengths: Tensor  # int64 [S], on the CPU
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int] | Tensor]) -> Ragged:
+        """int64 tokens, on the CPU."""
+        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        if sequences and isinstance(sequences[0], Tensor):
+            return Ragged(torch.cat([torch.as_tensor(s).long() for s in sequences]), lengths)
+        joined = [token for sequence in sequences for token in sequence]
+        return Ragged(torch.tensor(joined, dtype=torch.int64), lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def starts(self) -> Tensor:
+        return starts_of(self.lengths)
+
+    def pick(self, index: Tensor) -> Ragged:
+        """The sequences of an index [A] (on the CPU), some maybe several times."""
+        lengths, device = self.lengths[index], self.values.device
+        owner, place = places(lengths, device)
+        starts = self.starts[index].to(device, non_blocking=True)
+        return Ragged(self.values[starts[owner] + place], lengths)
+
+    def to(self, device: torch.device | str) -> Ragged:
+        return Ragged(self.values.to(device, non_blocking=True), self.lengths)
+
+    def split(self) -> tuple[Tensor, ...]:
+        return self.values.split(self.lengths.tolist())
+
+
+def starts_of(lengths_S: Tensor) -> Tensor:
+    """[S]: where each sequence begins."""
+    return lengths_S.cumsum(0) - lengths_S
+
+
+def places(lengths_S: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """(sequence [N], position in it [N]) of every element, without waiting for the device."""
+    count = int(lengths_S.sum())
+    numbers = torch.arange(len(lengths_S), device=device)
+    repeats = lengths_S.to(device, non_blocking=True)
+    of_sequence = numbers.repeat_interleave(repeats, output_size=count)
+    starts = starts_of(lengths_S).to(device, non_blocking=True)
+    return of_sequence, torch.arange(count, device=device) - starts[of_sequence]
 
 
 @dataclass(frozen=True)
@@ -34,59 +87,68 @@ class Pack:
     lengths: tuple[int, ...]  # response tokens of each sequence, sum N
     index: tuple[int, ...]
 
-    def split(self, values_N: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(place in the caller's list, that sequence's values [T]) for a tensor over the rows."""
-        return zip(self.index, values_N.split(self.lengths), strict=True)
+    def rows_of(self, wanted: Sequence[bool]) -> Tensor:
+        """bool [N]: the rows of those of the caller's sequences that are wanted."""
+        lengths = torch.tensor(self.lengths)
+        mask = torch.tensor([wanted[i] for i in self.index]).repeat_interleave(lengths)
+        return mask.to(self.targets.device)
+
+    def places_in(self, responses: Ragged) -> Tensor:
+        """int64 [N]: where each row stands among the caller's responses."""
+        members, lengths = torch.tensor(self.index), torch.tensor(self.lengths)
+        of_row, place = places(lengths, self.targets.device)
+        return responses.starts[members].to(self.targets.device)[of_row] + place
 
 
 def pack(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Tensor],
-    *,
-    max_tokens: int,
-    device: torch.device | str = "cpu",
+    prompts: Ragged, responses: Ragged, *, max_tokens: int, device: torch.device | str = "cpu"
 ) -> list[Pack]:
     """Fill packs of at most `max_tokens` read tokens, longest sequences first.
 
     Longest first keeps similar lengths together and shows an out-of-memory in the first pack.
     A sequence longer than `max_tokens` gets a pack of its own.
     """
-    sizes = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
-    packs, members, used = [], [], 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if members and used + sizes[i] > max_tokens:
-            packs.append(_join(prompts, responses, members, device))
-            members, used = [], 0
-        members.append(i)
-        used += sizes[i]
-    if members:
-        packs.append(_join(prompts, responses, members, device))
+    prompts, responses = prompts.to(device), responses.to(device)
+    sizes = prompts.lengths + responses.lengths - 1
+    order = sizes.argsort(descending=True, stable=True)
+    ends = sizes[order].cumsum(0)
+    packs, start, used = [], 0, 0
+    while start < len(order):
+        stop = int(torch.searchsorted(ends, used + max_tokens, right=True))
+        stop = max(stop, start + 1)
+        packs.append(_join(prompts, responses, order[start:stop]))
+        start, used = stop, int(ends[stop - 1])
     return packs
 
 
-def _join(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Tensor],
-    members: Sequence[int],
-    device: torch.device | str,
-) -> Pack:
-    inputs, positions, rows, starts = [], [], [], [0]
-    for i in members:
-        prompt, response = torch.tensor(prompts[i], dtype=torch.int64), responses[i].cpu().long()
-        read = torch.cat([prompt, response[:-1]])
-        inputs.append(read)
-        positions.append(torch.arange(len(read)))
-        rows.append(torch.arange(len(prompt) - 1, len(read)) + starts[-1])
-        starts.append(starts[-1] + len(read))
+def _join(prompts: Ragged, responses: Ragged, members: Tensor) -> Pack:
+    device = responses.values.device
+    prompt_lengths, lengths = prompts.lengths[members], responses.lengths[members]
+    read_lengths = prompt_lengths + lengths - 1
+    read_starts = starts_of(read_lengths)
+
+    def on_device(values: Tensor) -> Tensor:
+        return values.to(device, non_blocking=True)
+
+    of_sequence, position_ids = places(read_lengths, device)
+    offset = position_ids - on_device(prompt_lengths)[of_sequence]  # into the response, from 0
+    in_prompt = on_device(prompts.starts[members])[of_sequence] + position_ids
+    in_response = on_device(responses.starts[members])[of_sequence] + offset
+    input_ids = torch.where(
+        offset < 0,
+        prompts.values[in_prompt.clamp(max=len(prompts.values) - 1)],
+        responses.values[in_response.clamp(min=0)],
+    )
+    of_row, place = places(lengths, device)
     return Pack(
-        input_ids=torch.cat(inputs).to(device),
-        position_ids=torch.cat(positions).to(device),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        max_length=max(len(read) for read in inputs),
-        rows=torch.cat(rows).to(device),
-        targets=torch.cat([responses[i].cpu().long() for i in members]).to(device),
-        lengths=tuple(len(responses[i]) for i in members),
-        index=tuple(members),
+        input_ids=input_ids.long(),
+        position_ids=position_ids,
+        cu_seqlens=on_device(torch.cat([read_starts, read_lengths.sum()[None]]).int()),
+        max_length=int(read_lengths.max()),
+        rows=on_device(read_starts + prompt_lengths - 1)[of_row] + place,
+        targets=responses.values[on_device(responses.starts[members])[of_row] + place].long(),
+        lengths=tuple(lengths.tolist()),
+        index=tuple(members.tolist()),
     )
 
 
@@ -116,11 +178,15 @@ def fill_columns(
     packed: Pack,
     trajectories: Sequence[Trajectory],
     *,
+    behaviour_logprobs: Sequence[Tensor],
     advantages: Sequence[float],
-    weights: Sequence[float],
+    weights: Sequence[Tensor],
     ref_logprobs: Sequence[Tensor] | None = None,
 ) -> TokenColumns:
-    """The columns of one pack; the sequences are the caller's lists, `packed.index` picks."""
+    """The columns of one pack; the sequences are the caller's lists, `packed.index` picks.
+
+    Log-probs and weights come by the token [T], advantages by the trajectory.
+    """
     device = packed.targets.device
     lengths = torch.tensor(packed.lengths, device=device)
 
@@ -132,9 +198,9 @@ def fill_columns(
 
     return TokenColumns(
         targets=packed.targets,
-        behaviour_logprobs=join([t.behaviour_logprobs for t in trajectories]),
+        behaviour_logprobs=join(behaviour_logprobs),
         advantages=spread([advantages[i] for i in packed.index]),
-        weights=spread([weights[i] for i in packed.index]),
+        weights=join(weights),
         shaping=spread([trajectories[i].shaping for i in packed.index]),
         sequence_ids=torch.arange(len(packed.index), device=device).repeat_interleave(lengths),
         ref_logprobs=None if ref_logprobs is None else join(ref_logprobs),

@@ -8,9 +8,9 @@ joined again behind it. Everything else in the model sees no padding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.packing import Pack, pack
+from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_kernels import linear_logprob
 
 ATTENTION = "exgrpo_packed"
@@ -47,10 +47,32 @@ class Head(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Per-token figures of one response under the present weights, float32 [T], on the CPU."""
+    """Per-token figures of responses under the present weights, in the order they were given.
+
+    float32 [N], joined end to end, on the policy's device.
+    """
 
     logprobs: Tensor
     entropies: Tensor
+    lengths: Tensor  # int64 [S], on the CPU
+
+    def split(self) -> list[tuple[Tensor, Tensor]]:
+        """(log-probs [T], entropies [T]) of each response, on the CPU."""
+        lengths = self.lengths.tolist()
+        logprobs, entropies = self.logprobs.cpu(), self.entropies.cpu()
+        return list(zip(logprobs.split(lengths), entropies.split(lengths), strict=True))
+
+    def pick(self, index: Tensor) -> Scores:
+        """Those of some responses, by an index on the CPU."""
+        logprobs, entropies = (
+            Ragged(values, self.lengths).pick(index) for values in (self.logprobs, self.entropies)
+        )
+        return Scores(logprobs.values, entropies.values, entropies.lengths)
+
+    def per_response(self, values_N: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+        """[N] -> [S], such as the mean entropy of each response."""
+        lengths = self.lengths.to(values_N.device, non_blocking=True)
+        return torch.segment_reduce(values_N, reduce, lengths=lengths, unsafe=True)
 
 
 class Policy:
@@ -108,11 +130,12 @@ class Policy:
         return Head(weight.to(hidden_ND.dtype), bias, softcap)
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]) -> list[Scores]:
-        """Log-probs and full-vocabulary entropies under the present weights, in the given order."""
-        scores: list[Scores | None] = [None] * len(responses)
-        limit = self.max_tokens_per_microbatch
+    def score(self, prompts: Ragged, responses: Ragged) -> Scores:
+        """Log-probs and full-vocabulary entropies under the present weights."""
+        num_tokens = len(responses.values)
+        logprobs, entropies = torch.empty(2, num_tokens, device=self.device)
         with inference(self.model):
+            limit = 2 * self.max_tokens_per_microbatch  # no gradient: half the memory a token
             for packed in pack(prompts, responses, max_tokens=limit, device=self.device):
                 hidden_ND = self.hidden_states(packed)
                 weight, bias, softcap = self.head_for(hidden_ND)
@@ -124,10 +147,9 @@ class Policy:
                     temperature=self.temperature,
                     softcap=softcap,
                 )
-                entropies = dict(packed.split(out.entropy.cpu()))
-                for i, logprobs in packed.split(out.logprobs.cpu()):
-                    scores[i] = Scores(logprobs.clone(), entropies[i].clone())
-        return [score for score in scores if score is not None]
+                rows = packed.places_in(responses)
+                logprobs[rows], entropies[rows] = out.logprobs, out.entropy
+        return Scores(logprobs, entropies, responses.lengths)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:

@@ -18,7 +18,7 @@ from exgrpo_fast.learner import Learner
 from exgrpo_fast.metrics import CompletionLog, MetricSink, peak_memory_gib
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import NoReplay, ReplaySource
+from exgrpo_fast.sources.replay import Replay
 from exgrpo_fast.step_metrics import completion_rows, pass_at_1, step_metrics
 from exgrpo_kernels import PolicyObjective
 
@@ -36,7 +36,7 @@ class Trainer:
         self,
         *,
         stream: QuestionStream,
-        replay: ReplaySource | NoReplay,
+        replay: Replay,
         collector: Collector,
         learner: Learner,
         engine: RolloutEngine,
@@ -78,14 +78,14 @@ class Trainer:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
         step, clock = self.num_steps + 1, Clock()
         batch = self.collector.collect(step, clock)
-        self.stream.retire(self.replay.observe(batch.generated))
+        self.stream.retire(self.replay.observe(batch.generated, step=step))
         objective = self.replay.objective(self.objective)
         with clock.measure("update"), self.screen.phase("update") as advance:
             update = self.learner.update(batch.groups, objective, advance)
         with clock.measure("sync"):
             self.engine.sync(step)
         metrics = step_metrics(step, batch, update, clock)
-        metrics |= self.replay.metrics(batch.recall, step=step)
+        metrics |= self.replay.metrics(batch.replayed, batch.recall, step=step)
         self.replay.start_if_ready(pass_at_1(batch.generated))
         self.num_steps = step
         self._guard(metrics)
@@ -130,7 +130,6 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         if state["replay"]:  # an on-policy run that goes on with replay starts with none
             self.replay.load_state_dict(state["replay"])
-            self.stream.check_known(self.replay.questions())
         self.learner.optimiser.load_state_dict(state["optimiser"])
 
     # --- the small print ---

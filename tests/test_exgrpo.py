@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
 
+from exgrpo_fast.buffer.selectors import TrajectoryKey, choose
 from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.experience import Group, Trajectory, Verdict
+from exgrpo_fast.policy import Scores
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import ReplaySource
+from exgrpo_fast.sources.replay import ReplaySource, score_keys
 from exgrpo_kernels import linear_logprob, policy_loss
 
 ON = {"enabled": True, "start_success_rate": None}
@@ -38,8 +40,21 @@ def texts(outcome: str, *names: str) -> list[str]:
 
 
 def buckets(replay: ReplaySource) -> dict[int, list[str]]:
-    sizes = replay.store.bucket_sizes()
-    return {k: sorted(replay.store.bucket(k)) for k, size in sizes.items() if size}
+    found: dict[int, list[str]] = {}
+    for question, bucket in zip(replay.data, replay.store.bucket.tolist(), strict=True):
+        if bucket >= 0:
+            found.setdefault(bucket, []).append(question.id)
+    return {bucket: sorted(found[bucket]) for bucket in sorted(found)}
+
+
+def retired(replay: ReplaySource) -> list[str]:
+    return sorted(replay.data[i].id for i in replay.store.retired.nonzero().flatten().tolist())
+
+
+def stored(replay: ReplaySource, question_id: str) -> list[list[int]]:
+    """The token ids of each stored trajectory of a question."""
+    rows, _ = replay.store.rows_of(torch.tensor([replay.place_of[question_id]]))
+    return [tokens.tolist() for tokens in replay.store.read(rows).tokens.split()]
 
 
 def test_o7_life_of_the_buffer(tokenizer, make_test_trainer) -> None:
@@ -59,7 +74,7 @@ def test_o7_life_of_the_buffer(tokenizer, make_test_trainer) -> None:
         _, metrics = trainer.step()
         replay.store.check_valid()
         assert not any(engine.lines.values()), "the step did not ask for what was scripted"
-        return metrics["pass_at_1"], replay.active, buckets(replay), sorted(replay.store.retired)
+        return metrics["pass_at_1"], replay.active, buckets(replay), retired(replay)
 
     assert step(
         {
@@ -98,7 +113,7 @@ def test_o7_life_of_the_buffer(tokenizer, make_test_trainer) -> None:
     assert metrics["pass_at_1"] == 0.3125
     assert replay.active, "activation is latched"
     assert buckets(replay) == {1: ["e", "k"], 3: ["i"]}
-    assert {q: len(replay.store.experiences(q)) for q in "eik"} == {"e": 2, "i": 3, "k": 1}
+    assert {q: len(stored(replay, q)) for q in "eik"} == {"e": 2, "i": 3, "k": 1}
 
 
 def test_exactly_the_threshold_does_not_start_replay(tokenizer, make_test_trainer) -> None:
@@ -150,7 +165,7 @@ def test_o10_what_is_replayed_is_what_was_stored(tokenizer, make_test_trainer) -
             generated.setdefault(group.question.id, []).extend(group.from_source("fresh"))
         ids = [group.question.id for group in batch.groups]
         assert len(ids) == len(set(ids)) == 4  # no question both fresh and replayed
-        assert metrics["replay_frac"] == len(batch.recall.trajectories) / 4 <= 0.5
+        assert metrics["replay_frac"] == len(batch.replayed) / 4 <= 0.5
     assert num_replayed >= 6
 
 
@@ -176,13 +191,13 @@ def test_the_chosen_trajectory_has_the_lowest_true_mean_entropy(
     for step in range(5):
         replay, model = trainer.replay, trainer.learner.policy.model
         state = replay.rng.bit_generator.state
-        recall = replay.recall(trainer.stream.by_id, step=step + 1)
+        recall = replay.recall(replay.plan(step=step + 1), [], step=step + 1)
         replay.rng.bit_generator.state = state  # the step below draws the same again
-        for chosen in recall.trajectories:
-            candidates = replay.store.experiences(chosen.question.id)
+        for (chosen,) in recall.slots:
+            candidates = stored(replay, chosen.question.id)
             means = []
             for candidate in candidates:
-                ids = [*chosen.question.prompt_ids, *candidate.token_ids.tolist()]
+                ids = [*chosen.question.prompt_ids, *candidate]
                 with torch.no_grad():
                     logits = model(torch.tensor([ids])).logits[0].double()
                 log_p = logits.log_softmax(-1)[len(chosen.question.prompt_ids) - 1 : -1]
@@ -265,7 +280,7 @@ def test_o4_advantages_weights_and_objective_of_the_trainer(
                     torch.zeros(len(old)),
                     truncated=False,
                     source="replay" if replayed else "fresh",
-                    shaping=trainer.replay.shaping if replayed else 0.0,
+                    shaping=trainer.replay.recipe.shaping if replayed else 0.0,
                     verdict=Verdict(float(reward)),
                 )
             )
@@ -305,21 +320,25 @@ O5 = {
 }
 
 
-@pytest.mark.parametrize(("select", "chosen"), [("entropy", "Y"), ("nll", "X")])
-def test_o5_definitions_of_entropy_disagree(
-    tokenizer, make_test_trainer, select: str, chosen: str
-) -> None:
-    from exgrpo_fast.policy import Scores
-
-    trainer = make_test_trainer(
-        make_questions(tokenizer, list("abcd")), replay={**ON, "select": select}
+@pytest.mark.parametrize(
+    ("select", "chosen"),
+    [("entropy", "Y"), ("nll", "X"), ("entropy_sum", "X"), ("highest_entropy", "X")],
+)
+def test_o5_definitions_of_entropy_disagree(select: TrajectoryKey, chosen: str) -> None:
+    parts = [
+        linear_logprob(torch.tensor(logits), torch.eye(3), torch.tensor(tokens))
+        for logits, tokens in O5.values()
+    ]
+    scores = Scores(
+        torch.cat([out.logprobs for out in parts]),
+        torch.cat([out.entropy for out in parts]),
+        torch.tensor([3, 5]),
     )
-    scores = []
-    for logits, tokens in O5.values():
-        out = linear_logprob(torch.tensor(logits), torch.eye(3), torch.tensor(tokens))
-        scores.append(Scores(out.logprobs, out.entropy))
-    assert float(scores[0].entropies.mean()) == pytest.approx(0.683175, abs=6e-7)
-    assert float(scores[1].entropies.mean()) == pytest.approx(0.439740, abs=6e-7)
-    assert float(-scores[0].logprobs.mean()) == pytest.approx(0.398821, abs=6e-7)
-    assert float(-scores[1].logprobs.mean()) == pytest.approx(0.684699, abs=6e-7)
-    assert "XY"[trainer.replay._choose(scores)] == chosen
+    means = scores.per_response(scores.entropies).tolist()
+    assert means == pytest.approx([0.683175, 0.439740], abs=6e-7)
+    nll = (-scores.per_response(scores.logprobs)).tolist()
+    assert nll == pytest.approx([0.398821, 0.684699], abs=6e-7)
+    sums = scores.per_response(scores.entropies, "sum").tolist()
+    assert sums == pytest.approx([2.049524, 2.198702], abs=6e-7)
+    keys = score_keys(select, scores)
+    assert "XY"[int(choose(torch.tensor([0, 0]), keys, 1))] == chosen

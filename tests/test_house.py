@@ -14,6 +14,7 @@ FLOORS = [
     ["config", "advantages", "packing", "metrics", "optim", "run_folder", "checkpoint", "data"],
     ["display", "policy", "rewards"],
     ["buffer", "rollout", "report"],
+    ["weighting"],
     ["sources", "evaluate", "doctor"],
     ["collect", "learner", "quickstart"],
     ["step_metrics"],

@@ -13,6 +13,7 @@ from exgrpo_fast.collect import Clock
 from exgrpo_fast.experience import Group, Trajectory, Verdict
 from exgrpo_fast.learner import MetricSums, carries_gradient, split_evenly
 from exgrpo_fast.optim import UpdateOutcome
+from exgrpo_fast.packing import Ragged
 
 
 class GradientRecorder:
@@ -218,9 +219,10 @@ def test_the_kl_term_is_taken_to_the_initial_policy(tokenizer, make_test_trainer
             p += 0.02 * torch.randn(p.shape, generator=generator)
     groups, moved = report()
     trajectories = [t for g in groups for t in g.trajectories]
-    asked = [t.question.prompt_ids for t in trajectories], [t.token_ids for t in trajectories]
+    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
+    asked = prompts, Ragged.of([t.token_ids for t in trajectories])
     now, then = learner.policy.score(*asked), learner.reference.score(*asked)
-    d = torch.cat([a.logprobs - b.logprobs for a, b in zip(now, then, strict=True)]).double()
+    d = (now.logprobs - then.logprobs).double()
     kl = (-d).exp() - 1 + d
     assert moved.kernel_metrics["kl_ref"] == pytest.approx(float(kl.mean()), rel=1e-4)
     assert float(kl.mean()) > 1e-3

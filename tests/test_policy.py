@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
-from exgrpo_fast.packing import pack
+from exgrpo_fast.packing import Ragged, pack
 from exgrpo_fast.policy import Policy, PolicyError, load_model
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
@@ -59,11 +59,12 @@ def test_scores_equal_the_plain_model(make, max_tokens: int) -> None:
     model = make()
     expected = [plain_scores(model, p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     policy = Policy(model, max_tokens_per_microbatch=max_tokens)
-    for found, (logprobs, entropies) in zip(
-        policy.score(PROMPTS, RESPONSES), expected, strict=True
-    ):
-        torch.testing.assert_close(found.logprobs.double(), logprobs, atol=2e-5, rtol=0)
-        torch.testing.assert_close(found.entropies.double(), entropies, atol=2e-5, rtol=0)
+    scores = policy.score(Ragged.of(PROMPTS), Ragged.of(RESPONSES))
+    for (ours, our_entropies), (logprobs, entropies) in zip(scores.split(), expected, strict=True):
+        torch.testing.assert_close(ours.double(), logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(our_entropies.double(), entropies, atol=2e-5, rtol=0)
+    means = scores.per_response(scores.entropies)
+    assert means.tolist() == pytest.approx([float(e.mean()) for _, e in expected], abs=2e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -81,7 +82,7 @@ def test_gradients_equal_the_plain_model(model_folder, checkpointing: bool) -> N
 
     policy = Policy(load_model(str(model_folder)), gradient_checkpointing=checkpointing)
     total = 0.0
-    for packed in pack(PROMPTS, RESPONSES, max_tokens=45):
+    for packed in pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=45):
         hidden = policy.hidden_states(packed)
         spread = torch.tensor([advantages[i] for i in packed.index])
         result = linear_policy_loss(
@@ -104,7 +105,7 @@ def test_gradients_equal_the_plain_model(model_folder, checkpointing: bool) -> N
 
 
 def test_packs_hold_their_budget_and_every_sequence_once() -> None:
-    packs = pack(PROMPTS, RESPONSES, max_tokens=12)
+    packs = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=12)
     assert sorted(i for p in packs for i in p.index) == [0, 1, 2, 3]
     assert [len(p.input_ids) for p in packs] == [41, 8, 8]  # the first is too long for any pack
     for p in packs:

@@ -1,1 +1,2 @@
-"""Experience: what is kept (store), and which part of it is chosen (selectors)."""
+"""Experience: how much is kept (plan), where (pages, store), which part is chosen (selectors), and
+how it is saved and looked at (snapshot)."""

@@ -1,17 +1,53 @@
-"""Which questions are replayed, and which of their trajectories.
+"""Which questions are asked again, and which of their trajectories are replayed.
 
-Questions: a Gaussian over buckets, ExGRPO (arXiv 2510.02245) section 3.2 and algorithm 2. Its
-sigma is given in accuracy, so that it means the same for every group size; the published runs use
-0.125 at K = 8 (one success), the paper prints 1.
+All draws come from the run's own generator, and depend on what is stored alone: not on the device,
+nor on the order of the groups that brought it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from exgrpo_fast.buffer.store import ExperienceStore
+from exgrpo_fast.buffer.store import Experiences, ExperienceStore, rank_within
+
+QuestionSelector = Callable[[ExperienceStore, int, np.random.Generator, int], list[int]]
+
+# --- questions: (store, count, generator, step) -> places in the data -----------------------------
+
+
+def gaussian_buckets(*, mean: float, sigma: float) -> QuestionSelector:
+    """A Gaussian over buckets, uniform inside a bucket (ExGRPO, arXiv 2510.02245, algorithm 2).
+
+    `sigma` is in accuracy, so that it means the same for every group size; the published runs use
+    0.125 at K = 8 (one success), the paper prints 1.
+    """
+
+    def draw(
+        store: ExperienceStore, count: int, rng: np.random.Generator, step: int
+    ) -> list[int]:
+        sizes = dict(enumerate(store.bucket_sizes()))
+        count = min(count, sum(sizes.values()))
+        if count == 0:
+            return []
+        probabilities = bucket_probabilities(
+            sizes, group_size=store.group_size, mean=mean, sigma=sigma
+        )
+        in_order = store.by_bucket()
+        start, chosen = len(in_order) - sum(sizes.values()), []
+        shares = allocate(count, probabilities, sizes, rng)
+        for k, size in sizes.items():
+            if shares.get(k):
+                chosen.append(start + rng.choice(size, size=shares[k], replace=False))
+            start += size
+        places = torch.from_numpy(np.concatenate(chosen)).to(in_order.device)
+        return in_order[places].tolist()
+
+    return draw
 
 
 def bucket_probabilities(
@@ -51,19 +87,83 @@ def allocate(
     return taken
 
 
-def draw_questions(
-    store: ExperienceStore, count: int, *, mean: float, sigma: float, rng: np.random.Generator
-) -> list[str]:
-    """`count` distinct stored questions: Gaussian over buckets, uniform inside a bucket."""
-    sizes = store.bucket_sizes()
-    probabilities = bucket_probabilities(sizes, group_size=store.group_size, mean=mean, sigma=sigma)
-    chosen: list[str] = []
-    for k, share in allocate(count, probabilities, sizes, rng).items():
-        questions = store.bucket(k)
-        chosen += [questions[i] for i in rng.choice(len(questions), size=share, replace=False)]
-    return chosen
+def uniform_questions() -> QuestionSelector:
+    """Every stored question alike: ExGRPO's ablation "without question selection"."""
+
+    def draw(
+        store: ExperienceStore, count: int, rng: np.random.Generator, step: int
+    ) -> list[int]:
+        stored = (store.bucket >= 0).nonzero().flatten().cpu().numpy()
+        return rng.choice(stored, size=min(count, len(stored)), replace=False).tolist()
+
+    return draw
 
 
-def lowest(keys: Sequence[float]) -> int:
-    """Index of the smallest key, the first of equal ones."""
-    return min(range(len(keys)), key=keys.__getitem__)
+def medium_questions(*, low: float, high: float, cooldown: int, max_visits: int) -> QuestionSelector:
+    """Prompts of medium difficulty, the nearest to one half first (Prompt Replay, 2603.21177).
+
+    A prompt waits `cooldown` steps after each visit, and comes `max_visits` times at most; of equal
+    ones the longest unseen comes first. Nothing is drawn at random.
+    """
+
+    def draw(
+        store: ExperienceStore, count: int, rng: np.random.Generator, step: int
+    ) -> list[int]:
+        rate = store.successes / store.group_size
+        ready = (store.bucket >= 0) & (rate >= low) & (rate <= high)
+        ready &= (store.last_visit + cooldown < step) & (store.visits < max_visits)
+        places = ready.nonzero().flatten()
+        places = places[store.last_visit[places].argsort(stable=True)]
+        distance = (rate[places] - 0.5).abs()
+        return places[distance.argsort(stable=True)][:count].tolist()
+
+    return draw
+
+
+# --- trajectories: candidates -> one key each, the smallest is chosen -----------------------------
+
+TrajectoryKey = Literal[
+    "entropy", "highest_entropy", "nll", "entropy_sum", "stored_entropy", "random", "newest",
+    "highest_reward", "max_variance", "all",
+]  # fmt: skip
+# Those that need a forward pass over every candidate.
+SCORED: frozenset[str] = frozenset({"entropy", "highest_entropy", "nll", "entropy_sum"})
+
+
+def stored_keys(
+    by: TrajectoryKey, candidates: Experiences, rng: np.random.Generator
+) -> Tensor:
+    """float32 [C]: keys that follow from what is stored."""
+    device = candidates.entropy.device
+    if by == "stored_entropy":
+        return candidates.entropy
+    if by == "random":
+        return torch.from_numpy(rng.random(len(candidates), dtype=np.float32)).to(device)
+    if by == "newest":
+        return -torch.arange(len(candidates), device=device).float()  # they come in order of arrival
+    if by == "highest_reward":
+        return -candidates.reward
+    assert by == "all", by
+    return torch.zeros(len(candidates), device=device)
+
+
+def choose(owner: Tensor, keys: Tensor, count: int) -> Tensor:
+    """int64: places of the `count` smallest keys of each owner, sorted by owner, then by key.
+
+    NaN counts as the largest; of equal keys the earlier one is taken.
+    """
+    rank = rank_within(owner, keys.nan_to_num(nan=torch.inf, posinf=torch.inf))
+    places = (rank < count).nonzero().flatten()
+    places = places[rank[places].argsort(stable=True)]
+    return places[owner[places].argsort(stable=True)]
+
+
+def max_variance_subset(rewards: Sequence[float], count: int) -> list[int]:
+    """Places of the `count` rewards of the largest variance: some lowest and some highest.
+
+    RePO (arXiv 2506.09340) picks so; the best subset always consists of both ends of the order.
+    """
+    order = sorted(range(len(rewards)), key=rewards.__getitem__)
+    count = min(count, len(order))
+    subsets = [order[:low] + order[len(order) - (count - low) :] for low in range(count + 1)]
+    return sorted(max(subsets, key=lambda subset: float(np.var([rewards[i] for i in subset]))))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exgrpo_fast.display import Screen
 from exgrpo_fast.optim import Optimiser, warmup_then_decay
-from exgrpo_fast.packing import pack
+from exgrpo_fast.packing import Ragged, pack
 from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
@@ -66,9 +66,9 @@ def warm_start(
 
 def imitate(policy: Policy, examples: Sequence[Example]) -> None:
     """Add the gradient of the mean negative log-likelihood of the response tokens."""
-    prompts = [example.prompt_ids for example in examples]
-    responses = [example.response_ids for example in examples]
-    num_tokens = sum(len(response) for response in responses)
+    prompts = Ragged.of([example.prompt_ids for example in examples])
+    responses = Ragged.of([example.response_ids for example in examples])
+    num_tokens = len(responses.values)
     limit = policy.max_tokens_per_microbatch
     for packed in pack(prompts, responses, max_tokens=limit, device=policy.device):
         hidden_ND = policy.hidden_states(packed)

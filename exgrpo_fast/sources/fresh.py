@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from exgrpo_fast.experience import Completion, Question, Trajectory
+from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
 
@@ -51,21 +52,26 @@ class FreshSource:
     ) -> tuple[list[Trajectory], Mismatch]:
         """Behaviour log-probs and entropies under the weights of the start of the step."""
         scores = self.policy.score(
-            [question.prompt_ids for question in question_of],
-            [completion.token_ids for completion in completions],
-        )
+            Ragged.of([question.prompt_ids for question in question_of]),
+            Ragged.of([completion.token_ids for completion in completions]),
+        ).split()
         trajectories = [
             Trajectory(
                 question=question,
                 token_ids=completion.token_ids,
-                behaviour_logprobs=score.logprobs,
-                entropies=score.entropies,
+                behaviour_logprobs=logprobs,
+                entropies=entropies,
                 truncated=completion.truncated,
                 birth_step=step,
             )
-            for question, completion, score in zip(question_of, completions, scores, strict=True)
+            for question, completion, (logprobs, entropies) in zip(
+                question_of, completions, scores, strict=True
+            )
         ]
-        gaps = [(s.logprobs - c.logprobs).abs() for s, c in zip(scores, completions, strict=True)]
+        gaps = [
+            (logprobs - completion.logprobs).abs()
+            for completion, (logprobs, _) in zip(completions, scores, strict=True)
+        ]
         num_tokens = sum(len(gap) for gap in gaps)
         return trajectories, Mismatch(
             mean=sum(float(gap.sum()) for gap in gaps) / max(num_tokens, 1),

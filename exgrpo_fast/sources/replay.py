@@ -1,6 +1,8 @@
-"""ExGRPO's experience: recall the best of the past, and learn what to keep from each step.
+"""Replay: ask questions again, bring back what solved them, and learn what to keep from each step.
 
-arXiv 2510.02245, sections 3.2-3.3 and algorithms 1-2. Where the paper and the published code
+A replay method is a `ReplayRecipe`: what is kept, which questions and trajectories are chosen, how
+they enter their group (the mixer) and how they weigh. ExGRPO (arXiv 2510.02245, sections 3.2-3.3,
+algorithms 1-2) is one of them; docs/replay.md lists all. Where the paper and the published code
 differ, docs/exgrpo.md names the choice made here. Life of a question with s successes in its
 latest group (a replayed trajectory counts as one):
 
@@ -12,192 +14,439 @@ latest group (a replayed trajectory counts as one):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from statistics import fmean, pstdev
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from exgrpo_fast.buffer.selectors import draw_questions, lowest
-from exgrpo_fast.buffer.store import Experience, ExperienceStore
-from exgrpo_fast.experience import Group, Question, Trajectory
+from exgrpo_fast.buffer.selectors import (
+    SCORED,
+    QuestionSelector,
+    TrajectoryKey,
+    choose,
+    gaussian_buckets,
+    max_variance_subset,
+    stored_keys,
+)
+from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
+from exgrpo_fast.buffer.store import Experiences, ExperienceStore, rank_within
+from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
+from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, Scores
+from exgrpo_fast.weighting import NEEDS_START, UNCLIPPED, Weight, weighted
 from exgrpo_kernels import PolicyObjective
 
-Select = Literal["entropy", "nll", "random"]
+Keep = Literal["successes", "all", "none"]
+Mixer = Literal["replace_slot", "append", "question_only", "recent_groups", "spent_groups"]
+Difficulty = Literal["successes", "reward_std"]
+
+
+@dataclass(frozen=True)
+class ReplayRecipe:
+    """The parts of a replay method. The defaults are ExGRPO's.
+
+    mixer  replace_slot   the group has K trajectories, the replayed ones among them
+           append         K fresh ones, the replayed ones on top (RePO, RLEP)
+           question_only  K fresh ones: the question is asked again, nothing is replayed
+           recent_groups  a share of the groups is taken whole from the store (ReMix)
+           spent_groups   groups without a gradient are exchanged for stored ones, drawn by their
+                          score, sum |A| x std (the replay buffer of TRL's GRPO)
+    """
+
+    mixer: Mixer = "replace_slot"
+    # What is kept of a step, and when a question counts as how hard
+    keep: Keep = "successes"
+    difficulty: Difficulty = "successes"
+    retire: bool = True
+    # Which questions are asked again; None = those that the stream brings, where they are stored
+    questions: QuestionSelector | None = field(
+        default_factory=lambda: gaussian_buckets(mean=0.5, sigma=0.125)
+    )
+    experience_ratio: float = 0.5
+    start_success_rate: float | None = 0.35
+    stop_after_steps: int | None = None  # on-policy from there on (ReMix's second half)
+    # Which trajectories of a question, and how many
+    select: TrajectoryKey = "entropy"
+    count: int = 1
+    min_stored: int = 1  # questions with fewer are left alone
+    prefilter: int | None = None  # score only so many, those of the lowest last-known entropy
+    max_age: int | None = None  # in steps; older ones are not replayed
+    # What they are to the loss
+    weight: Weight = "shaped"
+    shaping: float = 0.1
+    clip_fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the store asks for in one step, before the stream fills the rest."""
+
+    questions: tuple[Question, ...] = ()
+    groups: tuple[Group, ...] = ()  # whole groups from the store
 
 
 @dataclass(frozen=True)
 class Recall:
     """What was recalled for one step, and what the choice looked like."""
 
-    trajectories: tuple[Trajectory, ...] = ()
+    slots: tuple[tuple[Trajectory, ...], ...]  # for each question of the step, mostly none
     num_candidates: int = 0
-    candidate_entropy: float = 0.0  # mean over all candidates, to compare with the chosen ones
+    candidate_entropy: float | None = None  # mean over all candidates, where they were scored
 
-    @property
-    def chosen_entropy(self) -> float:
-        return (
-            fmean(float(t.entropies.mean()) for t in self.trajectories)
-            if self.trajectories
-            else 0.0
-        )
+    @staticmethod
+    def nothing(num_questions: int) -> Recall:
+        return Recall(((),) * num_questions)
+
+
+class Replay(Protocol):
+    """What the rooms above need of a replay source."""
+
+    def plan(self, *, step: int) -> Plan: ...
+    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> Recall: ...
+    def num_fresh(self, group_size: int, num_replayed: int) -> int: ...
+    def exchange(self, groups: Sequence[Group]) -> list[Group]: ...
+    def observe(self, groups: Sequence[Group], *, step: int) -> list[str]: ...
+    def start_if_ready(self, pass_at_1: float) -> None: ...
+    def objective(self, base: PolicyObjective) -> PolicyObjective: ...
+    def metrics(self, replayed: Sequence[Trajectory], recall: Recall, *, step: int) -> dict: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ReplaySource:
-    """At most floor(experience_ratio x prompts_per_step) replayed trajectories a step."""
+    """Trajectories from the experience store."""
 
     def __init__(
         self,
         store: ExperienceStore,
         policy: Policy,
+        questions: Sequence[Question],
+        recipe: ReplayRecipe,
         *,
         prompts_per_step: int,
-        experience_ratio: float = 0.5,
-        start_success_rate: float | None = 0.35,
-        bucket_mean: float = 0.5,
-        bucket_sigma: float = 0.125,
-        select: Select = "entropy",
-        shaping: float = 0.1,
-        clip_fresh: bool = False,
+        vocabulary: str = "",
         seed: int = 0,
     ) -> None:
+        """`questions`: the training data, in the order that the store numbers them by.
+        `vocabulary`: a fingerprint of the tokenizer; a snapshot of another one is refused."""
         self.store = store
         self.policy = policy
-        self.limit = int(experience_ratio * prompts_per_step)
-        self.start_success_rate = start_success_rate
-        self.bucket_mean = bucket_mean
-        self.bucket_sigma = bucket_sigma
-        self.select: Select = select
-        self.shaping = shaping
-        self.clip_fresh = clip_fresh
-        self.active = start_success_rate is None  # latched: never switches back
+        self.recipe = recipe
+        self.prompts_per_step = prompts_per_step
+        self.vocabulary = vocabulary
+        self.data = list(questions)
+        self.place_of = {question.id: place for place, question in enumerate(questions)}
+        self.prompts = Ragged.of([question.prompt_ids for question in questions])
+        self.active = recipe.start_success_rate is None  # latched: only `stop_after_steps` ends it
+        self.stopped = False
+        self.next_group = 0
         self.rng = np.random.default_rng([seed, 0x5E1EC7])
 
-    def recall(self, questions: Mapping[str, Question], *, step: int) -> Recall:
-        """One stored trajectory for each of the drawn questions, none while inactive."""
-        count = min(self.limit, len(self.store)) if self.active else 0
+    # --- before the rollout ---
+
+    def plan(self, *, step: int) -> Plan:
+        """Questions to ask again, or whole groups: at most experience_ratio x prompts_per_step."""
+        limit = int(self.recipe.experience_ratio * self.prompts_per_step)
+        if not self.active or limit == 0:
+            return Plan()
+        if self.recipe.mixer == "recent_groups":
+            return Plan(groups=tuple(self._draw_groups(limit, step=step, by_score=False)))
+        if self.recipe.questions is None:
+            return Plan()
+        drawn = self.recipe.questions(self.store, limit, self.rng, step)
+        return Plan(questions=tuple(self.data[place] for place in drawn))
+
+    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> Recall:
+        """Stored trajectories for the questions of the plan and those drawn beside it.
+
+        Chosen and weighted by the recipe; ones that the stream drew bring theirs only where the
+        recipe leaves the choice of questions to it.
+        """
+        num_questions = len(plan.questions) + len(drawn)
+        asked = plan.questions if self.recipe.questions else drawn
+        if not self.active or not asked or self.recipe.mixer not in {"replace_slot", "append"}:
+            return Recall.nothing(num_questions)
+        places = torch.tensor([self.place_of[q.id] for q in asked], device=self.store.device)
+        rows, owner = self._candidates(places, step=step)
+        if len(rows) == 0:
+            return Recall.nothing(num_questions)
+        candidates = self.store.read(rows)
+        scores, entropy = None, None
+        if self.recipe.select in SCORED:
+            scores = self._score(candidates)
+            means = scores.per_response(scores.entropies)
+            self.store.note_entropy(rows, means)
+            entropy = float(means.mean())
+            chosen = choose(owner, score_keys(self.recipe.select, scores), self.recipe.count)
+            scores = scores.pick(chosen.cpu())
+        else:
+            chosen = self._choose_unscored(candidates, owner)
+        found: list[list[Trajectory]] = [[] for _ in asked]
+        trajectories = self._trajectories(candidates.pick(chosen.cpu()), scores)
+        for number, trajectory in zip(owner[chosen].tolist(), trajectories, strict=True):
+            found[number].append(trajectory)
+        slots = [tuple(of_one) for of_one in found]
+        others = [()] * (num_questions - len(slots))
+        slots = [*slots, *others] if self.recipe.questions else [*others, *slots]
+        return Recall(tuple(slots), num_candidates=len(rows), candidate_entropy=entropy)
+
+    def num_fresh(self, group_size: int, num_replayed: int) -> int:
+        """Open slots beside the recalled trajectories of a question."""
+        return group_size - num_replayed if self.recipe.mixer == "replace_slot" else group_size
+
+    def _candidates(self, asked: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
+        """(rows [C], owner [C]) of all that may be replayed for the asked questions."""
+        recipe, stored = self.recipe, self.store.rows
+        rows, owner = self.store.rows_of(asked)
+        allowed = torch.ones_like(rows, dtype=torch.bool)
+        if recipe.max_age is not None:
+            allowed &= stored["birth_step"][rows] >= step - recipe.max_age
+        if recipe.min_stored > 1:
+            allowed &= torch.bincount(owner, minlength=len(asked))[owner] >= recipe.min_stored
+        if recipe.prefilter is not None:
+            allowed &= rank_within(owner, stored["entropy"][rows]) < recipe.prefilter
+        return rows[allowed], owner[allowed]
+
+    def _choose_unscored(self, candidates: Experiences, owner: Tensor) -> Tensor:
+        recipe = self.recipe
+        if recipe.select == "all":
+            return torch.arange(len(candidates), device=owner.device)
+        if recipe.select == "max_variance":
+            rewards, owners = candidates.reward.cpu(), owner.cpu()
+            places = [(owners == o).nonzero().flatten() for o in owners.unique()]
+            picked = [
+                of_one[max_variance_subset(rewards[of_one].tolist(), recipe.count)]
+                for of_one in places
+            ]
+            return torch.cat(picked).to(owner.device)
+        keys = stored_keys(recipe.select, candidates, self.rng)
+        return choose(owner, keys, recipe.count)
+
+    def _score(self, experiences: Experiences) -> Scores:
+        prompts = self.prompts.pick(experiences.question.cpu())
+        return self.policy.score(prompts, experiences.tokens)
+
+    def _trajectories(self, chosen: Experiences, scores: Scores | None = None) -> list[Trajectory]:
+        """The nouns of the chosen ones; they are scored here unless they have been."""
+        parts = (scores or self._score(chosen)).split()
+        columns = (chosen.question, chosen.birth_step, chosen.truncated, chosen.reward)
+        return [
+            weighted(
+                Trajectory(
+                    question=self.data[place],
+                    token_ids=tokens.long(),
+                    behaviour_logprobs=behaviour,
+                    entropies=entropies,
+                    truncated=truncated,
+                    source="replay",
+                    birth_step=birth_step,
+                    verdict=Verdict(reward, "stored"),
+                ),
+                self.recipe.weight,
+                shaping=self.recipe.shaping,
+                start_logprobs=logprobs,
+            )
+            for tokens, behaviour, (logprobs, entropies), place, birth_step, truncated, reward in zip(
+                Ragged(chosen.tokens.values.cpu(), chosen.tokens.lengths).split(),
+                Ragged(chosen.logprobs.cpu(), chosen.tokens.lengths).split(),
+                parts,
+                *(column.tolist() for column in columns),
+                strict=True,
+            )
+        ]
+
+    # --- after the rewards ---
+
+    def exchange(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups without a gradient give way to stored ones, as many as there are."""
+        groups = list(groups)
+        if not self.active or self.recipe.mixer != "spent_groups":
+            return groups
+        spent = [i for i, group in enumerate(groups) if not group.learnable]
+        for i, stored in zip(spent, self._draw_groups(len(spent), by_score=True), strict=False):
+            groups[i] = stored
+        return groups
+
+    def _draw_groups(self, count: int, *, by_score: bool, step: int = 0) -> list[Group]:
+        """Distinct stored groups, uniformly or in proportion to their score."""
+        store = self.store.rows
+        alive = store["question"] >= 0
+        if self.recipe.max_age is not None:
+            alive &= store["birth_step"] >= step - self.recipe.max_age
+        ids, where = store["group"][alive].unique(return_inverse=True)
+        if len(ids) == 0 or count == 0:
+            return []
+        scores = torch.zeros(len(ids), device=ids.device)
+        scores[where] = store["score"][alive]
+        weights = scores.double().cpu().numpy() if by_score else np.ones(len(ids))
+        count = min(count, int((weights > 0).sum()))
         if count == 0:
-            return Recall()
-        drawn = draw_questions(
-            self.store, count, mean=self.bucket_mean, sigma=self.bucket_sigma, rng=self.rng
-        )
-        candidates = [(questions[q], e) for q in drawn for e in self.store.experiences(q)]
-        scores = self.policy.score(
-            [question.prompt_ids for question, _ in candidates],
-            [experience.token_ids.long().cpu() for _, experience in candidates],
-        )
-        chosen, start = [], 0
-        for question_id in drawn:
-            stop = start + len(self.store.experiences(question_id))
-            best = start + self._choose(scores[start:stop])
-            chosen.append(self._trajectory(*candidates[best], scores[best]))
-            start = stop
-        return Recall(
-            trajectories=tuple(chosen),
-            num_candidates=len(candidates),
-            candidate_entropy=fmean(float(score.entropies.mean()) for score in scores),
+            return []
+        drawn = self.rng.choice(len(ids), size=count, replace=False, p=weights / weights.sum())
+        chosen = ids[torch.from_numpy(drawn).to(ids.device)]
+        rows = (alive & torch.isin(store["group"], chosen)).nonzero().flatten()
+        rows = rows[store["serial"][rows].argsort()]
+        experiences = self.store.read(rows)
+        members: dict[int, list[Trajectory]] = {int(group): [] for group in chosen}
+        trajectories = self._trajectories(experiences)
+        for group, trajectory in zip(experiences.group.tolist(), trajectories, strict=True):
+            members[group].append(trajectory)
+        return [Group(found[0].question, tuple(found)) for found in members.values()]
+
+    def observe(self, groups: Sequence[Group], *, step: int) -> list[str]:
+        """Store, move and retire by the rule above; returns the questions retired now.
+
+        Groups taken whole from the store are no news.
+        """
+        groups = [group for group in groups if not all(group.replayed)]
+        retiring = [group for group in groups if self.recipe.retire and is_solved(group)]
+        # Retiring works before replay is active, keeping does not.
+        if retiring:
+            self.store.retire(self._places(retiring))
+        if self.active and groups:
+            self._keep(groups, step)
+            successes = torch.tensor([group.num_successes for group in groups])
+            self.store.visit(self._places(groups), successes, step=step)
+            moving = [(g, k) for g, k in zip(groups, self._buckets(groups), strict=True) if k >= 0]
+            buckets = torch.tensor([bucket for _, bucket in moving])
+            self.store.move(self._places([group for group, _ in moving]), buckets)
+        if step == self.recipe.stop_after_steps:
+            self.active, self.stopped = False, True
+        return [group.question.id for group in retiring]
+
+    def _buckets(self, groups: Sequence[Group]) -> list[int]:
+        """The bucket that each group puts its question into; -1 = where it was."""
+        size = self.store.group_size
+        if self.recipe.difficulty == "reward_std":
+            return reward_std_buckets([group.rewards for group in groups], size)
+        # Groups of K + m trajectories count in K-ths. Without a success nothing moves; what is
+        # solved, or has nothing kept, was put out above.
+        return [
+            min(max(round(g.num_successes * size / len(g.trajectories)), 1), size - 1)
+            if 0 < g.num_successes < len(g.trajectories)
+            else -1
+            for g in groups
+        ]
+
+    def _keep(self, groups: Sequence[Group], step: int) -> None:
+        kept = [(group, t) for group in groups for t in group.from_source("fresh")]
+        if self.recipe.keep == "successes":
+            kept = [(group, t) for group, t in kept if self._is_worth_keeping(group, t)]
+        if self.recipe.keep == "none" or not kept:
+            return
+        number = {id(group): self.next_group + i for i, group in enumerate(groups)}
+        self.next_group += len(groups)
+        scores = {id(group): group_score(group.rewards) for group in groups}
+        trajectories = [t for _, t in kept]
+        self.store.add(
+            Experiences(
+                question=self._places([group for group, _ in kept]),
+                tokens=Ragged.of([t.token_ids for t in trajectories]),
+                logprobs=torch.cat([t.behaviour_logprobs for t in trajectories]),
+                birth_step=torch.tensor([t.birth_step for t in trajectories]),
+                reward=torch.tensor([t.reward for t in trajectories]),
+                success=torch.tensor([t.successful for t in trajectories]),
+                truncated=torch.tensor([t.truncated for t in trajectories]),
+                entropy=torch.stack([t.entropies.mean() for t in trajectories]),
+                group=torch.tensor([number[id(group)] for group, _ in kept]),
+                score=torch.tensor([scores[id(group)] for group, _ in kept]),
+            )
         )
 
-    def observe(self, groups: Sequence[Group]) -> list[str]:
-        """Store, move and retire by the rule above; returns the questions retired now."""
-        retired = []
-        for group in groups:
-            successes = group.num_successes
-            if successes == len(group.trajectories):
-                self.store.retire(group.question.id)
-                retired.append(group.question.id)
-            elif successes > 0 and self.active and not self.store.is_retired(group.question.id):
-                self._collect(group)
-                self.store.move(group.question.id, successes)
-        return retired
+    def _is_worth_keeping(self, group: Group, trajectory: Trajectory) -> bool:
+        if self.recipe.difficulty == "reward_std":  # rewards without full marks
+            return trajectory.reward >= fmean(group.rewards) and group.learnable
+        return trajectory.successful
+
+    def _places(self, groups: Sequence[Group]) -> Tensor:
+        places = [self.place_of[group.question.id] for group in groups]
+        return torch.tensor(places, dtype=torch.int64)
 
     def start_if_ready(self, pass_at_1: float) -> None:
         """Latch replay on after a step whose share of correct responses is above the threshold."""
-        if self.start_success_rate is not None and pass_at_1 > self.start_success_rate:
+        threshold = self.recipe.start_success_rate
+        if threshold is not None and pass_at_1 > threshold and not self.stopped:
             self.active = True
 
     def objective(self, base: PolicyObjective) -> PolicyObjective:
-        """Once active, fresh rows lose their clip too (published code; `clip_fresh` keeps it)."""
-        if not self.active or self.clip_fresh:
+        """Unclipped weights take the clip from fresh rows too, once active (ExGRPO's published
+        code); `clip_fresh` keeps it there."""
+        recipe = self.recipe
+        replays = recipe.mixer != "question_only"
+        if not self.active or recipe.clip_fresh or not (replays and recipe.weight in UNCLIPPED):
             return base
         return replace(base, clip_low=None, clip_high=None, dual_clip=None)
 
-    def metrics(self, recall: Recall, *, step: int) -> dict[str, Any]:
+    # --- looking inside ---
+
+    def metrics(
+        self, replayed: Sequence[Trajectory], recall: Recall, *, step: int
+    ) -> dict[str, Any]:
         """What is stored, and what was chosen in this step."""
-        recalled = recall.trajectories
+        ages = [step - t.birth_step for t in replayed]
+        stored = step - self.store.rows["birth_step"][self.store.rows["question"] >= 0].cpu()
+        sizes = self.store.bucket_sizes()
+        every = self.recipe.difficulty == "reward_std"
         return {
             "replay_active": int(self.active),
-            "replay_size": len(self.store),
-            "replay_trajectories": self.store.num_trajectories,
+            "replay_size": sum(sizes),
+            "replay_trajectories": len(stored),
             "replay_bytes": self.store.num_bytes,
-            "replay_buckets": list(self.store.bucket_sizes().values()),
-            "retired_size": len(self.store.retired),
+            "replay_evicted": self.store.num_evicted,
+            "replay_buckets": sizes if every else sizes[1:-1],
+            "replay_ages": age_histogram(stored),
+            "retired_size": int(self.store.retired.sum()),
             "replay_candidates": recall.num_candidates,
-            "replay_age_mean": fmean(step - t.birth_step for t in recalled) if recalled else None,
-            "replay_entropy_selected": recall.chosen_entropy if recalled else None,
-            "replay_entropy_candidates": recall.candidate_entropy if recalled else None,
+            "replay_age_mean": fmean(ages) if ages else None,
+            "replay_age_max": max(ages, default=None),
+            "replay_entropy_selected": (
+                fmean(float(t.entropies.mean()) for t in replayed) if replayed else None
+            ),
+            "replay_entropy_candidates": recall.candidate_entropy,
         }
-
-    def _collect(self, group: Group) -> None:
-        for trajectory in group.from_source("fresh"):
-            if trajectory.successful:
-                self.store.add(
-                    group.question.id,
-                    trajectory.token_ids,
-                    trajectory.behaviour_logprobs,
-                    birth_step=trajectory.birth_step,
-                    truncated=trajectory.truncated,
-                )
-
-    def _choose(self, scores: Sequence[Scores]) -> int:
-        if self.select == "random":
-            return int(self.rng.integers(len(scores)))
-        if self.select == "nll":
-            return lowest([-float(score.logprobs.mean()) for score in scores])
-        return lowest([float(score.entropies.mean()) for score in scores])
-
-    def _trajectory(self, question: Question, experience: Experience, now: Scores) -> Trajectory:
-        return Trajectory(
-            question=question,
-            token_ids=experience.token_ids.long().cpu(),
-            behaviour_logprobs=experience.behaviour_logprobs.cpu(),
-            entropies=now.entropies,
-            truncated=experience.truncated,
-            source="replay",
-            shaping=self.shaping,
-            birth_step=experience.birth_step,
-        )
 
     # --- persistence ---
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "active": self.active,
+            "stopped": self.stopped,
+            "next_group": self.next_group,
             "rng": self.rng.bit_generator.state,
-            "store": self.store.state_dict(),
+            "store": snapshot(
+                self.store, [question.id for question in self.data], vocabulary=self.vocabulary
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.active = state["active"]
+        """ValueError in one line where the snapshot does not fit this run."""
+        load_snapshot(self.store, state["store"], self.place_of, vocabulary=self.vocabulary)
+        self.active, self.stopped = state["active"], state["stopped"]
+        self.next_group = state["next_group"]
         self.rng.bit_generator.state = state["rng"]
-        self.store.load_state_dict(state["store"])
-
-    def questions(self) -> set[str]:
-        """Ids of the stored questions."""
-        return set(self.store.questions())
 
 
 class NoReplay:
     """The on-policy run: nothing is recalled, kept or retired."""
 
-    def questions(self) -> set[str]:
-        return set()
+    active = False
 
-    def recall(self, questions: Mapping[str, Question], *, step: int) -> Recall:
-        return Recall()
+    def plan(self, *, step: int) -> Plan:
+        return Plan()
 
-    def observe(self, groups: Sequence[Group]) -> list[str]:
+    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> Recall:
+        return Recall.nothing(len(drawn))
+
+    def num_fresh(self, group_size: int, num_replayed: int) -> int:
+        return group_size
+
+    def exchange(self, groups: Sequence[Group]) -> list[Group]:
+        return list(groups)
+
+    def observe(self, groups: Sequence[Group], *, step: int) -> list[str]:
         return []
 
     def start_if_ready(self, pass_at_1: float) -> None:
@@ -206,7 +455,9 @@ class NoReplay:
     def objective(self, base: PolicyObjective) -> PolicyObjective:
         return base
 
-    def metrics(self, recall: Recall, *, step: int) -> dict[str, Any]:
+    def metrics(
+        self, replayed: Sequence[Trajectory], recall: Recall, *, step: int
+    ) -> dict[str, Any]:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,3 +465,44 @@ class NoReplay:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+# --- small mathematics ----------------------------------------------------------------------------
+
+
+def is_solved(group: Group) -> bool:
+    return group.num_successes == len(group.trajectories)
+
+
+def score_keys(by: TrajectoryKey, scores: Scores) -> Tensor:
+    """float32 [C]: keys that need the present weights, smallest first (ExGRPO, section 3.2; the
+    paper's other readings are options)."""
+    if by == "nll":
+        return -scores.per_response(scores.logprobs)
+    if by == "entropy_sum":
+        return scores.per_response(scores.entropies, "sum")
+    means = scores.per_response(scores.entropies)
+    return -means if by == "highest_entropy" else means
+
+
+def group_score(rewards: Sequence[float]) -> float:
+    """sum |A| x std, by which TRL's replay buffer ranks groups; A is standardised there."""
+    std, mean = pstdev(rewards), fmean(rewards)
+    return sum(abs(reward - mean) for reward in rewards) if std > 0 else 0.0
+
+
+def reward_std_buckets(rewards: Sequence[Sequence[float]], group_size: int) -> list[int]:
+    """Difficulty of continuous rewards: their std in the group, stretched over the batch to 0..1,
+    in K-ths (ExGRPO, section 5.3)."""
+    stds = [pstdev(of_group) for of_group in rewards]
+    low, high = min(stds), max(stds)
+    return [round((std - low) / max(high - low, 1e-12) * group_size) for std in stds]
+
+
+AGE_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def age_histogram(ages: Tensor) -> list[int]:
+    """Trajectories by age in steps: below 1, 2, 4, 8 .. 512, and above."""
+    bins = torch.bucketize(ages, torch.tensor(AGE_BOUNDS), right=True)
+    return torch.bincount(bins, minlength=len(AGE_BOUNDS) + 1).tolist()

@@ -8,6 +8,7 @@ import torch
 
 from exgrpo_fast.config import ConfigError, GymTask, load_config
 from exgrpo_fast.display import NullScreen
+from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.quickstart.prepare import imitated_pairs, prepare_quickstart
@@ -84,8 +85,11 @@ def test_the_warm_start_learns_what_it_is_shown() -> None:
     assert all(e.response_ids[-1] == tokenizer.eos_token_id for e in examples)
 
     def mean_logprob() -> float:
-        scores = policy.score([e.prompt_ids for e in examples], [e.response_ids for e in examples])
-        return float(torch.cat([s.logprobs for s in scores]).mean())
+        scores = policy.score(
+            Ragged.of([e.prompt_ids for e in examples]),
+            Ragged.of([e.response_ids for e in examples]),
+        )
+        return float(scores.logprobs.mean())
 
     before = mean_logprob()
     warm_start(policy, examples, batches=60, batch_size=16, lr=3e-3, seed=0, screen=NullScreen())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.transformers_engine import (
@@ -31,9 +32,11 @@ def engine(policy: Policy, max_batch_sequences: int = 64) -> TransformersEngine:
 def assert_engine_agrees_with_trainer(policy: Policy, temperature: float) -> None:
     policy.temperature = temperature
     completions = engine(policy).generate(REQUESTS, Sampling(10, temperature))
-    scores = policy.score([r.prompt_ids for r in REQUESTS], [c.token_ids for c in completions])
-    for completion, score in zip(completions, scores, strict=True):
-        torch.testing.assert_close(completion.logprobs, score.logprobs, atol=1e-5, rtol=0)
+    scores = policy.score(
+        Ragged.of([r.prompt_ids for r in REQUESTS]), Ragged.of([c.token_ids for c in completions])
+    ).split()
+    for completion, (logprobs, _) in zip(completions, scores, strict=True):
+        torch.testing.assert_close(completion.logprobs, logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
