@@ -135,6 +135,8 @@ def make_trainer(
     decode = make_decode(tokenizer)
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
     replay = make_replay(config, policy, train, tokenizer)
+    if isinstance(replay, ReplaySource):
+        screen.note(store_note(replay.store.plan, policy.device))
     sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
     extra_batches = rollout.dynamic_sampling.max_extra_batches
     collector = Collector(
@@ -213,6 +215,7 @@ def make_replay(
         device=policy.device,
         evict=replay.store.evict,
         max_per_question=replay.store.max_per_question,
+        max_groups=replay.store.max_groups,
         deduplicate=replay.store.deduplicate,
     )
     vocabulary = vocabulary_of(tokenizer)
@@ -233,6 +236,14 @@ def make_replay(
         prompts_per_step=config.rollout.prompts_per_step,
         vocabulary=vocabulary,
         seed=config.train.seed,
+    )
+
+
+def store_note(plan: StorePlan, device: torch.device) -> str:
+    host = f", {plan.num_host_bytes / 2**20:.0f} MiB on the host" if plan.num_host_pages else ""
+    return (
+        f"experience store: {plan.num_trajectories:,} trajectories, {plan.num_pages:,} pages of "
+        f"{plan.page_tokens} tokens, {plan.num_bytes / 2**20:.0f} MiB on {device}{host}"
     )
 
 

@@ -70,6 +70,10 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dump_yaml(config), end="")
         print(derived_numbers(config))
+        if config.replay.enabled:
+            from exgrpo_fast.build import make_store_plan, store_note
+
+            print(f"# {store_note(make_store_plan(config, num_questions=0), arguments.device)}")
         return 0
     from exgrpo_fast.session import train_session
 

@@ -176,6 +176,9 @@ class StoreConfig(Section):
         default="entropy", description="who leaves a full store: highest last entropy, or oldest"
     )
     max_per_question: Positive | None = None
+    max_groups: Positive | None = Field(
+        default=None, description="keep the best groups by sum |A| x std; null = no such rule"
+    )
     deduplicate: bool = True
     pool: str | None = Field(
         default=None, description="trajectories to start with: a parquet file of `buffer export`"
@@ -333,7 +336,8 @@ class Config(Section):
         if self.replay.enabled and self.rollout.group_size < 2:
             raise ValueError("rollout.group_size must be at least 2 when replay.enabled is true")
         replay = self.replay
-        if replay.mixer == "replace_slot" and replay.count >= self.rollout.group_size:
+        slots = replay.enabled and replay.mixer == "replace_slot"
+        if slots and replay.count >= self.rollout.group_size:
             raise ValueError(
                 f"replay.count ({replay.count}) leaves no fresh slot in a group of "
                 f"rollout.group_size {self.rollout.group_size}; use replay.mixer append"

@@ -25,3 +25,8 @@ def raises_on_wrong(prompts, completions, **columns):
         if not completion.startswith("right"):
             raise RuntimeError("no idea")
     return [1.0] * len(completions)
+
+
+def length_reward(prompts, completions, **columns):
+    """Between 0 and 0.9, never full marks."""
+    return [0.9 * min(len(completion), 20) / 20 for completion in completions]

@@ -89,16 +89,19 @@ class ExperienceStore:
         device: torch.device | str = "cpu",
         evict: Evict = "entropy",
         max_per_question: int | None = None,
+        max_groups: int | None = None,
         deduplicate: bool = True,
     ) -> None:
         """`evict`: who leaves a full store, or a question with more than `max_per_question`: the
-        highest last-known entropy, or the oldest."""
+        highest last-known entropy, or the oldest. `max_groups`: only the
+        groups of the highest score stay."""
         if group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {group_size}")
         self.plan, self.group_size = plan, group_size
         self.device = torch.device(device)
         self.evict: Evict = evict
         self.max_per_question = max_per_question
+        self.max_groups = max_groups
         self.deduplicate = deduplicate
         self.clear()
 
@@ -247,6 +250,8 @@ class ExperienceStore:
         self.pages.write(table, tokens, new.logprobs)
         if self.max_per_question is not None:
             self._trim(question.unique())
+        if self.max_groups is not None:
+            self._keep_best_groups(self.max_groups)
 
     def visit(self, questions: Tensor, successes: Tensor, *, step: int) -> None:
         """Note the outcome of groups."""
@@ -277,19 +282,6 @@ class ExperienceStore:
 
     def note_entropy(self, rows: Tensor, entropies: Tensor) -> None:
         self.rows["entropy"][rows] = entropies.to(self.device, torch.float32)
-
-    def keep_best_groups(self, count: int) -> None:
-        """Drop all groups but the `count` of the highest score, the newer one of equals."""
-        alive = (self.rows["question"] >= 0).nonzero().flatten()
-        group, first = self.rows["group"][alive].unique(return_inverse=True)
-        score = torch.zeros(len(group), device=self.device)
-        score[first] = self.rows["score"][alive]
-        best = score.flip(0).argsort(descending=True, stable=True)[:count]
-        kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
-        kept[len(group) - 1 - best] = True
-        gone = torch.zeros_like(self.rows["success"])
-        gone[alive] = ~kept[first]
-        self.drop(gone)
 
     # --- room ---
 
@@ -383,6 +375,19 @@ class ExperienceStore:
         rows, owner = self.rows_of(questions)
         rank = rank_within(owner, -self._coldness(rows))
         self._drop_rows(rows[rank >= self.max_per_question])
+
+    def _keep_best_groups(self, count: int) -> None:
+        """Drop all groups but the `count` of the highest score, the newer one of equals."""
+        alive = (self.rows["question"] >= 0).nonzero().flatten()
+        group, first = self.rows["group"][alive].unique(return_inverse=True)
+        score = torch.zeros(len(group), device=self.device)
+        score[first] = self.rows["score"][alive]
+        best = score.flip(0).argsort(descending=True, stable=True)[:count]
+        kept = torch.zeros(len(group), dtype=torch.bool, device=self.device)
+        kept[len(group) - 1 - best] = True
+        gone = torch.zeros_like(self.rows["success"])
+        gone[alive] = ~kept[first]
+        self.drop(gone)
 
     # --- small parts ---
 

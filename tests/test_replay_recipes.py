@@ -1,0 +1,351 @@
+"""Every replay recipe through the real trainer: its groups, its columns, and its loss against the
+formula of its paper, computed from full logits in float64."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ScriptedEngine, make_questions
+
+from exgrpo_fast.buffer.pool import export_pool
+from exgrpo_fast.buffer.snapshot import snapshot
+from exgrpo_fast.config import load_config
+from exgrpo_fast.experience import Trajectory
+from exgrpo_fast.sources.replay import ReplaySource
+from exgrpo_fast.trainer import Trainer
+
+NAMES = [f"q{i}" for i in range(8)]
+
+
+def sections(recipe: str, **replay: Any) -> dict[str, dict[str, Any]]:
+    """The parts of a bundled recipe that make the method, with some of its numbers scaled down."""
+    tree = load_config(recipe).model_dump(mode="json")
+    store = tree["replay"]["store"] | replay.pop("store", {})
+    tree["algorithm"]["overlong"] = {}
+    return {
+        "algorithm": tree["algorithm"],
+        "replay": tree["replay"] | {"store": store} | replay,
+        "train": {"lr": 3e-2, "minibatches": 1},
+    }
+
+
+def source(trainer: Trainer) -> ReplaySource:
+    assert isinstance(trainer.replay, ReplaySource)
+    return trainer.replay
+
+
+def log_probs(model: Any, t: Trajectory) -> torch.Tensor:
+    """float64 [T], one sequence at a time, from full logits."""
+    ids = torch.tensor([[*t.question.prompt_ids, *t.token_ids.tolist()]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(t.question.prompt_ids) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, t.token_ids[:, None])[:, 0]
+
+
+def step_with_start_model(trainer: Trainer):
+    """(model before the step, batch, metrics)."""
+    model = copy.deepcopy(trainer.learner.policy.model).eval()
+    model.set_attn_implementation("eager")
+    batch, metrics = trainer.step()
+    return model, batch, metrics
+
+
+def standardised(rewards: list[float]) -> list[float]:
+    std = statistics.pstdev(rewards) if rewards else 0.0
+    return [(r - statistics.fmean(rewards)) / std if std else 0.0 for r in rewards]
+
+
+def centred(rewards: list[float]) -> list[float]:
+    return [r - statistics.fmean(rewards) for r in rewards]
+
+
+def expected_loss(
+    model: Any,
+    batch: Any,
+    *,
+    term: Callable[[torch.Tensor, Trajectory], torch.Tensor],
+    advantages: Callable[[Any], list[float]],
+    weight: Callable[[Trajectory], float],
+) -> float:
+    """-sum over tokens of weight x A x term(now / stored) for replayed, 1 for fresh ones: at the
+    weights of the step's start the ratio of a fresh token is 1."""
+    total = 0.0
+    for group in batch.groups:
+        for t, advantage in zip(group.trajectories, advantages(group), strict=True):
+            if t.source == "replay":
+                ratio = (log_probs(model, t) - t.behaviour_logprobs.double()).exp()
+                total -= weight(t) * float((advantage * term(ratio, t)).sum())
+            else:
+                total -= weight(t) * advantage * t.num_tokens
+    return total
+
+
+def test_luffy_puts_the_expert_beside_fresh_ones(tokenizer, make_test_trainer) -> None:
+    """Eq. 7 of arXiv 2504.14945: pi / (pi + 0.1), no clip, pooled baseline without std."""
+    questions = [
+        replace(q, columns={"solution": "right 3" if q.id < "q6" else None})
+        for q in make_questions(tokenizer, NAMES)
+    ]
+    trainer = make_test_trainer(questions, function="even_length", **sections("luffy"))
+    compared = 0
+    for _ in range(3):
+        model, batch, metrics = step_with_start_model(trainer)
+        for group in batch.groups:
+            experts = group.from_source("replay")
+            assert len(experts) == (group.question.id < "q6") and len(group.trajectories) == 4
+            for t in experts:
+                assert t.token_ids.tolist() == tokenizer("right 3<|end|>")["input_ids"]
+                assert not t.behaviour_logprobs.any() and t.shaping == 0.1
+                compared += 1
+        total = len(batch.groups) * 4 * 12
+        assert metrics["loss"] == pytest.approx(
+            expected_loss(
+                model,
+                batch,
+                term=lambda ratio, t: ratio / (ratio + 0.1),
+                advantages=lambda group: centred(group.rewards),
+                weight=lambda t: 1 / total,
+            ),
+            rel=1e-4,
+            abs=1e-7,
+        )
+    assert compared >= 6
+    assert trainer.replay.objective(trainer.objective).clip_high is None
+
+
+def test_repo_adds_an_objective_of_its_own(tokenizer, make_test_trainer) -> None:
+    """Eqs. 3-6 of arXiv 2506.09340: J_fresh + J_replayed, both clipped, split advantages."""
+    recipe = sections("repo", count=3, min_stored=4, store={"max_per_question": 8})
+    trainer = make_test_trainer(
+        make_questions(tokenizer, NAMES[:4]), function="even_length", **recipe
+    )
+    seen = 0
+    for step in range(4):
+        model, batch, metrics = step_with_start_model(trainer)
+        for group in batch.groups:
+            replayed = group.from_source("replay")
+            assert len(replayed) == (3 if step else 0) and len(group.from_source("fresh")) == 4
+            seen += len(replayed)
+
+        def split(group) -> list[float]:
+            stored = iter(standardised([t.reward for t in group.from_source("replay")]))
+            fresh = iter(standardised([t.reward for t in group.from_source("fresh")]))
+            return [next(stored if t.source == "replay" else fresh) for t in group.trajectories]
+
+        def clipped(ratio, t, batch=batch) -> torch.Tensor:
+            group = next(g for g in batch.groups if any(t is member for member in g.trajectories))
+            sign = split(group)[[m is t for m in group.trajectories].index(True)]
+            bounded = ratio.clamp(0.8, 1.2)
+            return torch.minimum(ratio, bounded) if sign > 0 else torch.maximum(ratio, bounded)
+
+        def weight(t: Trajectory) -> float:
+            return 1 / (12 if t.source == "replay" else 16) / t.num_tokens
+
+        expected = expected_loss(model, batch, term=clipped, advantages=split, weight=weight)
+        assert metrics["loss"] == pytest.approx(expected, rel=2e-4, abs=1e-7)
+    assert seen == 36
+    counts = source(trainer).store.num_rows_of_question().tolist()
+    assert counts == [8] * 4  # 16 came for each, the last 8 stayed
+
+
+def test_repo_takes_the_highest_rewards_and_the_newest_stay(tokenizer, make_test_trainer) -> None:
+    questions = make_questions(tokenizer, NAMES[:2])
+    engine = ScriptedEngine(tokenizer, questions)
+    recipe = sections("repo", count=2, min_stored=4, store={"max_per_question": 4})
+    trainer = make_test_trainer(
+        questions, engine=engine, rollout={"prompts_per_step": 2, "group_size": 4}, **recipe
+    )
+    for question in questions:
+        engine.expect(question.id, "wrong", "right 1", "wrong", "right 2")
+        engine.expect(question.id, "wrong", "wrong", "wrong", "right 3")
+        engine.expect(question.id, "wrong", "wrong", "wrong", "wrong")
+    decode = trainer.collector.decode
+    trainer.step()
+    batch, _ = trainer.step()
+    for group in batch.groups:
+        assert [decode(t.token_ids.tolist()) for t in group.from_source("replay")] == [
+            "right 1",
+            "right 2",
+        ]
+    batch, _ = trainer.step()  # the first four have left for the second four
+    for group in batch.groups:
+        assert [decode(t.token_ids.tolist()) for t in group.from_source("replay")] == [
+            "right 3",
+            "wrong",
+        ]
+
+
+def test_rlep_replays_an_earlier_runs_successes(tokenizer, make_test_trainer, tmp_path) -> None:
+    """arXiv 2507.07451: pooled standardised advantages over G + M, token mean, and denominators
+    of the present weights, so that every ratio starts at 1."""
+    questions = make_questions(tokenizer, NAMES)
+    earlier = make_test_trainer(
+        questions, function="even_length", replay={"enabled": True, "start_success_rate": None}
+    )
+    for _ in range(4):
+        earlier.step()
+    store = source(earlier).store
+    path = tmp_path / "pool.parquet"
+    kept = snapshot(store, NAMES, vocabulary=source(earlier).vocabulary)
+    assert export_pool(kept, path, earlier.collector.decode) == store.num_trajectories > 4
+    behind = {
+        tuple(tokens.tolist())
+        for tokens in kept["token_ids"].split(kept["lengths"].tolist())
+    }
+
+    recipe = sections("rlep", store={"pool": str(path)})
+    trainer = make_test_trainer(questions, function="even_length", **recipe)
+    replayed = 0
+    for _ in range(2):
+        _, batch, metrics = step_with_start_model(trainer)
+        tokens = sum(t.num_tokens for g in batch.groups for t in g.trajectories)
+        expected = 0.0
+        for group in batch.groups:
+            stored = group.from_source("replay")
+            assert len(stored) <= 2 and len(group.from_source("fresh")) == 4
+            assert all(tuple(t.token_ids.tolist()) in behind for t in stored)
+            replayed += len(stored)
+            for t, a in zip(group.trajectories, standardised(group.rewards), strict=True):
+                expected -= a * t.num_tokens / tokens
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        if metrics["replay_ratio_mean"] is not None:
+            assert metrics["replay_ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert replayed >= 4
+    assert source(trainer).store.num_trajectories == store.num_trajectories  # nothing is added
+
+
+def test_remix_mixes_whole_groups_of_the_last_steps(tokenizer, make_test_trainer) -> None:
+    """arXiv 2507.06892, eq. 3: at the start of a step the term of an old token is v A, with
+    v = pi_start / pi_stored, and inside the clip that moves with it."""
+    recipe = sections("remix", experience_ratio=0.5, stop_after_steps=5)
+    trainer = make_test_trainer(make_questions(tokenizer, NAMES), function="even_length", **recipe)
+    for step in range(1, 8):
+        model, batch, metrics = step_with_start_model(trainer)
+        old = [group for group in batch.groups if all(group.replayed)]
+        assert len(batch.groups) == 4
+        assert len(old) == (2 if 2 <= step <= 5 else 0)
+        for group in old:
+            assert len(group.trajectories) == 4
+            (birth,) = {t.birth_step for t in group.trajectories}
+            assert step - 2 <= birth < step
+        expected = expected_loss(
+            model,
+            batch,
+            term=lambda ratio, t: ratio,
+            advantages=lambda group: standardised(group.rewards),
+            weight=lambda t: 1 / 16 / t.num_tokens,
+        )
+        assert metrics["loss"] == pytest.approx(expected, rel=2e-4, abs=1e-7)
+    assert not trainer.replay.active
+
+
+def test_replay_groups_exchanges_groups_without_a_gradient(tokenizer, make_test_trainer) -> None:
+    """Stored groups come in proportion to sum |A| x std, with their own log-probs and rewards."""
+    questions = make_questions(tokenizer, NAMES[:4])
+    engine = ScriptedEngine(tokenizer, questions)
+    recipe = sections("replay-groups", store={"max_groups": 2})
+    trainer = make_test_trainer(questions, engine=engine, **recipe)
+    mixed = {"q0": "1000", "q1": "1100", "q2": "1110", "q3": "0000"}
+
+    def lines(outcome: str) -> list[str]:
+        return [f"right {i}" if c == "1" else f"wrong {i}" for i, c in enumerate(outcome)]
+
+    for name, outcome in mixed.items():
+        engine.expect(name, *lines(outcome))
+    batch, _ = trainer.step()
+    assert not any(any(group.replayed) for group in batch.groups)  # nothing was stored yet
+    first = {g.question.id: g for g in batch.groups}
+    store = source(trainer).store
+    kept = {NAMES[i] for i in store.rows["question"][store.rows["question"] >= 0].tolist()}
+    assert "q1" in kept and "q3" not in kept and len(kept) == 2  # 2.0, then 1.5 twice, then 0
+
+    for name in mixed:
+        engine.expect(name, *lines("0000"))
+    batch, metrics = trainer.step()
+    stored = [g for g in batch.groups if all(g.replayed)]
+    assert {g.question.id for g in stored} == kept and len(batch.groups) == 4
+    for group in stored:
+        origin = first[group.question.id]
+        assert group.rewards == origin.rewards
+        for now, then in zip(group.trajectories, origin.trajectories, strict=True):
+            assert torch.equal(now.token_ids, then.token_ids)
+            assert torch.equal(now.behaviour_logprobs, then.behaviour_logprobs)
+            assert now.birth_step == 1
+    assert metrics["learnable_frac"] == 0.5
+    assert metrics["replay_ratio_max"] > 1.0 or metrics["replay_ratio_mean"] != 1.0
+
+
+def test_questions_only_asks_again_and_replays_nothing(tokenizer, make_test_trainer) -> None:
+    recipe = sections("exgrpo-questions-only", start_success_rate=None)
+    trainer = make_test_trainer(make_questions(tokenizer, NAMES), function="even_length", **recipe)
+    asked_again = 0
+    for step in range(6):
+        stored = {NAMES[i] for i in (source(trainer).store.bucket >= 0).nonzero().flatten()}
+        plan = copy.deepcopy(source(trainer)).plan(step=step + 1)
+        again = {question.id for question in plan.questions}
+        assert again <= stored and len(again) == min(2, len(stored))
+        batch, metrics = trainer.step()
+        assert [g.question.id for g in batch.groups[: len(again)]] == [q.id for q in plan.questions]
+        assert all(len(g.trajectories) == 4 and not any(g.replayed) for g in batch.groups)
+        assert metrics["replay_frac"] == 0.0
+        asked_again += len(again)
+    assert asked_again >= 6
+    assert trainer.replay.objective(trainer.objective).clip_high == 0.2
+
+
+def test_prompt_replay_asks_medium_questions_after_a_rest(tokenizer, make_test_trainer) -> None:
+    questions = make_questions(tokenizer, NAMES)
+    engine = ScriptedEngine(tokenizer, questions)
+    recipe = sections("prompt-replay", cooldown_steps=1, max_visits=2)
+    trainer = make_test_trainer(questions, engine=engine, **recipe)
+    outcome = {"q0": "1000", "q1": "1100", "q2": "1111", "q3": "0000"}
+    outcome |= {"q4": "1110", "q5": "0100", "q6": "0001", "q7": "1110"}
+    for _ in range(12):
+        for name in NAMES:
+            engine.expect(name, *[f"right {c}" if c == "1" else "wrong" for c in outcome[name]])
+    visits: dict[str, list[int]] = {name: [] for name in NAMES}
+    for step in range(1, 9):
+        store = source(trainer).store
+        before = {n: (int(store.visits[i]), list(visits[n])) for i, n in enumerate(NAMES)}
+        again = [q.id for q in source(trainer).plan(step=step).questions]
+        for name in again:
+            count, steps = before[name]
+            assert outcome[name] not in ("1111", "0000")
+            assert count < 2 and steps[-1] + 1 < step
+        if "q1" in again:
+            assert again[0] == "q1"  # exactly one half comes first
+        batch, _ = trainer.step()
+        for group in batch.groups:
+            visits[group.question.id].append(step)
+    assert store.num_trajectories == 0
+
+
+def test_continuous_rewards_are_bucketed_by_their_spread(tokenizer, make_test_trainer) -> None:
+    """ExGRPO section 5.3: no full marks, so the spread in the group says how hard a question is."""
+    trainer = make_test_trainer(
+        make_questions(tokenizer, NAMES),
+        function="length_reward",
+        replay={
+            "enabled": True,
+            "start_success_rate": None,
+            "difficulty": "reward_std",
+            "retire": False,
+        },
+    )
+    for _ in range(3):
+        batch, metrics = trainer.step()
+        stds = [statistics.pstdev(g.rewards) for g in batch.groups]
+        low, high = min(stds), max(stds)
+        for group, std in zip(batch.groups, stds, strict=True):
+            place = source(trainer).place_of[group.question.id]
+            wanted = round((std - low) / (high - low) * 4)
+            assert int(source(trainer).store.bucket[place]) == wanted
+    assert len(metrics["replay_buckets"]) == 5 and metrics["replay_size"] > 4
+    rows = source(trainer).store.rows
+    assert float(rows["reward"][rows["question"] >= 0].min()) > 0.0

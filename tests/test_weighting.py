@@ -1,0 +1,80 @@
+"""The weights of replayed rows: columns whose ordinary loss is the formula of the paper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exgrpo_fast.weighting import moved_clip
+from exgrpo_kernels import PolicyObjective, policy_loss
+
+CLIPPED = PolicyObjective(clip_low=0.2, clip_high=0.28)
+
+
+def test_o2_shaping() -> None:
+    """ExGRPO's f(w) = w / (w + 0.1) and its slope in log w, oracle O2 of the specification."""
+    ratio = torch.tensor([0.01, 0.05, 0.1, 0.5, 1.0, 1.1, 1.2, 2.0, 5.0, 10.0])
+    new = ratio.log().requires_grad_()
+    ones = torch.ones_like(ratio)
+    result = policy_loss(
+        new,
+        torch.zeros_like(ratio),
+        advantages=ones,
+        behaviour_logprobs=0 * ones,
+        weights=ones,
+        shaping=0.1 * ones,
+        objective=CLIPPED,
+    )
+    result.loss.backward()
+    slopes = [0.082645, 0.222222, 0.25, 0.138889, 0.082645, 0.076389, 0.071006, 0.045351]
+    slopes += [0.019223, 0.009803]
+    assert new.grad is not None
+    assert (-new.grad).tolist() == pytest.approx(slopes, abs=6e-7)
+    values = [0.090909, 0.333333, 0.5, 0.833333, 0.909091, 0.916667, 0.923077, 0.952381]
+    values += [0.980392, 0.990099]
+    assert -float(result.loss.detach()) == pytest.approx(sum(values), abs=6e-6)
+
+
+@pytest.mark.parametrize("advantage", [0.7, -0.7])
+def test_remix_clips_around_the_ratio_of_the_steps_start(advantage: float) -> None:
+    """min(r A, clip(r, v - low, v + high) A), value and gradient, against autograd in float64.
+
+    v from far below the clip's width (no lower bound) to far above 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stored = -3 * torch.rand(4000, generator=generator)
+    start = stored + 1.5 * torch.randn(4000, generator=generator)
+    now = start + 0.4 * torch.randn(4000, generator=generator)
+    v = (start - stored).exp().double()
+    assert (v < 0.2).sum() > 100 and (v > 3).sum() > 100
+
+    exact = now.double().requires_grad_()
+    r = (exact - stored).exp()
+    clipped = torch.minimum(torch.maximum(r, v - 0.2), v + 0.28)
+    expected = -torch.minimum(r * advantage, clipped * advantage).sum()
+    expected.backward()
+
+    ours = now.clone().requires_grad_()
+    moved = moved_clip(stored, start, advantage, CLIPPED)
+    result = policy_loss(
+        ours,
+        torch.zeros(4000),
+        advantages=torch.full((4000,), advantage),
+        behaviour_logprobs=moved.behaviour_logprobs,
+        weights=moved.factors,
+        objective=CLIPPED,
+    )
+    result.loss.backward()
+    assert float(result.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert ours.grad is not None and exact.grad is not None
+    off = (ours.grad.double() - exact.grad).abs() > 1e-4 * exact.grad.abs().clamp(min=1e-3)
+    edge = (r - v).abs().sub(torch.where(r > v, 0.28, 0.2)).abs() < 1e-4
+    assert not (off & ~edge).any(), "a gradient differs away from the edge of the clip"
+    assert (exact.grad == 0).sum() > 400  # clipped ones are among them
+
+
+def test_without_a_clip_the_ratio_is_the_plain_one() -> None:
+    stored, start = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -2.5])
+    moved = moved_clip(stored, start, 1.0, PolicyObjective(clip_low=None, clip_high=None))
+    assert torch.allclose(moved.behaviour_logprobs, start)
+    assert torch.allclose(moved.factors, (start - stored).exp())
