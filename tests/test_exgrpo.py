@@ -342,3 +342,42 @@ def test_o5_definitions_of_entropy_disagree(select: TrajectoryKey, chosen: str) 
     assert sums == pytest.approx([2.049524, 2.198702], abs=6e-7)
     keys = score_keys(select, scores)
     assert "XY"[int(choose(torch.tensor([0, 0]), keys, 1))] == chosen
+
+
+def test_o6_the_published_entropy_bug_is_not_reproduced() -> None:
+    """The published function divides by the wrong mask of the wrong row, and picks the other one."""
+    entropies = torch.tensor([0.2] * 16 + [0.0] + [0.5] * 4 + [0.0])  # each ends with its EOS
+    scores = Scores(torch.zeros(22), entropies, torch.tensor([17, 5]))
+    keys = score_keys("entropy", scores)
+    assert keys.tolist() == pytest.approx([0.188235, 0.400000], abs=6e-7)
+    assert choose(torch.tensor([0, 0]), keys, 1).tolist() == [0]
+    width, prompt, other_row = 32, 3.0, 6  # R, sum of H over the prompt, L' of row 8
+    published = [
+        (prompt + sum(e.tolist())) / (width - other_row) for e in entropies.split([17, 5])
+    ]
+    assert published == pytest.approx([0.238462, 0.192308], abs=6e-7)
+
+
+def test_o8_every_group_weighs_the_same_while_experience_is_short(
+    tokenizer, make_test_trainer
+) -> None:
+    """B = 128 with 10 replayed ones: 1 / 128 each, not the 0.05 and 0.004237 of the paper's sum."""
+    trainer = make_test_trainer(make_questions(tokenizer, list("abcd")), replay=ON)
+    (question,) = make_questions(tokenizer, ["a"])
+
+    def member(source) -> Trajectory:
+        return Trajectory(
+            question,
+            torch.ones(12, dtype=torch.int64),
+            torch.zeros(12),
+            torch.zeros(12),
+            truncated=False,
+            source=source,
+            verdict=Verdict(0.0),
+        )
+
+    fresh = [Group(question, (member("fresh"),) * 4) for _ in range(118)]
+    mixed = [Group(question, (member("replay"), *(member("fresh"),) * 3)) for _ in range(10)]
+    rows = trainer.learner.rows([*mixed, *fresh])
+    per_group = torch.tensor([12 * row.weight for row in rows]).view(128, 4).sum(1)
+    assert per_group.tolist() == pytest.approx([0.0078125] * 128)
