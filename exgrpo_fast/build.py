@@ -48,6 +48,7 @@ from exgrpo_fast.metrics import (
 )
 from exgrpo_fast.optim import Optimiser, linear_warmup
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.reference import Reference
 from exgrpo_fast.rewards import RewardPool, check_golds
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
@@ -120,7 +121,7 @@ def make_trainer(
     config: Config,
     *,
     policy: Policy,
-    reference: Policy | None,
+    reference: Reference | None,
     engine: RolloutEngine,
     rewards: RewardPool,
     train: Sequence[Question],
@@ -415,13 +416,19 @@ def make_policy(config: Config, name: str, *, device: str) -> Policy:
     )
 
 
-def make_reference(config: Config, name: str, *, device: str) -> Policy | None:
-    """The frozen initial policy, loaded only when a KL term needs it."""
-    if config.algorithm.kl.coef == 0.0:
+def make_reference(config: Config, name: str, *, device: str) -> Reference | None:
+    """The frozen policies, loaded only when a KL term needs them."""
+    kl = config.algorithm.kl
+    if kl.coef == 0.0:
         return None
-    reference = make_policy(config, name, device=device)
-    reference.model.requires_grad_(False)
-    return reference
+    base = make_policy(config, name, device=device)
+    previous = make_policy(config, name, device=device) if kl.previous_share else None
+    return Reference(
+        base,
+        previous,
+        previous_share=kl.previous_share,
+        rebase_at_step=kl.rebase_at_step,
+    )
 
 
 def make_engine(config: Config, policy: Policy, tokenizer: Tokenizer) -> TransformersEngine:

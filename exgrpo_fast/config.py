@@ -138,6 +138,12 @@ class RolloutConfig(Section):
 class KLConfig(Section):
     coef: Annotated[float, Field(ge=0.0)] = 0.0
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    previous_share: Fraction = Field(
+        default=0.0, description="share of the term that holds to the preceding step's policy"
+    )
+    rebase_at_step: Positive | None = Field(
+        default=None, description="the policy of that step replaces the initial one; null = never"
+    )
 
 
 class OverlongConfig(Section):
@@ -191,9 +197,9 @@ class StoreConfig(Section):
 class ReplayConfig(Section):
     enabled: bool = False
     method: str = Field(default="exgrpo", description="name shown in the summary")
-    mixer: Literal[
-        "replace_slot", "append", "question_only", "recent_groups", "spent_groups"
-    ] = Field(default="replace_slot", description="how the past enters a batch: docs/replay.md")
+    mixer: Literal["replace_slot", "append", "question_only", "recent_groups", "spent_groups"] = (
+        Field(default="replace_slot", description="how the past enters a batch: docs/replay.md")
+    )
     experience_ratio: Fraction = Field(
         default=0.5, description="rho: share of groups whose question comes from the store"
     )
@@ -350,6 +356,11 @@ class Config(Section):
                 f"{len(self.reward.functions)} reward.functions"
             )
         algorithm = self.algorithm
+        if algorithm.kl.previous_share and algorithm.kl.estimator == "k3":
+            raise ValueError(
+                "algorithm.kl.previous_share joins two KL terms, which the estimator k3 does not "
+                "allow; set algorithm.kl.estimator to k2"
+            )
         if algorithm.dual_clip is not None and algorithm.surrogate != "clip":
             raise ValueError(
                 f"algorithm.dual_clip belongs to algorithm.surrogate clip, not to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from exgrpo_fast.experience import Group, Trajectory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
+from exgrpo_fast.reference import Reference
 from exgrpo_fast.weighting import moved_clip
 from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
 
@@ -70,12 +72,12 @@ class Learner:
         max_completion_tokens: int,
         minibatches: int = 1,
         mask_truncated: bool = False,
-        reference: Policy | None = None,
+        reference: Reference | None = None,
         sparsity: str | float = "auto",
         tail: str = "drop",
         replay: ReplayTerm = ReplayTerm(),
     ) -> None:
-        """`reference`: the frozen policy of the KL term, needed when its coefficient is not 0.
+        """`reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
 
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
@@ -99,17 +101,35 @@ class Learner:
         """One optimiser update per minibatch of groups."""
         report = UpdateReport()
         metrics = MetricSums()
+        ref_logprobs = self._reference_logprobs(groups, objective)
         for minibatch in split_evenly(groups, self.minibatches):
-            self._update_once(minibatch, objective, report, metrics, on_tokens)
+            self._update_once(minibatch, objective, ref_logprobs, report, metrics, on_tokens)
+        if self.reference is not None:
+            self.reference.finish_step(self.policy)
         if not groups:  # dynamic sampling kept none
             report.skipped["update_without_gradient"] += 1
         report.kernel_metrics = metrics.joined() | replay_ratio_metrics(report.replay_ratios)
         return report
 
+    def _reference_logprobs(
+        self, groups: Sequence[Group], objective: PolicyObjective
+    ) -> dict[int, Tensor] | None:
+        """By the identity of the trajectory; taken once, before the weights of the step change."""
+        if not objective.kl_coef:
+            return None
+        assert self.reference is not None, "a KL term needs a reference policy"
+        trajectories = [t for group in groups for t in group.trajectories]
+        if not trajectories:
+            return {}
+        scored = self.reference.logprobs(trajectories)
+        self.reference.follow(self.policy)
+        return {id(t): logprobs for t, logprobs in zip(trajectories, scored, strict=True)}
+
     def _update_once(
         self,
         groups: Sequence[Group],
         objective: PolicyObjective,
+        ref_logprobs: dict[int, Tensor] | None,
         report: UpdateReport,
         metrics: MetricSums,
         on_tokens: Callable[[int], None],
@@ -121,7 +141,7 @@ class Learner:
         loss = 0.0
         try:
             for columns_loss, kernel_metrics, num_tokens in self._micro_batches(
-                rows, objective, report.replay_ratios
+                rows, objective, ref_logprobs, report.replay_ratios
             ):
                 columns_loss.backward()
                 loss += float(columns_loss.detach())
@@ -184,7 +204,11 @@ class Learner:
         )
 
     def _micro_batches(
-        self, rows: Sequence[Row], objective: PolicyObjective, ratios: list[Tensor]
+        self,
+        rows: Sequence[Row],
+        objective: PolicyObjective,
+        ref_logprobs: dict[int, Tensor] | None,
+        ratios: list[Tensor],
     ) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
         """(differentiable loss, kernel metrics, tokens) of one micro-batch after the other.
 
@@ -194,10 +218,9 @@ class Learner:
         replayed = [trajectory.source == "replay" for trajectory in trajectories]
         prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
         responses = Ragged.of([t.token_ids for t in trajectories])
-        ref_logprobs = None
-        if objective.kl_coef:
-            assert self.reference is not None, "a KL term needs a reference policy"
-            ref_logprobs = [lp for lp, _ in self.reference.score(prompts, responses).split()]
+        references = None
+        if ref_logprobs is not None:
+            references = [ref_logprobs[id(t)] for t in trajectories]
         terms = [token_terms(row, objective) for row in rows]
         limit = self.policy.max_tokens_per_microbatch
         for packed in pack(prompts, responses, max_tokens=limit, device=self.policy.device):
@@ -205,9 +228,9 @@ class Learner:
                 packed,
                 trajectories,
                 behaviour_logprobs=[logprobs for logprobs, _ in terms],
-                advantages=[row.advantage for row in rows],
-                weights=[weights for _, weights in terms],
-                ref_logprobs=ref_logprobs,
+                advantages=[advantages for _, advantages in terms],
+                weights=[row.weight for row in rows],
+                ref_logprobs=references,
             )
             hidden_ND = self.policy.hidden_states(packed)
             weight, bias, softcap = self.policy.head_for(hidden_ND)
@@ -231,6 +254,17 @@ class Learner:
             ratios.append(result.ratio[packed.rows_of(replayed)])
             yield result.loss, result.metrics, columns.num_tokens
 
+    # --- persistence ---
+
+    def state_dict(self) -> dict[str, Any]:
+        reference = self.reference.state_dict() if self.reference else {}
+        return {"optimiser": self.optimiser.state_dict(), "reference": reference}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.reference and state["reference"]:
+            self.reference.load_state_dict(state["reference"])
+
 
 def replay_ratio_metrics(ratios: Sequence[Tensor]) -> dict[str, float | None]:
     """How far the policy has moved from those that produced the replayed tokens."""
@@ -245,13 +279,13 @@ def replay_ratio_metrics(ratios: Sequence[Tensor]) -> dict[str, float | None]:
 
 
 def token_terms(row: Row, objective: PolicyObjective) -> tuple[Tensor, Tensor]:
-    """(denominators [T], weights [T]) of one row."""
+    """(denominators [T], advantages [T]) of one row."""
     trajectory = row.trajectory
     behaviour, proximal = trajectory.behaviour_logprobs, trajectory.proximal_logprobs
     if proximal is None:
-        return behaviour, torch.full_like(behaviour, row.weight)
+        return behaviour, torch.full_like(behaviour, row.advantage)
     moved = moved_clip(behaviour, proximal, row.advantage, objective)
-    return moved.behaviour_logprobs, row.weight * moved.factors
+    return moved.behaviour_logprobs, row.advantage * moved.factors
 
 
 def carries_gradient(row: Row, objective: PolicyObjective) -> bool:

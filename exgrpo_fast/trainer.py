@@ -122,7 +122,7 @@ class Trainer:
             "num_steps": self.num_steps,
             "stream": self.stream.state_dict(),
             "replay": self.replay.state_dict(),
-            "optimiser": self.learner.optimiser.state_dict(),
+            "learner": self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,7 +130,7 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         if state["replay"]:  # an on-policy run that goes on with replay starts with none
             self.replay.load_state_dict(state["replay"])
-        self.learner.optimiser.load_state_dict(state["optimiser"])
+        self.learner.load_state_dict(state["learner"])
 
     # --- the small print ---
 

@@ -63,7 +63,8 @@ def moved_clip(
 
     With s = (v + high) / (1 + high), r / s reaches 1 + high exactly where r reaches v + high; and
     s x min(r / s A, clip(r / s) A) is the wanted term. So s goes into the denominators and into
-    the weights. For A < 0 the same holds of the lower bound; where v <= low it is out of reach.
+    the advantages, where it leaves KL and entropy alone. For A < 0 the same holds of the lower
+    bound; where v <= low it is out of reach.
     """
     v = (proximal_logprobs - behaviour_logprobs).exp()
     low, high = objective.clip_low, objective.clip_high

@@ -352,9 +352,7 @@ def test_o6_the_published_entropy_bug_is_not_reproduced() -> None:
     assert keys.tolist() == pytest.approx([0.188235, 0.400000], abs=6e-7)
     assert choose(torch.tensor([0, 0]), keys, 1).tolist() == [0]
     width, prompt, other_row = 32, 3.0, 6  # R, sum of H over the prompt, L' of row 8
-    published = [
-        (prompt + sum(e.tolist())) / (width - other_row) for e in entropies.split([17, 5])
-    ]
+    published = [(prompt + sum(e.tolist())) / (width - other_row) for e in entropies.split([17, 5])]
     assert published == pytest.approx([0.238462, 0.192308], abs=6e-7)
 
 

@@ -221,7 +221,7 @@ def test_the_kl_term_is_taken_to_the_initial_policy(tokenizer, make_test_trainer
     trajectories = [t for g in groups for t in g.trajectories]
     prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
     asked = prompts, Ragged.of([t.token_ids for t in trajectories])
-    now, then = learner.policy.score(*asked), learner.reference.score(*asked)
+    now, then = learner.policy.score(*asked), learner.reference.base.score(*asked)
     d = (now.logprobs - then.logprobs).double()
     kl = (-d).exp() - 1 + d
     assert moved.kernel_metrics["kl_ref"] == pytest.approx(float(kl.mean()), rel=1e-4)
@@ -230,7 +230,7 @@ def test_the_kl_term_is_taken_to_the_initial_policy(tokenizer, make_test_trainer
     assert moved.loss == pytest.approx(0.5 * weight * float(kl.sum()), rel=1e-4)
     largest = [max(float(g.abs().max()) for g in found.values()) for found in recorder.found]
     assert largest[0] < 1e-3 * largest[1]
-    assert all(p.grad is None for p in learner.reference.model.parameters())
+    assert all(p.grad is None for p in learner.reference.base.model.parameters())
 
 
 # --- small parts ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from conftest import ScriptedEngine, make_questions
 
 from exgrpo_fast.buffer.pool import export_pool
 from exgrpo_fast.buffer.snapshot import snapshot
+from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.config import load_config
 from exgrpo_fast.experience import Trajectory
 from exgrpo_fast.sources.replay import ReplaySource
@@ -103,14 +104,13 @@ def test_luffy_puts_the_expert_beside_fresh_ones(tokenizer, make_test_trainer) -
                 assert t.token_ids.tolist() == tokenizer("right 3<|end|>")["input_ids"]
                 assert not t.behaviour_logprobs.any() and t.shaping == 0.1
                 compared += 1
-        total = len(batch.groups) * 4 * 12
         assert metrics["loss"] == pytest.approx(
             expected_loss(
                 model,
                 batch,
                 term=lambda ratio, t: ratio / (ratio + 0.1),
                 advantages=lambda group: centred(group.rewards),
-                weight=lambda t: 1 / total,
+                weight=lambda t: 1 / (4 * 4 * 12),
             ),
             rel=1e-4,
             abs=1e-7,
@@ -120,8 +120,8 @@ def test_luffy_puts_the_expert_beside_fresh_ones(tokenizer, make_test_trainer) -
 
 
 def test_repo_adds_an_objective_of_its_own(tokenizer, make_test_trainer) -> None:
-    """Eqs. 3-6 of arXiv 2506.09340: J_fresh + J_replayed, both clipped, split advantages."""
-    recipe = sections("repo", count=3, min_stored=4, store={"max_per_question": 8})
+    """Eqs. 3-6 of arXiv 2506.09340: J_fresh + coef J_replayed, both clipped, split advantages."""
+    recipe = sections("repo", count=3, min_stored=4, coef=0.5, store={"max_per_question": 8})
     trainer = make_test_trainer(
         make_questions(tokenizer, NAMES[:4]), function="even_length", **recipe
     )
@@ -145,7 +145,7 @@ def test_repo_adds_an_objective_of_its_own(tokenizer, make_test_trainer) -> None
             return torch.minimum(ratio, bounded) if sign > 0 else torch.maximum(ratio, bounded)
 
         def weight(t: Trajectory) -> float:
-            return 1 / (12 if t.source == "replay" else 16) / t.num_tokens
+            return (0.5 / 12 if t.source == "replay" else 1 / 16) / t.num_tokens
 
         expected = expected_loss(model, batch, term=clipped, advantages=split, weight=weight)
         assert metrics["loss"] == pytest.approx(expected, rel=2e-4, abs=1e-7)
@@ -195,8 +195,7 @@ def test_rlep_replays_an_earlier_runs_successes(tokenizer, make_test_trainer, tm
     kept = snapshot(store, NAMES, vocabulary=source(earlier).vocabulary)
     assert export_pool(kept, path, earlier.collector.decode) == store.num_trajectories > 4
     behind = {
-        tuple(tokens.tolist())
-        for tokens in kept["token_ids"].split(kept["lengths"].tolist())
+        tuple(tokens.tolist()) for tokens in kept["token_ids"].split(kept["lengths"].tolist())
     }
 
     recipe = sections("rlep", store={"pool": str(path)})
@@ -224,7 +223,10 @@ def test_remix_mixes_whole_groups_of_the_last_steps(tokenizer, make_test_trainer
     """arXiv 2507.06892, eq. 3: at the start of a step the term of an old token is v A, with
     v = pi_start / pi_stored, and inside the clip that moves with it."""
     recipe = sections("remix", experience_ratio=0.5, stop_after_steps=5)
+    kl = {"coef": 0.1, "estimator": "k2", "previous_share": 0.5, "rebase_at_step": 5}
+    recipe["algorithm"]["kl"] = kl
     trainer = make_test_trainer(make_questions(tokenizer, NAMES), function="even_length", **recipe)
+    models = [copy.deepcopy(trainer.learner.policy.model).eval()]  # after so many steps
     for step in range(1, 8):
         model, batch, metrics = step_with_start_model(trainer)
         old = [group for group in batch.groups if all(group.replayed)]
@@ -241,8 +243,38 @@ def test_remix_mixes_whole_groups_of_the_last_steps(tokenizer, make_test_trainer
             advantages=lambda group: standardised(group.rewards),
             weight=lambda t: 1 / 16 / t.num_tokens,
         )
-        assert metrics["loss"] == pytest.approx(expected, rel=2e-4, abs=1e-7)
+        expected += 0.1 * kl_to(
+            models[0 if step <= 5 else 5], models[max(step - 2, 0)], model, batch
+        )
+        assert metrics["loss"] == pytest.approx(expected, rel=2e-4, abs=1e-6)
+        models.append(copy.deepcopy(trainer.learner.policy.model).eval())
     assert not trainer.replay.active
+
+
+def test_remix_resumes_bit_for_bit_with_its_frozen_policies(tokenizer, make_test_trainer) -> None:
+    recipe = sections("remix", stop_after_steps=5)
+    recipe["algorithm"]["kl"] |= {"coef": 0.1, "rebase_at_step": 2}
+    questions = make_questions(tokenizer, NAMES)
+    whole = make_test_trainer(questions, function="even_length", **recipe)
+    for _ in range(3):
+        whole.step()
+    path = whole.save()
+    expected = [whole.step()[1]["loss_hex"] for _ in range(3)]
+
+    resumed = make_test_trainer(questions, function="even_length", **recipe)
+    policy = resumed.learner.policy
+    policy.model.load_state_dict(type(policy.model).from_pretrained(path / "hf").state_dict())
+    resumed.load_state_dict(load_state(path))
+    assert [resumed.step()[1]["loss_hex"] for _ in range(3)] == expected
+
+
+def kl_to(base: Any, previous: Any, now: Any, batch: Any) -> float:
+    """Mean over the batch of 1/2 (log pi - mixture)^2, k2, half of it to each frozen policy."""
+    total = 0.0
+    for t in (t for group in batch.groups for t in group.trajectories):
+        mixed = 0.5 * log_probs(base, t) + 0.5 * log_probs(previous, t)
+        total += float((0.5 * (log_probs(now, t) - mixed) ** 2).mean()) / 16
+    return total
 
 
 def test_replay_groups_exchanges_groups_without_a_gradient(tokenizer, make_test_trainer) -> None:
@@ -264,6 +296,9 @@ def test_replay_groups_exchanges_groups_without_a_gradient(tokenizer, make_test_
     store = source(trainer).store
     kept = {NAMES[i] for i in store.rows["question"][store.rows["question"] >= 0].tolist()}
     assert "q1" in kept and "q3" not in kept and len(kept) == 2  # 2.0, then 1.5 twice, then 0
+
+    draws = [source(trainer)._draw_groups(1, by_score=True)[0].question.id for _ in range(400)]
+    assert draws.count("q1") / 400 == pytest.approx(2.0 / 3.5, abs=0.08)  # 3 standard deviations
 
     for name in mixed:
         engine.expect(name, *lines("0000"))

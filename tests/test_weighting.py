@@ -35,9 +35,9 @@ def test_remix_clips_around_the_ratio_of_the_steps_start(advantage: float) -> No
     result = policy_loss(
         ours,
         torch.zeros(4000),
-        advantages=torch.full((4000,), advantage),
+        advantages=advantage * moved.factors,
         behaviour_logprobs=moved.behaviour_logprobs,
-        weights=moved.factors,
+        weights=torch.ones(4000),
         objective=CLIPPED,
     )
     result.loss.backward()

@@ -27,9 +27,7 @@ def gaussian_buckets(*, mean: float, sigma: float) -> QuestionSelector:
     0.125 at K = 8 (one success), the paper prints 1.
     """
 
-    def draw(
-        store: ExperienceStore, count: int, rng: np.random.Generator, step: int
-    ) -> list[int]:
+    def draw(store: ExperienceStore, count: int, rng: np.random.Generator, step: int) -> list[int]:
         sizes = dict(enumerate(store.bucket_sizes()))
         count = min(count, sum(sizes.values()))
         if count == 0:
@@ -90,25 +88,23 @@ def allocate(
 def uniform_questions() -> QuestionSelector:
     """Every stored question alike: ExGRPO's ablation "without question selection"."""
 
-    def draw(
-        store: ExperienceStore, count: int, rng: np.random.Generator, step: int
-    ) -> list[int]:
+    def draw(store: ExperienceStore, count: int, rng: np.random.Generator, step: int) -> list[int]:
         stored = (store.bucket >= 0).nonzero().flatten().cpu().numpy()
         return rng.choice(stored, size=min(count, len(stored)), replace=False).tolist()
 
     return draw
 
 
-def medium_questions(*, low: float, high: float, cooldown: int, max_visits: int) -> QuestionSelector:
+def medium_questions(
+    *, low: float, high: float, cooldown: int, max_visits: int
+) -> QuestionSelector:
     """Prompts of medium difficulty, the nearest to one half first (Prompt Replay, 2603.21177).
 
     A prompt waits `cooldown` steps after each visit, and comes `max_visits` times at most; of equal
     ones the longest unseen comes first. Nothing is drawn at random.
     """
 
-    def draw(
-        store: ExperienceStore, count: int, rng: np.random.Generator, step: int
-    ) -> list[int]:
+    def draw(store: ExperienceStore, count: int, rng: np.random.Generator, step: int) -> list[int]:
         rate = store.successes / store.group_size
         ready = (store.bucket >= 0) & (rate >= low) & (rate <= high)
         ready &= (store.last_visit + cooldown < step) & (store.visits < max_visits)
@@ -130,9 +126,7 @@ TrajectoryKey = Literal[
 SCORED: frozenset[str] = frozenset({"entropy", "highest_entropy", "nll", "entropy_sum"})
 
 
-def stored_keys(
-    by: TrajectoryKey, candidates: Experiences, rng: np.random.Generator
-) -> Tensor:
+def stored_keys(by: TrajectoryKey, candidates: Experiences, rng: np.random.Generator) -> Tensor:
     """float32 [C]: keys that follow from what is stored."""
     device = candidates.entropy.device
     if by == "stored_entropy":
@@ -140,7 +134,8 @@ def stored_keys(
     if by == "random":
         return torch.from_numpy(rng.random(len(candidates), dtype=np.float32)).to(device)
     if by == "newest":
-        return -torch.arange(len(candidates), device=device).float()  # they come in order of arrival
+        # they come in the order of arrival
+        return -torch.arange(len(candidates), device=device).float()
     if by == "highest_reward":
         return -candidates.reward
     assert by == "all", by

@@ -36,7 +36,7 @@ from exgrpo_fast.buffer.store import Experiences, ExperienceStore, rank_within
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, Scores
-from exgrpo_fast.weighting import NEEDS_START, UNCLIPPED, Weight, weighted
+from exgrpo_fast.weighting import UNCLIPPED, Weight, weighted
 from exgrpo_kernels import PolicyObjective
 
 Keep = Literal["successes", "all", "none"]
@@ -232,30 +232,30 @@ class ReplaySource:
     def _trajectories(self, chosen: Experiences, scores: Scores | None = None) -> list[Trajectory]:
         """The nouns of the chosen ones; they are scored here unless they have been."""
         parts = (scores or self._score(chosen)).split()
-        columns = (chosen.question, chosen.birth_step, chosen.truncated, chosen.reward)
+        lengths = chosen.tokens.lengths
+        tokens = Ragged(chosen.tokens.values.cpu(), lengths).split()
+        behaviour = Ragged(chosen.logprobs.cpu(), lengths).split()
+        places, births, rewards, truncated = (
+            column.tolist()
+            for column in (chosen.question, chosen.birth_step, chosen.reward, chosen.truncated)
+        )
         return [
             weighted(
                 Trajectory(
-                    question=self.data[place],
-                    token_ids=tokens.long(),
-                    behaviour_logprobs=behaviour,
+                    question=self.data[places[i]],
+                    token_ids=tokens[i].long(),
+                    behaviour_logprobs=behaviour[i],
                     entropies=entropies,
-                    truncated=truncated,
+                    truncated=truncated[i],
                     source="replay",
-                    birth_step=birth_step,
-                    verdict=Verdict(reward, "stored"),
+                    birth_step=births[i],
+                    verdict=Verdict(rewards[i], "stored"),
                 ),
                 self.recipe.weight,
                 shaping=self.recipe.shaping,
                 start_logprobs=logprobs,
             )
-            for tokens, behaviour, (logprobs, entropies), place, birth_step, truncated, reward in zip(
-                Ragged(chosen.tokens.values.cpu(), chosen.tokens.lengths).split(),
-                Ragged(chosen.logprobs.cpu(), chosen.tokens.lengths).split(),
-                parts,
-                *(column.tolist() for column in columns),
-                strict=True,
-            )
+            for i, (logprobs, entropies) in enumerate(parts)
         ]
 
     # --- after the rewards ---
