@@ -48,6 +48,8 @@ class Verdict:
     reward: float
     reason: str = "ok"
     milliseconds: float = 0.0
+    scored: bool = True  # False: nobody could say; the response is left out of its group
+    checks: tuple[tuple[str, bool], ...] = ()  # rubrics by name: met or not
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ class Scored(NamedTuple):
     reward: float
     reason: str = "ok"
     milliseconds: float = 0.0
+    scored: bool = True
+    checks: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass
@@ -326,7 +328,7 @@ class RewardPool:
                 total, counted = total + weight * reward, True
                 reasons.append(reason)
         if not counted:
-            return Scored(0.0, "unscored", reply["ms"])
+            return Scored(0.0, "unscored", reply["ms"], scored=False)
         return Scored(total, next((r for r in reasons if r != "ok"), "ok"), reply["ms"])
 
     def _settle(self, work: _Round, job: int, scored: Scored) -> None:
