@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from exgrpo_fast.errors import UserError
@@ -43,10 +43,7 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
-        """Write everything beside its final name, make it durable, then rename.
-
-        CannotSave when the disk refuses.
-        """
+        """The folder of the new checkpoint. CannotSave when the disk refuses."""
         try:
             return self._save(step, save_model, state)
         except (OSError, SafetensorError) as error:
@@ -58,17 +55,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".tmp-*"):  # of a run that died here
             shutil.rmtree(leftover)
-        temporary, final = self.folder / f".tmp-step_{step}", self.folder / f"step_{step}"
-        (temporary / "state").mkdir(parents=True)
-        save_model(temporary / "hf")
-        plain, tensors = split_tensors(state)
-        (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
-        save_file(tensors, temporary / "state" / "tensors.safetensors")
-        _write_manifest(temporary, step)
-        if final.exists():
-            _discard(final)
-        os.rename(temporary, final)
-        _sync(self.folder)
+        final = self.folder / f"step_{step}"
+        write_checkpoint(final, step, save_model, state)
         for old in self.steps()[: -self.keep]:
             _discard(self.folder / f"step_{old}")
         return final
@@ -91,10 +79,36 @@ class Checkpoints:
         return None
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """The trainer's state of one verified checkpoint."""
+def write_checkpoint(
+    final: Path, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]
+) -> None:
+    """Write everything beside its final name, make it durable, then rename.
+
+    OSError or SafetensorError when the disk refuses.
+    """
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died here
+    (temporary / "state").mkdir(parents=True)
+    save_model(temporary / "hf")
+    plain, tensors = split_tensors(state)
+    (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
+    save_file(tensors, temporary / "state" / "tensors.safetensors")
+    _write_manifest(temporary, step)
+    if final.exists():
+        _discard(final)
+    os.rename(temporary, final)
+    _sync(final.parent)
+
+
+def load_state(path: Path, *, only: Collection[str] = ()) -> dict[str, Any]:
+    """The trainer's state of one verified checkpoint; `only` names the entries to read, the
+    others (the optimiser's are the large ones) then stay on the disk."""
     plain = json.loads((path / "state" / "trainer.json").read_text())
-    return merge_tensors(plain, load_file(path / "state" / "tensors.safetensors"))
+    if only:
+        plain = {name: plain[name] for name in only}
+    with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
+        wanted = [name for name in file.keys() if name.split(".")[1] in plain]
+        return merge_tensors(plain, {name: file.get_tensor(name) for name in wanted})
 
 
 # --- integrity ------------------------------------------------------------------------------------

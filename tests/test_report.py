@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def step_metrics(step, *, replay=True):
             "retired_size": step,
             "replay_frac": 0.3,
             "replay_buckets": [step, 0, 2 * step],
+            "replay_ages": [4, step, 0, 5 * step],
+            "replay_ratio_mean": 1.0,
+            "replay_ratio_p99": 3.5,
         }
     return metrics
 
@@ -161,9 +165,45 @@ def test_every_curve_is_there(tmp_path):
     for title in (
         "Reward and pass@1", "Groups by outcome", "Entropy", "Completion length",
         "Truncated share", "Reasons of the rewards", "Experience kept", "Replay buckets",
+        "Ages of stored trajectories", "Importance ratio of replayed tokens",
         "Seconds per step, by phase", "Gradient norm", "step 1", "step 20",
     ):  # fmt: skip
         assert title in titles
+
+
+def series(folder, title):
+    """name -> [[step, value], ...] of a figure, as its script reads them."""
+    html = write_report(folder).read_text(encoding="utf-8")
+    figure = next(f for f in html.split("<figure ")[1:] if f"<h3>{title}</h3>" in f)
+    return dict(json.loads(unescape(figure.split('"')[1]))["s"]), figure
+
+
+def test_replay_figures_hold_the_counts_of_each_step(tmp_path):
+    make_run(tmp_path, steps=3)
+    buckets, drawn = series(tmp_path, "Replay buckets")
+    assert buckets == {
+        "1/4": [[1, 1], [2, 2], [3, 3]],
+        "2/4": [[1, 0], [2, 0], [3, 0]],
+        "3/4": [[1, 2], [2, 4], [3, 6]],
+    }
+    assert "darkest: 6 questions" in drawn
+    ages, drawn = series(tmp_path, "Ages of stored trajectories")
+    assert ages == {
+        "0": [[1, 4], [2, 4], [3, 4]],
+        "1+": [[1, 1], [2, 2], [3, 3]],
+        "2+": [[1, 0], [2, 0], [3, 0]],
+        "4+": [[1, 5], [2, 10], [3, 15]],
+    }
+    assert "darkest: 15 trajectories" in drawn
+    ratios, _ = series(tmp_path, "Importance ratio of replayed tokens")
+    assert ratios["99th percentile"] == [[1, 3.5], [2, 3.5], [3, 3.5]]
+
+
+def test_buckets_of_continuous_rewards_include_both_ends(tmp_path):
+    make_run(tmp_path, steps=1)
+    (tmp_path / "config.yaml").write_text("replay: {difficulty: reward_std}\n")
+    buckets, _ = series(tmp_path, "Replay buckets")
+    assert buckets == {"0/2": [[1, 1]], "1/2": [[1, 0]], "2/2": [[1, 2]]}
 
 
 def test_without_replay_there_is_no_replay_section(tmp_path):

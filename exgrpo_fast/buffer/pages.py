@@ -65,15 +65,21 @@ class TokenPages:
     def write(self, table: Tensor, tokens: Ragged, logprobs_N: Tensor) -> None:
         at = self._addresses(table, tokens.lengths)
         device = table.device
-        self.tokens.view(-1)[at] = tokens.values.to(device, torch.int32)
-        self.logprobs.view(-1)[at] = logprobs_N.to(device, self.logprobs.dtype)
+        values = logprobs_N.to(device, non_blocking=True).to(self.logprobs.dtype)
+        self.tokens.view(-1).index_copy_(0, at, tokens.values.to(device, torch.int32))
+        self.logprobs.view(-1).index_copy_(0, at, values)
 
     def read(self, table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(token ids int32 [N], log-probs float32 [N]); `lengths` [A] lie on the CPU."""
         at = self._addresses(table, lengths)
-        return self.tokens.view(-1)[at], self.logprobs.view(-1)[at].float()
+        tokens = self.tokens.view(-1).index_select(0, at)
+        return tokens, self.logprobs.view(-1).index_select(0, at).float()
 
     def _addresses(self, table: Tensor, lengths: Tensor) -> Tensor:
-        owner, place = places(lengths, table.device)
-        page = table[owner, place // self.page_tokens].long()
-        return page * self.page_tokens + place % self.page_tokens
+        """Where each token lies: a page is one run of addresses."""
+        owner, number = places(self.pages_for(lengths), "cpu")
+        runs = (lengths[owner] - number * self.page_tokens).clamp(max=self.page_tokens)
+        owner, number = (t.to(table.device, non_blocking=True) for t in (owner, number))
+        of_run, place = places(runs, table.device)
+        first = table[owner, number].long() * self.page_tokens
+        return first.index_select(0, of_run) + place

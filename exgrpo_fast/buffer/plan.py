@@ -1,10 +1,8 @@
-"""How large the experience store is, worked out before anything is loaded."""
+"""How large the experience store is, worked out before anything is loaded, torch included."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 # A page this size wastes half of itself a trajectory; a table entry costs 4 bytes a page.
 MAX_PAGE_TOKENS = 256
@@ -24,7 +22,7 @@ class StorePlan:
     num_pages: int
     page_tokens: int
     max_tokens: int  # of one trajectory
-    logprob_dtype: torch.dtype = torch.float32
+    logprob_bytes: int = 4  # of one log-prob: 4 = float32, 2 = bfloat16
     num_host_pages: int = 0  # where cold trajectories go instead of leaving
 
     @property
@@ -34,7 +32,7 @@ class StorePlan:
 
     @property
     def page_bytes(self) -> int:
-        return self.page_tokens * (4 + self.logprob_dtype.itemsize)
+        return self.page_tokens * (4 + self.logprob_bytes)
 
     @property
     def row_bytes(self) -> int:
@@ -68,7 +66,7 @@ class StorePlan:
         max_bytes: int,
         host_bytes: int = 0,
         page_tokens: int | None = None,
-        logprob_dtype: torch.dtype = torch.float32,
+        logprob_bytes: int = 4,
     ) -> StorePlan:
         """Room for everything a run can bring, or as much of it as `max_bytes` hold.
 
@@ -80,7 +78,7 @@ class StorePlan:
 
         def plan(rows: int, pages: int) -> StorePlan:
             return StorePlan(
-                num_questions, rows, pages, page_tokens, max_tokens, logprob_dtype, host_pages
+                num_questions, rows, pages, page_tokens, max_tokens, logprob_bytes, host_pages
             )
 
         host_pages = 0
@@ -96,8 +94,13 @@ class StorePlan:
         everything = plan(rows, rows * width)
         if everything.num_bytes <= max_bytes:
             return plan(rows, rows * width)
-        # A trajectory takes at least one page, so more rows than pages are of no use.
+        # A trajectory takes at least one page, so more rows than pages are of no use; and rows must
+        # leave room for the pages of one step.
         room = max_bytes - num_questions * least.question_bytes
         row_bytes, page_bytes = least.row_bytes + 8, least.page_bytes + 4
-        rows = min(rows, room // (row_bytes + page_bytes))
+        rows = min(
+            rows,
+            room // (row_bytes + page_bytes),
+            (room - least.num_pages * page_bytes) // row_bytes,
+        )
         return plan(rows, (room - rows * row_bytes) // page_bytes)

@@ -17,8 +17,8 @@ from torch import Tensor
 from exgrpo_fast.buffer.store import COLUMNS, Experiences, ExperienceStore
 from exgrpo_fast.packing import Ragged
 
-FORMAT = 2
-LOADED_AT_ONCE = 1024
+FORMAT = 3
+MOVED_AT_ONCE = 1024
 
 
 def stored_rows(store: ExperienceStore) -> Tensor:
@@ -27,14 +27,28 @@ def stored_rows(store: ExperienceStore) -> Tensor:
     return rows[store.rows["serial"][rows].argsort()]
 
 
+def read_to_host(store: ExperienceStore, rows: Tensor) -> Experiences:
+    """On the CPU, a part at a time: the addresses of all tokens at once are larger than the store."""
+    parts = [store.read(part).cpu() for part in rows.split(MOVED_AT_ONCE)]
+    lengths = torch.cat([part.tokens.lengths for part in parts])
+    return Experiences(
+        tokens=Ragged(torch.cat([part.tokens.values for part in parts]), lengths),
+        **{
+            f.name: torch.cat([getattr(part, f.name) for part in parts])
+            for f in fields(Experiences)
+            if f.name != "tokens"
+        },
+    )
+
+
 def snapshot(
     store: ExperienceStore, question_ids: Sequence[str], *, vocabulary: str = ""
 ) -> dict[str, Any]:
     """Plain values and tensors; only questions of which something is known are named."""
     rows = stored_rows(store)
-    kept = store.read(rows)
-    known = (store.visits > 0) | store.retired | (store.num_rows_of_question() > 0)
-    known = known.nonzero().flatten().cpu()
+    kept = read_to_host(store, rows)
+    known = (store.visits > 0) | store.retired | (store.bucket >= 0)
+    known = (known | (store.num_rows_of_question() > 0)).nonzero().flatten().cpu()
     # Places in the data may change from run to run: rows name a place in `questions`.
     place = torch.full((store.plan.num_questions,), -1, dtype=torch.int64)
     place[known] = torch.arange(len(known))
@@ -42,9 +56,9 @@ def snapshot(
         name: getattr(store, name)[known.to(store.device)].cpu()
         for name in ("bucket", "successes", "visits", "last_visit", "retired")
     }
-    columns = {
-        f.name: getattr(kept, f.name).cpu() for f in fields(kept) if f.name in COLUMNS
-    } | {"serial": store.rows["serial"][rows].cpu(), "question": place[kept.question.cpu()]}
+    columns = {f.name: getattr(kept, f.name) for f in fields(kept) if f.name in COLUMNS}
+    columns |= {name: store.rows[name][rows].cpu() for name in ("serial", "on_host")}
+    columns["question"] = place[kept.question]
     return {
         "format": FORMAT,
         "group_size": store.group_size,
@@ -55,8 +69,8 @@ def snapshot(
         "of_question": of_question,
         "trajectories": columns,
         "lengths": kept.tokens.lengths,
-        "token_ids": kept.tokens.values.cpu(),
-        "behaviour_logprobs": kept.logprobs.cpu(),
+        "token_ids": kept.tokens.values,
+        "behaviour_logprobs": kept.logprobs,
     }
 
 
@@ -72,7 +86,7 @@ def load_snapshot(
     check_snapshot(store, state, place_of, vocabulary)
     place = torch.tensor([place_of[name] for name in state["questions"]], dtype=torch.int64)
     columns = dict(state["trajectories"])
-    serial = columns.pop("serial").to(store.device)
+    serial, on_host = columns.pop("serial"), columns.pop("on_host")
     columns["question"] = place[columns["question"]]
     kept = Experiences(
         tokens=Ragged(state["token_ids"], state["lengths"]),
@@ -80,15 +94,31 @@ def load_snapshot(
         **columns,
     )
     store.clear()
-    for part in torch.arange(len(kept)).split(LOADED_AT_ONCE):  # what is too much goes to the host
-        store.add(kept.pick(part))
+    for there in (True, False):  # what lay on the host goes there before the device fills
+        for part in parts(store, state["lengths"], (on_host == there).nonzero().flatten()):
+            store.add(kept.pick(part))
+            if there:
+                store.spill()
     rows = stored_rows(store)
-    store.rows["serial"][rows] = serial[store.rows["serial"][rows]]
+    in_order_of_loading = serial[on_host.byte().argsort(descending=True, stable=True)]
+    serial_of = in_order_of_loading.to(store.device)
+    store.rows["serial"][rows] = serial_of[store.rows["serial"][rows]]
     store.next_serial, store.num_evicted = state["next_serial"], state["num_evicted"]
     for name, values in state["of_question"].items():
         column = getattr(store, name)
         column[place.to(store.device)] = values.to(store.device, column.dtype)
     store.check_valid()
+
+
+def parts(store: ExperienceStore, lengths: Tensor, index: Tensor) -> list[Tensor]:
+    """An index in parts that the device's pages hold."""
+    found, start, used = [], 0, 0
+    for end, needed in enumerate(store.pages.pages_for(lengths[index]).tolist()):
+        if used + needed > store.plan.num_pages or end - start == MOVED_AT_ONCE:
+            found.append(index[start:end])
+            start, used = end, 0
+        used += needed
+    return [*found, index[start:]]
 
 
 def check_snapshot(
@@ -117,14 +147,17 @@ def check_snapshot(
     lengths, tokens, logprobs = (
         state[name] for name in ("lengths", "token_ids", "behaviour_logprobs")
     )
-    sizes = {len(column) for column in state["trajectories"].values()} | {len(lengths)}
-    question, bucket = state["trajectories"]["question"], state["of_question"]["bucket"]
+    columns, of_question = state["trajectories"], state["of_question"]
+    sizes = {len(column) for column in columns.values()} | {len(lengths)}
+    known = {len(column) for column in of_question.values()} | {len(state["questions"])}
+    question, bucket, retired = columns["question"], of_question["bucket"], of_question["retired"]
     sound = (
-        len(sizes) == 1
+        len(sizes) == len(known) == 1
         and len(tokens) == len(logprobs) == int(lengths.sum())
         and bool((lengths > 0).all())
         and bool(((question >= 0) & (question < len(state["questions"]))).all())
         and bool(((bucket >= -1) & (bucket <= store.group_size)).all())
+        and not bool((retired & (bucket >= 0)).any() or retired[question].any())
         and bool((tokens >= 0).all())
         and bool(logprobs.isfinite().all())
     )

@@ -28,6 +28,7 @@ from exgrpo_fast.packing import Ragged, places
 Evict = Literal["entropy", "oldest"]
 
 NOBODY = -1
+LOGPROB_DTYPES = {4: torch.float32, 2: torch.bfloat16}
 EVICTION_SHARE = 50  # a full store lets go of 1/50 at once: it then need not sort at every step
 
 
@@ -48,6 +49,12 @@ class Experiences:
 
     def __len__(self) -> int:
         return len(self.question)
+
+    def cpu(self) -> Experiences:
+        columns = {f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "tokens"}
+        # not Ragged.to: it does not wait, and on the host the values are read at once
+        tokens = Ragged(self.tokens.values.cpu(), self.tokens.lengths)
+        return Experiences(tokens=tokens, **columns)
 
     def pick(self, index: Tensor) -> Experiences:
         """Some of them, by an index on the CPU."""
@@ -123,12 +130,15 @@ class ExperienceStore:
         self.table = torch.zeros(shape, dtype=torch.int32, device=device)
         self._free_rows = torch.arange(plan.num_trajectories, device=device)
         self.pages = TokenPages(
-            plan.num_pages, plan.page_tokens, logprob_dtype=plan.logprob_dtype, device=device
+            plan.num_pages,
+            plan.page_tokens,
+            logprob_dtype=LOGPROB_DTYPES[plan.logprob_bytes],
+            device=device,
         )
         self.host_pages = TokenPages(
             plan.num_host_pages,
             plan.page_tokens,
-            logprob_dtype=plan.logprob_dtype,
+            logprob_dtype=LOGPROB_DTYPES[plan.logprob_bytes],
             pinned=self.device.type == "cuda",
         )
         self.next_serial = 0
@@ -194,9 +204,7 @@ class ExperienceStore:
             **{name: column[name] for name in ("group", "score")},
         )
 
-    def _read_pages(
-        self, rows: Tensor, lengths: Tensor, on_host: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _read_pages(self, rows: Tensor, lengths: Tensor, on_host: Tensor) -> tuple[Tensor, Tensor]:
         table = self.table[rows]
         if not on_host.any():
             return self.pages.read(table, lengths)
@@ -283,6 +291,14 @@ class ExperienceStore:
     def note_entropy(self, rows: Tensor, entropies: Tensor) -> None:
         self.rows["entropy"][rows] = entropies.to(self.device, torch.float32)
 
+    def spill(self) -> None:
+        """Move as much as the host has room for off the device."""
+        self._reclaim()
+        rows = self._coldest_first(on_host=False)
+        pages = self.pages.pages_for(self.rows["length"][rows]).cumsum(0)
+        self._move_to_host(rows[pages <= self.host_pages.num_free])
+        self._reclaim()
+
     # --- room ---
 
     def _make_room(self, num_rows: int, num_pages: int) -> None:
@@ -297,7 +313,7 @@ class ExperienceStore:
                 f"{num_rows} trajectories of {num_pages} pages at once; the store holds "
                 f"{self.plan.num_trajectories} and {self.plan.num_pages}"
             )
-        self._evict(num_rows - len(self._free_rows), num_pages - self.pages.num_free)
+        self._evict(num_rows, num_pages)
         self._reclaim()
 
     def _has_room(self, num_rows: int, num_pages: int) -> bool:
@@ -312,20 +328,21 @@ class ExperienceStore:
         if self.plan.num_host_pages:
             self.host_pages.keep_only(self.table[there].cpu(), self.rows["length"][there].cpu())
 
-    def _evict(self, rows_short: int, pages_short: int) -> None:
+    def _evict(self, num_rows: int, num_pages: int) -> None:
         """The coldest give up their pages, and their rows too unless the host has room for them."""
-        order = self._coldest_first(on_host=False)
-        pages = self.pages.pages_for(self.rows["length"][order])
+        pages_short = num_pages - self.pages.num_free
         if pages_short > 0:
+            order = self._coldest_first(on_host=False)
+            pages = self.pages.pages_for(self.rows["length"][order])
             enough = int((pages.cumsum(0) < pages_short).sum()) + 1
             enough = max(enough, len(order) // EVICTION_SHARE)
             self._move_to_host(order[:enough])
             left = order[:enough]
             self._drop_rows(left[~self.rows["on_host"][left]])
-        freed = int((self.rows["question"] < 0).sum()) - len(self._free_rows)
-        if rows_short > freed:
+        rows_short = num_rows - int((self.rows["question"] < 0).sum())
+        if rows_short > 0:
             order = self._coldest_first()
-            self._drop_rows(order[: max(rows_short - freed, len(order) // EVICTION_SHARE)])
+            self._drop_rows(order[: max(rows_short, len(order) // EVICTION_SHARE)])
 
     def _coldest_first(self, *, on_host: bool | None = None) -> Tensor:
         """Rows in the order in which they leave."""
@@ -345,17 +362,19 @@ class ExperienceStore:
         return torch.where(entropy.isinf(), torch.inf, -entropy)
 
     def _move_to_host(self, rows: Tensor) -> None:
-        """Move what fits into the host's pages."""
-        if not self.plan.num_host_pages:
+        """Move rows, the coldest first, into the host's pages, or of too many the last ones."""
+        pages = self.pages.pages_for(self.rows["length"][rows])
+        needed = pages.flip(0).cumsum(0).flip(0)  # by each and those after it
+        fits = needed <= self.plan.num_host_pages
+        rows, needed = rows[fits], needed[fits]
+        if len(rows) == 0:
             return
-        needed = self.pages.pages_for(self.rows["length"][rows]).cumsum(0)
-        if int(needed[-1]) > self.host_pages.num_free:  # the coldest of the host make room
+        short = int(needed[0]) - self.host_pages.num_free
+        if short > 0:  # the coldest of the host make room
             there = self._coldest_first(on_host=True)
             freed = self.pages.pages_for(self.rows["length"][there]).cumsum(0)
-            short = int(needed[-1]) - self.host_pages.num_free
             self._drop_rows(there[: int((freed < short).sum()) + 1])
             self._reclaim()
-        rows = rows[needed <= self.host_pages.num_free]
         lengths = self.rows["length"][rows].long().cpu()
         tokens, logprobs = (values.cpu() for values in self.pages.read(self.table[rows], lengths))
         table = self.host_pages.take(lengths, self.plan.pages_per_trajectory)
@@ -466,7 +485,7 @@ def token_digests(tokens: Ragged) -> Tensor:
     """
     device = tokens.values.device
     owner, place = places(tokens.lengths, device)
-    pairs = scramble(tokens.values.long() + (place << 32))
+    pairs = scramble(place.bitwise_left_shift_(32).add_(tokens.values))
     lengths = tokens.lengths.to(device, non_blocking=True)
     return scramble(lengths).index_add_(0, owner, pairs)
 
@@ -475,11 +494,10 @@ def scramble(values: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014, section 5) on int64, wrapping around."""
     mixed = values + -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        mixed = (mixed ^ _shift_right(mixed, shift)) * factor
-    return mixed ^ _shift_right(mixed, 31)
+        mixed.bitwise_xor_(_shift_right(mixed, shift)).mul_(factor)
+    return mixed.bitwise_xor_(_shift_right(mixed, 31))
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
     """Logical, not arithmetic."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
+    return (values >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -168,9 +168,17 @@ def _on_one_grid(series: Sequence[Points]) -> list[list[tuple[float, float]]]:
 
 
 def heat_figure(
-    title: str, columns: Sequence[tuple[int, Sequence[float]]], labels: Sequence[str], *, note: str
+    title: str,
+    columns: Sequence[tuple[int, Sequence[float]]],
+    labels: Sequence[str],
+    *,
+    of: str,
+    note: str,
 ) -> str:
-    """Counts over steps, one for each label from the bottom up, darker for more."""
+    """Counts over steps, one for each label from the bottom up, darker for more.
+
+    `of` says what is counted, such as 'questions'.
+    """
     if not any(value for _, values in columns for value in values):
         return ""
     stride = math.ceil(len(columns) / MAX_COLUMNS)
@@ -183,7 +191,7 @@ def heat_figure(
     )
     cells = _cells([values for _, values in shown], most)
     drawn = f'<g class="f1" shape-rendering="crispEdges">{cells}</g>{_row_names(labels)}{ends}'
-    legend = [("f1", f"darkest: {most:.0f} questions")]
+    legend = [("f1", f"darkest: {most:.0f} {of}")]
     hover = [
         (label, [(step, values[row]) for step, values in shown]) for row, label in enumerate(labels)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from exgrpo_fast.display import finite, number_of
@@ -65,6 +65,7 @@ def replay_figures(run: Run) -> list[str]:
             note=f"Replay is active from step {started[0]}." if started else "",
         ),
         _buckets_figure(run),
+        _ages_figure(run),
         _metrics_figure(run, "Replayed share of the batch", ("replayed", "replay_frac", 2)),
         _metrics_figure(
             run, "Age of replayed trajectories, in steps", ("mean", "replay_age_mean", 2)
@@ -74,6 +75,7 @@ def replay_figures(run: Run) -> list[str]:
             "Importance ratio of replayed tokens",
             ("mean", "replay_ratio_mean", 1),
             ("mean after shaping", shaped, 3),
+            ("99th percentile", "replay_ratio_p99", 2),
         ),
     ]
 
@@ -171,18 +173,54 @@ def _reason_counts(step: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _buckets_figure(run: Run) -> str:
-    logged = [step for step in run.steps if isinstance(step.get("replay_buckets"), list)]
-    num_buckets = max((len(step["replay_buckets"]) for step in logged), default=0)
-    columns = [(step["step"], _bucket_counts(step, num_buckets)) for step in logged]
-    labels = [f"{k}/{num_buckets + 1}" for k in range(1, num_buckets + 1)]
-    note = "Questions by how many of their group's answers were right."
-    return heat_figure("Replay buckets", columns, labels, note=note)
+    replay = run.config.get("replay")
+    if isinstance(replay, dict) and replay.get("difficulty") == "reward_std":
+        name = _bucket_of_all
+        note = "Questions by how much the rewards of their group differed."
+    else:
+        name = _bucket_of_mixed
+        note = "Questions by how many of their group's answers were right."
+    return _counts_figure(run, "Replay buckets", "replay_buckets", name, of="questions", note=note)
 
 
-def _bucket_counts(step: Mapping[str, Any], num_buckets: int) -> list[float]:
-    """The counts of a step, 0 for each bucket that it does not have or that is no number."""
-    counts = [finite(count) or 0.0 for count in step["replay_buckets"]]
-    return counts + [0.0] * (num_buckets - len(counts))
+def _bucket_of_mixed(row: int, num_rows: int) -> str:
+    """Those solved never or always have no bucket: 1..K-1 are logged."""
+    return f"{row + 1}/{num_rows + 1}"
+
+
+def _bucket_of_all(row: int, num_rows: int) -> str:
+    """0..K are logged."""
+    return f"{row}/{num_rows - 1}"
+
+
+def _ages_figure(run: Run) -> str:
+    return _counts_figure(
+        run,
+        "Ages of stored trajectories",
+        "replay_ages",
+        _age_span,
+        of="trajectories",
+        note="Steps since they were born, by powers of two: 4+ is 4 to 7, and only the last is open.",
+    )
+
+
+def _age_span(row: int, num_rows: int) -> str:
+    return f"{2 ** (row - 1)}+" if row else "0"
+
+
+def _counts_figure(
+    run: Run, title: str, key: str, name: Callable[[int, int], str], **options: str
+) -> str:
+    """A metric that is a list of counts; `name(row, num_rows)` is what one of them counts."""
+    logged = [(s["step"], s[key]) for s in run.steps if isinstance(s.get(key), list)]
+    num_rows = max((len(counts) for _, counts in logged), default=0)
+    columns = [(step, _numbers(counts, num_rows)) for step, counts in logged]
+    return heat_figure(title, columns, [name(r, num_rows) for r in range(num_rows)], **options)
+
+
+def _numbers(counts: Sequence[Any], num_rows: int) -> list[float]:
+    """The counts of a step, 0 for each that is missing or no number."""
+    return [finite(count) or 0.0 for count in counts] + [0.0] * (num_rows - len(counts))
 
 
 def _phases_figure(run: Run) -> str:
