@@ -27,6 +27,12 @@ def raises_on_wrong(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
+def graded(prompts, completions, **columns):
+    """'score 0.4 x' is worth 0.4; anything else cannot be judged."""
+    words = [completion.split() for completion in completions]
+    return [float(w[1]) if w[:1] == ["score"] else None for w in words]
+
+
 def length_reward(prompts, completions, **columns):
     """Between 0 and 0.9, never full marks."""
     return [0.9 * min(len(completion), 20) / 20 for completion in completions]

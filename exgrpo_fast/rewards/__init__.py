@@ -3,8 +3,11 @@
 from exgrpo_fast.rewards.functions import BUILT_IN
 from exgrpo_fast.rewards.golds import BadGold, check_golds
 from exgrpo_fast.rewards.judgement import RewardError
-from exgrpo_fast.rewards.pool import RewardPool, RewardSample, Scored
+from exgrpo_fast.rewards.pool import RewardPool
 from exgrpo_fast.rewards.references import check_reference, load_function
+from exgrpo_fast.rewards.rubric_scorer import RubricScorer
+from exgrpo_fast.rewards.rubrics import Rubric
+from exgrpo_fast.rewards.tickets import RewardSample, Scored, Ticket
 
 __all__ = [
     "BUILT_IN",
@@ -12,7 +15,10 @@ __all__ = [
     "RewardError",
     "RewardPool",
     "RewardSample",
+    "Rubric",
+    "RubricScorer",
     "Scored",
+    "Ticket",
     "check_golds",
     "check_reference",
     "load_function",

@@ -36,19 +36,25 @@ def final_answer(completion: str) -> str | None:
 
 def last_box(text: str) -> str | None:
     r"""The content of the balanced `\boxed{...}` that opens last; an unclosed one is none."""
+    spans = box_spans(text)
+    return text[slice(*spans[-1])] if spans else None
+
+
+def box_spans(text: str) -> list[tuple[int, int]]:
+    r"""Begin and end of what stands in each balanced `\boxed{...}`, by their begin."""
     open_braces: list[int] = []  # where the content of a box begins; -1 for any other brace
-    best: tuple[int, int] | None = None
+    spans: list[tuple[int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
         if token == "{":
             open_braces.append(-1)
         elif token == "}":
             start = open_braces.pop() if open_braces else -1
-            if start >= 0 and (best is None or start > best[0]):
-                best = start, match.start()
+            if start >= 0:
+                spans.append((start, match.start()))
         elif token[1] == "b":
             open_braces.append(match.end())
-    return None if best is None else text[slice(*best)]
+    return sorted(spans)
 
 
 def last_hashes(text: str) -> str | None:

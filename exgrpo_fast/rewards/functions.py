@@ -1,4 +1,4 @@
-"""The built-in rewards: `exact`, `gsm8k` and `reasoning_gym` here, `math_verify` in mathematics.py.
+"""The built-in rewards: `exact`, `gsm8k` and `reasoning_gym` here, the others in files of their own.
 
 Imported by the reward workers: it loads no torch, and reasoning-gym only when it is asked for.
 """
@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 from exgrpo_fast.rewards import extraction
+from exgrpo_fast.rewards.choices import multiple_choice
+from exgrpo_fast.rewards.formats import boxed_once, think_format
 from exgrpo_fast.rewards.judgement import (
     NO_ANSWER,
     RIGHT,
@@ -154,7 +156,10 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_verify": math_verify,
     "exact": exact,
     "gsm8k": gsm8k,
+    "multiple_choice": multiple_choice,
     "reasoning_gym": reasoning_gym,
+    "boxed_once": boxed_once,
+    "think_format": think_format,
 }
 
 exact.check_gold = _exact_gold  # pyright: ignore[reportFunctionMemberAccess]

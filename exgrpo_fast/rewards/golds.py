@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from exgrpo_fast.rewards.pool import RewardPool, RewardSample
+from exgrpo_fast.rewards.pool import RewardPool
+from exgrpo_fast.rewards.tickets import RewardSample
 
 
 class HasGold(Protocol):

@@ -7,10 +7,13 @@ Every reward has TRL's signature, so a function written for TRL runs as it is:
 `columns` holds `answer` and every other field of the data row, one entry per completion. Prompts
 and completions are plain strings (the rendered chat template and the raw text), never message
 lists. The pool calls a function with lists of length 1. None means: this function has no opinion
-on this sample.
+on this sample. The function may be `async def`, awaited in the worker.
 
 Conventions that go beyond TRL's, all optional:
+  - a function with a parameter `completion` instead of `completions` gets one sample, no lists:
+    `def my_reward(prompt, completion, answer, **columns) -> float | None`
   - an entry may be `(reward, reason)`; `reason` is a short word that is counted in the metrics
+  - a list of `Rubric` (rubrics.py) stands for a function that weighs its checks
   - `my_reward.check_gold(answer, columns) -> (reward, reason)` says whether a gold answer is of
     use; it is called for every question before training
   - `my_reward.warm_up()` is called once in each worker, and `my_reward.max_seconds` is a time limit
@@ -22,7 +25,8 @@ They are attributes rather than a class: a reward stays a plain function that an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from exgrpo_fast.errors import UserError
 
@@ -34,5 +38,25 @@ WRONG: Judgement = (0.0, "wrong")
 NO_ANSWER: Judgement = (0.0, "no_answer")
 
 
+class Result(NamedTuple):
+    """What a worker says of one function and one sample; rubrics return it, with their checks."""
+
+    reward: float | None
+    reason: str
+    detail: str = ""  # a sentence for the log
+    checks: tuple[tuple[str, bool], ...] = ()  # rubrics by name: met or not
+
+
 class RewardError(UserError):
     """A reward that cannot be used, as one line for the user."""
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line: its type, its message, and the line of code where it was raised."""
+    message = " ".join(str(error).split())[:200]
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        where = f" ({Path(code.co_filename).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}{': ' if message else ''}{message}{where}"

@@ -32,7 +32,7 @@ def math_verify(
     return [_math_verify(text, gold) for text, gold in zip(completions, answer, strict=True)]
 
 
-MATH_SECONDS = 2.0  # an honest answer costs at most 0.35 s; hostile ones cost all they are given
+MATH_SECONDS = 1.0  # an honest answer costs at most 0.35 s; hostile ones cost all they are given
 
 
 def _math_verify(completion: str, gold: str) -> Judgement:

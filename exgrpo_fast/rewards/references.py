@@ -1,7 +1,9 @@
 """A name or a reference becomes a function: `math_verify`, `file.py:function`, `package.module:name`.
 
-`check_reference` runs in the trainer and executes no code of the user; `load_function` runs in the
-worker and does.
+A list of `Rubric` may stand where a function may.
+
+`check_reference` and `as_reference` run in the trainer and execute no code of the user;
+`load_function` runs in the worker and does.
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.rewards.functions import BUILT_IN
-from exgrpo_fast.rewards.judgement import RewardError, RewardFunction
+from exgrpo_fast.rewards.judgement import RewardError, RewardFunction, describe
+from exgrpo_fast.rewards.rubrics import RUBRIC_SETS, Rubric, RubricReward
+
+REWARDS: dict[str, RewardFunction] = {**BUILT_IN, **RUBRIC_SETS}  # all that have a name
 
 # --- in the trainer -------------------------------------------------------------------------------
 
@@ -39,9 +45,9 @@ def check_reference(reference: str) -> str:
 
 
 def _check_name(name: str) -> str:
-    if name not in BUILT_IN:
+    if name not in REWARDS:
         raise RewardError(
-            f"unknown reward '{name}'{_hint(name, BUILT_IN)} built in: {', '.join(BUILT_IN)}; "
+            f"unknown reward '{name}'{_hint(name, REWARDS)} built in: {', '.join(REWARDS)}; "
             "or give 'file.py:function' or 'package.module:name'"
         )
     return name
@@ -87,13 +93,56 @@ def _is_future_import(node: ast.stmt) -> bool:
     return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
-def _no_such_function(reference: str, known: Sequence[str]) -> str:
+def _no_such_function(reference: str, functions: Sequence[str], rubrics: Sequence[str] = ()) -> str:
     location, _, name = reference.rpartition(":")
-    there = ", ".join(known) or "none"
-    return (
-        f"reward '{reference}': no function '{name}' in {location}; functions there: {there}"
-        f"{_hint(name, known)}"
-    )
+    there = f"functions there: {', '.join(functions) or 'none'}"
+    if rubrics:
+        there += f"; rubrics there: {', '.join(rubrics)}"
+    hint = _hint(name, [*functions, *rubrics])
+    return f"reward '{reference}': no function '{name}' in {location}; {there}{hint}"
+
+
+# --- functions handed over as objects -------------------------------------------------------------
+
+
+def as_reference(function: str | Callable[..., Any]) -> str:
+    """A function -> the reference under which a worker can import it; strings stay.
+
+    RewardError for what has no name at the top level of a file.
+    """
+    if isinstance(function, str):
+        return function
+    name = getattr(function, "__qualname__", None)
+    if not inspect.isfunction(function) or name is None:
+        raise RewardError(
+            f"reward {function!r} is a {type(function).__name__}: a worker process imports rewards "
+            "by name, so write a function at the top level of a file"
+        )
+    if name == "<lambda>" or "<locals>" in name or "." in name:
+        kind = "a lambda" if "<lambda>" in name else "not at the top level of its file"
+        raise RewardError(
+            f"reward '{name}' is {kind}: a worker process imports rewards by name, so define it "
+            "with `def` at the top level of a file and hand it over again"
+        )
+    for built_in_name, built_in in BUILT_IN.items():
+        if function is built_in:
+            return built_in_name
+    module = sys.modules.get(function.__module__)
+    file = inspect.getsourcefile(function)
+    if _in_regular_package(function.__module__):
+        return f"{function.__module__}:{name}"  # its relative imports need the package
+    if file is None or module is None or not Path(file).is_file():
+        raise RewardError(
+            f"reward '{name}' has no source file (typed into a prompt?): save it in one"
+        )
+    if getattr(module, name, function) is not function:
+        raise RewardError(f"reward '{name}' is hidden by another object of that name in {file}")
+    return f"{file}:{name}"
+
+
+def _in_regular_package(module_name: str) -> bool:
+    root, _, rest = module_name.partition(".")
+    return bool(rest) and getattr(importlib.import_module(root), "__file__", None) is not None
 
 
 # --- in the worker --------------------------------------------------------------------------------
@@ -104,7 +153,7 @@ def load_function(reference: str) -> RewardFunction:
 
     RewardError with one line when it cannot be imported.
     """
-    function = BUILT_IN.get(reference) or _import_function(reference)
+    function = REWARDS.get(reference) or _import_function(reference)
     warm_up = getattr(function, "warm_up", None)
     if warm_up is not None:
         warm_up()
@@ -122,11 +171,14 @@ def _import_function(reference: str) -> RewardFunction:
         raise RewardError(
             f"reward '{reference}': {location} does not import: {describe(error)}"
         ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
+    found = getattr(module, name, None)
+    if isinstance(found, list | tuple):
+        return RubricReward(found, f"reward '{reference}'")
+    if not callable(found):
         own = [key for key, value in vars(module).items() if _is_own_function(module, value)]
-        raise RewardError(_no_such_function(reference, own))
-    return function
+        rubrics = [key for key, value in vars(module).items() if _is_rubrics(value)]
+        raise RewardError(_no_such_function(reference, own, rubrics))
+    return found
 
 
 def _import_file(location: str) -> Any:
@@ -149,12 +201,5 @@ def _is_own_function(module: Any, value: Any) -> bool:
     return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
-def describe(error: BaseException) -> str:
-    """An exception in one line: its type, its message, and the line of code where it was raised."""
-    message = " ".join(str(error).split())[:200]
-    trace, where = error.__traceback__, ""
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        where = f" ({Path(code.co_filename).name}, line {trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"{type(error).__name__}{': ' if message else ''}{message}{where}"
+def _is_rubrics(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(entry, Rubric) for entry in value)

@@ -3,9 +3,12 @@
 One JSON object per line, in on standard input and out on standard output:
 
     in   {"functions": [...], "memory_bytes": n, "soft_seconds": s, "parent": pid}     once
-    out  {"ready": true}   or   {"failed": "one line"}                                   once
+    out  {"ready": true, "resident_bytes": ...,
+          "rubrics": {name: [public text, weight, applies to, judged]}}
+         or {"failed": "one line"}                                                       once
     in   {"jobs": [[id, prompt, completion, answer, columns, checking_gold], ...]}
-    out  {"id": id, "ms": ..., "results": [[reward or null, reason, detail], ...]}       per job
+    out  {"id": id, "ms": ..., "resident_bytes": ...,
+          "results": [[reward or null, reason, detail, checks], ...]}                    per job
 
 It holds no state between jobs and may be killed at any moment. This is a fence around accidents (a
 formula that never ends, a reward that allocates without end), not a jail for hostile programs: the
@@ -24,14 +27,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
-from exgrpo_fast.rewards.judgement import RewardError, RewardFunction
-from exgrpo_fast.rewards.references import describe, load_function
-
-Result = tuple[float | None, str, str]  # reward, reason, a sentence for the log
+from exgrpo_fast.rewards.judgement import Result, RewardError, RewardFunction, describe
+from exgrpo_fast.rewards.references import load_function
+from exgrpo_fast.rewards.rubrics import RubricReward, RubricText
 
 REARM_SECONDS = 0.25  # the alarm repeats, in case a bare `except:` or a __del__ swallows one
 _PR_SET_PDEATHSIG = 1
@@ -54,13 +56,16 @@ def main() -> None:
     except RewardError as error:
         _send(replies, {"failed": str(error)})
         return
-    _send(replies, {"ready": True})
+    resident = _resident_bytes()
+    ready = {"ready": True, "resident_bytes": resident(), "rubrics": _rubrics(functions)}
+    _send(replies, ready)
     for line in jobs:  # ends when the pool closes the pipe or dies
         for job_id, *job in json.loads(line)["jobs"]:
             started = time.perf_counter()
             results = [_run(function, job, setup["soft_seconds"]) for function in functions]
-            milliseconds = (time.perf_counter() - started) * 1000
-            _send(replies, {"id": job_id, "ms": round(milliseconds, 3), "results": results})
+            milliseconds = round((time.perf_counter() - started) * 1000, 3)
+            reply = {"id": job_id, "ms": milliseconds, "resident_bytes": resident()}
+            _send(replies, {**reply, "results": results})
 
 
 # --- the fence ------------------------------------------------------------------------------------
@@ -100,6 +105,22 @@ def _limit_memory(num_bytes: int) -> None:
         pass
 
 
+def _resident_bytes() -> Callable[[], int]:
+    """A gauge of this process's memory. Where there is no /proc there is no limit to keep either."""
+    try:
+        pages = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return lambda: 0
+    page_bytes = os.sysconf("SC_PAGESIZE")
+    return lambda: int(os.pread(pages, 64, 0).split()[1]) * page_bytes
+
+
+def _rubrics(functions: Sequence[RewardFunction]) -> dict[str, RubricText]:
+    """What the trainer may know of the rubrics; it does not import the user's file itself."""
+    sets = [function for function in functions if isinstance(function, RubricReward)]
+    return {name: text for rubrics in sets for name, text in rubrics.texts.items()}
+
+
 # --- one job --------------------------------------------------------------------------------------
 
 
@@ -116,9 +137,9 @@ def _run(function: RewardFunction, job: list[Any], soft_seconds: float) -> Resul
             signal.setitimer(signal.ITIMER_REAL, 0)
     except SoftTimeout:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        return 0.0, "timeout", f"stopped after {seconds:g} s"
+        return Result(0.0, "timeout", f"stopped after {seconds:g} s")
     except BaseException as error:  # a reward may raise anything, SystemExit included
-        return 0.0, f"error:{type(error).__name__}", describe(error)
+        return Result(0.0, f"error:{type(error).__name__}", describe(error))
 
 
 def _on_alarm(signum: int, frame: FrameType | None) -> NoReturn:
@@ -135,17 +156,28 @@ def _call(
 ) -> Result:
     if checking_gold:
         check_gold = getattr(function, "check_gold", None)
-        return (None, "", "") if check_gold is None else _as_result(check_gold(answer, columns))
-    given = {**columns, "answer": answer, "prompts": prompt, "completions": completion}
-    wanted = _accepted(function, given)
+        return Result(None, "") if check_gold is None else _as_result(check_gold(answer, columns))
+    of_row = {**columns, "answer": answer}
+    takes_one = _takes_one(function)
+    if takes_one:
+        given = {**of_row, "prompt": prompt, "completion": completion}
+    else:
+        given = {**of_row, "prompts": prompt, "completions": completion}
+        given = {name: [value] for name, value in given.items()}
     missing = _missing(function, given)
     if missing:
-        there = ", ".join(key for key in given if key not in ("prompts", "completions"))
-        return 0.0, "missing_column", f"asks for the column '{missing}'; columns there: {there}"
-    returned = function(**{name: [given[name]] for name in wanted})
+        detail = f"asks for the column '{missing}'; columns there: {', '.join(of_row)}"
+        return Result(0.0, "missing_column", detail)
+    returned = function(**{name: given[name] for name in _accepted(function, given)})
     if inspect.iscoroutine(returned):
         returned = asyncio.run(returned)
-    return _as_result(returned)
+    return Result(None, "ok") if takes_one and returned is None else _as_result(returned)
+
+
+def _takes_one(function: RewardFunction) -> bool:
+    """Whether it is written for one sample, `f(prompt, completion, ...)`, rather than for lists."""
+    parameters = _parameters(function)
+    return "completion" in parameters and "completions" not in parameters
 
 
 def _accepted(function: RewardFunction, given: Mapping[str, Any]) -> list[str]:
@@ -176,17 +208,23 @@ _SIGNATURES: dict[RewardFunction, Mapping[str, inspect.Parameter]] = {}
 def _as_result(value: Any) -> Result:
     """`[x]`, `[(x, reason)]`, and their bare forms x and (x, reason) -> a result."""
     if value is None:
-        return 0.0, "not_a_number", "returned None instead of a list; is a `return` missing?"
+        return _no_number("None instead of a list; is a `return` missing?")
     if not _is_judgement(value) and not _is_number(value) and hasattr(value, "__len__"):
         if isinstance(value, str | bytes | dict) or len(value) != 1:
-            return 0.0, "not_a_number", f"returned {_short(value)} for one sample"
+            return _no_number(f"{_short(value)} for one sample")
         value = value[0]
+    if isinstance(value, Result):
+        return value
     reward, reason = value if _is_judgement(value) else (value, "ok")
     if reward is None:
-        return None, reason, ""
+        return Result(None, reason)
     if not _is_number(reward) or not math.isfinite(reward := float(reward)):
-        return 0.0, "not_a_number", f"returned {_short(reward)} as a reward"
-    return reward, reason, ""
+        return _no_number(f"{_short(reward)} as a reward")
+    return Result(reward, reason)
+
+
+def _no_number(what: str) -> Result:
+    return Result(0.0, "not_a_number", f"returned {what}")
 
 
 def _is_judgement(value: Any) -> bool:

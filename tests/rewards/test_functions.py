@@ -187,6 +187,33 @@ def test_reward_hacks_earn_nothing(completion: str, gold: str, reason: str) -> N
     assert judge(completion, gold) == (0.0, reason)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["\\sum_{i=1}^{42} 1", "6\\cdot 7", "4\\text{}2", "42+0x", "42\\%", "\\frac{84}{2}", "42e0"],
+)
+def test_roundabout_answers_are_right(answer: str) -> None:
+    """What math-verify accepts and nobody is harmed by."""
+    assert judge(boxed(answer), "42") == (1.0, "ok")
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("\\boxed{42} \\boxed{41}", "wrong"),  # the last box is the answer
+        ("\\boxed{41} \\text{ or } \\boxed{43}", "wrong"),
+        (boxed("41, 42, 43"), "wrong"),
+        (boxed("\\{42, 42.5\\}"), "wrong"),
+        ("\\boxed{}42", "no_answer"),
+        (boxed("42 \\text{ and } 41"), "refused:words"),
+        (boxed("42 \\text{ or maybe not}"), "refused:words"),
+        (boxed("x = 42 = 42"), "refused:equals"),
+        (boxed("42 = 42"), "refused:equals"),
+    ],
+)
+def test_several_answers_are_none(completion: str, reason: str) -> None:
+    assert judge(completion, "42") == (0.0, reason)
+
+
 def test_a_plain_number_is_no_percentage() -> None:
     assert judge(boxed("0.42"), "42\\%")[0] == 0.0
     assert judge(boxed("42\\%"), "42\\%") == (1.0, "ok")

@@ -391,7 +391,7 @@ def test_workers_do_not_outlive_the_trainer(rewards, how: str) -> None:
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
-    assert len(pids) == 2
+    assert len(pids) in (2, 3)  # the spare may have been started
     if how == "SIGKILL":
         time.sleep(0.5)
         assert all(map(alive, pids))
