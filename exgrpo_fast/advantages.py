@@ -21,6 +21,15 @@ def grpo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[fl
     return [a / std for a in centred] if std > 0.0 else centred
 
 
+def grpo_sample_std(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[float]:
+    """(r - mean) / (std + 1e-6) with the sample std, over K - 1: what verl computes, and HeRL's
+    published code with it."""
+    centred = dr_grpo(rewards, of)
+    spread = dr_grpo(of) if of is not None else centred
+    std = math.sqrt(sum(a * a for a in spread) / max(len(spread) - 1, 1))
+    return [a / (std + 1e-6) for a in centred]
+
+
 def dr_grpo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[float]:
     """r - mean: no division by the std (Dr.GRPO, arXiv 2503.20783, section 3.2)."""
     of = rewards if of is None else of

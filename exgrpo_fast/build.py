@@ -20,8 +20,7 @@ import transformers
 import xxhash
 from transformers import AutoTokenizer
 
-from exgrpo_fast.advantages import ADVANTAGES
-from exgrpo_fast.buffer.plan import StorePlan, StoreTooSmall
+from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
 from exgrpo_fast.buffer.pool import load_pool, solutions_of
 from exgrpo_fast.buffer.selectors import (
     QuestionSelector,
@@ -38,6 +37,7 @@ from exgrpo_fast.display import Screen
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
+from exgrpo_fast.memory import store_note, store_plan
 from exgrpo_fast.metrics import (
     CompletionLog,
     FanOut,
@@ -49,14 +49,17 @@ from exgrpo_fast.metrics import (
 from exgrpo_fast.optim import Optimiser, linear_warmup
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.reference import Reference
-from exgrpo_fast.rewards import RewardPool, check_golds
+from exgrpo_fast.rewards import RewardPool, RubricScorer, check_golds
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.sources.fresh import FreshSource
+from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
+from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.replay import NoReplay, Replay, ReplayRecipe, ReplaySource
 from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.verify import Decode, Verifier
 from exgrpo_kernels import PolicyObjective
 
 log = logging.getLogger(__name__)
@@ -106,6 +109,8 @@ def open_run(
         )
         if resume_from:
             take_up(trainer, state)
+        if isinstance(trainer.replay, ReplaySource):
+            screen.note(store_note(trainer.replay.store.plan, device))
         yield Run(trainer, policy, tokenizer)
 
 
@@ -133,19 +138,18 @@ def make_trainer(
 ) -> Trainer:
     """Sources, collector, learner, evaluator and trainer, from the bottom up."""
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
-    decode = make_decode(tokenizer)
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
     replay = make_replay(config, policy, train, tokenizer)
-    if isinstance(replay, ReplaySource):
-        screen.note(store_note(replay.store.plan, policy.device))
     sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
     extra_batches = rollout.dynamic_sampling.max_extra_batches
+    fresh = FreshSource(engine, policy, sampling=sampling, seed=seed)
+    verifier = make_verifier(config, rewards, tokenizer, screen)
     collector = Collector(
         stream=stream,
-        fresh=FreshSource(engine, policy, sampling=sampling, seed=seed),
+        fresh=fresh,
         replay=replay,
-        rewards=rewards,
-        decode=decode,
+        verifier=verifier,
+        hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
         screen=screen,
         overlong=OverlongRule(
             rollout.max_completion_tokens, algorithm.overlong.soft_penalty_tokens
@@ -157,7 +161,7 @@ def make_trainer(
     learner = Learner(
         policy,
         make_optimiser(config, policy),
-        advantage=ADVANTAGES[algorithm.advantage],
+        advantage=make_advantage(config),
         aggregation=algorithm.aggregation,
         max_completion_tokens=rollout.max_completion_tokens,
         minibatches=config.train.minibatches,
@@ -167,7 +171,7 @@ def make_trainer(
         tail=config.train.sparse_tail,
         replay=ReplayTerm(config.replay.baseline, config.replay.coef),
     )
-    evaluator = make_evaluator(config, engine, rewards, decode, screen)
+    evaluator = make_evaluator(config, engine, verifier, screen)
     return Trainer(
         stream=stream,
         replay=replay,
@@ -187,6 +191,13 @@ def make_trainer(
         checkpoint_every=config.checkpoint.every,
         completions_every=config.log.completions_every,
     )
+
+
+def make_advantage(config: Config) -> Advantage:
+    algorithm = config.algorithm
+    if (algorithm.advantage, algorithm.std) == ("grpo", "sample"):
+        return grpo_sample_std
+    return ADVANTAGES[algorithm.advantage]
 
 
 def make_objective(config: Config) -> PolicyObjective:
@@ -211,7 +222,7 @@ def make_replay(
     if not replay.enabled or (takes_a_share and replay.experience_ratio == 0.0):
         return NoReplay()
     store = ExperienceStore(
-        make_store_plan(config, len(questions)),
+        store_plan(config, len(questions)),
         group_size=config.rollout.group_size,
         device=policy.device,
         evict=replay.store.evict,
@@ -240,30 +251,33 @@ def make_replay(
     )
 
 
-def store_note(plan: StorePlan, device: torch.device) -> str:
-    host = f", {plan.num_host_bytes / 2**20:.0f} MiB on the host" if plan.num_host_pages else ""
-    return (
-        f"experience store: {plan.num_trajectories:,} trajectories, {plan.num_pages:,} pages of "
-        f"{plan.page_tokens} tokens, {plan.num_bytes / 2**20:.0f} MiB on {device}{host}"
+def make_hindsight(
+    config: Config,
+    fresh: FreshSource,
+    verifier: Verifier,
+    rewards: RewardPool,
+    tokenizer: Tokenizer,
+) -> HindsightSource | None:
+    if not config.hindsight.enabled:
+        return None
+    settings = config.hindsight.model_dump(exclude={"enabled", "max_prompt_tokens"})
+    return HindsightSource(
+        fresh,
+        verifier,
+        make_hindsight_prompt(config, rewards, tokenizer),
+        HindsightRecipe(**settings),
+        seed=config.train.seed,
     )
 
 
-def make_store_plan(config: Config, num_questions: int) -> StorePlan:
-    """ConfigError when the budget does not hold one step's trajectories."""
-    rollout, store = config.rollout, config.replay.store
-    try:
-        return StorePlan.fit(
-            num_questions=num_questions,
-            trajectories_per_step=rollout.prompts_per_step * rollout.group_size,
-            num_steps=config.train.max_steps,
-            max_tokens=rollout.max_completion_tokens,
-            max_bytes=int(store.max_gib * 2**30),
-            host_bytes=int(store.host_gib * 2**30),
-            page_tokens=store.page_tokens,
-            logprob_dtype=getattr(torch, store.logprob_dtype),
-        )
-    except StoreTooSmall as error:
-        raise ConfigError(f"replay.store.max_gib: {error}") from None
+def make_hindsight_prompt(
+    config: Config, rewards: RewardPool, tokenizer: Tokenizer
+) -> HindsightPrompt:
+    return HindsightPrompt(
+        tokenizer,
+        lambda: {name: rubric.public_text for name, rubric in rewards.rubrics.items()},
+        max_prompt_tokens=config.hindsight.max_prompt_tokens,
+    )
 
 
 def make_replay_recipe(config: Config) -> ReplayRecipe:
@@ -308,16 +322,23 @@ def make_optimiser(config: Config, policy: Policy) -> Optimiser:
 
 
 def make_evaluator(
-    config: Config, engine: RolloutEngine, rewards: RewardPool, decode: Decode, screen: Screen
+    config: Config,
+    engine: RolloutEngine,
+    verifier: Verifier,
+    screen: Screen,
+    *,
+    prompt: HindsightPrompt | None = None,
+    revisions: int = 0,
 ) -> Evaluator:
     sampling = Sampling(
         config.rollout.max_completion_tokens, config.eval.temperature, config.eval.top_p
     )
     return Evaluator(
         engine,
-        rewards,
-        decode,
+        verifier,
         screen,
+        prompt=prompt,
+        revisions=revisions,
         sampling=sampling,
         n=config.eval.n,
         ks=config.eval.k,
@@ -352,9 +373,24 @@ def make_rewards(config: Config) -> RewardPool:
     )
 
 
-# --- model and tokenizer --------------------------------------------------------------------------
+def make_verifier(
+    config: Config, rewards: RewardPool, tokenizer: Tokenizer, screen: Screen
+) -> Verifier:
+    """JudgeError, in one line, where a judge is configured that does not answer."""
+    scorer: RewardPool | RubricScorer = rewards
+    if config.reward.judge is not None:
+        from exgrpo_fast.rewards.judge import Judge
 
-Decode = Callable[[Sequence[int]], str]
+        scorer = RubricScorer(rewards, Judge(**config.reward.judge.model_dump()))
+        scorer.check()
+    elif judged := [name for name, rubric in rewards.rubrics.items() if rubric.judged]:
+        raise ConfigError(
+            f"reward.judge is not set, and only a judge can decide the rubrics {', '.join(judged)}"
+        )
+    return Verifier(scorer, make_decode(tokenizer), screen)
+
+
+# --- model and tokenizer --------------------------------------------------------------------------
 
 
 def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:

@@ -30,6 +30,7 @@ from exgrpo_fast.errors import UserError
 from exgrpo_fast.metrics import clean_line
 
 EXIT_USAGE, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 2, 70, 74, 128
+SORT_KEYS = ("bucket", "trajectories", "visits", "entropy", "age")  # of `buffer ls`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,9 +72,10 @@ def train(arguments: argparse.Namespace) -> int:
         print(dump_yaml(config), end="")
         print(derived_numbers(config))
         if config.replay.enabled:
-            from exgrpo_fast.build import make_store_plan, store_note
+            from exgrpo_fast.memory import store_note, store_plan
 
-            print(f"# {store_note(make_store_plan(config, num_questions=0), arguments.device)}")
+            device = arguments.device or "the training device"
+            print(f"# {store_note(store_plan(config, num_questions=0), device)}")
         return 0
     from exgrpo_fast.session import train_session
 
@@ -101,6 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.data,
         n=arguments.n,
         ks=arguments.k,
+        revise=arguments.revise,
         device=choose_device(arguments.device),
         **sampling_arguments(arguments),
     )
@@ -139,6 +142,20 @@ def score(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"--out {arguments.output}: {error.strerror}") from None
     return 0
+
+
+def reward_test(arguments: argparse.Namespace) -> int:
+    functions = arguments.functions.split(",")
+    require_rewards(functions, "--functions")
+    for path in arguments.data:
+        require_file(path, "--data")
+    from exgrpo_fast.rewards.trial import built_in_golds, golds_of, try_reward
+
+    fields = {"prompt_field": arguments.prompt_field, "answer_field": arguments.answer_field}
+    golds = golds_of(arguments.data, **fields) or built_in_golds(functions)
+    trial = try_reward(functions, golds)
+    print(json.dumps(trial.as_dict(), indent=2) if arguments.json else trial)
+    return 0 if trial.passed else 1
 
 
 def init(arguments: argparse.Namespace) -> int:
@@ -185,6 +202,60 @@ def check_data(arguments: argparse.Namespace) -> int:
     return 1 if report.bad_rows else 0
 
 
+def buffer_stats(arguments: argparse.Namespace) -> int:
+    require_file(arguments.path, "buffer stats")
+    from exgrpo_fast.buffer_session import stats_session
+
+    stats_session(Path(arguments.path), as_json=arguments.json)
+    return 0
+
+
+def buffer_ls(arguments: argparse.Namespace) -> int:
+    require_file(arguments.path, "buffer ls")
+    from exgrpo_fast.buffer_session import list_session
+
+    list_session(
+        Path(arguments.path),
+        sort=arguments.sort,
+        bucket=arguments.bucket,
+        limit=arguments.limit,
+    )
+    return 0
+
+
+def buffer_show(arguments: argparse.Namespace) -> int:
+    require_file(arguments.path, "buffer show")
+    from exgrpo_fast.buffer_session import show_session
+
+    show_session(Path(arguments.path), arguments.id)
+    return 0
+
+
+def buffer_prune(arguments: argparse.Namespace) -> int:
+    require_file(arguments.path, "buffer prune")
+    require_absent(arguments.out)
+    if arguments.max_age is None and arguments.max_per_question is None:
+        raise ConfigError("buffer prune: give --max-age STEPS, --max-per-question N or both")
+    from exgrpo_fast.buffer_session import prune_session
+
+    prune_session(
+        Path(arguments.path),
+        Path(arguments.out),
+        max_age=arguments.max_age,
+        max_per_question=arguments.max_per_question,
+    )
+    return 0
+
+
+def buffer_export(arguments: argparse.Namespace) -> int:
+    require_file(arguments.path, "buffer export")
+    require_absent(arguments.out)
+    from exgrpo_fast.buffer_session import export_session
+
+    export_session(Path(arguments.path), Path(arguments.out))
+    return 0
+
+
 # --- words ----------------------------------------------------------------------------------------
 
 
@@ -214,9 +285,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.set_defaults(run=run, options=made._option_string_actions)  # grows below
-        return made
+        return add_command(commands, name, run, text)
 
     c = command("train", train, "train a policy; any config key can be set, as --train.lr 1e-5")
     c.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
@@ -236,6 +305,9 @@ def parser() -> Parser:
     c.add_argument("--data", required=True, nargs="+", help=".jsonl or .parquet files")
     c.add_argument("-n", type=positive, default=8, help="samples per question (8)")
     c.add_argument("-k", type=positives, default=[1, 8], help="pass@k, comma separated (1,8)")
+    c.add_argument(
+        "--revise", type=positive, default=0, help="rounds in which failed responses are revised"
+    )
     add_sampling(c)
 
     c = command("sample", sample, "look at completions with their rewards")
@@ -258,6 +330,13 @@ def parser() -> Parser:
     c.add_argument("--out", dest="output", required=True)
     c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
 
+    c = command("reward-test", reward_test, "a reward against gold, wrong and nasty answers")
+    c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
+    c.add_argument("--data", nargs="+", default=[], help="gold answers; default: a built-in list")
+    c.add_argument("--prompt-field", default="prompt")
+    c.add_argument("--answer-field", default="answer")
+    c.add_argument("--json", action="store_true")
+
     c = command("check-data", check_data, "every bad row of a file, with line and reason")
     c.add_argument("file")
     c.add_argument("--prompt-field", default="prompt")
@@ -265,7 +344,45 @@ def parser() -> Parser:
 
     c = command("verify-checkpoint", verify_checkpoint, "exit 0 if whole, else 1 and the bad file")
     c.add_argument("folder")
+
+    add_buffer(commands)
     return top
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    made.set_defaults(run=run, options=made._option_string_actions)  # grows later
+    return made
+
+
+def add_buffer(commands: Any) -> None:
+    text = "the experience of a run: look inside, make it smaller, export it"
+    buffer = commands.add_parser("buffer", help=text, description=text, allow_abbrev=False)
+    actions = buffer.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made = add_command(actions, name, run, text)
+        made.add_argument("path", help="a run folder (its newest checkpoint), or a checkpoint")
+        return made
+
+    a = action("stats", buffer_stats, "how much is stored, how old and how hard it is")
+    a.add_argument("--json", action="store_true")
+
+    a = action("ls", buffer_ls, "the stored questions, one a line")
+    a.add_argument("--sort", choices=SORT_KEYS, default="bucket", help=f"{' | '.join(SORT_KEYS)}")
+    a.add_argument("--bucket", type=natural, help="only the questions of this bucket")
+    a.add_argument("--limit", type=positive, help="only the first so many")
+
+    a = action("show", buffer_show, "a question and its stored trajectories")
+    a.add_argument("id")
+
+    a = action("prune", buffer_prune, "write the checkpoint anew, with fewer trajectories")
+    a.add_argument("--max-age", type=natural, help="drop those born more steps ago")
+    a.add_argument("--max-per-question", type=positive, help="drop the highest entropies above it")
+    a.add_argument("--out", required=True, help="new, such as runs/NEW/checkpoints/step_80")
+
+    a = action("export", buffer_export, "trajectories as a parquet file for replay.store.pool")
+    a.add_argument("--out", required=True, help="a new .parquet file")
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
@@ -288,6 +405,12 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
     return int(text)
 
 
@@ -352,6 +475,11 @@ def require_file(path: str, key: str) -> None:
     close = difflib.get_close_matches(Path(path).name, names, n=1)
     hint = f"; did you mean {folder / close[0]}?" if close else ""
     raise ConfigError(f"{key}: {path} does not exist{hint}")
+
+
+def require_absent(out: str) -> None:
+    if Path(out).exists():
+        raise ConfigError(f"--out {out}: is there already")
 
 
 def require_rewards(references: Sequence[str], key: str) -> None:

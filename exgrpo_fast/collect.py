@@ -7,18 +7,23 @@ first, the stream brings the others. What is recalled for a question stands in i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from exgrpo_fast.display import Screen
-from exgrpo_fast.experience import Completion, Group, Question, Trajectory, Verdict
-from exgrpo_fast.rewards import RewardPool, RewardSample
+from exgrpo_fast.errors import UserError
+from exgrpo_fast.experience import Group, Question, Trajectory
 from exgrpo_fast.sources.fresh import FreshSource, Mismatch
+from exgrpo_fast.sources.hindsight import HindsightReport, HindsightSource
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.replay import Recall, Replay
+from exgrpo_fast.verify import Grading, Verifier
 
-Decode = Callable[[Sequence[int]], str]
+
+class NothingScored(UserError):
+    """No response of a step got a verdict, in one line."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Batch:
     discarded: tuple[Group, ...]  # generated, then left out by dynamic sampling
     recall: Recall
     mismatch: Mismatch
+    hindsight: HindsightReport | None = None
+    num_unscored: int = 0  # responses without a verdict, left out of their groups
 
     @property
     def generated(self) -> tuple[Group, ...]:
@@ -66,6 +73,12 @@ class Batch:
     @property
     def replayed(self) -> list[Trajectory]:
         return [t for group in self.generated for t in group.from_source("replay")]
+
+
+class Made(NamedTuple):
+    groups: list[Group]
+    mismatch: Mismatch
+    num_unscored: int
 
 
 class Collector:
@@ -77,8 +90,8 @@ class Collector:
         stream: QuestionStream,
         fresh: FreshSource,
         replay: Replay,
-        rewards: RewardPool,
-        decode: Decode,
+        verifier: Verifier,
+        hindsight: HindsightSource | None = None,
         screen: Screen,
         overlong: OverlongRule,
         prompts_per_step: int,
@@ -89,8 +102,8 @@ class Collector:
         self.stream = stream
         self.fresh = fresh
         self.replay = replay
-        self.rewards = rewards
-        self.decode = decode
+        self.verifier = verifier
+        self.hindsight = hindsight
         self.screen = screen
         self.overlong = overlong
         self.prompts_per_step = prompts_per_step
@@ -107,45 +120,52 @@ class Collector:
         with clock.measure("replay"):
             recall = self.replay.recall(plan, drawn, step=step)
         questions = [*plan.questions, *drawn]
-        groups, mismatch = self._make_groups(questions, recall, step, clock)
+        made = self._make_groups(questions, recall, step, clock)
         with clock.measure("replay"):
-            groups = self.replay.exchange([*plan.groups, *groups])
-        if self.max_extra_batches is None:
-            return Batch(tuple(groups), (), recall, mismatch)
-        return self._refill(groups, recall, mismatch, step, clock)
+            groups = self.replay.exchange([*plan.groups, *made.groups])
+        if not groups:
+            raise NothingScored(
+                f"step {step}: none of {made.num_unscored} responses got a verdict; is the judge "
+                f"reachable? The newest checkpoint can be resumed"
+            )
+        batch = Batch(tuple(groups), (), recall, made.mismatch, num_unscored=made.num_unscored)
+        if self.max_extra_batches is not None:
+            batch = self._refill(batch, step, clock)
+        if self.hindsight is not None:
+            with clock.measure("hindsight"), self.screen.phase("hindsight"):
+                groups, report = self.hindsight.revise(batch.groups, step=step)
+            batch = replace(batch, groups=tuple(groups), hindsight=report)
+        return batch
 
-    def _refill(
-        self, groups: list[Group], recall: Recall, mismatch: Mismatch, step: int, clock: Clock
-    ) -> Batch:
+    def _refill(self, batch: Batch, step: int, clock: Clock) -> Batch:
         """DAPO's dynamic sampling: groups without a gradient make room for new questions."""
-        kept = [group for group in groups if group.learnable]
-        discarded = [group for group in groups if not group.learnable]
+        kept = [group for group in batch.groups if group.learnable]
+        discarded = [group for group in batch.groups if not group.learnable]
         for _ in range(self.max_extra_batches or 0):
             missing = self.prompts_per_step - len(kept)
             if missing == 0:
                 break
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
-            nothing = Recall.nothing(len(drawn))
-            extra, _ = self._make_groups(drawn, nothing, step, clock)
+            extra = self._make_groups(drawn, Recall.nothing(len(drawn)), step, clock).groups
             kept += [group for group in extra if group.learnable]
             discarded += [group for group in extra if not group.learnable]
-        return Batch(tuple(kept), tuple(discarded), recall, mismatch)
+        return replace(batch, groups=tuple(kept), discarded=tuple(discarded))
 
     def _make_groups(
         self, questions: Sequence[Question], recall: Recall, step: int, clock: Clock
-    ) -> tuple[list[Group], Mismatch]:
+    ) -> Made:
         """One group for each question: what was recalled, then fresh ones."""
         slots = [self.replay.num_fresh(self.group_size, len(found)) for found in recall.slots]
-        with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
-            completions = self.fresh.sample(questions, slots, step=step, on_finished=advance)
-        flat = [c for of_question in completions for c in of_question]
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
         replayed = [t for found in recall.slots for t in found]
+        with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
+            grading = Grading(self.verifier, question_of, advance)
+            completions = self.fresh.sample(questions, slots, step=step, observer=grading)
+        flat = [c for of_question in completions for c in of_question]
         with clock.measure("reward"):
-            verdicts = self._verify(
-                [*question_of, *(t.question for t in replayed)], [*flat, *replayed]
-            )
+            verdicts = grading.verdicts()
+            verdicts += self.verifier.verify([t.question for t in replayed], replayed)
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(question_of, flat, step=step)
         judged = iter(
@@ -162,14 +182,12 @@ class Collector:
             Group(question, (*first, *others))
             for question, first, others in zip(questions, firsts, members, strict=True)
         ]
-        return groups, mismatch
+        scored = [part for group in groups if (part := scored_part(group))]
+        num_scored = sum(len(group.trajectories) for group in scored)
+        return Made(scored, mismatch, len(verdicts) - num_scored)
 
-    def _verify(
-        self, questions: Sequence[Question], responses: Sequence[Completion | Trajectory]
-    ) -> list[Verdict]:
-        samples = [
-            RewardSample(q.prompt, self.decode(r.token_ids.tolist()), q.answer, q.columns)
-            for q, r in zip(questions, responses, strict=True)
-        ]
-        with self.screen.phase("reward", len(samples)) as advance:
-            return self.rewards.score(samples, advance)
+
+def scored_part(group: Group) -> Group | None:
+    """The group without responses that nobody could judge; None when that is all of it."""
+    kept = tuple(t for t in group.trajectories if t.verdict is not None and t.verdict.scored)
+    return Group(group.question, kept) if kept else None

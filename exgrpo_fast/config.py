@@ -103,6 +103,21 @@ class DataConfig(Section):
     )
 
 
+class JudgeConfig(Section):
+    """An LLM that decides the rubrics without a check, behind an OpenAI-compatible endpoint."""
+
+    base_url: str = Field(description="up to and without /chat/completions, as a rule .../v1")
+    model: str
+    api_key_env: str | None = Field(
+        default="OPENAI_API_KEY", description="environment variable with the key; null = none"
+    )
+    max_concurrency: Positive = 16
+    timeout_seconds: PositiveFloat = 60.0
+    retries: NonNegative = 3
+    temperature: Annotated[float, Field(ge=0.0)] | None = 0.0
+    max_tokens: Positive | None = 512
+
+
 class RewardConfig(Section):
     functions: list[str] = Field(
         default=["math_verify"],
@@ -115,6 +130,9 @@ class RewardConfig(Section):
     workers: Positive = 2
     timeout_seconds: PositiveFloat = Field(
         default=5.0, description="per sample; the worker is then killed"
+    )
+    judge: JudgeConfig | None = Field(
+        default=None, description="for a set of rubrics some of which have no check"
     )
 
 
@@ -155,6 +173,9 @@ class OverlongConfig(Section):
 
 class AlgorithmConfig(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "dr_grpo"
+    std: Literal["population", "sample"] = Field(
+        default="population", description="of advantage grpo: over K, or over K - 1 as verl's"
+    )
     surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = "clip"
     ratio_level: Literal["token", "sequence"] = "token"
     clip_low: PositiveFloat | None = 0.2
@@ -257,6 +278,27 @@ class ReplayConfig(Section):
     store: StoreConfig = StoreConfig()
 
 
+class HindsightConfig(Section):
+    """HeRL: failed responses are revised and the best revision joins its group."""
+
+    enabled: bool = False
+    threshold: float = Field(default=1.0, description="groups whose best reward is below it")
+    max_revisions: Positive = Field(default=2, description="of each group")
+    choose: Literal["at_least", "always"] = Field(
+        default="at_least", description="join if as good as the best response, or always"
+    )
+    bonus: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.05, description="alpha: a response gains so much of what its revision gained"
+    )
+    clip_negative_bonus: bool = False
+    shaping: PositiveFloat = Field(default=1.0, description="gamma of w / (w + gamma)")
+    naive: bool = Field(default=False, description="NaiveHE: train without the hindsight")
+    with_replay: bool = Field(default=False, description="revise beside a replayed one, too")
+    max_prompt_tokens: Positive = Field(
+        default=4096, description="a longer hindsight prompt is left out, never cut"
+    )
+
+
 class TrainConfig(Section):
     max_steps: Positive = 200
     lr: PositiveFloat = 1e-6
@@ -310,6 +352,9 @@ class WarmStartConfig(Section):
     guess_share: Fraction = Field(
         default=0.55, description="solutions that guess; the others show their steps"
     )
+    revision_share: Fraction = Field(
+        default=0.0, description="examples that revise a wrong solution, told what it missed"
+    )
 
 
 class Config(Section):
@@ -320,6 +365,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     replay: ReplayConfig = ReplayConfig()
+    hindsight: HindsightConfig = HindsightConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -366,6 +412,8 @@ class Config(Section):
                 f"algorithm.dual_clip belongs to algorithm.surrogate clip, not to "
                 f"{algorithm.surrogate}; set it to null"
             )
+        if self.reward.judge and len(self.reward.functions) != 1:
+            raise ValueError("reward.judge goes with one set of rubrics in reward.functions")
         soft, limit = algorithm.overlong.soft_penalty_tokens, self.rollout.max_completion_tokens
         if soft > limit:
             raise ValueError(
@@ -374,12 +422,14 @@ class Config(Section):
             )
         if max(self.eval.k) > self.eval.n:
             raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
-        longest = self.data.max_prompt_tokens + limit
-        if self.train.max_tokens_per_microbatch < longest:
+        prompt, name = self.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if self.hindsight.enabled and self.hindsight.max_prompt_tokens > prompt:
+            prompt, name = self.hindsight.max_prompt_tokens, "hindsight.max_prompt_tokens"
+        if self.train.max_tokens_per_microbatch < prompt + limit:
             raise ValueError(
                 f"train.max_tokens_per_microbatch ({self.train.max_tokens_per_microbatch}) is "
-                f"below the longest sequence, data.max_prompt_tokens + "
-                f"rollout.max_completion_tokens = {longest}"
+                f"below the longest sequence, {name} + "
+                f"rollout.max_completion_tokens = {prompt + limit}"
             )
         return self
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from exgrpo_fast.display import Screen
 from exgrpo_fast.experience import Completion, Question, Verdict
-from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
-
-Decode = Callable[[Sequence[int]], str]
+from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
+from exgrpo_fast.verify import Grading, Verifier
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Evaluation:
     questions: int
     truncated: float  # share of completions cut by the length limit
     completion_len_mean: float
+    avg_at_n_revised: list[float] = field(default_factory=list)  # after each round of revision
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,20 +50,26 @@ class Evaluator:
     def __init__(
         self,
         engine: RolloutEngine,
-        rewards: RewardPool,
-        decode: Decode,
+        verifier: Verifier,
         screen: Screen,
         *,
         sampling: Sampling,
         n: int,
         ks: Sequence[int],
         seed: int,
+        revisions: int = 0,
+        prompt: HindsightPrompt | None = None,
     ) -> None:
-        """The same `seed` gives the same random numbers before and after training."""
+        """The same `seed` gives the same random numbers before and after training.
+
+        `revisions`: rounds in which failed responses are revised, told the verdict by `prompt`.
+        """
+        assert prompt is not None or revisions == 0
         self.engine = engine
-        self.rewards = rewards
-        self.decode = decode
+        self.verifier = verifier
         self.screen = screen
+        self.revisions = revisions
+        self.prompt = prompt
         self.sampling = sampling
         self.n = n
         self.ks = list(ks)
@@ -71,8 +77,7 @@ class Evaluator:
 
     def __call__(self, questions: Sequence[Question]) -> Evaluation:
         samples = self.sample(questions)
-        correct = [s.verdict.reward == 1.0 for s in samples]
-        successes = np.array(correct).reshape(len(questions), self.n).sum(axis=1)
+        successes = self._successes(samples)
         low, high = bootstrap_interval(successes / self.n, seed=self.seed)
         return Evaluation(
             avg_at_n=float(successes.mean() / self.n),
@@ -83,7 +88,48 @@ class Evaluator:
             questions=len(questions),
             truncated=float(np.mean([s.completion.truncated for s in samples])),
             completion_len_mean=float(np.mean([len(s.completion.token_ids) for s in samples])),
+            avg_at_n_revised=self._revised(samples),
         )
+
+    def _successes(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Right ones of each question; what nobody could judge is not right."""
+        correct = [s.verdict.reward == 1.0 for s in samples]
+        return np.array(correct).reshape(-1, self.n).sum(axis=1)
+
+    def _revised(self, samples: Sequence[Sample]) -> list[float]:
+        """avg@n after each round of revision; a response that is right is left alone."""
+        averages, samples = [], list(samples)
+        for number in range(1, self.revisions + 1):
+            samples = self._revise(samples, number)
+            averages.append(float(self._successes(samples).mean() / self.n))
+        return averages
+
+    def _revise(self, samples: list[Sample], number: int) -> list[Sample]:
+        assert self.prompt is not None
+        failed = [i for i, sample in enumerate(samples) if sample.verdict.reward != 1.0]
+        asked = {
+            i: question
+            for i in failed
+            if (
+                question := self.prompt.ask(
+                    samples[i].question, samples[i].text, samples[i].verdict, revision=number
+                )
+            )
+        }
+        requests = [
+            Request(question.prompt_ids, request_seed(self.seed, "revise", question.id, i % self.n))
+            for i, question in asked.items()
+        ]
+        if not requests:
+            return samples
+        with self.screen.phase("revise", len(requests)):
+            completions = self.engine.generate(requests, self.sampling)
+        originals = [samples[i].question for i in asked]
+        drafts = [samples[i].text for i in asked]
+        verdicts = self.verifier.verify(originals, completions, drafts=drafts)
+        revised = self._samples(originals, completions, verdicts)
+        by_place = dict(zip(asked, revised, strict=True))
+        return [by_place.get(i, sample) for i, sample in enumerate(samples)]
 
     def sample(self, questions: Sequence[Question]) -> list[Sample]:
         """n judged completions of each question, question by question."""
@@ -93,14 +139,17 @@ class Evaluator:
             for i, q in enumerate(asked)
         ]
         with self.screen.phase("evaluate", len(requests)) as advance:
-            completions = self.engine.generate(requests, self.sampling, advance)
-        texts = [self.decode(completion.token_ids.tolist()) for completion in completions]
-        verdicts = self.rewards.score(
-            [
-                RewardSample(q.prompt, text, q.answer, q.columns)
-                for q, text in zip(asked, texts, strict=True)
-            ]
-        )
+            grading = Grading(self.verifier, asked, advance)
+            completions = self.engine.generate(requests, self.sampling, grading)
+        return self._samples(asked, completions, grading.verdicts())
+
+    def _samples(
+        self,
+        asked: Sequence[Question],
+        completions: Sequence[Completion],
+        verdicts: Sequence[Verdict],
+    ) -> list[Sample]:
+        texts = [self.verifier.decode(completion.token_ids.tolist()) for completion in completions]
         return [Sample(*row) for row in zip(asked, completions, texts, verdicts, strict=True)]
 
 

@@ -30,6 +30,7 @@ class Question:
     prompt: str  # the same prompt as text, for people and for reward functions
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row (JSON)
+    conversation: tuple[Mapping[str, Any], ...] = ()  # the messages that the template was given
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ class Trajectory:
     birth_step: int = 0  # the step in which it was generated
     verdict: Verdict | None = None
     penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong responses
+    bonus: float = 0.0  # added as well, such as HeRL's for a response that can be mended
 
     @property
     def reward(self) -> float:
-        return self._verified + self.penalty
+        return self._verified + self.penalty + self.bonus
 
     @property
     def successful(self) -> bool:

@@ -16,6 +16,7 @@ from exgrpo_fast.build import (
     make_decode,
     make_engine,
     make_evaluator,
+    make_hindsight_prompt,
     make_policy,
     make_rewards,
     open_run,
@@ -30,6 +31,7 @@ from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.report import write_report
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import NumericalStop, Trainer
+from exgrpo_fast.verify import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +171,16 @@ def model_config(
 
 
 def eval_session(
-    model: str, files: Sequence[str], *, n: int, ks: Sequence[int], device: str, **options: Any
+    model: str,
+    files: Sequence[str],
+    *,
+    n: int,
+    ks: Sequence[int],
+    revise: int = 0,
+    device: str,
+    **options: Any,
 ) -> dict[str, Any]:
-    """file -> its evaluation."""
+    """file -> its evaluation; `revise` rounds in which failed responses are written again."""
     quiet_libraries()
     config = model_config(model, n=n, ks=ks, **options)
     screen = make_screen()
@@ -181,7 +190,11 @@ def eval_session(
         with make_rewards(config) as rewards:
             policy = make_policy(config, model, device=device)
             engine = make_engine(config, policy, tokenizer)
-            evaluator = make_evaluator(config, engine, rewards, make_decode(tokenizer), screen)
+            verifier = Verifier(rewards, make_decode(tokenizer), screen)
+            prompt = make_hindsight_prompt(config, rewards, tokenizer) if revise else None
+            evaluator = make_evaluator(
+                config, engine, verifier, screen, prompt=prompt, revisions=revise
+            )
             return {file: evaluator(questions).as_dict() for file, questions in loaded.items()}
     finally:
         screen.close()
@@ -214,7 +227,7 @@ def sample_session(
             policy = make_policy(config, model, device=device)
             engine = make_engine(config, policy, tokenizer)
             decode = make_decode(tokenizer)
-            evaluator = make_evaluator(config, engine, rewards, decode, screen)
+            evaluator = make_evaluator(config, engine, Verifier(rewards, decode, screen), screen)
             samples = evaluator.sample([question])
     finally:
         screen.close()

@@ -23,7 +23,7 @@ from exgrpo_fast.display import NullScreen
 from exgrpo_fast.experience import Completion, Question
 from exgrpo_fast.metrics import NullSink
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import Trainer
 
@@ -53,7 +53,13 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: Any) -> P
 def make_questions(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> list[Question]:
     """Questions whose prompts differ in content and length."""
     return [
-        Question(name, tuple(tokenizer(f"What is {name} + {i}?")["input_ids"]), f"{name}?", "3")
+        Question(
+            name,
+            tuple(tokenizer(f"What is {name} + {i}?")["input_ids"]),
+            f"{name}?",
+            "3",
+            conversation=({"role": "user", "content": f"What is {name} + {i}?"},),
+        )
         for i, name in enumerate(names)
     ]
 
@@ -79,11 +85,13 @@ class ScriptedEngine:
         self,
         requests: Sequence[Request],
         sampling: Sampling,
-        on_finished: Callable[[int], None] = lambda count: None,
+        observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
         texts = [self.lines[self.name_of[request.prompt_ids]].popleft() for request in requests]
         ids = [torch.tensor(self.tokenizer(f"{text}<|end|>")["input_ids"]) for text in texts]
-        return [Completion(i, torch.full((len(i),), -1.0), truncated=False) for i in ids]
+        found = [Completion(i, torch.full((len(i),), -1.0), truncated=False) for i in ids]
+        observer.finished(range(len(found)), found)
+        return found
 
 
 @pytest.fixture

@@ -131,7 +131,8 @@ from exgrpo_fast.cli import main
 for words in ("train quickstart --train.lrr 1", "train quikstart", "train quickstart --train.lr x",
               "train quickstart --reward.functions [exat]", "train grpo", "trian",
               "train quickstart --data.train no.jsonl", "train quickstart --train.minibatches 3",
-              "eval --model m --data no.jsonl", "train quickstart --dry-run", "init new"):
+              "eval --model m --data no.jsonl", "buffer stats nowhere",
+              "train quickstart --dry-run", "init new"):
     try:
         main(words.split())
     except SystemExit as ended:
@@ -147,7 +148,7 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
         cwd=tmp_path,
     )
     codes = [line for line in done.stderr.splitlines() if not line.startswith("exgrpo-fast: ")]
-    assert len(codes) == 11, done.stderr
+    assert len(codes) == 12, done.stderr
     assert all(line.endswith(" 2") for line in codes[:-2])
     assert codes[-2:] == ["train quickstart --dry-run 0", "init new 0"]
 

@@ -165,7 +165,7 @@ def test_repo_takes_the_highest_rewards_and_the_newest_stay(tokenizer, make_test
         engine.expect(question.id, "wrong", "right 1", "wrong", "right 2")
         engine.expect(question.id, "wrong", "wrong", "wrong", "right 3")
         engine.expect(question.id, "wrong", "wrong", "wrong", "wrong")
-    decode = trainer.collector.decode
+    decode = trainer.collector.verifier.decode
     trainer.step()
     batch, _ = trainer.step()
     for group in batch.groups:
@@ -193,7 +193,7 @@ def test_rlep_replays_an_earlier_runs_successes(tokenizer, make_test_trainer, tm
     store = source(earlier).store
     path = tmp_path / "pool.parquet"
     kept = snapshot(store, NAMES, vocabulary=source(earlier).vocabulary)
-    assert export_pool(kept, path, earlier.collector.decode) == store.num_trajectories > 4
+    assert export_pool(kept, path, earlier.collector.verifier.decode) == store.num_trajectories > 4
     behind = {
         tuple(tokens.tolist()) for tokens in kept["token_ids"].split(kept["lengths"].tolist())
     }

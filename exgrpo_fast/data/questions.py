@@ -117,7 +117,14 @@ class _Renderer:
         return [
             text
             if isinstance(text, BadRow)
-            else Question(row.id, tuple(next(encoded)), text, row.answer, row.columns)
+            else Question(
+                row.id,
+                tuple(next(encoded)),
+                text,
+                row.answer,
+                row.columns,
+                tuple(self._conversation(row)),
+            )
             for row, text in zip(rows, texts, strict=True)
         ]
 

@@ -52,10 +52,14 @@ def prepare_quickstart(config: Config, path: Path, screen: Screen, *, device: st
 def imitated_pairs(config: Config, task: GymTask) -> list[tuple[str, str]]:
     settings, seed = config.warm_start, config.train.seed
     larger = {"size": settings.examples, "seed": EXAMPLES_SEED * (1 + seed)}
-    pairs = solved_examples(
-        task.model_copy(update=larger), guess_share=settings.guess_share, seed=seed
-    )
-    held_out = set()
+    held_out: set[str] = set()
     if isinstance(config.data.eval, GymTask):
         held_out = {q for q, _ in solved_examples(config.data.eval, guess_share=0.0, seed=0)}
-    return [pair for pair in pairs if pair[0] not in held_out]
+    pairs = solved_examples(
+        task.model_copy(update=larger),
+        guess_share=settings.guess_share,
+        revision_share=settings.revision_share,
+        seed=seed,
+        leave_out=held_out,
+    )
+    return list(pairs)

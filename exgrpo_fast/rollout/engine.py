@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,12 +27,25 @@ class Request:
     seed: int  # 64 bits; see `request_seed`
 
 
+class Observer:
+    """Is told of a generation while it goes on; what it does must be brief."""
+
+    def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
+        """Some requests, by their places in the list, have their completions."""
+
+    def waiting(self) -> None:
+        """Now and then, at least once for every few tokens."""
+
+
+UNOBSERVED = Observer()
+
+
 class RolloutEngine(Protocol):
     def generate(
         self,
         requests: Sequence[Request],
         sampling: Sampling,
-        on_finished: Callable[[int], None] = lambda count: None,
+        observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
         """One completion per request, in order. The process-wide random state is untouched."""
         ...

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from exgrpo_fast.experience import Completion
 from exgrpo_fast.policy import Policy, inference
-from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 
 
 class TransformersEngine:
@@ -43,7 +43,7 @@ class TransformersEngine:
         self,
         requests: Sequence[Request],
         sampling: Sampling,
-        on_finished: Callable[[int], None] = lambda count: None,
+        observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
         completions: list[Completion | None] = [None] * len(requests)
         # Prompts of similar length share a batch, so that little of it is padding.
@@ -51,13 +51,17 @@ class TransformersEngine:
         with inference(self.policy.model), self.policy.autocast():
             for start in range(0, len(order), self.max_batch_sequences):
                 members = order[start : start + self.max_batch_sequences]
-                batch = self._generate_batch([requests[i] for i in members], sampling)
+                batch = self._generate_batch(
+                    [requests[i] for i in members], sampling, observer.waiting
+                )
                 for i, completion in zip(members, batch, strict=True):
                     completions[i] = completion
-                on_finished(len(members))
+                observer.finished(members, batch)
         return [completion for completion in completions if completion is not None]
 
-    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def _generate_batch(
+        self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
+    ) -> list[Completion]:
         device = self.policy.device
         width = max(len(request.prompt_ids) for request in requests)
         prompts = torch.full((len(requests), width), self.pad_token_id, device=device)
@@ -65,7 +69,7 @@ class TransformersEngine:
         for row, request in enumerate(requests):  # left padding: generation goes on at the right
             prompts[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
-        sampler = SeededSampler([r.seed for r in requests], sampling, width, device)
+        sampler = SeededSampler([r.seed for r in requests], sampling, width, device, waiting)
         model: Any = self.policy.model
         output = model.generate(
             input_ids=prompts,
@@ -100,15 +104,23 @@ class SeededSampler(LogitsProcessor):
     """
 
     def __init__(
-        self, seeds: Sequence[int], sampling: Sampling, prompt_width: int, device: torch.device
+        self,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        prompt_width: int,
+        device: torch.device,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        """`waiting` is called once a token."""
         signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
         self.seeds_B = torch.tensor(signed, dtype=torch.int64, device=device)
         self.sampling = sampling
         self.prompt_width = prompt_width
         self.logprobs: list[Tensor] = []  # one float32 [B] per position
+        self.waiting = waiting
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.waiting()
         greedy = self.sampling.temperature == 0.0
         logprobs_BV = (scores.float() / (1.0 if greedy else self.sampling.temperature)).log_softmax(
             dim=-1

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exgrpo_fast.experience import Completion, Question, Trajectory
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
-from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
+from exgrpo_fast.rollout.engine import (
+    UNOBSERVED,
+    Observer,
+    Request,
+    RolloutEngine,
+    Sampling,
+    request_seed,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class FreshSource:
         counts: Sequence[int],
         *,
         step: int,
-        on_finished: Callable[[int], None] = lambda count: None,
+        observer: Observer = UNOBSERVED,
     ) -> list[list[Completion]]:
         """`counts[i]` completions of question i, in order."""
         requests = [
@@ -44,7 +51,7 @@ class FreshSource:
             for question, count in zip(questions, counts, strict=True)
             for sample in range(count)
         ]
-        completions = iter(self.engine.generate(requests, self.sampling, on_finished))
+        completions = iter(self.engine.generate(requests, self.sampling, observer))
         return [[next(completions) for _ in range(count)] for count in counts]
 
     def score(

@@ -1,0 +1,93 @@
+"""Responses -> verdicts: token ids to text, and what a reward is told beside the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from exgrpo_fast.display import Screen
+from exgrpo_fast.experience import Completion, Question, Trajectory, Verdict
+from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer, Ticket
+from exgrpo_fast.rollout.engine import Observer
+
+Decode = Callable[[Sequence[int]], str]
+Scorer = RewardPool | RubricScorer
+
+
+class Verifier:
+    """Asks the rewards about responses; the row's own columns are handed on with them."""
+
+    def __init__(self, rewards: Scorer, decode: Decode, screen: Screen) -> None:
+        self.rewards = rewards
+        self.decode = decode
+        self.screen = screen
+
+    def verify(
+        self,
+        questions: Sequence[Question],
+        responses: Sequence[Completion | Trajectory],
+        *,
+        drafts: Sequence[str] | None = None,
+    ) -> list[Verdict]:
+        """One verdict each. `drafts`: the texts that the responses revise."""
+        samples = [
+            self.sample(question, response, drafts[i] if drafts else None)
+            for i, (question, response) in enumerate(zip(questions, responses, strict=True))
+        ]
+        with self.screen.phase("reward", len(samples)) as advance:
+            return self.rewards.score(samples, advance)
+
+    def sample(
+        self, question: Question, response: Completion | Trajectory, draft: str | None = None
+    ) -> RewardSample:
+        columns = {**question.columns, "truncated": response.truncated}
+        if draft is not None:
+            columns["draft"] = draft
+        text = self.decode(response.token_ids.tolist())
+        return RewardSample(question.prompt, text, question.answer, columns)
+
+
+class Grading(Observer):
+    """Has responses scored while others are still being generated.
+
+    A judge is asked at the end: it wants all of them side by side.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        questions: Sequence[Question],
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """`questions`: of each request of the generation, by its place."""
+        self.verifier = verifier
+        self.questions = questions
+        self.advance = advance
+        self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
+        self.ticket: Ticket | None = None
+        self.places: list[int] = []  # of the samples handed in, in that order
+        self.samples: list[RewardSample] = []
+
+    def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
+        samples = [
+            self.verifier.sample(self.questions[place], completion)
+            for place, completion in zip(places, completions, strict=True)
+        ]
+        self.places += places
+        self.samples += samples
+        if self.pool is not None:
+            self.ticket = self.pool.submit(samples, onto=self.ticket)
+        self.advance(len(places))
+
+    def waiting(self) -> None:
+        if self.pool is not None and self.ticket is not None:
+            self.pool.poll()
+
+    def verdicts(self) -> list[Verdict]:
+        """One for each request, in their order; waits for what is open."""
+        with self.verifier.screen.phase("reward", len(self.samples)) as advance:
+            if self.pool is not None and self.ticket is not None:
+                found = self.pool.verdicts(self.ticket, advance)
+            else:
+                found = self.verifier.rewards.score(self.samples, advance)
+        by_place = dict(zip(self.places, found, strict=True))
+        return [by_place[place] for place in range(len(self.questions))]
