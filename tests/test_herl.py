@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
 
+from exgrpo_fast.collect import Clock, NothingScored
+from exgrpo_fast.display import NullScreen
+from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Completion, Group, Trajectory, Verdict
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 from exgrpo_fast.sources.hindsight import HindsightSource
 from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.verify import Grading
 from exgrpo_kernels import policy_loss
 
 HERL = {"enabled": True, "max_prompt_tokens": 240, "max_revisions": 3}
@@ -63,7 +71,7 @@ def herl_trainer(
         },
     }
     for name, values in more.items():
-        sections[name] = sections[name] | values
+        sections[name] = sections.get(name, {}) | values
     return make_test_trainer(questions, engine=engine, function="graded", **sections), engine
 
 
@@ -94,7 +102,7 @@ def test_the_revision_is_trained_behind_its_hindsight(tokenizer, make_test_train
     is trained, and r / (r + 1) is not clipped."""
     trainer, engine = herl_trainer(tokenizer, make_test_trainer, {"q": H3}, H3_REVISIONS)
     model = trainer.learner.policy.model
-    batch = trainer.collector.collect(1, __import__("exgrpo_fast.collect").collect.Clock())
+    batch = trainer.collector.collect(1, Clock())
     winner = batch.groups[0].trajectories[-1]
     prompt = tokenizer.decode(winner.question.prompt_ids)
     assert H3[1] in prompt and "What it missed:\n- The final answer is right." in prompt
@@ -216,8 +224,6 @@ def test_what_nobody_could_judge_leaves_its_group(tokenizer, make_test_trainer) 
 
 
 def test_a_step_in_which_nothing_was_judged_stops_the_run(tokenizer, make_test_trainer) -> None:
-    from exgrpo_fast.collect import NothingScored
-
     trainer, _ = herl_trainer(tokenizer, make_test_trainer, {"q": ["illegible"] * 3}, {})
     with pytest.raises(NothingScored, match="none of 3 responses got a verdict"):
         trainer.step()
@@ -239,9 +245,171 @@ def test_revisions_keep_to_groups_of_their_own(tokenizer, make_test_trainer) -> 
     assert groups == [mixed] and report.revisions == 0
 
 
+RUBRICS_FILE = """
+from exgrpo_fast.rewards import Rubric
+
+def is_right(prompt, response, context):
+    return response.startswith("right")
+
+RUBRICS = [
+    Rubric("right", 3.0, is_right, "It is right."),
+    Rubric("kind", 1.0, None, "It is kind."),
+]
+"""
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: int) -> None:
+    """Rubrics of both kinds in one reward, what was missed in the prompt of the revision; a judge
+    that fails costs no response its reward, it only leaves them out."""
+    path = tmp_path / "rubrics.py"
+    path.write_text(RUBRICS_FILE)
+    answers = {"right kind": 1, "right rude": 0, "wrong kind": 1, "wrong rude": 0}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = body["messages"][-1]["content"]
+            kind = next((v for text, v in answers.items() if text in asked), 1)
+            first = not self.server.answered  # the probe at the start asks two things
+            self.server.answered = True
+            content = json.dumps({"results": [1, 0] if first else [kind]})
+            reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+            self.send_response(200 if first else status)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answered = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    judge = {
+        "base_url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "model": "a judge",
+        "api_key_env": None,
+        "retries": 0,
+    }
+    rewards = {"functions": [f"{path}:RUBRICS"], "judge": judge}
+    responses = {"q": ["right rude", "wrong kind", "wrong rude"]}
+    try:
+        trainer, engine = herl_trainer(
+            tokenizer,
+            make_test_trainer,
+            responses,
+            {"right rude": "right kind"},
+            reward=rewards,
+        )
+        if status == 500:
+            with pytest.raises(NothingScored, match="none of 3 responses got a verdict"):
+                trainer.step()
+            return
+        batch, _ = trainer.step()
+        (group,) = batch.groups
+        assert group.rewards == pytest.approx([0.75 + 0.05 * 0.25, 0.25, 0.0, 1.0])
+        assert group.trajectories[0].verdict.checks == (("right", True), ("kind", False))
+        (prompt,) = engine.asked
+        assert "What it met:\n- It is right.\nWhat it missed:\n- It is kind.\n" in prompt
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_eval_revises_what_failed_until_it_is_right(tokenizer, make_test_trainer) -> None:
+    responses = {"q": ["score 1.0 a", "score 0.5 b"], "r": ["score 0.0 c", "score 0.0 d"]}
+    revisions = {
+        "score 0.5 b": "score 1.0 x",
+        "score 0.0 c": "score 0.2 y",
+        "score 0.0 d": "score 1.0 z",
+        "score 0.2 y": "score 1.0 w",
+    }
+    trainer, engine = herl_trainer(tokenizer, make_test_trainer, responses, revisions)
+    hindsight = trainer.collector.hindsight
+    assert isinstance(hindsight, HindsightSource)
+    evaluator = Evaluator(
+        engine,
+        trainer.collector.verifier,
+        NullScreen(),
+        sampling=Sampling(16),
+        n=2,
+        ks=[1],
+        seed=0,
+        revisions=2,
+        prompt=hindsight.prompt,
+    )
+    found = evaluator(list(trainer.stream.by_id.values()))
+    assert found.avg_at_n == 0.25
+    assert found.avg_at_n_revised == [0.75, 1.0]
+    assert len(engine.asked) == 4  # three in the first round, the one still wrong in the second
+
+
+def test_responses_are_scored_while_others_are_generated(tokenizer, make_test_trainer) -> None:
+    """With two batches of two, verdicts of the first are there before the second is finished."""
+    questions = make_questions(tokenizer, ["a", "b"])
+    trainer = make_test_trainer(
+        questions,
+        function="even_length",
+        rollout={
+            "prompts_per_step": 2,
+            "group_size": 2,
+            "max_batch_sequences": 2,
+            "max_completion_tokens": 12,
+        },
+    )
+    collector, done = trainer.collector, []
+
+    class Watch(Grading):
+        def waiting(self) -> None:
+            super().waiting()
+            if self.ticket is not None:
+                time.sleep(0.05)  # a token takes longer on a model of any size
+                done.append((len(self.samples), self.ticket.num_done))
+
+    grading = Watch(collector.verifier, [questions[0]] * 2 + [questions[1]] * 2)
+    completions = collector.fresh.sample(questions, [2, 2], step=1, observer=grading)
+    assert done[-1] == (2, 2), "the first two were not scored before the others were finished"
+    texts = [collector.verifier.decode(c.token_ids.tolist()) for of in completions for c in of]
+    assert [v.reward for v in grading.verdicts()] == [float(len(t) % 2 == 0) for t in texts]
+
+
 # --- H4 to H6: the loss ---------------------------------------------------------------------------
 
 H5_RATIOS = [[1.1, 0.7], [1.3, 1.0, 0.9], [1.0, 1.2]]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "ratio", "value", "slope"),
+    [
+        (1.0, 0.1, 0.090909, 0.082645),
+        (1.0, 0.5, 0.333333, 0.222222),
+        (1.0, 1.0, 0.5, 0.25),
+        (1.0, 2.0, 0.666667, 0.222222),
+        (1.0, 10.0, 0.909091, 0.082645),
+        (0.1, 1.0, 0.909091, 0.082645),
+        (0.1, 0.1, 0.5, 0.25),
+    ],
+)
+def test_h4_shaping(
+    tokenizer, make_test_trainer, gamma: float, ratio: float, value: float, slope: float
+) -> None:
+    trainer, _ = herl_trainer(tokenizer, make_test_trainer, {"q": H3}, {})
+    new, one = torch.tensor([ratio]).log().requires_grad_(), torch.ones(1)
+    result = policy_loss(
+        new,
+        torch.zeros(1),
+        advantages=one,
+        behaviour_logprobs=0 * one,
+        weights=one,
+        shaping=gamma * one,
+        objective=trainer.objective,
+    )
+    result.loss.backward()
+    assert new.grad is not None
+    assert (-float(result.loss.detach()), -float(new.grad)) == pytest.approx(
+        (value, slope), abs=6e-7
+    )
 
 
 @pytest.mark.parametrize(

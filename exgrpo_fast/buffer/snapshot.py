@@ -29,12 +29,12 @@ def stored_rows(store: ExperienceStore) -> Tensor:
 
 def read_to_host(store: ExperienceStore, rows: Tensor) -> Experiences:
     """On the CPU, a part at a time: the addresses of all tokens at once are larger than the store."""
-    parts = [store.read(part).cpu() for part in rows.split(MOVED_AT_ONCE)]
-    lengths = torch.cat([part.tokens.lengths for part in parts])
+    found = [store.read(part).cpu() for part in rows.split(MOVED_AT_ONCE)]
+    lengths = torch.cat([part.tokens.lengths for part in found])
     return Experiences(
-        tokens=Ragged(torch.cat([part.tokens.values for part in parts]), lengths),
+        tokens=Ragged(torch.cat([part.tokens.values for part in found]), lengths),
         **{
-            f.name: torch.cat([getattr(part, f.name) for part in parts])
+            f.name: torch.cat([getattr(part, f.name) for part in found])
             for f in fields(Experiences)
             if f.name != "tokens"
         },
