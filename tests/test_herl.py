@@ -374,6 +374,22 @@ def test_responses_are_scored_while_others_are_generated(tokenizer, make_test_tr
     assert [v.reward for v in grading.verdicts()] == [float(len(t) % 2 == 0) for t in texts]
 
 
+def test_a_success_with_hindsight_does_not_make_a_question_stored(
+    tokenizer, make_test_trainer
+) -> None:
+    trainer, _ = herl_trainer(
+        tokenizer,
+        make_test_trainer,
+        {"q": ["score 0.0 a", "score 0.0 b"], "r": ["score 1.0 c", "score 0.0 d"]},
+        {line: "score 1.0 x" for line in ("score 0.0 a", "score 0.0 b")},
+        replay={"enabled": True, "start_success_rate": None},
+    )
+    batch, metrics = trainer.step()
+    assert [g.num_successes for g in batch.groups if g.question.id == "q"] == [1]
+    assert trainer.replay.store.bucket.tolist() == [-1, 1]
+    assert metrics["replay_trajectories"] == 1
+
+
 # --- H4 to H6: the loss ---------------------------------------------------------------------------
 
 H5_RATIOS = [[1.1, 0.7], [1.3, 1.0, 0.9], [1.0, 1.2]]

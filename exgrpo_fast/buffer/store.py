@@ -8,7 +8,8 @@ Two tables on the training device. A row of the first is one trajectory; free ro
     retired         solved K times out of K; it left for good
 
 Every change is a handful of tensor operations over whole columns. None loops over trajectories, and
-none waits for the device, save when the free rows or pages run out (`_make_room`).
+none waits for the device, save when free rows or pages run out (`_make_room`) or a limit on the
+trajectories of a question, or on groups, is set.
 
 ExGRPO (arXiv 2510.02245), section 3.2.
 """

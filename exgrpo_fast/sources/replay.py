@@ -299,9 +299,10 @@ class ReplaySource:
     def observe(self, groups: Sequence[Group], *, step: int) -> list[str]:
         """Store, move and retire by the rule above; returns the questions retired now.
 
-        Groups taken whole from the store are no news.
+        Groups taken whole from the store are no news, and a revision says nothing of how hard the
+        question is without its hindsight.
         """
-        groups = [group for group in groups if not all(group.replayed)]
+        groups = [own_part(group) for group in groups if not all(group.replayed)]
         retiring = [group for group in groups if self.recipe.retire and is_solved(group)]
         # Retiring works before replay is active, keeping does not.
         if retiring:
@@ -468,6 +469,12 @@ class NoReplay:
 
 
 # --- small mathematics ----------------------------------------------------------------------------
+
+
+def own_part(group: Group) -> Group:
+    """Without the revisions."""
+    own = tuple(t for t in group.trajectories if t.source != "hindsight")
+    return Group(group.question, own)
 
 
 def is_solved(group: Group) -> bool:

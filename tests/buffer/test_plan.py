@@ -33,9 +33,9 @@ def real_bytes(value) -> int:
 PLANS = [
     StorePlan(1, 1, 1, 1, 1),
     StorePlan(5, 7, 11, 4, 16),
-    StorePlan(100, 33, 77, 16, 100, torch.bfloat16),
-    StorePlan(17, 9, 5, 8, 65, torch.float32, 13),
-    StorePlan(1000, 256, 300, 256, 8192, torch.bfloat16, 40),
+    StorePlan(100, 33, 77, 16, 100, 2),
+    StorePlan(17, 9, 5, 8, 65, 4, 13),
+    StorePlan(1000, 256, 300, 256, 8192, 2, 40),
 ]
 
 
