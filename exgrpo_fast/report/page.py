@@ -16,6 +16,7 @@ from exgrpo_fast.report.markup import safe_text
 from exgrpo_fast.report.reading import Run
 from exgrpo_fast.report.run_figures import (
     health_figures,
+    hindsight_figures,
     learning_figures,
     machine_figures,
     replay_figures,
@@ -37,6 +38,7 @@ def render(run: Run) -> str:
 {headline(run)}{facts(run)}</header><main>
 {_figures_section("Learning", learning_figures(run))}
 {_figures_section("Experience replay", replay_figures(run))}
+{_figures_section("Hindsight", hindsight_figures(run))}
 {completions_section(run)}
 {_figures_section("Time", machine_figures(run))}
 {_figures_section("Health", health_figures(run))}

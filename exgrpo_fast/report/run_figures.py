@@ -10,7 +10,7 @@ from exgrpo_fast.metrics import clean_text
 from exgrpo_fast.report.figures import Line, Mark, heat_figure, line_figure, stacked_figure
 from exgrpo_fast.report.reading import Run, interval
 
-PHASES = ("rollout", "reward", "score", "update", "replay", "eval")
+PHASES = ("rollout", "reward", "score", "update", "replay", "hindsight", "eval")
 
 
 def learning_figures(run: Run) -> list[str]:
@@ -77,6 +77,28 @@ def replay_figures(run: Run) -> list[str]:
             ("mean after shaping", shaped, 3),
             ("99th percentile", "replay_ratio_p99", 2),
         ),
+    ]
+
+
+def hindsight_figures(run: Run) -> list[str]:
+    if not run.series("hindsight_revisions"):
+        return []
+    return [
+        _metrics_figure(
+            run,
+            "Revisions of a step",
+            ("written", "hindsight_revisions", 1),
+            ("better than their draft", "hindsight_better", 3),
+            ("joined their group", "hindsight_joined", 2),
+        ),
+        _metrics_figure(
+            run,
+            "Groups without a success",
+            ("before", "hindsight_all_fail_groups", 5),
+            ("of them mixed by a revision", "hindsight_all_fail_became_mixed", 3),
+            note="Only a group whose rewards differ carries a gradient.",
+        ),
+        _metrics_figure(run, "Reward of the revisions", ("mean", "hindsight_reward_mean", 1)),
     ]
 
 
@@ -224,8 +246,9 @@ def _numbers(counts: Sequence[Any], num_rows: int) -> list[float]:
 
 
 def _phases_figure(run: Run) -> str:
+    timed = [name for name in PHASES if run.series(f"seconds_{name}")]
     layers = [
-        (name, run.series(f"seconds_{name}"), colour) for colour, name in enumerate(PHASES, start=1)
+        (name, run.series(f"seconds_{name}"), colour) for colour, name in enumerate(timed, start=1)
     ]
     known: dict[int, float] = {}
     for _, points, _ in layers:
