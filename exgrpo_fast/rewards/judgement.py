@@ -17,7 +17,7 @@ Conventions that go beyond TRL's, all optional:
   - `my_reward.check_gold(answer, columns) -> (reward, reason)` says whether a gold answer is of
     use; it is called for every question before training
   - `my_reward.warm_up()` is called once in each worker, and `my_reward.max_seconds` is a time limit
-    below the pool's
+    below the pool's; `my_reward.max_cpu_seconds` limits the work, however busy the machine is
 
 They are attributes rather than a class: a reward stays a plain function that anybody may call.
 """

@@ -32,7 +32,9 @@ def math_verify(
     return [_math_verify(text, gold) for text, gold in zip(completions, answer, strict=True)]
 
 
-MATH_SECONDS = 1.0  # an honest answer costs at most 0.35 s; hostile ones cost all they are given
+# An honest answer costs at most 0.35 s of a core; hostile ones cost all they are given.
+MATH_SECONDS = 1.0
+MATH_CPU_SECONDS = 0.5
 
 
 def _math_verify(completion: str, gold: str) -> Judgement:
@@ -150,3 +152,4 @@ def _load_math_verify() -> None:
 math_verify.check_gold = _math_verify_gold  # pyright: ignore[reportFunctionMemberAccess]
 math_verify.warm_up = _load_math_verify  # pyright: ignore[reportFunctionMemberAccess]
 math_verify.max_seconds = MATH_SECONDS  # pyright: ignore[reportFunctionMemberAccess]
+math_verify.max_cpu_seconds = MATH_CPU_SECONDS  # pyright: ignore[reportFunctionMemberAccess]

@@ -120,9 +120,10 @@ class RubricReward:
         _refuse_unusable(rubrics, called)
         self.rubrics = list(rubrics)
         self.texts = {rubric.name: rubric.text for rubric in rubrics}
-        limits = [r.check.max_seconds for r in rubrics if hasattr(r.check, "max_seconds")]  # pyright: ignore
-        if limits:
-            self.max_seconds = min(limits)
+        for name in ("max_seconds", "max_cpu_seconds"):
+            limits = [getattr(r.check, name) for r in rubrics if hasattr(r.check, name)]
+            if limits:
+                setattr(self, name, min(limits))
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
@@ -204,7 +205,7 @@ def right_by(reward: RewardFunction) -> Check:
 
 
 def _like(original: Any, check: Check) -> Check:
-    for name in ("check_gold", "warm_up", "max_seconds"):
+    for name in ("check_gold", "warm_up", "max_seconds", "max_cpu_seconds"):
         if hasattr(original, name):
             setattr(check, name, getattr(original, name))
     return check

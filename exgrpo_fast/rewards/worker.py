@@ -127,19 +127,34 @@ def _rubrics(functions: Sequence[RewardFunction]) -> dict[str, RubricText]:
 def _run(function: RewardFunction, job: list[Any], soft_seconds: float) -> Result:
     """Call one function on one sample; whatever happens becomes a result."""
     seconds = min(soft_seconds, getattr(function, "max_seconds", soft_seconds))
+    cpu_seconds = getattr(function, "max_cpu_seconds", 0.0)
     try:
         try:
-            # Set anew for each job: a reward may have installed a timer of its own.
-            signal.signal(signal.SIGALRM, _on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, seconds, REARM_SECONDS)
+            _set_timers(seconds, cpu_seconds)
             return _call(function, *job)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _stop_timers()
     except SoftTimeout:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _stop_timers()
         return Result(0.0, "timeout", f"stopped after {seconds:g} s")
     except BaseException as error:  # a reward may raise anything, SystemExit included
         return Result(0.0, f"error:{type(error).__name__}", describe(error))
+
+
+def _set_timers(seconds: float, cpu_seconds: float) -> None:
+    """Of the clock on the wall, and, unless 0, of the work done, which a busy machine leaves alone.
+
+    Set anew for each job: a reward may have installed timers of its own.
+    """
+    signal.signal(signal.SIGALRM, _on_alarm)
+    signal.signal(signal.SIGPROF, _on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds, REARM_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds, REARM_SECONDS if cpu_seconds else 0.0)
+
+
+def _stop_timers() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _on_alarm(signum: int, frame: FrameType | None) -> NoReturn:

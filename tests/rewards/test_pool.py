@@ -249,6 +249,22 @@ def test_a_worker_that_dies_once_is_forgiven(obedient, tmp_path) -> None:
     assert (tmp_path / "died").exists()
 
 
+def test_a_limit_on_the_work_stops_what_works_and_lets_wait_what_waits(tmp_path) -> None:
+    """The clock goes on while others use the core, or a server takes its time; the work does not."""
+    (tmp_path / "work.py").write_text(
+        "import time\n"
+        "def work(prompt, completion, answer):\n"
+        "    if completion == 'busy':\n"
+        "        while True: pass\n"
+        "    time.sleep(0.6)\n"
+        "    return 1.0\n"
+        "work.max_cpu_seconds = 0.2\n"
+    )
+    with RewardPool([f"{tmp_path}/work.py:work"], workers=1, timeout_seconds=60) as pool:
+        verdicts = pool.run([sample("waits"), sample("busy"), sample("waits too")])
+    assert [(v.reward, v.reason) for v in verdicts] == [(1.0, "ok"), (0.0, "timeout"), (1.0, "ok")]
+
+
 def test_workers_killed_from_outside_cost_no_verdict(rewards) -> None:
     with RewardPool([f"{rewards}:obeys"], workers=2) as pool:
         pool.check()
