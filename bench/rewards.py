@@ -15,8 +15,9 @@ in the same run:
 Rates are per CPU-second, of this process and all workers, and so hardly depend on what else runs on
 the machine. `cpu_normalised` is that times the workers, as if they ran undisturbed. In the hostile
 measurement workers are replaced after 5,000 jobs, with and without hostile rows, and that counts. A
-time-out lasts a second by the clock, which is less CPU time on a busy machine: `at_most` counts the
-whole second. The last line of stdout is JSON; --out gives the folder of rewards.json.
+time-out is one of CPU time, so it costs the same on a busy machine, unless that is so busy that the
+limit by the clock comes first: `timeouts_by_the_clock` counts those. The last line of stdout is
+JSON; --out gives the folder of rewards.json.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from typing import Any
 from loss import installed, machine
 
 from exgrpo_fast.rewards import RewardPool, RewardSample, Scored, Ticket
+from exgrpo_fast.rewards.mathematics import MATH_SECONDS
 from exgrpo_fast.rewards.nasty import IN_TIME_MS, Nasty, box, nasty_answers
 
 PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime", "gmpy2")
@@ -237,6 +239,9 @@ def hostile(pool: WatchedPool, seed: int) -> dict[str, Any]:
             a.reward != b.reward for a, b in zip(alone, of_others, strict=True)
         ),
         "reasons": dict(Counter(s.reason for s in of_nasty).most_common()),
+        "timeouts_by_the_clock": sum(
+            s.reason == "timeout" and s.milliseconds >= 1000 * MATH_SECONDS for s in of_nasty
+        ),
         "cpu_ms_per_hostile_row": round(cpu_ms, 1),
         "wall_ms_per_hostile_row": round(fmean(s.milliseconds for s in of_nasty), 1),
     }
@@ -304,12 +309,11 @@ def hostile_costs(results: dict[str, Any]) -> dict[str, float]:
 
     rate, formula_rate = bad["clean"]["per_cpu_second"], formulas["pool"]["per_cpu_second"]
     peer_rate = clean["in_process"]["per_cpu_second"]
-    cpu_ms, at_most_ms = bad["cpu_ms_per_hostile_row"], bad["wall_ms_per_hostile_row"]
+    cpu_ms = bad["cpu_ms_per_hostile_row"]
     return {
         "of_the_pool": cost(rate, 1000 / rate, cpu_ms),
-        "of_the_pool_at_most": cost(rate, 1000 / rate, at_most_ms),
-        "of_the_pool_with_formulas_at_most": cost(formula_rate, 1000 / formula_rate, at_most_ms),
-        "of_in_process_at_most": cost(peer_rate, 1000 / rate, at_most_ms),
+        "of_the_pool_with_formulas": cost(formula_rate, 1000 / formula_rate, cpu_ms),
+        "of_in_process": cost(peer_rate, 1000 / rate, cpu_ms),
         "in_process_itself": round(
             peer_rate / results["hostile_sample"]["in_process"]["per_cpu_second"], 2
         ),
@@ -325,9 +329,8 @@ def goals(results: dict[str, Any]) -> dict[str, bool]:
         "70 MATH-like verdicts per CPU-second x workers": formulas["pool"]["cpu_normalised"] >= 70,
         "verdicts as in process": not clean["different"] and not formulas["different"],
         "1 % hostile rows cost 3.5 x at most": costs["of_the_pool"] <= 3.5,
-        "the same, each time-out a full CPU-second": costs["of_the_pool_at_most"] <= 3.5,
-        "the same, formulas": costs["of_the_pool_with_formulas_at_most"] <= 3.5,
-        "the same, of math-verify in process": costs["of_in_process_at_most"] <= 3.5,
+        "the same, formulas": costs["of_the_pool_with_formulas"] <= 3.5,
+        "the same, of math-verify in process": costs["of_in_process"] <= 3.5,
         "every nasty answer within 2.5 s": not bad["late"],
         "no nasty answer accepted": not bad["accepted"],
         "no wrong verdict on any other row": not bad["wrong_on_other_rows"],
