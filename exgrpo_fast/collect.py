@@ -163,11 +163,11 @@ class Collector:
             grading = Grading(self.verifier, question_of, advance)
             completions = self.fresh.sample(questions, slots, step=step, observer=grading)
         flat = [c for of_question in completions for c in of_question]
-        with clock.measure("reward"):
+        with clock.measure("score"), self.screen.phase("score"):
+            fresh, mismatch = self.fresh.score(question_of, flat, step=step, observer=grading)
+        with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts()
             verdicts += self.verifier.verify([t.question for t in replayed], replayed)
-        with clock.measure("score"), self.screen.phase("score"):
-            fresh, mismatch = self.fresh.score(question_of, flat, step=step)
         judged = iter(
             replace(
                 trajectory,

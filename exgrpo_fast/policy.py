@@ -8,7 +8,7 @@ joined again behind it. Everything else in the model sees no padding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -130,13 +130,19 @@ class Policy:
         return Head(weight.to(hidden_ND.dtype), bias, softcap)
 
     @torch.no_grad()
-    def score(self, prompts: Ragged, responses: Ragged) -> Scores:
-        """Log-probs and full-vocabulary entropies under the present weights."""
+    def score(
+        self, prompts: Ragged, responses: Ragged, *, waiting: Callable[[], None] = lambda: None
+    ) -> Scores:
+        """Log-probs and full-vocabulary entropies under the present weights.
+
+        `waiting` is called once for each pack of sequences.
+        """
         num_tokens = len(responses.values)
         logprobs, entropies = torch.empty(2, num_tokens, device=self.device)
         with inference(self.model):
             limit = 2 * self.max_tokens_per_microbatch  # no gradient: half the memory a token
             for packed in pack(prompts, responses, max_tokens=limit, device=self.device):
+                waiting()
                 hidden_ND = self.hidden_states(packed)
                 weight, bias, softcap = self.head_for(hidden_ND)
                 out = linear_logprob(

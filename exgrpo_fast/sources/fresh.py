@@ -55,12 +55,18 @@ class FreshSource:
         return [[next(completions) for _ in range(count)] for count in counts]
 
     def score(
-        self, question_of: Sequence[Question], completions: Sequence[Completion], *, step: int
+        self,
+        question_of: Sequence[Question],
+        completions: Sequence[Completion],
+        *,
+        step: int,
+        observer: Observer = UNOBSERVED,
     ) -> tuple[list[Trajectory], Mismatch]:
         """Behaviour log-probs and entropies under the weights of the start of the step."""
         scores = self.policy.score(
             Ragged.of([question.prompt_ids for question in question_of]),
             Ragged.of([completion.token_ids for completion in completions]),
+            waiting=observer.waiting,
         ).split()
         trajectories = [
             Trajectory(
