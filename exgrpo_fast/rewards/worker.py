@@ -136,7 +136,7 @@ def _run(function: RewardFunction, job: list[Any], soft_seconds: float) -> Resul
             _stop_timers()
     except SoftTimeout:
         _stop_timers()
-        return Result(0.0, "timeout", f"stopped after {seconds:g} s")
+        return Result(0.0, "timeout", "stopped at its time limit")
     except BaseException as error:  # a reward may raise anything, SystemExit included
         return Result(0.0, f"error:{type(error).__name__}", describe(error))
 
