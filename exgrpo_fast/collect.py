@@ -18,7 +18,7 @@ from exgrpo_fast.experience import Group, Question, Trajectory
 from exgrpo_fast.sources.fresh import FreshSource, Mismatch
 from exgrpo_fast.sources.hindsight import HindsightReport, HindsightSource
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import Recall, Replay
+from exgrpo_fast.sources.replay import PendingRecall, Recall, Replay
 from exgrpo_fast.verify import Grading, Verifier
 
 
@@ -42,17 +42,23 @@ class OverlongRule:
 
 @dataclass
 class Clock:
-    """Seconds per phase of one step."""
+    """Seconds per phase of one step; a phase inside another one is not counted in both."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _inner: list[float] = field(default_factory=list)  # seconds of the phases inside each open one
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            own = elapsed - self._inner.pop()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + own
+            if self._inner:
+                self._inner[-1] += elapsed
 
 
 @dataclass(frozen=True)
@@ -118,9 +124,9 @@ class Collector:
         missing = self.prompts_per_step - len(plan.questions) - len(plan.groups)
         drawn = self.stream.draw(missing, exclude=taken)
         with clock.measure("replay"):
-            recall = self.replay.recall(plan, drawn, step=step)
+            pending = self.replay.recall(plan, drawn, step=step)
         questions = [*plan.questions, *drawn]
-        made = self._make_groups(questions, recall, step, clock)
+        made = self._make_groups(questions, pending, step, clock)
         with clock.measure("replay"):
             groups = self.replay.exchange([*plan.groups, *made.groups])
         if not groups:
@@ -128,7 +134,9 @@ class Collector:
                 f"step {step}: none of {made.num_unscored} responses got a verdict; is the judge "
                 f"reachable? The newest checkpoint can be resumed"
             )
-        batch = Batch(tuple(groups), (), recall, made.mismatch, num_unscored=made.num_unscored)
+        batch = Batch(
+            tuple(groups), (), pending.recall, made.mismatch, num_unscored=made.num_unscored
+        )
         if self.max_extra_batches is not None:
             batch = self._refill(batch, step, clock)
         if self.hindsight is not None:
@@ -147,21 +155,28 @@ class Collector:
                 break
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
-            extra = self._make_groups(drawn, Recall.nothing(len(drawn)), step, clock).groups
+            nothing = PendingRecall.nothing(len(drawn))
+            extra = self._make_groups(drawn, nothing, step, clock).groups
             kept += [group for group in extra if group.learnable]
             discarded += [group for group in extra if not group.learnable]
         return replace(batch, groups=tuple(kept), discarded=tuple(discarded))
 
     def _make_groups(
-        self, questions: Sequence[Question], recall: Recall, step: int, clock: Clock
+        self, questions: Sequence[Question], pending: PendingRecall, step: int, clock: Clock
     ) -> Made:
         """One group for each question: what was recalled, then fresh ones."""
-        slots = [self.replay.num_fresh(self.group_size, len(found)) for found in recall.slots]
+        slots = [self.replay.num_fresh(self.group_size, count) for count in pending.counts]
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
-        replayed = [t for found in recall.slots for t in found]
+
+        def recall_now() -> Recall:
+            with clock.measure("replay"):
+                return pending.recall
+
         with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
-            grading = Grading(self.verifier, question_of, advance)
+            grading = Grading(self.verifier, question_of, advance, meanwhile=recall_now)
             completions = self.fresh.sample(questions, slots, step=step, observer=grading)
+        recall = recall_now()
+        replayed = [t for found in recall.slots for t in found]
         flat = [c for of_question in completions for c in of_question]
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(question_of, flat, step=step, observer=grading)

@@ -57,11 +57,14 @@ class Grading(Observer):
         verifier: Verifier,
         questions: Sequence[Question],
         advance: Callable[[int], object] = lambda count: None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """`questions`: of each request of the generation, by its place."""
+        """`questions`: of each request of the generation, by its place. `meanwhile`: called once,
+        when the generation is under way."""
         self.verifier = verifier
         self.questions = questions
         self.advance = advance
+        self.meanwhile: Callable[[], object] | None = meanwhile
         self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
         self.ticket: Ticket | None = None
         self.places: list[int] = []  # of the samples handed in, in that order
@@ -79,6 +82,9 @@ class Grading(Observer):
         self.advance(len(places))
 
     def waiting(self) -> None:
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
         if self.pool is not None and self.ticket is not None:
             self.pool.poll()
 

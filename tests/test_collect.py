@@ -159,3 +159,14 @@ def test_the_replayed_trajectory_takes_slot_0(tokenizer, make_test_trainer) -> N
     assert rewards["a"] == rewards["d"] == [1.0, 0.0, 0.0, 0.0]  # 'right 5' was not reached
     assert all(g.trajectories[0].birth_step == 1 for g in batch.groups if g.from_source("replay"))
     assert all(t.birth_step == 2 for g in batch.groups for t in g.from_source("fresh"))
+
+
+def test_a_phase_inside_another_is_counted_once(monkeypatch) -> None:
+    now = iter([0.0, 1.0, 4.0, 5.0, 5.5, 6.0])  # outer begins, inner twice, outer ends
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock.measure("rollout"):
+        for _ in range(2):
+            with clock.measure("replay"):
+                pass
+    assert clock.seconds == {"replay": 3.5, "rollout": 2.5}

@@ -191,7 +191,7 @@ def test_the_chosen_trajectory_has_the_lowest_true_mean_entropy(
     for step in range(5):
         replay, model = trainer.replay, trainer.learner.policy.model
         state = replay.rng.bit_generator.state
-        recall = replay.recall(replay.plan(step=step + 1), [], step=step + 1)
+        recall = replay.recall(replay.plan(step=step + 1), [], step=step + 1).recall
         replay.rng.bit_generator.state = state  # the step below draws the same again
         for (chosen,) in recall.slots:
             candidates = stored(replay, chosen.question.id)
@@ -206,6 +206,31 @@ def test_the_chosen_trajectory_has_the_lowest_true_mean_entropy(
             compared += len(candidates)
         trainer.step()
     assert compared >= 8
+
+
+def test_candidates_are_scored_while_others_are_generated(
+    tokenizer, make_test_trainer, monkeypatch
+) -> None:
+    """An engine that runs elsewhere goes on meanwhile; both work with the same weights."""
+    questions = make_questions(tokenizer, [f"q{i}" for i in range(8)])
+    trainer = make_test_trainer(questions, function="even_length", replay=ON)
+    engine, replay, seen = trainer.engine, trainer.replay, []
+    generate, score, generating = engine.generate, replay._score, []
+
+    def watched_generate(*arguments):
+        generating.append(True)
+        completions = generate(*arguments)
+        generating.pop()
+        return completions
+
+    def watched_score(experiences):
+        seen.append(bool(generating))
+        return score(experiences)
+
+    monkeypatch.setattr(engine, "generate", watched_generate)
+    monkeypatch.setattr(replay, "_score", watched_score)
+    replayed = [trainer.step()[1]["replay_frac"] for _ in range(4)]
+    assert seen == [True] * 3 and replayed[1:] == [0.5] * 3
 
 
 def test_fresh_rows_lose_their_clip_once_replay_is_active(tokenizer, make_test_trainer) -> None:

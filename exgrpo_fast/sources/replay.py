@@ -13,8 +13,9 @@ latest group (a replayed trajectory counts as one):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean, pstdev
 from typing import Any, Literal, Protocol
 
@@ -96,16 +97,33 @@ class Recall:
     num_candidates: int = 0
     candidate_entropy: float | None = None  # mean over all candidates, where they were scored
 
+
+class PendingRecall:
+    """How many trajectories each question of a step will get, before it is known which.
+
+    So the engine can begin: choosing needs a forward pass under the same weights, which goes on
+    beside the generation where the engine runs elsewhere.
+    """
+
+    def __init__(self, counts: Sequence[int], choose: Callable[[], Recall] | None = None) -> None:
+        self.counts = tuple(counts)
+        self._choose = choose or (lambda: Recall(((),) * len(self.counts)))
+
+    @cached_property
+    def recall(self) -> Recall:
+        """Chosen when it is first asked for."""
+        return self._choose()
+
     @staticmethod
-    def nothing(num_questions: int) -> Recall:
-        return Recall(((),) * num_questions)
+    def nothing(num_questions: int) -> PendingRecall:
+        return PendingRecall((0,) * num_questions)
 
 
 class Replay(Protocol):
     """What the rooms above need of a replay source."""
 
     def plan(self, *, step: int) -> Plan: ...
-    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> Recall: ...
+    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingRecall: ...
     def num_fresh(self, group_size: int, num_replayed: int) -> int: ...
     def exchange(self, groups: Sequence[Group]) -> list[Group]: ...
     def observe(self, groups: Sequence[Group], *, step: int) -> list[str]: ...
@@ -159,7 +177,7 @@ class ReplaySource:
         drawn = self.recipe.questions(self.store, limit, self.rng, step)
         return Plan(questions=tuple(self.data[place] for place in drawn))
 
-    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> Recall:
+    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingRecall:
         """Stored trajectories for the questions of the plan and those drawn beside it.
 
         Chosen and weighted by the recipe; ones that the stream drew bring theirs only where the
@@ -168,11 +186,25 @@ class ReplaySource:
         num_questions = len(plan.questions) + len(drawn)
         asked = plan.questions if self.recipe.questions else drawn
         if not self.active or not asked or self.recipe.mixer not in {"replace_slot", "append"}:
-            return Recall.nothing(num_questions)
+            return PendingRecall.nothing(num_questions)
         places = torch.tensor([self.place_of[q.id] for q in asked], device=self.store.device)
         rows, owner = self._candidates(places, step=step)
-        if len(rows) == 0:
-            return Recall.nothing(num_questions)
+        counts = torch.bincount(owner, minlength=len(asked))
+        if self.recipe.select != "all":
+            counts = counts.clamp(max=self.recipe.count)
+        before = 0 if self.recipe.questions else len(plan.questions)
+        after = num_questions - before - len(asked)
+
+        def choose_now() -> Recall:
+            found = (
+                self._choose(rows, owner, len(asked)) if len(rows) else Recall(((),) * len(asked))
+            )
+            return replace(found, slots=((),) * before + found.slots + ((),) * after)
+
+        return PendingRecall([0] * before + counts.tolist() + [0] * after, choose_now)
+
+    def _choose(self, rows: Tensor, owner: Tensor, num_asked: int) -> Recall:
+        """Of the candidates of each asked question those that the recipe wants."""
         candidates = self.store.read(rows)
         scores, entropy = None, None
         if self.recipe.select in SCORED:
@@ -184,14 +216,12 @@ class ReplaySource:
             scores = scores.pick(chosen.cpu())
         else:
             chosen = self._choose_unscored(candidates, owner)
-        found: list[list[Trajectory]] = [[] for _ in asked]
+        found: list[list[Trajectory]] = [[] for _ in range(num_asked)]
         trajectories = self._trajectories(candidates.pick(chosen.cpu()), scores)
         for number, trajectory in zip(owner[chosen].tolist(), trajectories, strict=True):
             found[number].append(trajectory)
-        slots = [tuple(of_one) for of_one in found]
-        others = [()] * (num_questions - len(slots))
-        slots = [*slots, *others] if self.recipe.questions else [*others, *slots]
-        return Recall(tuple(slots), num_candidates=len(rows), candidate_entropy=entropy)
+        slots = tuple(tuple(of_one) for of_one in found)
+        return Recall(slots, num_candidates=len(rows), candidate_entropy=entropy)
 
     def num_fresh(self, group_size: int, num_replayed: int) -> int:
         """Open slots beside the recalled trajectories of a question."""
@@ -438,8 +468,8 @@ class NoReplay:
     def plan(self, *, step: int) -> Plan:
         return Plan()
 
-    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> Recall:
-        return Recall.nothing(len(drawn))
+    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingRecall:
+        return PendingRecall.nothing(len(drawn))
 
     def num_fresh(self, group_size: int, num_replayed: int) -> int:
         return group_size
