@@ -122,12 +122,12 @@ class Evaluator:
         ]
         if not requests:
             return samples
-        with self.screen.phase("revise", len(requests)):
-            completions = self.engine.generate(requests, self.sampling)
         originals = [samples[i].question for i in asked]
         drafts = [samples[i].text for i in asked]
-        verdicts = self.verifier.verify(originals, completions, drafts=drafts)
-        revised = self._samples(originals, completions, verdicts)
+        with self.screen.phase("revise", len(requests)) as advance:
+            grading = Grading(self.verifier, originals, advance, drafts=drafts)
+            completions = self.engine.generate(requests, self.sampling, grading)
+        revised = self._samples(originals, completions, grading.verdicts())
         by_place = dict(zip(asked, revised, strict=True))
         return [by_place.get(i, sample) for i, sample in enumerate(samples)]
 

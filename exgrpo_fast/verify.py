@@ -22,17 +22,10 @@ class Verifier:
         self.screen = screen
 
     def verify(
-        self,
-        questions: Sequence[Question],
-        responses: Sequence[Completion | Trajectory],
-        *,
-        drafts: Sequence[str] | None = None,
+        self, questions: Sequence[Question], responses: Sequence[Completion | Trajectory]
     ) -> list[Verdict]:
-        """One verdict each. `drafts`: the texts that the responses revise."""
-        samples = [
-            self.sample(question, response, drafts[i] if drafts else None)
-            for i, (question, response) in enumerate(zip(questions, responses, strict=True))
-        ]
+        """One verdict each."""
+        samples = [self.sample(*pair) for pair in zip(questions, responses, strict=True)]
         with self.screen.phase("reward", len(samples)) as advance:
             return self.rewards.score(samples, advance)
 
@@ -57,12 +50,15 @@ class Grading(Observer):
         verifier: Verifier,
         questions: Sequence[Question],
         advance: Callable[[int], object] = lambda count: None,
+        *,
+        drafts: Sequence[str] | None = None,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """`questions`: of each request of the generation, by its place. `meanwhile`: called once,
-        when the generation is under way."""
+        """`questions`: of each request of the generation, by its place; `drafts`: the texts that
+        these revise. `meanwhile`: called once, when the generation is under way."""
         self.verifier = verifier
         self.questions = questions
+        self.drafts = drafts
         self.advance = advance
         self.meanwhile: Callable[[], object] | None = meanwhile
         self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
@@ -72,7 +68,9 @@ class Grading(Observer):
 
     def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
         samples = [
-            self.verifier.sample(self.questions[place], completion)
+            self.verifier.sample(
+                self.questions[place], completion, self.drafts[place] if self.drafts else None
+            )
             for place, completion in zip(places, completions, strict=True)
         ]
         self.places += places

@@ -24,7 +24,7 @@ import numpy as np
 from exgrpo_fast.experience import Group, Trajectory
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
-from exgrpo_fast.verify import Verifier
+from exgrpo_fast.verify import Grading, Verifier
 
 Choice = Literal["at_least", "always"]
 TIE = 1e-6  # rewards this near are equal
@@ -135,15 +135,16 @@ class HindsightSource:
 
     def _generate(self, groups, candidates, asked, step: int) -> list[Trajectory]:
         """One revision for each prompt, verified and scored under its hindsight."""
-        sampled = self.fresh.sample(asked, [1] * len(asked), step=step)
-        completions = [completion for of_one in sampled for completion in of_one]
         originals = [groups[c.group].question for c in candidates]
         drafts = [
             self.verifier.decode(groups[c.group].trajectories[c.member].token_ids.tolist())
             for c in candidates
         ]
-        verdicts = self.verifier.verify(originals, completions, drafts=drafts)
-        trajectories, _ = self.fresh.score(asked, completions, step=step)
+        grading = Grading(self.verifier, originals, drafts=drafts)
+        sampled = self.fresh.sample(asked, [1] * len(asked), step=step, observer=grading)
+        completions = [completion for of_one in sampled for completion in of_one]
+        trajectories, _ = self.fresh.score(asked, completions, step=step, observer=grading)
+        verdicts = grading.verdicts()
         return [
             replace(
                 trajectory,
