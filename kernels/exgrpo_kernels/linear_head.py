@@ -315,13 +315,13 @@ def padded(rows_RD: Tensor, num_rows: int) -> Tensor:
     return out
 
 
-def products(chunk: LinearHead) -> Any:
-    """The block-sparse products of the backend."""
-    if chunk.backend == "triton":
+def sparse_products(head: LinearHead) -> Any:
+    """The block-sparse products of the backend, for all chunks of one call."""
+    if head.backend == "triton":
         from exgrpo_kernels import sparse_kernels
 
         return sparse_kernels
-    return sparse_backward
+    return sparse_backward.GatheredProducts()
 
 
 # ---- sums over the chunks ------------------------------------------------------------------------
@@ -336,6 +336,7 @@ class HeadGradients:
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    products: Any  # block-sparse ones
     is_weight_written: bool = False
     joins_main_grad: bool = False
 
@@ -352,6 +353,7 @@ class HeadGradients:
             hidden.new_zeros(hidden.shape) if needs_hidden else None,
             total if needs_weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if needs_bias and bias is not None else None,
+            sparse_products(head),
             is_weight_written=main_grad is not None,
             joins_main_grad=main_grad is not None,
         )
@@ -411,7 +413,7 @@ class HeadGradients:
         if tiles is None:
             runtime.hidden_gradient_into(out, dlogits, chunk.weight_VD)
         else:
-            products(chunk).hidden_gradient_into(out, dlogits, chunk.weight_VD, tiles.kept_GT)
+            self.products.hidden_gradient_into(out, dlogits, chunk.weight_VD, tiles.kept_GT)
         if scale is not None:
             out.mul_(scale[:, None])
         if residue is not None:
@@ -434,7 +436,7 @@ class HeadGradients:
         if tiles is None:
             runtime.weight_gradient_add(out_VD, dlogits, operand, overwrite=first)
         else:
-            products(chunk).weight_gradient_add(
+            self.products.weight_gradient_add(
                 out_VD, dlogits, operand, tiles.kept_GT, overwrite=first
             )
             if tiles.residue_RT is not None:

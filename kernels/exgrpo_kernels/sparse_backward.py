@@ -99,25 +99,68 @@ def row_blocks(kept_GT: Tensor, num_rows: int, num_columns: int) -> Iterator[tup
                 yield rows, part
 
 
+class GatheredProducts:
+    """Both products over kept tiles, for all chunks of one call.
+
+    What is gathered lies in buffers that every step uses again: pieces of ever new sizes would
+    leave the heap full of holes, up to 100 MiB of them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def hidden_gradient_into(
+        self, out_RD: Tensor, dlogits_RV: Tensor, weight_VD: Tensor, kept_GT: Tensor
+    ) -> None:
+        """out = dlogits @ weight over the kept tiles; groups of rows without any become 0."""
+        out_RD.zero_()
+        for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
+            part = self._gather("dlogits", dlogits_RV[rows], 1, columns).to(out_RD.dtype)
+            weight = self._gather("rows", weight_VD, 0, columns).to(out_RD.dtype)
+            out_RD[rows].addmm_(part, weight)
+
+    def weight_gradient_add(
+        self,
+        out_VD: Tensor,
+        dlogits_RV: Tensor,
+        hidden_RD: Tensor,
+        kept_GT: Tensor,
+        *,
+        overwrite: bool,
+    ) -> None:
+        """out += dlogits.T @ hidden over the kept tiles, or `=` when overwriting."""
+        if overwrite:
+            out_VD.zero_()
+        hidden_RD = hidden_RD.to(out_VD.dtype)
+        for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
+            part = self._gather("dlogits", dlogits_RV[rows], 1, columns).to(out_VD.dtype)
+            product = self._buffer("rows", (len(columns), out_VD.shape[1]), out_VD)
+            out_VD.index_add_(0, columns, torch.mm(part.t(), hidden_RD[rows], out=product))
+
+    def _gather(self, name: str, source: Tensor, dim: int, columns: Tensor) -> Tensor:
+        shape = (len(source), len(columns)) if dim == 1 else (len(columns), source.shape[1])
+        return torch.index_select(source, dim, columns, out=self._buffer(name, shape, source))
+
+    def _buffer(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        count = shape[0] * shape[1]
+        buffer = self._buffers.get((name, like.dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name, like.dtype] = like.new_empty(count)
+        return buffer[:count].view(shape)
+
+
 def hidden_gradient_into(
     out_RD: Tensor, dlogits_RV: Tensor, weight_VD: Tensor, kept_GT: Tensor
 ) -> None:
-    """out = dlogits @ weight over the kept tiles; blocks of rows without any become 0."""
-    out_RD.zero_()
-    for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
-        part = dlogits_RV[rows].index_select(1, columns).to(out_RD.dtype)
-        out_RD[rows].addmm_(part, weight_VD.index_select(0, columns).to(out_RD.dtype))
+    GatheredProducts().hidden_gradient_into(out_RD, dlogits_RV, weight_VD, kept_GT)
 
 
 def weight_gradient_add(
     out_VD: Tensor, dlogits_RV: Tensor, hidden_RD: Tensor, kept_GT: Tensor, *, overwrite: bool
 ) -> None:
-    """out += dlogits.T @ hidden over the kept tiles, or `=` when overwriting."""
-    if overwrite:
-        out_VD.zero_()
-    for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
-        part = dlogits_RV[rows].index_select(1, columns).to(out_VD.dtype)
-        out_VD.index_add_(0, columns, part.t() @ hidden_RD[rows].to(out_VD.dtype))
+    GatheredProducts().weight_gradient_add(
+        out_VD, dlogits_RV, hidden_RD, kept_GT, overwrite=overwrite
+    )
 
 
 # ---- what was dropped, put back as one number per tile -------------------------------------------
