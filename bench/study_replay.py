@@ -146,7 +146,8 @@ def draw(results: dict, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     arms = list(results["table"])
-    colours = dict(zip(arms, plt.get_cmap("tab10").colors, strict=False))
+    palette = plt.get_cmap("tab10")
+    colours = {arm: palette(i) for i, arm in enumerate(arms)}
     for place, arm in enumerate(arms):
         row = results["table"][arm]["avg_at_8"]
         values = [100 * v for v in row["values"]]
@@ -179,7 +180,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="An ablation of replay over seeds.")
     parser.add_argument("--runs", type=Path, default=Path("runs/study_replay"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=48, help="of the arms that replay")

@@ -19,6 +19,7 @@ from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Completion, Group, Trajectory, Verdict
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 from exgrpo_fast.sources.hindsight import HindsightSource
+from exgrpo_fast.sources.replay import ReplaySource
 from exgrpo_fast.trainer import Trainer
 from exgrpo_fast.verify import Grading
 from exgrpo_kernels import policy_loss
@@ -44,7 +45,7 @@ class RevisingEngine(ScriptedEngine):
     ) -> list[Completion]:
         for request in requests:
             if request.prompt_ids not in self.name_of:
-                text = self.tokenizer.decode(request.prompt_ids)
+                text = str(self.tokenizer.decode(list(request.prompt_ids)))
                 self.asked.append(text)
                 (draft,) = [d for d in self.revisions if f"\n{d}\n" in text]
                 self.name_of[request.prompt_ids] = text
@@ -264,6 +265,7 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
     that fails costs no response its reward, it only leaves them out."""
     path = tmp_path / "rubrics.py"
     path.write_text(RUBRICS_FILE)
+    asked_before: list[bool] = []
     answers = {"right kind": 1, "right rude": 0, "wrong kind": 1, "wrong rude": 0}
 
     class Handler(BaseHTTPRequestHandler):
@@ -271,8 +273,8 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked = body["messages"][-1]["content"]
             kind = next((v for text, v in answers.items() if text in asked), 1)
-            first = not self.server.answered  # the probe at the start asks two things
-            self.server.answered = True
+            first = not asked_before  # the probe at the start asks two things
+            asked_before.append(True)
             content = json.dumps({"results": [1, 0] if first else [kind]})
             reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
             self.send_response(200 if first else status)
@@ -284,7 +286,6 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.answered = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     judge = {
         "base_url": f"http://127.0.0.1:{server.server_address[1]}/v1",
@@ -309,7 +310,8 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
         batch, _ = trainer.step()
         (group,) = batch.groups
         assert group.rewards == pytest.approx([0.75 + 0.05 * 0.25, 0.25, 0.0, 1.0])
-        assert group.trajectories[0].verdict.checks == (("right", True), ("kind", False))
+        verdict = group.trajectories[0].verdict
+        assert verdict is not None and verdict.checks == (("right", True), ("kind", False))
         (prompt,) = engine.asked
         assert "What it met:\n- It is right.\nWhat it missed:\n- It is kind.\n" in prompt
     finally:
@@ -386,6 +388,7 @@ def test_a_success_with_hindsight_does_not_make_a_question_stored(
     )
     batch, metrics = trainer.step()
     assert [g.num_successes for g in batch.groups if g.question.id == "q"] == [1]
+    assert isinstance(trainer.replay, ReplaySource)
     assert trainer.replay.store.bucket.tolist() == [-1, 1]
     assert metrics["replay_trajectories"] == 1
 
