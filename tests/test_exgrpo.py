@@ -208,6 +208,27 @@ def test_the_chosen_trajectory_has_the_lowest_true_mean_entropy(
     assert compared >= 8
 
 
+def test_a_nan_from_the_rollout_is_not_kept(tokenizer, make_test_trainer) -> None:
+    trainer = make_test_trainer(make_questions(tokenizer, list("abcd")), replay=ON)
+    (question,) = make_questions(tokenizer, ["a"])
+
+    def member(logprob: float, reward: float) -> Trajectory:
+        logprobs = torch.tensor([-1.0, logprob])
+        return Trajectory(
+            question,
+            torch.tensor([5, 6 + int(reward)]),
+            logprobs,
+            torch.zeros(2),
+            truncated=False,
+            verdict=Verdict(reward),
+        )
+
+    group = Group(question, (member(float("nan"), 1.0), member(-1.0, 1.0), member(-1.0, 0.0)))
+    trainer.replay.observe([group], step=1)
+    assert len(stored(trainer.replay, "a")) == 1
+    trainer.replay.store.check_valid()
+
+
 def test_candidates_are_scored_while_others_are_generated(
     tokenizer, make_test_trainer, monkeypatch
 ) -> None:

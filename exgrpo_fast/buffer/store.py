@@ -446,6 +446,8 @@ class ExperienceStore:
                 )
         if not new.logprobs.is_cuda and not bool(new.logprobs.isfinite().all()):
             raise ValueError("a behaviour log-prob is not finite")
+        if not new.reward.is_cuda and bool((new.reward + new.entropy).isnan().any()):
+            raise ValueError("a reward or an entropy is not a number")
 
     def check_valid(self) -> None:
         """Assert what must hold between any two calls."""

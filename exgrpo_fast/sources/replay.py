@@ -363,7 +363,12 @@ class ReplaySource:
         ]
 
     def _keep(self, groups: Sequence[Group], step: int) -> None:
-        kept = [(group, t) for group in groups for t in group.from_source("fresh")]
+        kept = [
+            (group, t)
+            for group in groups
+            for t in group.from_source("fresh")
+            if bool(t.behaviour_logprobs.isfinite().all())  # else the update refuses the batch
+        ]
         if self.recipe.keep == "successes":
             kept = [(group, t) for group, t in kept if self._is_worth_keeping(group, t)]
         if self.recipe.keep == "none" or not kept:

@@ -582,6 +582,8 @@ BAD = {
     "large question": (with_column("question", [6, 1]), "question 6 is unknown: .* 6 questions"),
     "nan": (with_column("logprobs", [-1.0, float("nan"), -1.0]), "log-prob is not finite"),
     "infinite": (with_column("logprobs", [-1.0, -1.0, -INF]), "log-prob is not finite"),
+    "nan reward": (with_column("reward", [float("nan"), 1.0]), "reward or an entropy is not a num"),
+    "nan entropy": (with_column("entropy", [1.0, float("nan")]), "reward or an entropy is not"),
     "a long column": (with_column("entropy", [1.0, 1.0, 1.0]), "columns .* differ in length"),
     "a short column": (with_column("success", [True]), "columns .* differ in length"),
     "missing log-probs": (with_column("logprobs", [-1.0, -1.0]), "columns .* differ in length"),
