@@ -229,6 +229,17 @@ def test_a_nan_from_the_rollout_is_not_kept(tokenizer, make_test_trainer) -> Non
     trainer.replay.store.check_valid()
 
 
+def test_solved_questions_are_not_stored_where_they_do_not_retire(
+    tokenizer, make_test_trainer
+) -> None:
+    trainer = make_test_trainer(
+        make_questions(tokenizer, list("abcd")), function="always", replay={**ON, "retire": False}
+    )
+    _, metrics = trainer.step()
+    assert metrics["replay_trajectories"] == metrics["retired_size"] == metrics["replay_size"] == 0
+    assert trainer.replay.store.visits.tolist() == [1] * 4
+
+
 def test_candidates_are_scored_while_others_are_generated(
     tokenizer, make_test_trainer, monkeypatch
 ) -> None:

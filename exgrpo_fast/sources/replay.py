@@ -395,7 +395,7 @@ class ReplaySource:
     def _is_worth_keeping(self, group: Group, trajectory: Trajectory) -> bool:
         if self.recipe.difficulty == "reward_std":  # rewards without full marks
             return trajectory.reward >= fmean(group.rewards) and group.learnable
-        return trajectory.successful
+        return trajectory.successful and not is_solved(group)
 
     def _places(self, groups: Sequence[Group]) -> Tensor:
         places = [self.place_of[group.question.id] for group in groups]
