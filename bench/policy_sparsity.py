@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.build import load_data, load_tokenizer, make_engine, make_policy
+from exgrpo_fast.build import load_tokenizer, make_engine, make_policy
 from exgrpo_fast.config import load_config
 from exgrpo_fast.display import NullScreen
 from exgrpo_fast.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
+from exgrpo_fast.training_data import load_data
 from exgrpo_kernels import linear_logprob, linear_policy_loss
 
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)

@@ -18,7 +18,7 @@ from exgrpo_fast.experience import Group, Question, Trajectory
 from exgrpo_fast.sources.fresh import FreshSource, Mismatch
 from exgrpo_fast.sources.hindsight import HindsightReport, HindsightSource
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import PendingRecall, Recall, Replay
+from exgrpo_fast.sources.recall import PendingRecall, Recall, Replay
 from exgrpo_fast.verify import Grading, Verifier
 
 

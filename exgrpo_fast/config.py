@@ -462,6 +462,12 @@ def validate(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_one_line(error)) from None
 
 
+def require(value: Any, key: str, what: str) -> Any:
+    if value is None:
+        raise ConfigError(f"{key} is not set: give {what}, in the config or as --{key} VALUE")
+    return value
+
+
 def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

@@ -21,7 +21,6 @@ from exgrpo_fast.build import (
     make_rewards,
     open_run,
     quiet_libraries,
-    read_questions,
 )
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
@@ -31,6 +30,7 @@ from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.report import write_report
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import NumericalStop, Trainer
+from exgrpo_fast.training_data import read_questions
 from exgrpo_fast.verify import Verifier
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from exgrpo_fast.learner import Learner
 from exgrpo_fast.metrics import CompletionLog, MetricSink, peak_memory_gib
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import Replay
+from exgrpo_fast.sources.recall import Replay
 from exgrpo_fast.step_metrics import completion_rows, pass_at_1, step_metrics
 from exgrpo_kernels import PolicyObjective
 

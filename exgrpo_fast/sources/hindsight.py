@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.experience import Group, Question, Trajectory
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
 from exgrpo_fast.verify import Grading, Verifier
@@ -47,8 +47,13 @@ class HindsightRecipe:
 
 
 class Candidate(NamedTuple):
+    """A failed response that is to be revised."""
+
     group: int  # place in the batch
     member: int  # place in the group
+    draft: str  # its text
+    original: Question
+    asked: Question | None  # with hindsight; None where that prompt is too long
 
 
 @dataclass
@@ -95,16 +100,15 @@ class HindsightSource:
         report.all_fail_groups = sum(group.num_successes == 0 for group in groups)
         rng = np.random.default_rng([self.seed, step, 0x4E])
         candidates = [
-            Candidate(i, member)
+            self._candidate(groups[i], i, member)
             for i in failed
             for member in choose_candidates(groups[i], self.recipe.max_revisions, rng)
         ]
-        asked = self._ask(groups, candidates)
-        report.skipped_long = sum(question is None for question in asked)
-        candidates = [c for c, question in zip(candidates, asked, strict=True) if question]
+        report.skipped_long = sum(candidate.asked is None for candidate in candidates)
+        candidates = [candidate for candidate in candidates if candidate.asked]
         if not candidates:
             return list(groups), report
-        revisions = self._generate(groups, candidates, [q for q in asked if q], step)
+        revisions = self._generate(candidates, step)
         report.revisions = len(revisions)
         report.tokens = sum(t.num_tokens for t in revisions)
         report.reward_mean = fmean(t.reward for t in revisions)
@@ -118,29 +122,18 @@ class HindsightSource:
         solved = max(group.rewards, default=0.0) >= self.recipe.threshold - TIE
         return not solved and (self.recipe.with_replay or not any(group.replayed))
 
-    def _ask(self, groups: Sequence[Group], candidates: Sequence[Candidate]):
-        """The hindsight prompt of each candidate, None where it is too long."""
-        asked = []
-        for candidate in candidates:
-            group = groups[candidate.group]
-            trajectory = group.trajectories[candidate.member]
-            assert trajectory.verdict is not None
-            draft = self.verifier.decode(trajectory.token_ids.tolist())
-            asked.append(
-                self.prompt.ask(
-                    group.question, draft, trajectory.verdict, revision=candidate.member
-                )
-            )
-        return asked
+    def _candidate(self, group: Group, place: int, member: int) -> Candidate:
+        trajectory = group.trajectories[member]
+        assert trajectory.verdict is not None
+        draft = self.verifier.decode(trajectory.token_ids.tolist())
+        asked = self.prompt.ask(group.question, draft, trajectory.verdict, revision=member)
+        return Candidate(place, member, draft, group.question, asked)
 
-    def _generate(self, groups, candidates, asked, step: int) -> list[Trajectory]:
-        """One revision for each prompt, verified and scored under its hindsight."""
-        originals = [groups[c.group].question for c in candidates]
-        drafts = [
-            self.verifier.decode(groups[c.group].trajectories[c.member].token_ids.tolist())
-            for c in candidates
-        ]
-        grading = Grading(self.verifier, originals, drafts=drafts)
+    def _generate(self, candidates: Sequence[Candidate], step: int) -> list[Trajectory]:
+        """One revision of each, verified and scored under its hindsight."""
+        asked = [c.asked for c in candidates if c.asked]
+        originals = [c.original for c in candidates]
+        grading = Grading(self.verifier, originals, drafts=[c.draft for c in candidates])
         sampled = self.fresh.sample(asked, [1] * len(asked), step=step, observer=grading)
         completions = [completion for of_one in sampled for completion in of_one]
         trajectories, _ = self.fresh.score(asked, completions, step=step, observer=grading)

@@ -13,11 +13,10 @@ latest group (a replayed trajectory counts as one):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from statistics import fmean, pstdev
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from exgrpo_fast.buffer.store import Experiences, ExperienceStore, rank_within
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, Scores
+from exgrpo_fast.sources.recall import PendingRecall, Plan, Recall
 from exgrpo_fast.weighting import UNCLIPPED, Weight, weighted
 from exgrpo_kernels import PolicyObjective
 
@@ -79,59 +79,6 @@ class ReplayRecipe:
     weight: Weight = "shaped"
     shaping: float = 0.1
     clip_fresh: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the store asks for in one step, before the stream fills the rest."""
-
-    questions: tuple[Question, ...] = ()
-    groups: tuple[Group, ...] = ()  # whole groups from the store
-
-
-@dataclass(frozen=True)
-class Recall:
-    """What was recalled for one step, and what the choice looked like."""
-
-    slots: tuple[tuple[Trajectory, ...], ...]  # for each question of the step, mostly none
-    num_candidates: int = 0
-    candidate_entropy: float | None = None  # mean over all candidates, where they were scored
-
-
-class PendingRecall:
-    """How many trajectories each question of a step will get, before it is known which.
-
-    So the engine can begin: choosing needs a forward pass under the same weights, which goes on
-    beside the generation where the engine runs elsewhere.
-    """
-
-    def __init__(self, counts: Sequence[int], choose: Callable[[], Recall] | None = None) -> None:
-        self.counts = tuple(counts)
-        self._choose = choose or (lambda: Recall(((),) * len(self.counts)))
-
-    @cached_property
-    def recall(self) -> Recall:
-        """Chosen when it is first asked for."""
-        return self._choose()
-
-    @staticmethod
-    def nothing(num_questions: int) -> PendingRecall:
-        return PendingRecall((0,) * num_questions)
-
-
-class Replay(Protocol):
-    """What the rooms above need of a replay source."""
-
-    def plan(self, *, step: int) -> Plan: ...
-    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingRecall: ...
-    def num_fresh(self, group_size: int, num_replayed: int) -> int: ...
-    def exchange(self, groups: Sequence[Group]) -> list[Group]: ...
-    def observe(self, groups: Sequence[Group], *, step: int) -> list[str]: ...
-    def start_if_ready(self, pass_at_1: float) -> None: ...
-    def objective(self, base: PolicyObjective) -> PolicyObjective: ...
-    def metrics(self, replayed: Sequence[Trajectory], recall: Recall, *, step: int) -> dict: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ReplaySource:
@@ -463,44 +410,6 @@ class ReplaySource:
         self.active, self.stopped = state["active"], state["stopped"]
         self.next_group = state["next_group"]
         self.rng.bit_generator.state = state["rng"]
-
-
-class NoReplay:
-    """The on-policy run: nothing is recalled, kept or retired."""
-
-    active = False
-
-    def plan(self, *, step: int) -> Plan:
-        return Plan()
-
-    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingRecall:
-        return PendingRecall.nothing(len(drawn))
-
-    def num_fresh(self, group_size: int, num_replayed: int) -> int:
-        return group_size
-
-    def exchange(self, groups: Sequence[Group]) -> list[Group]:
-        return list(groups)
-
-    def observe(self, groups: Sequence[Group], *, step: int) -> list[str]:
-        return []
-
-    def start_if_ready(self, pass_at_1: float) -> None:
-        pass
-
-    def objective(self, base: PolicyObjective) -> PolicyObjective:
-        return base
-
-    def metrics(
-        self, replayed: Sequence[Trajectory], recall: Recall, *, step: int
-    ) -> dict[str, Any]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 # --- small mathematics ----------------------------------------------------------------------------
