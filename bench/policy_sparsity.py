@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.build import load_tokenizer, make_engine, make_policy
+from exgrpo_fast.build import load_tokenizer, make_policy
 from exgrpo_fast.config import load_config
 from exgrpo_fast.display import NullScreen
+from exgrpo_fast.engines import make_transformers_engine
 from exgrpo_fast.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.training_data import load_data
@@ -34,7 +35,7 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
     """Rows of density and error for one policy."""
     tokenizer = load_tokenizer(str(model))
     policy = make_policy(config, str(model), device="cpu")
-    engine = make_engine(config, policy, tokenizer)
+    engine = make_transformers_engine(config, policy, tokenizer)
     questions = load_data(config, tokenizer, NullScreen())[1][:num_questions]
     requests = [
         Request(q.prompt_ids, request_seed(0, "sparsity", q.id, k))

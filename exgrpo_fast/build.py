@@ -34,6 +34,7 @@ from exgrpo_fast.collect import Collector, OverlongRule
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
+from exgrpo_fast.engines import compute_dtype, mismatch_rule, prepare_engine
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
@@ -51,7 +52,6 @@ from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.reference import Reference
 from exgrpo_fast.rewards import RewardPool, RubricScorer
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
@@ -90,8 +90,17 @@ def open_run(
         if config.data.check_answers:
             refuse_bad_golds([*train, *held_out], rewards, screen)
         model_path = str(resume_from / "hf") if resume_from else start
+        attach = prepare_engine(
+            config,
+            model_path,
+            tokenizer,
+            device=device,
+            stack=stack,
+            log_folder=folder.path,
+            note=screen.note,
+        )
         policy = make_policy(config, model_path, device=device)
-        engine = make_engine(config, policy, tokenizer)
+        engine = attach(policy, train[0].prompt_ids)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
         forget_after(state["num_steps"], folder)
         sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
@@ -109,6 +118,7 @@ def open_run(
             screen=screen,
             sink=sink,
         )
+        engine.sync(state["num_steps"])
         if resume_from:
             take_up(trainer, state)
         if isinstance(trainer.replay, ReplaySource):
@@ -144,7 +154,13 @@ def make_trainer(
     replay = make_replay(config, policy, train, tokenizer)
     sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
     extra_batches = rollout.dynamic_sampling.max_extra_batches
-    fresh = FreshSource(engine, policy, sampling=sampling, seed=seed)
+    fresh = FreshSource(
+        engine,
+        policy,
+        sampling=sampling,
+        seed=seed,
+        mismatch=mismatch_rule(config, policy.device.type),
+    )
     verifier = make_verifier(config, rewards, tokenizer, screen)
     collector = Collector(
         stream=stream,
@@ -192,6 +208,7 @@ def make_trainer(
         eval_every=config.eval.every,
         checkpoint_every=config.checkpoint.every,
         completions_every=config.log.completions_every,
+        generate_ahead=rollout.generate_ahead,
     )
 
 
@@ -441,13 +458,10 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
 
 
 def make_policy(config: Config, name: str, *, device: str) -> Policy:
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
     return Policy(
         load_model(name),
         device=device,
-        compute_dtype=getattr(torch, dtype),
+        compute_dtype=getattr(torch, compute_dtype(config, device)),
         gradient_checkpointing=config.model.gradient_checkpointing,
         temperature=config.rollout.temperature,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
@@ -467,24 +481,6 @@ def make_reference(config: Config, name: str, *, device: str) -> Reference | Non
         previous_share=kl.previous_share,
         rebase_at_step=kl.rebase_at_step,
     )
-
-
-def make_engine(config: Config, policy: Policy, tokenizer: Tokenizer) -> TransformersEngine:
-    eos = end_of_sequence_ids(policy, tokenizer)
-    pad = tokenizer.pad_token_id
-    return TransformersEngine(
-        policy,
-        eos_token_ids=eos,
-        pad_token_id=eos[0] if pad is None else pad,  # masked out: any id does
-        max_batch_sequences=config.rollout.max_batch_sequences,
-    )
-
-
-def end_of_sequence_ids(policy: Policy, tokenizer: Tokenizer) -> list[int]:
-    """The tokenizer's own end token first, then those of the model's generation config."""
-    listed = policy.model.generation_config.eos_token_id if policy.model.generation_config else None
-    others = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
 
 
 def save_model(policy: Policy, tokenizer: Tokenizer, path: Path) -> None:

@@ -7,18 +7,20 @@ first, the stream brings the others. What is recalled for a question stands in i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from exgrpo_fast.display import Screen
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Group, Question, Trajectory
-from exgrpo_fast.sources.fresh import FreshSource, Mismatch
+from exgrpo_fast.mismatch import Mismatch
+from exgrpo_fast.rollout.engine import Generation
+from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight import HindsightReport, HindsightSource
 from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.recall import PendingRecall, Recall, Replay
+from exgrpo_fast.sources.recall import PendingRecall, Plan, Recall, Replay
 from exgrpo_fast.verify import Grading, Verifier
 
 
@@ -81,6 +83,17 @@ class Batch:
         return [t for group in self.generated for t in group.from_source("replay")]
 
 
+class Begun(NamedTuple):
+    """A step's first responses, on their way."""
+
+    step: int
+    plan: Plan
+    drawn: Sequence[Question]
+    pending: PendingRecall
+    slots: list[int]  # fresh responses that each question of plan and stream gets
+    generation: Generation
+
+
 class Made(NamedTuple):
     groups: list[Group]
     mismatch: Mismatch
@@ -115,8 +128,10 @@ class Collector:
         self.prompts_per_step = prompts_per_step
         self.group_size = group_size
         self.max_extra_batches = max_extra_batches
+        self.begun: Begun | None = None  # by `begin`, until it is collected
 
-    def collect(self, step: int, clock: Clock) -> Batch:
+    def begin(self, step: int, clock: Clock) -> None:
+        """Plan a step and have the engine generate for it, while the one before is trained on."""
         with clock.measure("replay"):
             plan = self.replay.plan(step=step)
         taken = {question.id for question in plan.questions}
@@ -125,8 +140,22 @@ class Collector:
         drawn = self.stream.draw(missing, exclude=taken)
         with clock.measure("replay"):
             pending = self.replay.recall(plan, drawn, step=step)
-        questions = [*plan.questions, *drawn]
-        made = self._make_groups(questions, pending, step, clock)
+        self.begun = self._ask(step, plan, drawn, pending)
+
+    def _ask(
+        self, step: int, plan: Plan, drawn: Sequence[Question], pending: PendingRecall
+    ) -> Begun:
+        slots = [self.replay.num_fresh(self.group_size, count) for count in pending.counts]
+        generation = self.fresh.start([*plan.questions, *drawn], slots, step=step)
+        return Begun(step, plan, drawn, pending, slots, generation)
+
+    def collect(self, step: int, clock: Clock) -> Batch:
+        if self.begun is None:
+            self.begin(step, clock)
+        begun, self.begun = self.begun, None
+        assert begun is not None and begun.step == step, "begun for another step"
+        plan, pending = begun.plan, begun.pending
+        made = self._make_groups(begun, clock)
         with clock.measure("replay"):
             groups = self.replay.exchange([*plan.groups, *made.groups])
         if not groups:
@@ -155,31 +184,30 @@ class Collector:
                 break
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
-            nothing = PendingRecall.nothing(len(drawn))
-            extra = self._make_groups(drawn, nothing, step, clock).groups
+            begun = self._ask(step, Plan(), drawn, PendingRecall.nothing(len(drawn)))
+            extra = self._make_groups(begun, clock).groups
             kept += [group for group in extra if group.learnable]
             discarded += [group for group in extra if not group.learnable]
         return replace(batch, groups=tuple(kept), discarded=tuple(discarded))
 
-    def _make_groups(
-        self, questions: Sequence[Question], pending: PendingRecall, step: int, clock: Clock
-    ) -> Made:
+    def _make_groups(self, begun: Begun, clock: Clock) -> Made:
         """One group for each question: what was recalled, then fresh ones."""
-        slots = [self.replay.num_fresh(self.group_size, count) for count in pending.counts]
+        questions, slots, step = [*begun.plan.questions, *begun.drawn], begun.slots, begun.step
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
 
         def recall_now() -> Recall:
             with clock.measure("replay"):
-                return pending.recall
+                return begun.pending.recall
 
         with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
             grading = Grading(self.verifier, question_of, advance, meanwhile=recall_now)
-            completions = self.fresh.sample(questions, slots, step=step, observer=grading)
+            completions = begun.generation.wait(grading)
         recall = recall_now()
         replayed = [t for found in recall.slots for t in found]
-        flat = [c for of_question in completions for c in of_question]
         with clock.measure("score"), self.screen.phase("score"):
-            fresh, mismatch = self.fresh.score(question_of, flat, step=step, observer=grading)
+            fresh, mismatch = self.fresh.score(
+                question_of, completions, step=step, observer=grading
+            )
         with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts()
             verdicts += self.verifier.verify([t.question for t in replayed], replayed)
@@ -200,6 +228,25 @@ class Collector:
         scored = [part for group in groups if (part := scored_part(group))]
         num_scored = sum(len(group.trajectories) for group in scored)
         return Made(scored, mismatch, len(verdicts) - num_scored)
+
+    # --- persistence ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was begun is generated anew after a resume, for the same questions."""
+        if self.begun is None:
+            return {}
+        plan = [question.id for question in self.begun.plan.questions]
+        return {"planned": plan, "drawn": [question.id for question in self.begun.drawn]}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, step: int) -> None:
+        """`step`: the next one."""
+        if state:
+            self.stream.check_known({*state["planned"], *state["drawn"]})
+            planned, drawn = (
+                [self.stream.by_id[name] for name in state[part]] for part in ("planned", "drawn")
+            )
+            plan = Plan(tuple(planned))
+            self.begun = self._ask(step, plan, drawn, self.replay.recall(plan, drawn, step=step))
 
 
 def scored_part(group: Group) -> Group | None:

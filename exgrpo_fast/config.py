@@ -143,14 +143,65 @@ class DynamicSamplingConfig(Section):
     )
 
 
+class ServerConfig(Section):
+    """Rollout servers: engines in processes of their own."""
+
+    count: Positive = Field(default=1, description="servers to start, one GPU each")
+    gpus: list[NonNegative] | None = Field(
+        default=None, description="GPU of each server; null = those behind the trainer's"
+    )
+    urls: list[str] | None = Field(
+        default=None, description="servers that run already, http://host:port; none is started"
+    )
+    key_env: str = Field(
+        default="EXGRPO_FAST_KEY", description="environment variable with the key of the urls"
+    )
+    weights: Literal["shared_memory", "broadcast"] = Field(
+        default="shared_memory", description="how new weights travel: same machine, or any (NCCL)"
+    )
+    deadline_seconds: PositiveFloat = Field(
+        default=120.0, description="without progress a server counts as lost"
+    )
+
+
 class RolloutConfig(Section):
-    engine: Literal["auto", "transformers"] = "auto"
+    engine: Literal["auto", "transformers", "vllm", "vllm_server"] = Field(
+        default="auto", description="auto = vllm on CUDA where it is installed, else transformers"
+    )
     prompts_per_step: Positive = 64
     group_size: Positive = 8
     max_completion_tokens: Positive = 2048
     temperature: PositiveFloat = 1.0
+    top_p: float = Field(default=1.0, description="only 1: see docs/rollouts.md")
+    top_k: int = Field(default=0, description="only 0")
+    min_p: float = Field(default=0.0, description="only 0")
     max_batch_sequences: Positive = Field(default=256, description="sequences decoded side by side")
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    generate_ahead: bool = Field(
+        default=False, description="vllm_server: generate for a step while training on the last"
+    )
+    kv_cache_gib: PositiveFloat | None = Field(
+        default=None, description="vLLM's cache of keys and values; null = by the memory plan"
+    )
+    sleep: Literal["auto", "always", "never"] = Field(
+        default="auto", description="vllm: its memory goes to the trainer during an update"
+    )
+    sync_tolerance: PositiveFloat | None = Field(
+        default=None, description="mean log-prob gap after an update; null = by the dtype"
+    )
+    server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _draws_from_the_policy(self) -> RolloutConfig:
+        for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"rollout.{name} must stay {neutral:g}: a truncated distribution is not the "
+                    f"policy, and no importance ratio is right for it; eval.top_p is free"
+                )
+        if self.generate_ahead and self.engine != "vllm_server":
+            raise ValueError("rollout.generate_ahead needs rollout.engine vllm_server")
+        return self
 
 
 class KLConfig(Section):
@@ -171,6 +222,20 @@ class OverlongConfig(Section):
     )
 
 
+class MismatchConfig(Section):
+    """What a vLLM engine's own log-probs do to the weights of its tokens."""
+
+    correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    max_ratio: PositiveFloat = Field(
+        default=2.0, description="of probabilities, trainer / engine, of a token or a sequence"
+    )
+    min_ratio: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="of probabilities; masks only (IcePop: 0.5 to 5)"
+    )
+
+
 class AlgorithmConfig(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "dr_grpo"
     std: Literal["population", "sample"] = Field(
@@ -188,6 +253,7 @@ class AlgorithmConfig(Section):
     entropy_coef: float = 0.0
     kl: KLConfig = KLConfig()
     overlong: OverlongConfig = OverlongConfig()
+    mismatch: MismatchConfig = MismatchConfig()
 
 
 class StoreConfig(Section):
@@ -394,6 +460,8 @@ class Config(Section):
                 f"replay.count ({replay.count}) leaves no fresh slot in a group of "
                 f"rollout.group_size {self.rollout.group_size}; use replay.mixer append"
             )
+        if self.rollout.generate_ahead and replay.enabled and replay.mixer == "recent_groups":
+            raise ValueError("rollout.generate_ahead does not go with replay.mixer recent_groups")
         if replay.weight == "proximal" and self.algorithm.dual_clip is not None:
             raise ValueError("replay.weight proximal has no algorithm.dual_clip; set it to null")
         if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +33,14 @@ class Question:
     conversation: tuple[Mapping[str, Any], ...] = ()  # the messages that the template was given
 
 
+class WeightSpan(NamedTuple):
+    """Tokens `start` to `end` of a completion were drawn by the weights of one version."""
+
+    version: int  # the number of finished training steps
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Completion:
     """What an engine returns for one request; `logprobs` are the engine's own."""
@@ -40,6 +48,7 @@ class Completion:
     token_ids: Tensor  # int64 [T], ends with an end-of-sequence id unless truncated
     logprobs: Tensor  # float32 [T]
     truncated: bool  # True when the length limit ended it
+    weight_spans: tuple[WeightSpan, ...] = ()  # none: all of it by the present weights
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Trajectory:
     source: SourceName = "fresh"
     shaping: float = 0.0  # 0 = clipped ratio; g > 0 = unclipped w / (w + g)
     proximal_logprobs: Tensor | None = None  # float32 [T]; the clip is taken around these
+    token_weights: Tensor | None = None  # float32 [T], factors of its tokens' weights
     birth_step: int = 0  # the step in which it was generated
     verdict: Verdict | None = None
     penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong responses

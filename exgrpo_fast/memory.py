@@ -1,6 +1,9 @@
-"""The memory plan: what a run will hold, from its config alone. Loads no torch."""
+"""The memory plan: what a run will hold, from its config and the model's shapes. Loads no torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 from exgrpo_fast.buffer.plan import StorePlan, StoreTooSmall
 from exgrpo_fast.config import Config, ConfigError
@@ -32,3 +35,96 @@ def store_note(plan: StorePlan, device: str) -> str:
         f"experience store: {plan.num_trajectories:,} trajectories, {plan.num_pages:,} pages of "
         f"{plan.page_tokens} tokens, {plan.num_bytes / 2**20:.0f} MiB on {device}{host}"
     )
+
+
+# --- the rollout engine ---------------------------------------------------------------------------
+
+BYTES_PER_PARAMETER = 16  # of the trainer: weights, gradients and AdamW's moments in float32
+BYTES_BESIDE_UPDATE = 12  # the same without gradients, while responses are generated
+CACHE_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # vLLM's defaults
+CPU_CACHE_BYTES = 1 << 30  # at most, unless the config says more
+RESERVE = 0.1  # share of a GPU that no plan touches: contexts, fragments, activations of scoring
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What vLLM may take of the device."""
+
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_model_len: int
+    sleeps: bool
+
+    def note(self) -> str:
+        state = "sleeps during the update" if self.sleeps else "stays awake"
+        return (
+            f"vLLM: {self.kv_cache_bytes / 2**30:.2f} GiB of keys and values for "
+            f"{self.max_num_seqs} sequences of up to {self.max_model_len} tokens; {state}"
+        )
+
+
+def max_model_len(config: Config, positions: int) -> int:
+    """Longest prompt + completion that a run can ask for; `positions`: all the model has."""
+    prompt = config.data.max_prompt_tokens
+    if config.hindsight.enabled:
+        prompt = max(prompt, config.hindsight.max_prompt_tokens)
+    return min(prompt + config.rollout.max_completion_tokens, positions)
+
+
+def kv_bytes_per_token(model: Any, *, dtype: str) -> int:
+    """Keys and values of one token in all layers; `model`: a transformers config."""
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return 2 * model.num_hidden_layers * heads * size * BYTES[dtype]
+
+
+def engine_plan(
+    config: Config,
+    model: Any,
+    *,
+    num_parameters: int,
+    dtype: str,
+    device: str,
+    device_bytes: int,
+    shared: bool,
+) -> EnginePlan:
+    """`model`: a transformers config; `device_bytes`: of one GPU, or of the machine on a CPU;
+    `shared`: the trainer lives on the same device.
+
+    ConfigError where not even one sequence of full length fits.
+    """
+    rollout, length = config.rollout, max_model_len(config, model.max_position_embeddings)
+    block = CACHE_BLOCK_TOKENS[device]
+    one_sequence = -(-length // block) * block * kv_bytes_per_token(model, dtype=dtype)
+    wanted = one_sequence * (rollout.max_batch_sequences + 1)
+    if device == "cpu":
+        return EnginePlan(
+            _kv_bytes(config, min(wanted, CPU_CACHE_BYTES), one_sequence),
+            rollout.max_batch_sequences,
+            length,
+            sleeps=False,
+        )
+    usable = int((1 - RESERVE) * device_bytes) - num_parameters * BYTES[dtype]
+    awake = usable - shared * num_parameters * BYTES_PER_PARAMETER
+    asleep = usable - shared * num_parameters * BYTES_BESIDE_UPDATE
+    fits_awake = awake >= wanted or not shared
+    sleeps = shared and {"always": True, "never": False, "auto": not fits_awake}[rollout.sleep]
+    room = asleep if sleeps else awake
+    return EnginePlan(
+        _kv_bytes(config, min(wanted, room), one_sequence),
+        rollout.max_batch_sequences,
+        length,
+        sleeps=sleeps,
+    )
+
+
+def _kv_bytes(config: Config, planned: int, one_sequence: int) -> int:
+    given = config.rollout.kv_cache_gib
+    planned = planned if given is None else int(given * 2**30)
+    if planned < one_sequence:
+        raise ConfigError(
+            f"rollout.kv_cache_gib: {max(planned, 0) / 2**30:.2f} GiB are left for vLLM's keys and "
+            f"values, and one sequence of full length needs {one_sequence / 2**30:.2f}; lower "
+            f"rollout.max_completion_tokens, or set rollout.sleep to always"
+        )
+    return planned

@@ -189,7 +189,8 @@ def fill_columns(
 ) -> TokenColumns:
     """The columns of one pack; the sequences are the caller's lists, `packed.index` picks.
 
-    Log-probs and advantages come by the token [T], weights by the trajectory.
+    Log-probs and advantages come by the token [T], weights by the trajectory; a trajectory's own
+    `token_weights` are factors of them.
     """
     device = packed.targets.device
     lengths = torch.tensor(packed.lengths, device=device)
@@ -200,12 +201,22 @@ def fill_columns(
     def join(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([values[i] for i in packed.index]).to(device, torch.float32)
 
+    weights_N = spread([weights[i] for i in packed.index])
+    if any(t.token_weights is not None for t in trajectories):
+        weights_N = weights_N * join([factors_of(t) for t in trajectories])
     return TokenColumns(
         targets=packed.targets,
         behaviour_logprobs=join(behaviour_logprobs),
         advantages=join(advantages),
-        weights=spread([weights[i] for i in packed.index]),
+        weights=weights_N,
         shaping=spread([trajectories[i].shaping for i in packed.index]),
         sequence_ids=torch.arange(len(packed.index), device=device).repeat_interleave(lengths),
         ref_logprobs=None if ref_logprobs is None else join(ref_logprobs),
     )
+
+
+def factors_of(trajectory: Trajectory) -> Tensor:
+    """float32 [T]: its `token_weights`, or ones."""
+    if trajectory.token_weights is None:
+        return torch.ones(trajectory.num_tokens)
+    return trajectory.token_weights

@@ -157,6 +157,13 @@ class Policy:
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         return Scores(logprobs, entropies, responses.lengths)
 
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its Hugging Face name, layer after layer; a tied head is named as well.
+
+        An engine that packs its weights would otherwise keep the head it was loaded with.
+        """
+        yield from self.model.state_dict().items()
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from exgrpo_fast.build import (
     environment,
     load_tokenizer,
     make_decode,
-    make_engine,
     make_evaluator,
     make_hindsight_prompt,
     make_policy,
@@ -26,6 +26,8 @@ from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.display import Screen, make_screen
+from exgrpo_fast.engines import prepare_engine
+from exgrpo_fast.experience import Question
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.report import write_report
 from exgrpo_fast.run_folder import RunFolder
@@ -187,9 +189,9 @@ def eval_session(
     tokenizer = load_tokenizer(model)
     loaded = {file: read_questions(config, file, tokenizer, screen).questions for file in files}
     try:
-        with make_rewards(config) as rewards:
-            policy = make_policy(config, model, device=device)
-            engine = make_engine(config, policy, tokenizer)
+        with make_rewards(config) as rewards, ExitStack() as stack:
+            attach = prepare_engine(config, model, tokenizer, device=device, stack=stack)
+            engine = attach(make_policy(config, model, device=device), some_prompt(loaded))
             verifier = Verifier(rewards, make_decode(tokenizer), screen)
             prompt = make_hindsight_prompt(config, rewards, tokenizer) if revise else None
             evaluator = make_evaluator(
@@ -198,6 +200,10 @@ def eval_session(
             return {file: evaluator(questions).as_dict() for file, questions in loaded.items()}
     finally:
         screen.close()
+
+
+def some_prompt(loaded: Mapping[str, Sequence[Question]]) -> tuple[int, ...]:
+    return next(question.prompt_ids for found in loaded.values() for question in found)
 
 
 def sample_session(
@@ -223,9 +229,9 @@ def sample_session(
             raise ConfigError(f"--row {row}: {data} has questions 0 to {len(questions) - 1}")
         question = questions[row]
     try:
-        with make_rewards(config) as rewards:
-            policy = make_policy(config, model, device=device)
-            engine = make_engine(config, policy, tokenizer)
+        with make_rewards(config) as rewards, ExitStack() as stack:
+            attach = prepare_engine(config, model, tokenizer, device=device, stack=stack)
+            engine = attach(make_policy(config, model, device=device), question.prompt_ids)
             decode = make_decode(tokenizer)
             evaluator = make_evaluator(config, engine, Verifier(rewards, decode, screen), screen)
             samples = evaluator.sample([question])

@@ -52,7 +52,9 @@ class Trainer:
         eval_every: int = 0,
         checkpoint_every: int = 0,
         completions_every: int = 10,
+        generate_ahead: bool = False,
     ) -> None:
+        """`generate_ahead`: the engine generates for a step while the one before is trained on."""
         self.stream = stream
         self.replay = replay
         self.collector = collector
@@ -70,6 +72,7 @@ class Trainer:
         self.eval_every = eval_every
         self.checkpoint_every = checkpoint_every
         self.completions_every = completions_every
+        self.generate_ahead = generate_ahead
         self.num_steps = 0
         self.bad_updates = 0
         self.stop_signal: int | None = None
@@ -80,13 +83,16 @@ class Trainer:
         batch = self.collector.collect(step, clock)
         self.stream.retire(self.replay.observe(batch.generated, step=step))
         objective = self.replay.objective(self.objective)
+        metrics = self.replay.metrics(batch.replayed, batch.recall, step=step)
+        self.replay.start_if_ready(pass_at_1(batch.generated))
+        if self.generate_ahead and step < self.max_steps:
+            self.collector.begin(step + 1, clock)
+        self.engine.rest()
         with clock.measure("update"), self.screen.phase("update") as advance:
             update = self.learner.update(batch.groups, objective, advance)
         with clock.measure("sync"):
             self.engine.sync(step)
-        metrics = step_metrics(step, batch, update, clock)
-        metrics |= self.replay.metrics(batch.replayed, batch.recall, step=step)
-        self.replay.start_if_ready(pass_at_1(batch.generated))
+        metrics = step_metrics(step, batch, update, clock) | metrics
         self.num_steps = step
         self._guard(metrics)
         return batch, metrics
@@ -122,6 +128,7 @@ class Trainer:
             "num_steps": self.num_steps,
             "stream": self.stream.state_dict(),
             "replay": self.replay.state_dict(),
+            "begun": self.collector.state_dict(),
             "learner": self.learner.state_dict(),
         }
 
@@ -131,6 +138,7 @@ class Trainer:
         if state["replay"]:  # an on-policy run that goes on with replay starts with none
             self.replay.load_state_dict(state["replay"])
         self.learner.load_state_dict(state["learner"])
+        self.collector.load_state_dict(state["begun"], step=self.num_steps + 1)
 
     # --- the small print ---
 

@@ -17,13 +17,14 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedTokenizerFast
 
-from exgrpo_fast.build import make_engine, make_policy, make_reference, make_rewards, make_trainer
+from exgrpo_fast.build import make_policy, make_reference, make_rewards, make_trainer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.display import NullScreen
+from exgrpo_fast.engines import make_transformers_engine
 from exgrpo_fast.experience import Completion, Question
 from exgrpo_fast.metrics import NullSink
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, Deferred, Observer, Request, Sampling
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import Trainer
 
@@ -78,7 +79,16 @@ class ScriptedEngine:
     def expect(self, question_id: str, *texts: str) -> None:
         self.lines[question_id].extend(texts)
 
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
+        return Deferred(self, requests, sampling)
+
     def sync(self, version: int) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def generate(
@@ -119,7 +129,7 @@ def make_test_trainer(
             config,
             policy=policy,
             reference=make_reference(config, str(model_folder), device="cpu"),
-            engine=engine or make_engine(config, policy, tokenizer),
+            engine=engine or make_transformers_engine(config, policy, tokenizer),
             rewards=rewards,
             train=questions,
             held_out=held_out,

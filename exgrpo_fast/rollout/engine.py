@@ -8,6 +8,7 @@ from typing import Protocol
 
 import xxhash
 
+from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Completion
 
 
@@ -25,6 +26,7 @@ class Sampling:
 class Request:
     prompt_ids: tuple[int, ...]
     seed: int  # 64 bits; see `request_seed`
+    max_completion_tokens: int | None = None  # below the sampling's limit; None: that limit
 
 
 class Observer:
@@ -40,7 +42,23 @@ class Observer:
 UNOBSERVED = Observer()
 
 
+class EngineLost(UserError):
+    """The engine died, hung or lost its connection; the run goes on from its last checkpoint."""
+
+
+class Generation(Protocol):
+    """Completions on their way."""
+
+    def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
+        """One completion per request, in order."""
+        ...
+
+
 class RolloutEngine(Protocol):
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
+        """Begin to generate, where the engine runs elsewhere; else `wait` does all of it."""
+        ...
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -53,6 +71,26 @@ class RolloutEngine(Protocol):
     def sync(self, version: int) -> None:
         """Take over the trainer's weights; `version` is the number of finished steps."""
         ...
+
+    def rest(self) -> None:
+        """Training begins: an engine on the same GPU may have to make room until it is asked."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, processes and sockets."""
+        ...
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """The generation of an engine that shares the trainer's process: it begins with `wait`."""
+
+    engine: RolloutEngine
+    requests: Sequence[Request]
+    sampling: Sampling
+
+    def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
+        return self.engine.generate(self.requests, self.sampling, observer)
 
 
 def request_seed(run_seed: int, step: int | str, question_id: str, sample: int) -> int:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from exgrpo_fast.experience import Completion
 from exgrpo_fast.policy import Policy, inference
-from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, Deferred, Observer, Request, Sampling
 
 
 class TransformersEngine:
@@ -35,8 +35,17 @@ class TransformersEngine:
         self.pad_token_id = pad_token_id
         self.max_batch_sequences = max_batch_sequences
 
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
+        return Deferred(self, requests, sampling)
+
     def sync(self, version: int) -> None:
         """Nothing to do: these are the trainer's parameters."""
+
+    def rest(self) -> None:
+        """Its cache ended with the generation."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.no_grad()
     def generate(
@@ -69,6 +78,7 @@ class TransformersEngine:
         for row, request in enumerate(requests):  # left padding: generation goes on at the right
             prompts[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
+        limits = [r.max_completion_tokens or sampling.max_completion_tokens for r in requests]
         sampler = SeededSampler([r.seed for r in requests], sampling, width, device, waiting)
         model: Any = self.policy.model
         output = model.generate(
@@ -76,7 +86,7 @@ class TransformersEngine:
             attention_mask=mask,
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_completion_tokens,
+                max_new_tokens=max(limits),
                 do_sample=False,  # the processor has drawn; what is left is to take the maximum
                 eos_token_id=self.eos_token_ids,
                 pad_token_id=self.pad_token_id,
@@ -84,7 +94,10 @@ class TransformersEngine:
         )
         tokens = output[:, width:].cpu()
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu()
-        return [self._cut(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        return [
+            self._cut(row[:limit], row_logprobs[:limit])
+            for row, row_logprobs, limit in zip(tokens, logprobs, limits, strict=True)
+        ]
 
     def _cut(self, tokens: Tensor, logprobs: Tensor) -> Completion:
         ends = torch.isin(tokens, torch.tensor(self.eos_token_ids)).nonzero()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from exgrpo_fast.experience import Completion, Question, Trajectory
+from exgrpo_fast.mismatch import NO_CORRECTION, Mismatch, MismatchRule, measure
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
+    Generation,
     Observer,
     Request,
     RolloutEngine,
@@ -18,24 +19,26 @@ from exgrpo_fast.rollout.engine import (
 )
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """|engine - trainer| log-probability per sampled token."""
-
-    mean: float = 0.0
-    max: float = 0.0
-
-
 class FreshSource:
-    """`sample` generates; `score` replaces the engine's log-probs by the trainer's."""
+    """`sample` generates; `score` replaces the engine's log-probs by the trainer's.
+
+    What lies between the two is measured, and by `mismatch` corrected in the tokens' weights.
+    """
 
     def __init__(
-        self, engine: RolloutEngine, policy: Policy, *, sampling: Sampling, seed: int
+        self,
+        engine: RolloutEngine,
+        policy: Policy,
+        *,
+        sampling: Sampling,
+        seed: int,
+        mismatch: MismatchRule = NO_CORRECTION,
     ) -> None:
         self.engine = engine
         self.policy = policy
         self.sampling = sampling
         self.seed = seed
+        self.mismatch = mismatch
 
     def sample(
         self,
@@ -46,13 +49,19 @@ class FreshSource:
         observer: Observer = UNOBSERVED,
     ) -> list[list[Completion]]:
         """`counts[i]` completions of question i, in order."""
+        generation = self.start(questions, counts, step=step)
+        return by_question(generation.wait(observer), counts)
+
+    def start(
+        self, questions: Sequence[Question], counts: Sequence[int], *, step: int
+    ) -> Generation:
+        """The same, on its way: one completion after the other, to be parted by `by_question`."""
         requests = [
             Request(question.prompt_ids, request_seed(self.seed, step, question.id, sample))
             for question, count in zip(questions, counts, strict=True)
             for sample in range(count)
         ]
-        completions = iter(self.engine.generate(requests, self.sampling, observer))
-        return [[next(completions) for _ in range(count)] for count in counts]
+        return self.engine.start(requests, self.sampling)
 
     def score(
         self,
@@ -68,6 +77,10 @@ class FreshSource:
             Ragged.of([completion.token_ids for completion in completions]),
             waiting=observer.waiting,
         ).split()
+        differences = [
+            logprobs - completion.logprobs
+            for completion, (logprobs, _) in zip(completions, scores, strict=True)
+        ]
         trajectories = [
             Trajectory(
                 question=question,
@@ -75,18 +88,16 @@ class FreshSource:
                 behaviour_logprobs=logprobs,
                 entropies=entropies,
                 truncated=completion.truncated,
+                token_weights=self.mismatch.factors(difference),
                 birth_step=step,
             )
-            for question, completion, (logprobs, entropies) in zip(
-                question_of, completions, scores, strict=True
+            for question, completion, (logprobs, entropies), difference in zip(
+                question_of, completions, scores, differences, strict=True
             )
         ]
-        gaps = [
-            (logprobs - completion.logprobs).abs()
-            for completion, (logprobs, _) in zip(completions, scores, strict=True)
-        ]
-        num_tokens = sum(len(gap) for gap in gaps)
-        return trajectories, Mismatch(
-            mean=sum(float(gap.sum()) for gap in gaps) / max(num_tokens, 1),
-            max=max((float(gap.max()) for gap in gaps), default=0.0),
-        )
+        return trajectories, measure(differences, completions, self.mismatch, version=step - 1)
+
+
+def by_question(completions: Sequence[Completion], counts: Sequence[int]) -> list[list[Completion]]:
+    following = iter(completions)
+    return [[next(following) for _ in range(count)] for count in counts]

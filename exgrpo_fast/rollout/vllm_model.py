@@ -1,0 +1,239 @@
+"""vLLM as this project uses it. The only file that knows vLLM's names.
+
+Runs inside the process that calls it, be it the trainer or a rollout server. The engine is stepped
+by hand: requests can be added, and weights replaced, between two steps. Written for vLLM 0.31 to
+0.33; what they do differently is decided in one place each, by asking the installed one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exgrpo_fast.errors import UserError
+from exgrpo_fast.experience import Completion, WeightSpan
+from exgrpo_fast.rollout.engine import Request, Sampling
+
+
+class VllmError(UserError):
+    """A vLLM that cannot be used here, in one line."""
+
+
+class StaleCache(Exception):
+    """Cached keys and values of old weights could not be dropped after an update."""
+
+
+class VllmModel:
+    """A language model in vLLM: requests in, completions out, weights replaced on the way."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        eos_token_ids: Sequence[int],
+        device: str,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_bytes: int,
+        seed: int = 0,
+        can_sleep: bool = False,
+        tensor_parallel: int = 1,
+    ) -> None:
+        """`folder`: a Hugging Face folder; its tokenizer is never loaded. `kv_cache_bytes`: of one
+        GPU. `can_sleep`: memory can be handed back between two generations (CUDA only)."""
+        LLM = _import_llm()
+        self.eos_token_ids = list(eos_token_ids)
+        self.max_model_len = max_model_len
+        with untouched_random_state(), _refused(str(folder)):
+            self.llm: Any = LLM(
+                model=str(folder),
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                trust_remote_code=False,
+                generation_config="vllm",  # nothing of the model's own sampling defaults
+                dtype=dtype,
+                seed=seed % 2**31,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                kv_cache_memory_bytes=kv_cache_bytes,
+                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+                enable_prefix_caching=True,
+                enable_sleep_mode=can_sleep,
+                tensor_parallel_size=tensor_parallel,
+                enforce_eager=device == "cpu",
+                disable_log_stats=True,
+            )
+        self.engine: Any = self.llm.llm_engine
+        self.tells_versions = _tells_versions()
+        self.num_added = 0
+        self.running: set[str] = set()
+        self._stamp(0)
+
+    # --- generation ---
+
+    def add(self, request: Request, sampling: Sampling) -> str:
+        """Queue one request; its key comes back with the completion. ValueError if too long."""
+        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        limit = request.max_completion_tokens or sampling.max_completion_tokens
+        if len(request.prompt_ids) + limit > self.max_model_len:
+            raise ValueError(
+                f"a prompt of {len(request.prompt_ids)} and a completion of {limit} tokens do not "
+                f"fit into {self.max_model_len}"
+            )
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=limit,
+            seed=request.seed & (2**63 - 1),  # vLLM takes signed 64 bits
+            stop_token_ids=self.eos_token_ids,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        key = str(self.num_added)
+        self.num_added += 1
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        (rendered,) = self.engine.renderer.render_cmpl([prompt])
+        self.engine.add_request(key, rendered, params)
+        self.running.add(key)
+        return key
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """One token for all running requests; those that ended with it."""
+        finished = []
+        for output in self.engine.step():
+            if output.finished:
+                self.running.discard(output.request_id)
+                finished.append((output.request_id, self._completion(output.outputs[0])))
+        return finished
+
+    def drop_requests(self, keys: Sequence[str] | None = None) -> None:
+        """Forget requests, or all that are queued or running: after an exception the engine would
+        hang on them."""
+        dropped = set(self.running if keys is None else keys)
+        self.engine.abort_request(list(dropped))
+        self.running -= dropped
+
+    def _completion(self, output: Any) -> Completion:
+        logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
+        token_ids = torch.tensor(list(output.token_ids), dtype=torch.int64)
+        assert len(logprobs) == len(token_ids), "one log-prob a token"
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            truncated=output.finish_reason == "length",
+            weight_spans=self._spans(output, len(token_ids)),
+        )
+
+    def _spans(self, output: Any, num_tokens: int) -> tuple[WeightSpan, ...]:
+        if not self.tells_versions:
+            return (WeightSpan(self.version, 0, num_tokens),)
+        return tuple(
+            WeightSpan(int(s.version), min(s.start, num_tokens), min(s.end, num_tokens))
+            for s in output.weight_versions
+        )
+
+    # --- weights ---
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights, by their Hugging Face names, layer after layer.
+
+        Running requests go on with the new weights, their cached keys and values made again.
+        """
+        if self.running and not self.tells_versions:
+            raise RuntimeError("this vLLM cannot tell tokens of two weight versions apart")
+        with untouched_random_state():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            self.drop_cache()
+            self._stamp(version)
+
+    def _stamp(self, version: int) -> None:
+        self.version = version
+        if self.tells_versions:
+            self.llm.update_weight_version(str(version))
+
+    def drop_cache(self) -> None:
+        if not self.engine.reset_prefix_cache(reset_running_requests=bool(self.running)):
+            raise StaleCache("vLLM did not reset its prefix cache")
+
+    # --- memory ---
+
+    def sleep(self) -> None:
+        """Hand back weights and cache; `wake_for_weights`, `load`, `wake_for_requests` follow."""
+        self.llm.sleep(level=2)
+
+    def wake_for_weights(self) -> None:
+        self.llm.wake_up(tags=["weights"])
+
+    def wake_for_requests(self) -> None:
+        self.llm.wake_up(tags=["kv_cache"])
+
+    def close(self) -> None:
+        """End the engine; in one process all engines have to end together."""
+        with untouched_random_state():
+            self.engine.engine_core.shutdown()
+
+
+@contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """vLLM seeds and draws from the process-wide generators; put them back afterwards."""
+    python, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _tells_versions() -> bool:
+    """From 0.32 on a completion says which of its tokens which weights drew."""
+    from vllm.outputs import CompletionOutput  # pyright: ignore[reportMissingImports]
+
+    return "weight_versions" in CompletionOutput.__dataclass_fields__
+
+
+def _import_llm() -> Any:
+    """vLLM's LLM class, told beforehand to stay in this process and off the network."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        with untouched_random_state():
+            from vllm import LLM  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError, OSError) as error:
+        raise VllmError(
+            f"rollout.engine vllm: vLLM cannot be imported ({_first_line(error)}); "
+            f"`exgrpo-fast doctor` says why, --rollout.engine transformers does without"
+        ) from None
+    return LLM
+
+
+@contextmanager
+def _refused(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise VllmError(f"rollout.engine vllm refuses {folder}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
