@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_arguments import ARGUMENTS, EOS
+from vllm_cases import ARGUMENTS, EOS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads are slower than one
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first request compiles a C++ kernel

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
-from vllm_arguments import ARGUMENTS
+from vllm_cases import ARGUMENTS
 
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, load_model
