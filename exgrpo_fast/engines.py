@@ -7,6 +7,7 @@ so an engine is made in two halves: `prepare_engine`, then what it returns is gi
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.canary import TOLERANCE, VerifiedEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+
+log = logging.getLogger(__name__)
 
 # (policy, the ids of any prompt) -> engine
 Attach = Callable[[Policy, Sequence[int]], RolloutEngine]
@@ -125,11 +128,29 @@ def _prepare_in_process(
     from exgrpo_fast.rollout.vllm_engine import VllmEngine
     from exgrpo_fast.rollout.vllm_model import VllmModel
 
-    vllm = VllmModel(**model)
+    vllm = with_less_memory_once(lambda changes: VllmModel(**{**model, **changes}), model)
     stack.callback(vllm.close)
     if plan.sleeps:
         vllm.sleep()
     return lambda policy: VllmEngine(vllm, policy, sleeps=plan.sleeps)
+
+
+def with_less_memory_once(make: Callable[[dict[str, Any]], Any], model: dict[str, Any]) -> Any:
+    """Try again with half the cache and half the sequences; ConfigError where that fails too."""
+    changes: dict[str, Any] = {}
+    for attempt in range(2):
+        try:
+            return make(changes)
+        except torch.OutOfMemoryError as error:
+            log.warning("vLLM ran out of memory: %s", error)
+            if attempt == 0:
+                torch.cuda.empty_cache()
+                changes = {key: model[key] // 2 for key in ("kv_cache_bytes", "max_num_seqs")}
+    raise ConfigError(
+        f"rollout.kv_cache_gib: vLLM runs out of memory with {model['kv_cache_bytes'] / 2**30:.2f} "
+        f"GiB and with half of it; lower it, or rollout.max_batch_sequences, or set rollout.sleep "
+        f"to always"
+    )
 
 
 def _prepare_servers(

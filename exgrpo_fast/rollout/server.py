@@ -146,7 +146,8 @@ class EngineLoop:
         if not self.model.tells_versions:
             while self.model.running:  # their tokens could not be told apart
                 self._step()
-        self.model.load(self.receiver.receive(announced), version)
+        with contextlib.closing(self.receiver.receive(announced)) as weights:
+            self.model.load(weights, version)
         return len(announced.get("names") or announced["tensors"])
 
     def pause(self, paused: bool) -> None:

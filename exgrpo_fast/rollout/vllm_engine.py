@@ -11,6 +11,7 @@ from exgrpo_fast.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     Deferred,
+    EngineLost,
     Observer,
     Request,
     Sampling,
@@ -50,12 +51,17 @@ class VllmEngine:
             raise
 
     def sync(self, version: int) -> dict[str, float]:
-        if not self.awake:
-            torch.cuda.empty_cache()  # a wake-up that runs out of memory leaks what it had mapped
-            self.model.wake_for_weights()
-        self.model.load(self.policy.named_weights(), version)
-        if not self.awake:
-            self.model.wake_for_requests()
+        try:
+            if not self.awake:
+                torch.cuda.empty_cache()  # a wake-up out of memory leaks what it had mapped
+                self.model.wake_for_weights()
+            self.model.load(self.policy.named_weights(), version)
+            if not self.awake:
+                self.model.wake_for_requests()
+        except torch.OutOfMemoryError as error:
+            raise EngineLost(
+                f"vLLM cannot wake up beside the trainer: {error}; lower rollout.kv_cache_gib"
+            ) from None
         self.awake, self.version = True, version
         return {}
 

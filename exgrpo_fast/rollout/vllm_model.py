@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,7 @@ class VllmModel:
                 tensor_parallel_size=tensor_parallel,
                 enforce_eager=device == "cpu",
                 disable_log_stats=True,
+                use_tqdm_on_load=False,  # one screen, the trainer's
             )
         self.engine: Any = self.llm.llm_engine
         self.tells_versions = _tells_versions()
@@ -229,7 +231,8 @@ def _import_llm() -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        with untouched_random_state():
+        with untouched_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             from vllm import LLM  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError, OSError) as error:
         raise VllmError(
@@ -243,6 +246,8 @@ def _import_llm() -> Any:
 def _refused(folder: str) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise VllmError(f"rollout.engine vllm refuses {folder}: {_first_line(error)}") from error
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ class Sender(Protocol):
 class Receiver(Protocol):
     """A server's end."""
 
-    def receive(self, announced: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
         """The weights in order. BrokenTransfer at the first that differs from what was sent."""
         ...
 
@@ -101,7 +101,7 @@ class SharedMemoryReceiver:
     def __init__(self, introduction: Mapping[str, Any]) -> None:
         self.folder = Path(introduction["folder"])
 
-    def receive(self, announced: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
         with safe_open(self.folder / "weights.safetensors", framework="pt") as file:
             sums = file.metadata()
             for name in announced["names"]:
@@ -185,17 +185,27 @@ class BroadcastReceiver:
         )
         self.group: Any = None
 
-    def receive(self, announced: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
         if self.group is None:
             self.group = make_group(
                 self.store, self.rank, self.world_size, self.device, self.timeout
             )
         dtype = getattr(torch, announced["dtype"])
-        for entry in announced["tensors"]:
+        entries = iter(announced["tensors"])
+
+        def take(entry: Mapping[str, Any]) -> Tensor:
             tensor = torch.empty(entry["shape"], dtype=dtype, device=self.device)
             broadcast(self.group, tensor)
-            compare(entry["name"], tensor, entry["checksum"])
-            yield entry["name"], tensor
+            return tensor
+
+        try:
+            for entry in entries:
+                tensor = take(entry)
+                compare(entry["name"], tensor, entry["checksum"])
+                yield entry["name"], tensor
+        finally:
+            for entry in entries:  # the trainer and the other servers wait for this one
+                take(entry)
 
     def close(self) -> None:
         self.group = None

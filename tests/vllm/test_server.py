@@ -169,10 +169,11 @@ def test_an_engine_that_dies_or_hangs_is_noticed(folders, how) -> None:
     policy = Policy(load_model(str(folders["untied"])))
     server = alone(folders)
     deadline = 4.0
+    sender = SharedMemorySender(torch.float32)
     engine = ServerEngine(
         [server.connection],
         policy,
-        SharedMemorySender(torch.float32),
+        sender,
         processes=[server],
         deadline=deadline,
     )
@@ -184,7 +185,7 @@ def test_an_engine_that_dies_or_hangs_is_noticed(folders, how) -> None:
     assert time.monotonic() - start < deadline + 5.0
     engine.close()
     assert is_gone(server.process.pid)
-    assert not server.folder.exists() and not engine.sender.folder.exists()
+    assert not server.folder.exists() and not sender.folder.exists()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path) -> None:

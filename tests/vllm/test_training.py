@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_config
+from conftest import small_config  # pyright: ignore[reportAttributeAccessIssue]
 
 from exgrpo_fast.config import dump_yaml, load_config
 
