@@ -174,7 +174,9 @@ def init(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.doctor import collect, render
 
-    report = collect()
+    if arguments.model:
+        require_file(arguments.model, "--model")
+    report = collect(model=Path(arguments.model) if arguments.model else None)
     print(json.dumps(report, indent=2) if arguments.json else render(report))
     return 0
 
@@ -325,6 +327,7 @@ def parser() -> Parser:
     c.add_argument("--recipe", default="exgrpo", choices=recipe_names())
 
     c = command("doctor", doctor, "what is installed, what works, what is missing for what")
+    c.add_argument("--model", help="a folder that vLLM is to run")
     c.add_argument("--json", action="store_true")
 
     c = command("score", score, "rows {gold, completion} -> {reward, reason, ms}")
