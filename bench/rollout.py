@@ -153,9 +153,9 @@ def measure_sync(
             of_one = found.setdefault(name, {"update": [], "sync": [], "gap": []})
             for part, sync in (("update", engine.engine.sync), ("sync", engine.sync)):
                 began = time.perf_counter()
-                sync(version)
+                figures = sync(version)
                 of_one[part].append(time.perf_counter() - began)
-            of_one["gap"].append(engine.gap)
+            of_one["gap"].append(figures["sync_gap"])
     return found
 
 

@@ -31,7 +31,8 @@ from exgrpo_fast.experience import Question
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.policy import Tokenizer
 from exgrpo_fast.report import write_report
-from exgrpo_fast.rollout.engine import RolloutEngine
+from exgrpo_fast.rollout.canary import OutOfSync
+from exgrpo_fast.rollout.engine import EngineLost, RolloutEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import NumericalStop, Trainer
 from exgrpo_fast.training_data import read_questions
@@ -39,7 +40,7 @@ from exgrpo_fast.verify import Verifier
 
 log = logging.getLogger(__name__)
 
-EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 70, 74, 128
+EXIT_ENGINE_LOST, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 69, 70, 74, 128
 
 
 def train_session(
@@ -64,10 +65,14 @@ def train_session(
         folder.write_json("env.json", environment(device))
         with open_run(config, folder, screen, device=device, resume_from=resume_from) as run:
             return _train(config, run.trainer, folder, screen, stop_after, started)
-    except NumericalStop as error:
+    except (NumericalStop, OutOfSync) as error:
         log.error("%s", error)
         screen.note(f"stopped: {error}")
         return EXIT_NUMERICAL
+    except EngineLost as error:
+        log.error("%s", error)
+        screen.note(f"stopped: {error}; --resume auto goes on from the last checkpoint")
+        return EXIT_ENGINE_LOST
     except CannotSave as error:
         log.exception("cannot save")
         screen.note(f"cannot save: {error}")

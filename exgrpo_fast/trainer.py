@@ -91,8 +91,8 @@ class Trainer:
         with clock.measure("update"), self.screen.phase("update") as advance:
             update = self.learner.update(batch.groups, objective, advance)
         with clock.measure("sync"):
-            self.engine.sync(step)
-        metrics = step_metrics(step, batch, update, clock) | metrics
+            sync = self.engine.sync(step)
+        metrics = step_metrics(step, batch, update, clock) | metrics | sync
         self.num_steps = step
         self._guard(metrics)
         return batch, metrics

@@ -82,8 +82,8 @@ class ScriptedEngine:
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
         return Deferred(self, requests, sampling)
 
-    def sync(self, version: int) -> None:
-        pass
+    def sync(self, version: int) -> dict[str, float]:
+        return {}
 
     def rest(self) -> None:
         pass

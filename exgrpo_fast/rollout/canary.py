@@ -52,7 +52,6 @@ class VerifiedEngine:
         repeated = list(prompt_ids) * (length // len(prompt_ids) + 1)
         self.request = Request(tuple(repeated[:length]), seed=1)
         self.sampling = Sampling(NUM_TOKENS, policy.temperature)
-        self.gap = 0.0  # of the last update
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
         return self.engine.start(requests, sampling)
@@ -65,22 +64,23 @@ class VerifiedEngine:
     ) -> list[Completion]:
         return self.engine.generate(requests, sampling, observer)
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> dict[str, float]:
         """OutOfSync, with both numbers, where the weights did not arrive."""
-        self.engine.sync(version)
+        figures = self.engine.sync(version)
         (drawn,) = self.engine.generate([self.request], self.sampling)
         scores = self.policy.score(
             Ragged.of([self.request.prompt_ids]), Ragged.of([drawn.token_ids])
         )
         trainer = scores.logprobs.cpu()
-        self.gap = float((trainer - drawn.logprobs).abs().mean())
-        if not self.gap <= self.tolerance:
+        gap = float((trainer - drawn.logprobs).abs().mean())
+        if not gap <= self.tolerance:
             raise OutOfSync(
                 f"weights out of sync after step {version}: on a fixed prompt the engine's mean "
                 f"log-prob is {float(drawn.logprobs.mean()):.6f}, the trainer's "
-                f"{float(trainer.mean()):.6f}; they differ by {self.gap:.2e} a token, "
+                f"{float(trainer.mean()):.6f}; they differ by {gap:.2e} a token, "
                 f"{self.tolerance:.0e} is allowed (rollout.sync_tolerance)"
             )
+        return {**figures, "sync_gap": gap}
 
     def rest(self) -> None:
         self.engine.rest()

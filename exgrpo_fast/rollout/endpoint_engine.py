@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx2
 import torch
@@ -80,7 +80,7 @@ class EndpointEngine:
         self._check_lengths(requests, sampling)
         return asyncio.run(self._generate(requests, sampling, observer))
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> NoReturn:
         """It cannot."""
         raise UserError(
             f"endpoint {self.endpoint.base_url}: a plain vLLM server takes no weights; to train, "

@@ -68,8 +68,11 @@ class RolloutEngine(Protocol):
         """One completion per request, in order. The process-wide random state is untouched."""
         ...
 
-    def sync(self, version: int) -> None:
-        """Take over the trainer's weights; `version` is the number of finished steps."""
+    def sync(self, version: int) -> dict[str, float]:
+        """Take over the trainer's weights; `version` is the number of finished steps.
+
+        Returns figures for the step's metrics.
+        """
         ...
 
     def rest(self) -> None:

@@ -24,12 +24,15 @@ import hmac
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -306,7 +309,7 @@ def serve(settings: ServerSettings, on_ready: Callable[[int], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.commands.put(loop.stop))
     if not settings.stay:
-        threading.Thread(target=end_with_stdin, args=(loop,), daemon=True).start()
+        threading.Thread(target=end_with_stdin, args=(loop, settings.socket), daemon=True).start()
     thread.start()
     while not web.started:
         if not thread.is_alive():
@@ -323,15 +326,17 @@ def serve(settings: ServerSettings, on_ready: Callable[[int], None]) -> None:
         thread.join(5.0)
 
 
-def end_with_stdin(loop: EngineLoop) -> None:
-    """The other end closes when its process ends, however it ends."""
+def end_with_stdin(loop: EngineLoop, socket: str | None) -> None:
+    """The other end closes when its process ends, however it ends; then nobody else tidies up."""
     while os.read(0, 4096):
         pass
     loop.commands.put(loop.stop)
-    # A hanging engine obeys nobody: leave without it.
-    timer = threading.Timer(10.0, os._exit, args=(1,))
-    timer.daemon = True
-    timer.start()
+    if socket is not None:
+        shutil.rmtree(Path(socket).parent, ignore_errors=True)
+    if loop.receiver is not None:
+        loop.receiver.close()
+    time.sleep(10.0)
+    os._exit(1)  # a hanging engine obeys nobody
 
 
 def main() -> None:

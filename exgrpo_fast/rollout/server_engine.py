@@ -57,7 +57,7 @@ class ServerEngine:
     ) -> list[Completion]:
         return self.start(requests, sampling).wait(observer)
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> dict[str, float]:
         """EngineLost where a server did not take the weights over."""
 
         def announce(announced: dict[str, Any]) -> Callable[[], None]:
@@ -75,6 +75,7 @@ class ServerEngine:
 
         with ThreadPoolExecutor(len(self.connections)) as pool:
             self.sender.send(self.policy.named_weights(), announce)
+        return {}
 
     def rest(self) -> None:
         """Its memory is its own."""

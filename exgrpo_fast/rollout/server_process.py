@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import json
 import os
 import secrets
@@ -120,7 +120,6 @@ class ServerProcess:
                 stderr=output,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is the trainer's to answer
-                preexec_fn=die_with_parent,
             )
         assert self.process.stdin is not None
         settings = {"model": dict(model), "key": key, "socket": socket}
@@ -137,7 +136,9 @@ class ServerProcess:
             line = self.process.stdout.readline() if readable else b""
             if line.startswith(b'{"ready": true'):
                 return
-            if readable and not line:
+            if readable and not line:  # it ends
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(30.0)
                 break
         why = "has ended" if self.process.poll() is not None else f"not ready after {deadline:g} s"
         said = self.last_words()
@@ -163,8 +164,3 @@ class ServerProcess:
             if stream is not None:
                 stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def die_with_parent() -> None:
-    """Linux: the kernel ends this child with its parent (PR_SET_PDEATHSIG), were it hung or not."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -38,8 +38,9 @@ class TransformersEngine:
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
         return Deferred(self, requests, sampling)
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> dict[str, float]:
         """Nothing to do: these are the trainer's parameters."""
+        return {}
 
     def rest(self) -> None:
         """Its cache ended with the generation."""

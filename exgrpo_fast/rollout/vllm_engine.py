@@ -28,7 +28,7 @@ class VllmEngine:
         self.model = model
         self.policy = policy
         self.sleeps = sleeps
-        self.awake = True
+        self.awake = not sleeps  # a model that can sleep has been put to sleep before
         self.version = 0
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
@@ -49,7 +49,7 @@ class VllmEngine:
             self.model.drop_requests()
             raise
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> dict[str, float]:
         if not self.awake:
             torch.cuda.empty_cache()  # a wake-up that runs out of memory leaks what it had mapped
             self.model.wake_for_weights()
@@ -57,6 +57,7 @@ class VllmEngine:
         if not self.awake:
             self.model.wake_for_requests()
         self.awake, self.version = True, version
+        return {}
 
     def rest(self) -> None:
         if self.sleeps and self.awake:

@@ -20,15 +20,11 @@ from torch import Tensor
 
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Completion, WeightSpan
-from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.rollout.engine import EngineLost, Request, Sampling
 
 
 class VllmError(UserError):
     """A vLLM that cannot be used here, in one line."""
-
-
-class StaleCache(Exception):
-    """Cached keys and values of old weights could not be dropped after an update."""
 
 
 class VllmModel:
@@ -75,15 +71,21 @@ class VllmModel:
         self.tells_versions = _tells_versions()
         self.num_added = 0
         self.running: set[str] = set()
+        self.usable = True
         self._stamp(0)
 
     # --- generation ---
 
     def add(self, request: Request, sampling: Sampling) -> str:
-        """Queue one request; its key comes back with the completion. ValueError if too long."""
+        """Queue one request; its key comes back with the completion.
+
+        ValueError where it is too long, EngineLost after an update that broke off.
+        """
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
+        if not self.usable:
+            raise EngineLost("vLLM lost its weights when an update broke off")
         limit = request.max_completion_tokens or sampling.max_completion_tokens
         if len(request.prompt_ids) + limit > self.max_model_len:
             raise ValueError(
@@ -150,13 +152,22 @@ class VllmModel:
         """Replace all weights, by their Hugging Face names, layer after layer.
 
         Running requests go on with the new weights, their cached keys and values made again.
+        EngineLost where it breaks off: vLLM is then left between two models, for good.
         """
         if self.running and not self.tells_versions:
             raise RuntimeError("this vLLM cannot tell tokens of two weight versions apart")
-        with untouched_random_state():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-            self.drop_cache()
-            self._stamp(version)
+        try:
+            with untouched_random_state():
+                self.llm.collective_rpc(
+                    "reload_weights", kwargs={"weights_iterator": iter(weights)}
+                )
+                self.drop_cache()
+                self._stamp(version)
+        except Exception as error:
+            self.usable = False
+            raise EngineLost(
+                f"vLLM broke off the update to version {version}: {_first_line(error)}"
+            ) from error
 
     def _stamp(self, version: int) -> None:
         self.version = version
@@ -164,8 +175,9 @@ class VllmModel:
             self.llm.update_weight_version(str(version))
 
     def drop_cache(self) -> None:
+        """RuntimeError where keys and values of old weights stay."""
         if not self.engine.reset_prefix_cache(reset_running_requests=bool(self.running)):
-            raise StaleCache("vLLM did not reset its prefix cache")
+            raise RuntimeError("the prefix cache was not reset")
 
     # --- memory ---
 

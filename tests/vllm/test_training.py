@@ -1,0 +1,152 @@
+"""Whole runs through the command, with vLLM as their engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_config
+
+from exgrpo_fast.config import dump_yaml, load_config
+
+STEPS = 4
+
+
+def write_inputs(folder: Path, model: Path, **sections: Any) -> Path:
+    """A config file of a small task whose rewards differ."""
+    data = folder / "train.jsonl"
+    rows = [{"id": f"q{i}", "prompt": f"What is {i} + 1?", "answer": "3"} for i in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections["data"] = {"train": str(data), "check_answers": False, **sections.get("data", {})}
+    sections["train"] = {"max_steps": STEPS, "lr": 0.01, **sections.get("train", {})}
+    config = small_config(model, "even_length", sections)
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    return folder / "config.yaml"
+
+
+def train(config: Path, out: Path, *arguments: str, **popen: Any) -> subprocess.Popen:
+    command = [sys.executable, "-m", "exgrpo_fast", "train", str(config), "--out", str(out)]
+    return subprocess.Popen([*command, "--device", "cpu", *arguments], **popen)
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_in_step(rows: list[dict[str, Any]]) -> None:
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["mismatch_max"] < 1e-4 for row in rows)
+    assert all(row["sync_gap"] < 1e-5 for row in rows)
+    assert all(row["mismatch_corrected_frac"] == 0.0 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows), "nothing was learned, nothing is shown"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+def test_a_run_stays_in_step(folders, tmp_path, engine: str) -> None:
+    config = write_inputs(tmp_path, folders["untied"], rollout={"engine": engine})
+    assert train(config, tmp_path / "run").wait(300) == 0
+    rows = metrics_of(tmp_path / "run")
+    assert_in_step(rows)
+    assert all(row["staleness_max"] == 0 for row in rows)
+
+
+RECIPES = """
+import sys
+from exgrpo_fast.cli import main
+for recipe in sys.argv[2].split():
+    try:
+        main(["train", recipe, "--out", f"{sys.argv[1]}/{recipe}", *sys.argv[3:]])
+    except SystemExit as end:
+        assert end.code == 0, (recipe, end.code)
+"""
+
+
+def test_recipes_run_unchanged(folders, tmp_path) -> None:
+    recipes = ["grpo", "dapo", "exgrpo", "herl", "remix"]
+    small = load_config(str(write_inputs(tmp_path, folders["tied"])))
+    overrides = {
+        "model.name": small.model.name,
+        "data.train": small.data.train,
+        "data.check_answers": False,
+        "reward.functions": json.dumps(small.reward.functions),
+        "reward.workers": 1,
+        "rollout.engine": "vllm",
+        "rollout.prompts_per_step": 4,
+        "rollout.max_completion_tokens": 12,
+        "algorithm.overlong.soft_penalty_tokens": 0,
+        "train.max_steps": 2,
+    }
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-c", RECIPES, str(tmp_path), " ".join(recipes), "--device", "cpu"]
+    assert subprocess.run([*command, *words], timeout=400).returncode == 0
+    for recipe in recipes:
+        rows = metrics_of(tmp_path / recipe)
+        assert len(rows) == 2
+        assert all(row["mismatch_max"] < 1e-4 and row["sync_gap"] < 1e-5 for row in rows), recipe
+
+
+def test_generation_ahead_is_one_step_stale_at_most(folders, tmp_path) -> None:
+    config = write_inputs(
+        tmp_path,
+        folders["untied"],
+        rollout={"engine": "vllm_server", "generate_ahead": True, "max_completion_tokens": 200},
+        train={"max_tokens_per_microbatch": 512},
+    )
+    assert train(config, tmp_path / "run").wait(300) == 0
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[0]["staleness_max"] == 0
+    assert {row["staleness_max"] for row in rows[1:]} <= {0, 1}
+    assert any(row["staleness_mean"] > 0 for row in rows[1:])
+    stale = max(rows, key=lambda row: row["staleness_mean"])
+    assert stale["mismatch_max"] > 1e-4, "older weights drew these tokens"
+    assert all(row["sync_gap"] < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_whose_engine_is_lost_goes_on_from_its_checkpoint(folders, tmp_path, how) -> None:
+    config = write_inputs(
+        tmp_path,
+        folders["untied"],
+        rollout={
+            "engine": "vllm_server",
+            "max_completion_tokens": 256,
+            "server": {"deadline_seconds": 5.0},
+        },
+        checkpoint={"every": 1},
+        train={"max_tokens_per_microbatch": 512, "max_steps": 40},
+    )
+    out = tmp_path / "run"
+    run = train(config, out, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 200
+    while len(metrics_of(out)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
+    os.kill(server, how)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 69
+    assert "rollout engine 0 is lost" in said and "Traceback" not in said
+    assert children_named(os.getpid(), "exgrpo_fast.rollout.server") == []
+    done = len(metrics_of(out))
+    resumed = train(config, out, "--resume", "auto", "--stop-after", "2")
+    assert resumed.wait(300) == 0
+    assert [row["step"] for row in metrics_of(out)] == list(range(1, done + 3))
+
+
+def children_named(parent: int, name: str) -> list[int]:
+    """Living descendants of a process whose command line holds `name`."""
+    import psutil
+
+    return [
+        child.pid
+        for child in psutil.Process(parent).children(recursive=True)
+        if name in " ".join(child.cmdline())
+    ]
