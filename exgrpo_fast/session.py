@@ -26,12 +26,13 @@ from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.display import Screen, make_screen
-from exgrpo_fast.engines import prepare_engine
+from exgrpo_fast.engines import make_endpoint_engine, prepare_engine
 from exgrpo_fast.experience import Question
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
+from exgrpo_fast.policy import Tokenizer
 from exgrpo_fast.report import write_report
 from exgrpo_fast.rollout.canary import OutOfSync
-from exgrpo_fast.rollout.engine import EngineLost
+from exgrpo_fast.rollout.engine import EngineLost, RolloutEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import NumericalStop, Trainer
 from exgrpo_fast.training_data import read_questions
@@ -148,6 +149,7 @@ def find_checkpoint(folder: RunFolder, resume: str, screen: Screen) -> Path | No
 def model_config(
     model: str,
     *,
+    engine: str,
     reward: str,
     prompt_field: str,
     answer_field: str,
@@ -171,7 +173,7 @@ def model_config(
                 "max_prompt_tokens": 4096,
             },
             "reward": {"functions": [reward]},
-            "rollout": {"max_completion_tokens": max_completion_tokens},
+            "rollout": {"engine": engine, "max_completion_tokens": max_completion_tokens},
             "train": {"seed": seed, "max_tokens_per_microbatch": longest},
             "eval": {"n": n, "k": list(ks), "temperature": temperature, "top_p": top_p},
         }
@@ -186,9 +188,13 @@ def eval_session(
     ks: Sequence[int],
     revise: int = 0,
     device: str,
+    endpoint: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """file -> its evaluation; `revise` rounds in which failed responses are written again."""
+    """file -> its evaluation; `revise` rounds in which failed responses are written again.
+
+    `endpoint`: url, model and key_env of a vLLM server that generates; no weights are loaded here.
+    """
     quiet_libraries()
     config = model_config(model, n=n, ks=ks, **options)
     screen = make_screen()
@@ -196,8 +202,14 @@ def eval_session(
     loaded = {file: read_questions(config, file, tokenizer, screen).questions for file in files}
     try:
         with make_rewards(config) as rewards, ExitStack() as stack:
-            attach = prepare_engine(config, model, tokenizer, device=device, stack=stack)
-            engine = attach(make_policy(config, model, device=device), some_prompt(loaded))
+            engine = make_engine(
+                config,
+                tokenizer,
+                some_prompt(loaded),
+                device=device,
+                stack=stack,
+                endpoint=endpoint,
+            )
             verifier = Verifier(rewards, make_decode(tokenizer), screen)
             prompt = make_hindsight_prompt(config, rewards, tokenizer) if revise else None
             evaluator = make_evaluator(
@@ -206,6 +218,23 @@ def eval_session(
             return {file: evaluator(questions).as_dict() for file, questions in loaded.items()}
     finally:
         screen.close()
+
+
+def make_engine(
+    config: Config,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    *,
+    device: str,
+    stack: ExitStack,
+    endpoint: Mapping[str, Any] | None,
+) -> RolloutEngine:
+    """The model that is looked at, loaded here or behind an endpoint; `prompt_ids`: any prompt."""
+    model = config.model.name or ""
+    if endpoint is not None:
+        return make_endpoint_engine(model, tokenizer, **endpoint)
+    attach = prepare_engine(config, model, tokenizer, device=device, stack=stack)
+    return attach(make_policy(config, model, device=device), prompt_ids)
 
 
 def some_prompt(loaded: Mapping[str, Sequence[Question]]) -> tuple[int, ...]:
@@ -220,6 +249,7 @@ def sample_session(
     prompt: str | None,
     n: int,
     device: str,
+    endpoint: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Print n completions of one question, with reward, length and mean log-prob."""
@@ -236,8 +266,14 @@ def sample_session(
         question = questions[row]
     try:
         with make_rewards(config) as rewards, ExitStack() as stack:
-            attach = prepare_engine(config, model, tokenizer, device=device, stack=stack)
-            engine = attach(make_policy(config, model, device=device), question.prompt_ids)
+            engine = make_engine(
+                config,
+                tokenizer,
+                question.prompt_ids,
+                device=device,
+                stack=stack,
+                endpoint=endpoint,
+            )
             decode = make_decode(tokenizer)
             evaluator = make_evaluator(config, engine, Verifier(rewards, decode, screen), screen)
             samples = evaluator.sample([question])

@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["exgrpo_kernels"],
     ["errors", "experience"],
-    ["config", "advantages", "packing", "metrics", "optim", "run_folder", "checkpoint", "data"],
+    [
+        *("config", "advantages", "packing", "metrics", "optim"),
+        *("run_folder", "checkpoint", "data", "endpoint"),
+    ],
     ["display", "policy", "rewards"],
     ["buffer", "rollout", "report"],
     ["weighting", "mismatch", "reference", "verify", "memory", "training_data"],
@@ -26,7 +29,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may be loaded before torch, so that a mistake is answered at once.
-LIGHT = ["errors", "config", "cli", "scaffold", "rewards", "display", "report"]
+LIGHT = ["errors", "endpoint", "config", "cli", "scaffold", "rewards", "display", "report"]
 
 
 def room_of(path: Path) -> str:

@@ -4,10 +4,9 @@
 where nobody could say. None is not 0: a response without an answer is left out of its group.
 
 The HTTP client lives on an event loop of its own, in a daemon thread, so that the trainer can go on
-meanwhile (`submit`). What the judge reads was written by the policy, and what comes back by a
-stranger: the one is fenced in by markers that it cannot know, the other is bounded in size and time.
-The key is read from the environment, goes into one header, and is in no message; neither is the
-text of a server, which may repeat it. Loads no torch.
+meanwhile (`submit`). What the judge reads was written by the policy, hence fenced in by markers that
+it cannot know; what comes back, and how the key is kept, is `endpoint.py`'s care.
+Loads no torch.
 """
 
 from __future__ import annotations
@@ -16,27 +15,21 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
-import random
 import re
 import secrets
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
-import httpx2
-
+from exgrpo_fast.endpoint import Endpoint, EndpointError
 from exgrpo_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20  # a good reply has a few hundred
-MAX_WAIT_SECONDS = 60.0  # between two attempts, whatever the server asks for
 CACHED_ANSWERS = 65_536  # about 20 MB
-_LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # may go well a moment later
+ADVICE = {400: "check the model's name, and whether it takes temperature and max_tokens"}
 
 Answer = list[bool]  # one for each rubric
 T = TypeVar("T")
@@ -89,29 +82,29 @@ class Judge:
         if min(retries, backoff_seconds) < 0:
             raise JudgeError("judge: retries and backoff_seconds must not be negative")
         self.model = model
-        self.base_url = _checked_url(base_url)
-        self._key_env = api_key_env
-        self._timeout = timeout_seconds
+        try:
+            self._endpoint = Endpoint(
+                base_url,
+                api_key_env=api_key_env,
+                timeout_seconds=timeout_seconds,
+                retries=retries,
+                backoff_seconds=backoff_seconds,
+                max_body_bytes=MAX_BODY_BYTES,
+                advice=ADVICE,
+            )
+        except EndpointError as error:
+            raise JudgeError(f"judge: {error}") from None
+        self.base_url = self._endpoint.base_url
         self._deadline = deadline_seconds
-        self._retries = retries
-        self._backoff = backoff_seconds
         options = {"temperature": temperature, "max_tokens": max_tokens}
         self._options = {name: value for name, value in options.items() if value is not None}
-        self._client = httpx2.AsyncClient(
-            headers={**_authorization(api_key_env), "Accept-Encoding": "identity"},
-            timeout=timeout_seconds,
-            limits=httpx2.Limits(max_connections=None),  # the slots bound them
-            follow_redirects=False,  # the key is for this host
-        )
+        self._client = self._endpoint.client()
         self._slots = asyncio.Semaphore(max_concurrency)
         self._answers: dict[bytes, Answer] = {}  # oldest first
         self._logged: set[str] = set()
-        self._random = random.Random()  # of the pauses alone; the run's own stream is not touched
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
-        for name in ("httpx2", "httpcore2"):  # a line for each request is too much
-            logging.getLogger(name).setLevel(logging.WARNING)
 
     def __repr__(self) -> str:
         return f"Judge({self.model!r} at {self.base_url})"
@@ -187,63 +180,22 @@ class Judge:
 
     async def _ask(self, request: JudgeRequest) -> Answer:
         """Attempt until there is an answer; JudgeError when there will be none."""
+        count = len(request.rubrics)
         async with self._slots:  # kept during the pauses, too: a server in trouble gets less to do
-            for attempt in range(self._retries + 1):
-                outcome = await self._attempt(request)
-                if not isinstance(outcome, _Failure):
-                    return outcome
-                if outcome.final or attempt == self._retries:
-                    break
-                await asyncio.sleep(self._pause(attempt, outcome.retry_after))
-        raise JudgeError(f"judge {self.model} at {self.base_url}: {outcome.what}")
+            try:
+                return await self._endpoint.ask(
+                    self._client,
+                    "/chat/completions",
+                    lambda body: read_answer(_content(body), count),
+                    payload=lambda: self._payload(request),
+                    expected=f"{count} results as JSON",
+                )
+            except EndpointError as error:
+                raise JudgeError(f"judge {self.model} at {self.base_url}: {error}") from None
 
-    async def _attempt(self, request: JudgeRequest) -> Answer | _Failure:
+    def _payload(self, request: JudgeRequest) -> dict[str, Any]:
         messages = make_messages(request, marker=secrets.token_hex(8))
-        payload = {"model": self.model, "messages": messages, **self._options}
-        try:
-            async with asyncio.timeout(self._timeout):
-                status, retry_after, body = await self._post(payload)
-        except (TimeoutError, httpx2.TimeoutException):
-            return _Failure(f"no answer within {self._timeout:g} s")
-        except httpx2.HTTPError as error:
-            return _Failure(f"{type(error).__name__}: is the server up, and the base URL right?")
-        if status != 200:
-            what = f"status {status}: {self._advice(status)}"
-            return _Failure(what, status not in _LATER, retry_after)
-        answer = read_answer(_content(body), len(request.rubrics))
-        if answer is None:
-            return _Failure(f"its replies hold no {len(request.rubrics)} results as JSON")
-        return answer
-
-    async def _post(self, payload: dict[str, Any]) -> tuple[int, float, bytes]:
-        """Status, seconds of Retry-After, and the body of a success; b'' for a larger one."""
-        body = bytearray()
-        url, headers = f"{self.base_url}/chat/completions", {"Content-Type": "application/json"}
-        content = json.dumps(payload).encode()
-        async with self._client.stream("POST", url, content=content, headers=headers) as response:
-            if response.status_code == 200:
-                async for chunk in response.aiter_raw():  # raw: nothing that inflates
-                    body += chunk
-                    if len(body) > MAX_BODY_BYTES:
-                        return 200, 0.0, b""
-            return response.status_code, _seconds(response.headers.get("Retry-After")), bytes(body)
-
-    def _pause(self, attempt: int, retry_after: float) -> float:
-        """Seconds: base x 2^attempt, half of it at random, at least what the server asks for."""
-        backoff = self._backoff * 2**attempt * self._random.uniform(0.5, 1.0)
-        return min(MAX_WAIT_SECONDS, max(backoff, retry_after))
-
-    def _advice(self, status: int) -> str:
-        key = f"the key in {self._key_env}" if self._key_env else "whether it wants a key"
-        if 300 <= status < 400:
-            return "it redirects elsewhere, and is not followed: check the base URL"
-        return {
-            400: "check the model's name, and whether it takes temperature and max_tokens",
-            401: f"check {key}",
-            403: f"check {key}, and that it may use this model",
-            404: "check the base URL, which ends in /v1 as a rule, and the model's name",
-            429: "too many requests, or the quota is used up",
-        }.get(status, "the server failed" if status >= 500 else "the request is refused")
+        return {"model": self.model, "messages": messages, **self._options}
 
     def _log_once(self, what: str) -> None:
         if what not in self._logged:
@@ -256,12 +208,6 @@ class Judge:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
-
-
-class _Failure(NamedTuple):
-    what: str
-    final: bool = False  # the next attempt would go the same way
-    retry_after: float = 0.0  # seconds
 
 
 # --- what is sent ---------------------------------------------------------------------------------
@@ -296,32 +242,6 @@ def _fenced(name: str, text: str, marker: str) -> list[str]:
 
 def _key(model: str, request: JudgeRequest) -> bytes:
     return hashlib.sha256(json.dumps([model, *request]).encode()).digest()
-
-
-def _checked_url(base_url: str) -> str:
-    try:
-        url = httpx2.URL(base_url)
-    except (httpx2.InvalidURL, TypeError):
-        url = httpx2.URL("")
-    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65_535:
-        raise JudgeError("judge: the base URL has to look like https://host/v1")
-    if url.userinfo or url.query or url.fragment:  # it is printed in messages
-        raise JudgeError("judge: the base URL holds more than an address; keys go into api_key_env")
-    return base_url.rstrip("/")
-
-
-def _authorization(api_key_env: str | None) -> dict[str, str]:
-    if api_key_env is None:
-        return {}
-    key = os.environ.get(api_key_env, "").strip()
-    if not key:
-        raise JudgeError(
-            f"judge: no key in the environment variable {api_key_env}; "
-            "set it, or set api_key_env to null for a server that wants none"
-        )
-    if not key.isascii() or not key.isprintable() or " " in key:  # an error of HTTP would print it
-        raise JudgeError(f"judge: what {api_key_env} holds does not look like a key")
-    return {"Authorization": f"Bearer {key}"}
 
 
 # --- what comes back ------------------------------------------------------------------------------
@@ -375,16 +295,3 @@ def _content(body: bytes) -> str:
     except (ValueError, LookupError, TypeError, RecursionError):
         return ""
     return content if isinstance(content, str) else ""
-
-
-def _seconds(retry_after: str | None) -> float:
-    """A Retry-After header, seconds or a date (RFC 9110, 10.2.3) -> seconds from now, at least 0."""
-    if retry_after is None:
-        return 0.0
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
-    try:
-        then = parsedate_to_datetime(retry_after)
-        return max(0.0, (then - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0

@@ -29,7 +29,7 @@ class VllmEngine:
         self.model = model
         self.policy = policy
         self.sleeps = sleeps
-        self.awake = True
+        self.awake = not sleeps  # a model that can sleep has been put to sleep before
         self.version = 0
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:

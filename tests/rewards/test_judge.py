@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from http_server import Handler, Server, drips, resets, running_server, stalls
 
+from exgrpo_fast.endpoint import seconds_until
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample, RubricScorer
 from exgrpo_fast.rewards import judge as judge_module
 from exgrpo_fast.rewards.judge import (
     Judge,
     JudgeError,
     JudgeRequest,
-    _seconds,
     make_messages,
     read_answer,
 )
@@ -32,65 +30,13 @@ KEY = "sk-very-secret-0123"
 RUBRICS = (("is right", 8.0), ("is short", 1.0))
 
 
-class Server(ThreadingHTTPServer):
-    """Does with each request what `behave(handler, number of the request)` says."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave: Callable[[Handler, int], None] = replies("[1, 0]")
-        self.seen: list[dict[str, Any]] = []  # the bodies, in the order of arrival
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        self.under_way = self.most_under_way = 0
-        self.lock = threading.Lock()
-        self.stopped = threading.Event()  # ends what stalls
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news here."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.server.lock:
-            number = len(self.server.seen)
-            self.server.seen.append({"path": self.path, **json.loads(body)})
-            self.server.headers.append(dict(self.headers))
-            self.server.times.append(time.monotonic())
-            self.server.under_way += 1
-            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
-        self.server.behave(self, number)
-
-    def reply(self, status: int, body: bytes = b"{}", **headers: str) -> None:
-        with self.server.lock:  # before the client can know, so that the count is exact
-            self.server.under_way -= 1
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def say(self, text: str) -> None:
-        self.reply(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+def say(handler: Handler, text: str) -> None:
+    handler.reply(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
 
 
 def replies(*texts: str) -> Callable[[Handler, int], None]:
     """These texts one after the other, and the last one for ever."""
-    return lambda handler, number: handler.say(texts[min(number, len(texts) - 1)])
+    return lambda handler, number: say(handler, texts[min(number, len(texts) - 1)])
 
 
 def fails(status: int, times: int = 1000, **headers: str) -> Callable[[Handler, int], None]:
@@ -98,48 +44,22 @@ def fails(status: int, times: int = 1000, **headers: str) -> Callable[[Handler, 
 
     def behave(handler: Handler, number: int) -> None:
         if number >= times:
-            return handler.say("[1, 0]")
+            return say(handler, "[1, 0]")
         handler.reply(status, handler.headers.get("Authorization", "").encode(), **headers)
 
     return behave
 
 
-def stalls(handler: Handler, number: int) -> None:
-    handler.server.stopped.wait(10)
-
-
-def drips(handler: Handler, number: int) -> None:
-    """Sends a byte now and then: no silence is as long as the timeout."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    while not handler.server.stopped.wait(0.02):
-        handler.wfile.write(b" ")
-
-
-def resets(handler: Handler, number: int) -> None:
-    if number == 0:
-        linger = struct.pack("ii", 1, 0)  # close sends RST instead of FIN
-        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        handler.close_connection = True
-        handler.connection.shutdown(socket.SHUT_RD)
-        handler.connection.close()
-    else:
-        handler.say("[1, 0]")
+def resets_first(handler: Handler, number: int) -> None:
+    resets(handler, number) if number == 0 else say(handler, "[1, 0]")
 
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")  # as a file of secrets often ends
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.stopped.set()
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with running_server(monkeypatch) as made:
+        made.behave = replies("[1, 0]")
+        yield made
 
 
 @pytest.fixture
@@ -187,7 +107,7 @@ def test_order_is_kept_and_concurrency_bounded(server, make) -> None:
         user = handler.server.seen[number]["messages"][1]["content"]
         value = int(user.split("response ")[1].split()[0])
         time.sleep(0.03 if value % 3 == 0 else 0.005)
-        handler.say(f"[{value % 2}, {value % 3 == 0:d}]")
+        say(handler, f"[{value % 2}, {value % 3 == 0:d}]")
 
     server.behave = echo
     wanted = [[i % 2 == 1, i % 3 == 0] for i in range(40)]
@@ -276,7 +196,7 @@ def test_the_marker_is_new_for_each_request(server, make) -> None:
         fails(429, 2, Retry_After="0"),
         fails(500, 2),
         fails(503, 1, Retry_After="soon"),
-        resets,
+        resets_first,
     ],
     ids=["wrong length", "429", "500", "503", "reset"],
 )
@@ -295,19 +215,19 @@ def test_retry_after_is_kept(server, make) -> None:
 def test_pauses_grow_and_are_bounded(make) -> None:
     judge = make(backoff_seconds=1.0)
     for attempt, most in enumerate([1.0, 2.0, 4.0]):
-        pauses = [judge._pause(attempt, 0.0) for _ in range(50)]
+        pauses = [judge._endpoint.pause(attempt, 0.0) for _ in range(50)]
         assert most / 2 <= min(pauses) < max(pauses) <= most
-    assert judge._pause(0, 30.0) == 30.0
-    assert judge._pause(0, 1e9) == judge._pause(50, 0.0) == 60.0
+    assert judge._endpoint.pause(0, 30.0) == 30.0
+    assert judge._endpoint.pause(0, 1e9) == judge._endpoint.pause(50, 0.0) == 60.0
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    assert [_seconds(text) for text in (None, "7", " 7 ", "soon", "-3", "\u00b2")] == [
+    assert [seconds_until(text) for text in (None, "7", " 7 ", "soon", "-3", "\u00b2")] == [
         0.0, 7.0, 7.0, 0.0, 0.0, 0.0
     ]  # fmt: skip
     then = datetime.now(UTC) + timedelta(seconds=100)
-    assert 97.0 <= _seconds(format_datetime(then, usegmt=True)) <= 100.0
-    assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert 97.0 <= seconds_until(format_datetime(then, usegmt=True)) <= 100.0
+    assert seconds_until("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -320,7 +240,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         (fails(302, Location="http://127.0.0.1:1/elsewhere"), 1),
         (lambda handler, number: handler.reply(200, b'{"choices": []}'), 3),
         (lambda handler, number: handler.reply(200, b"[" * 100_000), 3),
-        (lambda handler, number: handler.say("[1, 0]" + " " * (1 << 21)), 3),
+        (lambda handler, number: say(handler, "[1, 0]" + " " * (1 << 21)), 3),
     ],
     ids=["malformed", "500", "400", "401", "redirect", "no choice", "deep", "oversized"],
 )
@@ -347,7 +267,7 @@ def test_a_server_that_stalls_is_given_up(server, make, behave) -> None:
 
 def test_a_call_ends_at_its_deadline(server, make) -> None:
     def third_stalls(handler: Handler, number: int) -> None:
-        stalls(handler, number) if number == 2 else handler.say("[1, 0]")
+        stalls(handler, number) if number == 2 else say(handler, "[1, 0]")
 
     server.behave = third_stalls
     judge = make(deadline_seconds=0.8, max_concurrency=1)
@@ -455,7 +375,7 @@ def words_decide(handler: Handler, number: int) -> None:
     """Each rubric is met whose last word stands in the response."""
     user = handler.server.seen[number]["messages"][1]["content"]
     response, asked = user.split("RESPONSE")[1], user.split("in number:\n")[1].split("\n")
-    handler.say(json.dumps([int(line.split()[-1] in response) for line in asked]))
+    say(handler, json.dumps([int(line.split()[-1] in response) for line in asked]))
 
 
 def samples(*texts: str, **columns: Any) -> list[RewardSample]:
