@@ -17,6 +17,8 @@ from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Group, Question, Trajectory
 from exgrpo_fast.sources.fresh import FreshSource, Mismatch
 from exgrpo_fast.sources.hindsight import HindsightReport, HindsightSource
+from exgrpo_fast.sources.prior import NoPrior, PriorSource
+from exgrpo_fast.sources.prior_metrics import GuidanceCost
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.recall import PendingRecall, Recall, Replay
 from exgrpo_fast.verify import Grading, Verifier
@@ -70,6 +72,7 @@ class Batch:
     recall: Recall
     mismatch: Mismatch
     hindsight: HindsightReport | None = None
+    guidance: GuidanceCost = GuidanceCost()
     num_unscored: int = 0  # responses without a verdict, left out of their groups
 
     @property
@@ -84,6 +87,7 @@ class Batch:
 class Made(NamedTuple):
     groups: list[Group]
     mismatch: Mismatch
+    guidance: GuidanceCost
     num_unscored: int
 
 
@@ -97,6 +101,7 @@ class Collector:
         fresh: FreshSource,
         replay: Replay,
         verifier: Verifier,
+        prior: PriorSource | NoPrior,
         hindsight: HindsightSource | None = None,
         screen: Screen,
         overlong: OverlongRule,
@@ -109,6 +114,7 @@ class Collector:
         self.fresh = fresh
         self.replay = replay
         self.verifier = verifier
+        self.prior = prior
         self.hindsight = hindsight
         self.screen = screen
         self.overlong = overlong
@@ -135,7 +141,12 @@ class Collector:
                 f"reachable? The newest checkpoint can be resumed"
             )
         batch = Batch(
-            tuple(groups), (), pending.recall, made.mismatch, num_unscored=made.num_unscored
+            tuple(groups),
+            (),
+            pending.recall,
+            made.mismatch,
+            guidance=made.guidance,
+            num_unscored=made.num_unscored,
         )
         if self.max_extra_batches is not None:
             batch = self._refill(batch, step, clock)
@@ -149,6 +160,7 @@ class Collector:
         """DAPO's dynamic sampling: groups without a gradient make room for new questions."""
         kept = [group for group in batch.groups if group.learnable]
         discarded = [group for group in batch.groups if not group.learnable]
+        guidance = batch.guidance
         for _ in range(self.max_extra_batches or 0):
             missing = self.prompts_per_step - len(kept)
             if missing == 0:
@@ -156,50 +168,70 @@ class Collector:
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
             nothing = PendingRecall.nothing(len(drawn))
-            extra = self._make_groups(drawn, nothing, step, clock).groups
-            kept += [group for group in extra if group.learnable]
-            discarded += [group for group in extra if not group.learnable]
-        return replace(batch, groups=tuple(kept), discarded=tuple(discarded))
+            extra = self._make_groups(drawn, nothing, step, clock)
+            kept += [group for group in extra.groups if group.learnable]
+            discarded += [group for group in extra.groups if not group.learnable]
+            guidance += extra.guidance
+        return replace(batch, groups=tuple(kept), discarded=tuple(discarded), guidance=guidance)
 
     def _make_groups(
         self, questions: Sequence[Question], pending: PendingRecall, step: int, clock: Clock
     ) -> Made:
-        """One group for each question: what was recalled, then fresh ones."""
-        slots = [self.replay.num_fresh(self.group_size, count) for count in pending.counts]
+        """One group for each question: what was recalled, then fresh ones, then guided ones."""
+        guided_slots = self.prior.counts(len(questions), step=step)
+        slots = [
+            self.replay.num_fresh(self.group_size, count) - num_guided
+            for count, num_guided in zip(pending.counts, guided_slots, strict=True)
+        ]
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
 
         def recall_now() -> Recall:
             with clock.measure("replay"):
                 return pending.recall
 
+        guided = self.prior.begin(questions, guided_slots, step=step)
+
+        def guide() -> None:
+            with clock.measure("prior"):
+                guided.advance()
+
         with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
-            grading = Grading(self.verifier, question_of, advance, meanwhile=recall_now)
+            beside = guide if self.prior.concurrent else None
+            grading = Grading(
+                self.verifier, question_of, advance, meanwhile=recall_now, beside=beside
+            )
             completions = self.fresh.sample(questions, slots, step=step, observer=grading)
         recall = recall_now()
         replayed = [t for found in recall.slots for t in found]
         flat = [c for of_question in completions for c in of_question]
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(question_of, flat, step=step, observer=grading)
+        with clock.measure("prior"), self.screen.phase("prior"):
+            guided_ones, fresh, cost = self.prior.score(guided, fresh, step=step)
+        others = [*replayed, *guided_ones]
         with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts()
-            verdicts += self.verifier.verify([t.question for t in replayed], replayed)
+            verdicts += self.verifier.verify([t.question for t in others], others)
         judged = iter(
-            replace(
-                trajectory,
-                verdict=verdict,
-                penalty=self.overlong.penalty(len(trajectory.token_ids)),
+            self.prior.judged(
+                replace(
+                    trajectory,
+                    verdict=verdict,
+                    penalty=self.overlong.penalty(len(trajectory.token_ids)),
+                )
             )
-            for trajectory, verdict in zip([*fresh, *replayed], verdicts, strict=True)
+            for trajectory, verdict in zip([*fresh, *others], verdicts, strict=True)
         )
         members = [[next(judged) for _ in range(n)] for n in slots]
         firsts = [[next(judged) for _ in found] for found in recall.slots]
+        lasts = [[next(judged) for _ in range(n)] for n in guided_slots]
         groups = [
-            Group(question, (*first, *others))
-            for question, first, others in zip(questions, firsts, members, strict=True)
+            Group(question, (*first, *own, *last))
+            for question, first, own, last in zip(questions, firsts, members, lasts, strict=True)
         ]
         scored = [part for group in groups if (part := scored_part(group))]
         num_scored = sum(len(group.trajectories) for group in scored)
-        return Made(scored, mismatch, len(verdicts) - num_scored)
+        return Made(scored, mismatch, cost, len(verdicts) - num_scored)
 
 
 def scored_part(group: Group) -> Group | None:

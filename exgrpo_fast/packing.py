@@ -168,8 +168,9 @@ def token_weights(
     sequence_mean  1 / (sequences x own length)                       GRPO, arXiv 2402.03300 eq. 3
     constant       1 / (sequences x max_completion_tokens)            Dr.GRPO, arXiv 2503.20783
 
-    `num_sequences` counts every trajectory of the update batch, also those without a gradient, and
-    `num_tokens` their tokens; so neither micro-batches nor skipped rows change the loss.
+    `num_sequences` counts every trajectory of the update batch but the masked ones, also those
+    without a gradient, and `num_tokens` their tokens; so neither micro-batches nor skipped rows
+    change the loss.
     """
     if aggregation == "token_mean":
         return lambda length: 1.0 / max(num_tokens, 1)
@@ -189,7 +190,8 @@ def fill_columns(
 ) -> TokenColumns:
     """The columns of one pack; the sequences are the caller's lists, `packed.index` picks.
 
-    Log-probs and advantages come by the token [T], weights by the trajectory.
+    Log-probs and advantages come by the token [T], weights by the trajectory; its own
+    `token_weights` are a factor of them.
     """
     device = packed.targets.device
     lengths = torch.tensor(packed.lengths, device=device)
@@ -204,8 +206,15 @@ def fill_columns(
         targets=packed.targets,
         behaviour_logprobs=join(behaviour_logprobs),
         advantages=join(advantages),
-        weights=spread([weights[i] for i in packed.index]),
+        weights=spread([weights[i] for i in packed.index])
+        * join([token_factors(trajectory) for trajectory in trajectories]),
         shaping=spread([trajectories[i].shaping for i in packed.index]),
         sequence_ids=torch.arange(len(packed.index), device=device).repeat_interleave(lengths),
         ref_logprobs=None if ref_logprobs is None else join(ref_logprobs),
     )
+
+
+def token_factors(trajectory: Trajectory) -> Tensor:
+    """float32 [T]: factors of the weights of one trajectory."""
+    factors = trajectory.token_weights
+    return torch.ones(trajectory.num_tokens) if factors is None else factors

@@ -111,6 +111,12 @@ class PriorScorer(Protocol):
         its draft appended."""
         ...
 
+    def whole_responses(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """float32 [T] of each: log-probabilities of responses that are not guided."""
+        ...
+
     def forget(self) -> None:
         """The session is over: drop what belongs to its responses."""
         ...

@@ -18,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, PolicyError, inference
+from exgrpo_fast.resampling.exact_law import pad_logprobs, response_logprobs
 from exgrpo_fast.resampling.protocols import Draft, Drawn, Prefix, Ready, Scores
 from exgrpo_fast.rollout.transformers_engine import hash_uniform, invert_cdf, signed
 
@@ -140,9 +141,7 @@ class Lane:
 
     def logprobs(self, logits: Tensor) -> Tensor:
         """[..., rows of the head] -> float32 [..., V]; padding has the log-probability -inf."""
-        logprobs = logits[..., : self.num_tokens].float().log_softmax(dim=-1)
-        missing = self.vocabulary_size - logprobs.shape[-1]
-        return F.pad(logprobs, (0, missing), value=-torch.inf)
+        return pad_logprobs(logits, self.num_tokens, self.vocabulary_size)
 
 
 class TransformersDrafter(Lane):
@@ -250,6 +249,13 @@ class TransformersPrior(Lane):
         drawn_A, chosen_A = _draw(self.logprobs(torch.stack(rows)), seeds, 0)
         pairs = zip(drawn_A.tolist(), chosen_A.tolist(), strict=True)
         return Ready([Drawn(token, logprob) for token, logprob in pairs])
+
+    def whole_responses(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return response_logprobs(
+            self.policy, Ragged.of(prompts), Ragged.of(responses), num_tokens=self.num_tokens
+        )
 
     def forget(self) -> None:
         super().forget()
