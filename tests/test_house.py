@@ -14,7 +14,7 @@ FLOORS = [
     ["config", "advantages", "packing", "metrics", "optim", "run_folder", "checkpoint", "data"],
     ["display", "policy", "rewards"],
     ["buffer", "rollout", "report"],
-    ["weighting", "reference", "verify", "memory", "training_data"],
+    ["weighting", "reference", "verify", "memory", "training_data", "resampling"],
     ["sources", "doctor"],
     ["collect", "learner", "quickstart", "evaluate"],
     ["step_metrics"],

@@ -5,7 +5,8 @@ One forward of both over the responses; the logits of a few hundred rows at a ti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def _of_pack(
     policy: Policy, prior: Policy, trigger: Trigger, packed: Pack, num_tokens: int
 ) -> Tensor:
     """float32 [2, N]: log mu and R."""
-    hidden_p, hidden_r = policy.hidden_states(packed), prior.hidden_states(packed)
+    hidden_p, hidden_r = policy.hidden_states(packed), hidden_states(prior, packed)
     found = []
     for rows in torch.arange(len(packed.targets), device=hidden_p.device).split(ROWS_AT_ONCE):
         logp = logprobs(policy, hidden_p[rows])
@@ -60,6 +61,18 @@ def _of_pack(
         emitted = law.kept_NV.gather(1, targets) + law.redrawn_NV.gather(1, targets)
         found.append(torch.stack([emitted[:, 0].log(), law.rate_N]))
     return torch.cat(found, dim=1)
+
+
+def hidden_states(prior: Policy, packed: Pack) -> Tensor:
+    """[N, D], of sequences that the policy has written."""
+    return prior.hidden_states(replace(packed, input_ids=known_ids(prior, packed.input_ids)))
+
+
+def known_ids(policy: Policy, ids: Tensor) -> Tensor:
+    """The policy may have more rows of padding than the prior and, at times, draw one. No such
+    token is ever kept, but a draft that holds one is read."""
+    embeddings: Any = policy.model.get_input_embeddings()
+    return ids.clamp(max=embeddings.weight.shape[0] - 1)
 
 
 def logprobs(
@@ -88,7 +101,7 @@ def response_logprobs(
     with inference(prior.model):
         limit = prior.max_tokens_per_microbatch
         for packed in pack(prompts, responses, max_tokens=limit, device=prior.device):
-            hidden_ND, values = prior.hidden_states(packed), []
+            hidden_ND, values = hidden_states(prior, packed), []
             for rows in torch.arange(len(hidden_ND), device=prior.device).split(ROWS_AT_ONCE):
                 targets = packed.targets[rows, None]
                 width = int(targets.max()) + 1

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, PolicyError, inference
-from exgrpo_fast.resampling.exact_law import pad_logprobs, response_logprobs
+from exgrpo_fast.resampling.exact_law import known_ids, pad_logprobs, response_logprobs
 from exgrpo_fast.resampling.protocols import Draft, Drawn, Prefix, Ready, Scores
 from exgrpo_fast.rollout.transformers_engine import hash_uniform, invert_cdf, signed
 
@@ -88,7 +88,7 @@ class HoledCache:
         mask_BnS = causal_nS & self.visible_BS[:, None] | itself_nS
         model: Any = self.policy.model
         return model(
-            input_ids=ids.to(device),
+            input_ids=known_ids(self.policy, ids.to(device)),
             position_ids=positions.to(device),
             attention_mask=mask_BnS[:, None].to(device),
             past_key_values=self.cache,
@@ -211,8 +211,8 @@ class TransformersPrior(Lane):
     """Scores drafts with a frozen model on the same device. A replacement is drawn from the logits
     that scored the draft it replaces: no forward of its own."""
 
-    prefix_block = None
-    num_retries = 0
+    prefix_block: int | None = None
+    num_retries: int = 0
     scored: dict[int, Tensor]  # place -> logits [m, V] of the drafts of this round
     starts: dict[int, int]  # place -> length of their prefix
 
