@@ -48,7 +48,7 @@ def prior_folder(tokenizer, model_folder: Path, tmp_path_factory: Any) -> Path:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(model.lm_head.weight.shape, generator=generator)
-        model.lm_head.weight.add_(0.03 * noise)
+        model.lm_head.weight.add_(0.1 * noise)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -269,13 +269,13 @@ def test_what_is_trained_is_the_formula_of_its_mode(make_eapo, importance: str) 
         batch, metrics = trainer.step()
         loss, norm = reference(trainer, batch.groups, importance, 2.0)
         assert metrics["loss"] == pytest.approx(loss, abs=2e-5)
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=5e-4)
         norms.append(norm)
         plain.append(reference(trainer, batch.groups, "none", 2.0)[1])
         has_law = importance in ("exact_token", "exact_traj", "mis")
         assert (metrics["prior_rate_mean"] is not None) == has_law
     if importance != "none":  # the mode matters on these responses
-        assert norms != pytest.approx(plain, rel=1e-2)
+        assert norms != pytest.approx(plain, rel=2e-3)
 
 
 def test_e5_losses(make_eapo, tokenizer) -> None:
