@@ -18,6 +18,7 @@ from exgrpo_fast.cli import main
 from exgrpo_fast.collect import Clock
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.experience import Group, Guidance, Trajectory, Verdict
+from exgrpo_fast.policy import Policy
 from exgrpo_fast.quickstart.model import make_model
 from exgrpo_fast.resampling.compatibility import (
     PriorError,
@@ -76,6 +77,12 @@ def source_of(trainer: Trainer) -> PriorSource:
     return trainer.collector.prior
 
 
+def prior_of(trainer: Trainer) -> Policy:
+    prior = source_of(trainer).prior
+    assert prior is not None
+    return prior
+
+
 def guided_of(batch) -> list[Trajectory]:
     return [t for group in batch.groups for t in group.from_source("prior")]
 
@@ -126,15 +133,13 @@ def test_linear_annealing_guides_a_falling_share(make_eapo) -> None:
 
 def test_the_behaviour_column_is_the_papers_mixture(make_eapo, prior_folder: Path) -> None:
     trainer = make_eapo()
-    source = source_of(trainer)
-    assert source.prior is not None
     batch = trainer.collector.collect(1, Clock())
     redrawn = 0
     for t in guided_of(batch):
         assert t.guidance is not None and t.token_weights is None
         old, prior = (
             plain_logprobs(p.model, t).gather(1, t.token_ids[:, None])[:, 0]
-            for p in (trainer.learner.policy, source.prior)
+            for p in (trainer.learner.policy, prior_of(trainer))
         )
         rho = float(t.guidance.redrawn.double().mean())
         mixed = ((1 - rho) * old.exp() + rho * prior.exp()).log()
@@ -152,7 +157,7 @@ def test_a_prior_that_is_the_policy_redraws_nothing(make_eapo, model_folder: Pat
     assert metrics["prior_kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["prior_ratio_kept_mean"] in (None, pytest.approx(1.0, abs=1e-5))
     for t in guided_of(batch):
-        assert not t.guidance.redrawn.any()
+        assert t.guidance is not None and not t.guidance.redrawn.any()
 
 
 def test_switched_off_it_is_the_plain_run_bit_for_bit(make_eapo) -> None:
@@ -199,7 +204,7 @@ def test_what_failed_stays_in_the_baseline_and_leaves_the_loss(make_eapo) -> Non
 def reference(trainer: Trainer, groups, importance: str, cap: float) -> tuple[float, float]:
     """(loss, norm of its gradient) at the start of the step, from whole distributions of the plain
     models and autograd."""
-    policy, prior = trainer.learner.policy.model, source_of(trainer).prior.model
+    policy, prior = trainer.learner.policy.model, prior_of(trainer).model
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for group in groups:
         size, num_guided = len(group.trajectories), len(group.from_source("prior"))
@@ -474,7 +479,7 @@ def test_resume_reproduces_the_next_steps_bit_for_bit(make_eapo) -> None:
 
 def test_the_prior_never_changes(make_eapo) -> None:
     trainer = make_eapo()
-    prior = source_of(trainer).prior
+    prior = prior_of(trainer)
     before = {name: value.clone() for name, value in prior.model.state_dict().items()}
     assert not any(parameter.requires_grad for parameter in prior.model.parameters())
     trainer.step()

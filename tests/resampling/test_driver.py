@@ -52,7 +52,9 @@ class Choices:
 class EnumeratedEngine:
     """Policy and prior of a table; what is drawn is chosen by `choices`."""
 
-    concurrent, prefix_block, num_retries = False, None, 0
+    concurrent = False
+    prefix_block: int | None = None
+    num_retries = 0
 
     def __init__(self, problem: Tabular, choices: Choices) -> None:
         self.problem, self.choices = problem, choices

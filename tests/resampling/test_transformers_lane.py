@@ -142,8 +142,10 @@ def test_what_the_prior_does_not_have_is_always_redrawn(pair) -> None:
 def test_the_exact_law_of_the_emitted_tokens(pair) -> None:
     trigger = Trigger("ratio", 0.5)
     responses = resampler(pair, trigger).start(requests(20)).finish()
+    policy, prior = pair
     law = emitted_law(
-        *pair,
+        policy,
+        prior,
         trigger,
         Ragged.of([response.request.prompt_ids for response in responses]),
         Ragged.of([response.token_ids for response in responses]),
