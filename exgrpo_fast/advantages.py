@@ -56,15 +56,28 @@ def group_advantages(
     *,
     advantage: Advantage,
     baseline: Baseline = "pooled",
+    weights: Sequence[float] = (),
 ) -> list[float]:
-    """Advantages of a group in which some trajectories are replayed.
+    """Advantages of a group in which some trajectories are replayed or importance-weighted.
 
     pooled  statistics of all: a replayed one counts like a fresh one (ExGRPO, arXiv 2510.02245,
             section 3.3; LUFFY, arXiv 2504.14945)
     fresh   statistics of the fresh ones for all: the replayed ones, chosen for their success, do
             not lift the baseline of the others
     split   fresh and replayed ones each by their own statistics (RePO, arXiv 2506.09340)
+
+    `weights`: of the rewards in the mean, as of weighted importance sampling; the scale stays.
     """
+    found = _by_baseline(rewards, replayed, advantage, baseline)
+    if len(set(weights)) <= 1:
+        return found
+    mean = sum(w * a for w, a in zip(weights, found, strict=True)) / sum(weights)
+    return [a - mean for a in found]
+
+
+def _by_baseline(
+    rewards: Sequence[float], replayed: Sequence[bool], advantage: Advantage, baseline: Baseline
+) -> list[float]:
     if baseline == "pooled" or len(set(replayed)) <= 1:
         return advantage(rewards)
     fresh = [r for r, old in zip(rewards, replayed, strict=True) if not old]

@@ -6,7 +6,6 @@ What can fail by a user's mistake (files, rewards, golds) is tried before the we
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-import xxhash
 from transformers import AutoTokenizer
 
 from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
@@ -34,7 +32,12 @@ from exgrpo_fast.collect import Collector, OverlongRule
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
-from exgrpo_fast.engines import compute_dtype, mismatch_rule, prepare_engine
+from exgrpo_fast.engines import (
+    compute_dtype,
+    end_of_sequence_ids,
+    mismatch_rule,
+    prepare_engine,
+)
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
@@ -50,12 +53,21 @@ from exgrpo_fast.metrics import (
 from exgrpo_fast.optim import Optimiser, linear_warmup
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.reference import Reference
+from exgrpo_fast.resampling.compatibility import (
+    fingerprint,
+    read_vocabulary,
+    refuse_other_vocabulary,
+)
+from exgrpo_fast.resampling.driver import Resampler
+from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
+from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.rewards import RewardPool, RubricScorer
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
 from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
+from exgrpo_fast.sources.prior import NoPrior, PriorRecipe, PriorSource
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.recall import NoReplay, Replay
 from exgrpo_fast.sources.replay import ReplayRecipe, ReplaySource
@@ -85,6 +97,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         start = start_folder(config, folder, screen, device=device)
         tokenizer = load_tokenizer(start)
+        check_prior(config, start, tokenizer)
         rewards = stack.enter_context(make_rewards(config))
         train, held_out = load_data(config, tokenizer, screen)
         if config.data.check_answers:
@@ -167,6 +180,7 @@ def make_trainer(
         fresh=fresh,
         replay=replay,
         verifier=verifier,
+        prior=make_prior(config, policy, tokenizer),
         hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
         screen=screen,
         overlong=OverlongRule(
@@ -266,6 +280,46 @@ def make_replay(
         make_replay_recipe(config),
         prompts_per_step=config.rollout.prompts_per_step,
         vocabulary=vocabulary,
+        seed=config.train.seed,
+    )
+
+
+def check_prior(config: Config, start: str, tokenizer: Tokenizer) -> None:
+    """PriorError, before any weights are loaded, where the prior cannot guide the policy."""
+    prior = config.prior_resampling
+    if prior.enabled and prior.model is not None:
+        refuse_other_vocabulary(
+            read_vocabulary(start, tokenizer),
+            read_vocabulary(prior.model, load_tokenizer(prior.model, "prior_resampling.model")),
+        )
+
+
+def make_prior(config: Config, policy: Policy, tokenizer: Tokenizer) -> PriorSource | NoPrior:
+    settings, rollout = config.prior_resampling, config.rollout
+    if not settings.enabled:
+        return NoPrior()
+    name = require(settings.model, "prior_resampling.model", "a checkpoint folder")
+    prior = make_policy(config, name, device=str(policy.device))
+    prior.model.requires_grad_(False)
+    eos = end_of_sequence_ids(policy.model.generation_config, tokenizer)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    width = policy.head.weight.shape[0]
+    resampler = Resampler(
+        TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos),
+        TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width),
+        Trigger(settings.trigger, settings.threshold, settings.rate),
+        block_tokens=settings.block_tokens,
+        max_completion_tokens=rollout.max_completion_tokens,
+        eos_token_ids=eos,
+    )
+    same = "augmented_per_group stop_after_steps annealing positive_only importance weight_cap"
+    return PriorSource(
+        resampler,
+        policy,
+        PriorRecipe(**{name: getattr(settings, name) for name in same.split()}),
+        prior=prior,
+        num_tokens=num_tokens,
+        max_batch_sequences=rollout.max_batch_sequences,
         seed=config.train.seed,
     )
 
@@ -430,16 +484,14 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
     return str(path)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
     """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise PolicyError(
-            f"model.name {name}: no tokenizer: {str(error).splitlines()[0]}"
-        ) from None
+        raise PolicyError(f"{key} {name}: no tokenizer: {str(error).splitlines()[0]}") from None
     if tokenizer.eos_token_id is None:
-        raise PolicyError(f"model.name {name}: its tokenizer has no eos_token; set one and save it")
+        raise PolicyError(f"{key} {name}: its tokenizer has no eos_token; set one and save it")
     return tokenizer
 
 
@@ -453,8 +505,7 @@ def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
 
 def vocabulary_of(tokenizer: Tokenizer) -> str:
     """A fingerprint: equal for tokenizers that give every token the same id."""
-    listed = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
+    return fingerprint(tokenizer.get_vocab())
 
 
 def make_policy(config: Config, name: str, *, device: str) -> Policy:

@@ -483,6 +483,8 @@ def check_inputs(config: Config) -> None:
             require_file(source, key)
     if looks_local(config.model.name):
         require_file(config.model.name, "model.name")
+    if config.prior_resampling.enabled and config.prior_resampling.model is not None:
+        require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
     require_rewards(config.reward.functions, "reward.functions")
 
 

@@ -10,15 +10,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from exgrpo_fast.display import Screen
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.experience import Group, Question, Trajectory
+from exgrpo_fast.experience import Completion, Group, Question, Trajectory, Verdict
 from exgrpo_fast.mismatch import Mismatch
 from exgrpo_fast.rollout.engine import Generation
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight import HindsightReport, HindsightSource
+from exgrpo_fast.sources.prior import Guided, NoPrior, PriorSource
+from exgrpo_fast.sources.prior_metrics import GuidanceCost
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.recall import PendingRecall, Plan, Recall, Replay
 from exgrpo_fast.verify import Grading, Verifier
@@ -72,6 +75,7 @@ class Batch:
     recall: Recall
     mismatch: Mismatch
     hindsight: HindsightReport | None = None
+    guidance: GuidanceCost = GuidanceCost()
     num_unscored: int = 0  # responses without a verdict, left out of their groups
 
     @property
@@ -91,12 +95,18 @@ class Begun(NamedTuple):
     drawn: Sequence[Question]
     pending: PendingRecall
     slots: list[int]  # fresh responses that each question of plan and stream gets
+    guided_slots: Sequence[int]  # and those that the prior guides
     generation: Generation
+
+    @property
+    def questions(self) -> list[Question]:
+        return [*self.plan.questions, *self.drawn]
 
 
 class Made(NamedTuple):
     groups: list[Group]
     mismatch: Mismatch
+    guidance: GuidanceCost
     num_unscored: int
 
 
@@ -110,6 +120,7 @@ class Collector:
         fresh: FreshSource,
         replay: Replay,
         verifier: Verifier,
+        prior: PriorSource | NoPrior,
         hindsight: HindsightSource | None = None,
         screen: Screen,
         overlong: OverlongRule,
@@ -122,6 +133,7 @@ class Collector:
         self.fresh = fresh
         self.replay = replay
         self.verifier = verifier
+        self.prior = prior
         self.hindsight = hindsight
         self.screen = screen
         self.overlong = overlong
@@ -145,9 +157,13 @@ class Collector:
     def _ask(
         self, step: int, plan: Plan, drawn: Sequence[Question], pending: PendingRecall
     ) -> Begun:
-        slots = [self.replay.num_fresh(self.group_size, count) for count in pending.counts]
+        guided_slots = self.prior.counts(len(pending.counts), step=step)
+        slots = [
+            self.replay.num_fresh(self.group_size, count) - num_guided
+            for count, num_guided in zip(pending.counts, guided_slots, strict=True)
+        ]
         generation = self.fresh.start([*plan.questions, *drawn], slots, step=step)
-        return Begun(step, plan, drawn, pending, slots, generation)
+        return Begun(step, plan, drawn, pending, slots, guided_slots, generation)
 
     def collect(self, step: int, clock: Clock) -> Batch:
         if self.begun is None:
@@ -164,7 +180,12 @@ class Collector:
                 f"reachable? The newest checkpoint can be resumed"
             )
         batch = Batch(
-            tuple(groups), (), pending.recall, made.mismatch, num_unscored=made.num_unscored
+            tuple(groups),
+            (),
+            pending.recall,
+            made.mismatch,
+            guidance=made.guidance,
+            num_unscored=made.num_unscored,
         )
         if self.max_extra_batches is not None:
             batch = self._refill(batch, step, clock)
@@ -178,6 +199,7 @@ class Collector:
         """DAPO's dynamic sampling: groups without a gradient make room for new questions."""
         kept = [group for group in batch.groups if group.learnable]
         discarded = [group for group in batch.groups if not group.learnable]
+        guidance = batch.guidance
         for _ in range(self.max_extra_batches or 0):
             missing = self.prompts_per_step - len(kept)
             if missing == 0:
@@ -185,49 +207,67 @@ class Collector:
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
             begun = self._ask(step, Plan(), drawn, PendingRecall.nothing(len(drawn)))
-            extra = self._make_groups(begun, clock).groups
-            kept += [group for group in extra if group.learnable]
-            discarded += [group for group in extra if not group.learnable]
-        return replace(batch, groups=tuple(kept), discarded=tuple(discarded))
+            extra = self._make_groups(begun, clock)
+            kept += [group for group in extra.groups if group.learnable]
+            discarded += [group for group in extra.groups if not group.learnable]
+            guidance += extra.guidance
+        return replace(batch, groups=tuple(kept), discarded=tuple(discarded), guidance=guidance)
 
     def _make_groups(self, begun: Begun, clock: Clock) -> Made:
-        """One group for each question: what was recalled, then fresh ones."""
-        questions, slots, step = [*begun.plan.questions, *begun.drawn], begun.slots, begun.step
+        """One group for each question: what was recalled, then fresh ones, then guided ones."""
+        questions, slots, step = begun.questions, begun.slots, begun.step
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
-
-        def recall_now() -> Recall:
-            with clock.measure("replay"):
-                return begun.pending.recall
-
-        with clock.measure("rollout"), self.screen.phase("rollout", sum(slots)) as advance:
-            grading = Grading(self.verifier, question_of, advance, meanwhile=recall_now)
-            completions = begun.generation.wait(grading)
-        recall = recall_now()
-        replayed = [t for found in recall.slots for t in found]
+        guided = self.prior.begin(questions, begun.guided_slots, step=step)
+        completions, grading = self._await(begun, question_of, guided, clock)
+        recall = begun.pending.recall
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(
                 question_of, completions, step=step, observer=grading
             )
+        with clock.measure("prior"), self.screen.phase("prior"):
+            guided_ones, fresh, cost = self.prior.score(guided, fresh, step=step)
+        others = [*(t for found in recall.slots for t in found), *guided_ones]
         with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts()
-            verdicts += self.verifier.verify([t.question for t in replayed], replayed)
-        judged = iter(
-            replace(
-                trajectory,
-                verdict=verdict,
-                penalty=self.overlong.penalty(len(trajectory.token_ids)),
-            )
-            for trajectory, verdict in zip([*fresh, *replayed], verdicts, strict=True)
-        )
-        members = [[next(judged) for _ in range(n)] for n in slots]
-        firsts = [[next(judged) for _ in found] for found in recall.slots]
+            verdicts += self.verifier.verify([t.question for t in others], others)
+        judged = iter(self._judged(pair) for pair in zip([*fresh, *others], verdicts, strict=True))
+        own = [[next(judged) for _ in range(n)] for n in slots]
+        first = [[next(judged) for _ in found] for found in recall.slots]
+        last = [[next(judged) for _ in range(n)] for n in begun.guided_slots]
         groups = [
-            Group(question, (*first, *others))
-            for question, first, others in zip(questions, firsts, members, strict=True)
+            Group(question, tuple(chain(*members)))
+            for question, *members in zip(questions, first, own, last, strict=True)
         ]
         scored = [part for group in groups if (part := scored_part(group))]
         num_scored = sum(len(group.trajectories) for group in scored)
-        return Made(scored, mismatch, len(verdicts) - num_scored)
+        return Made(scored, mismatch, cost, len(verdicts) - num_scored)
+
+    def _await(
+        self, begun: Begun, question_of: Sequence[Question], guided: Guided, clock: Clock
+    ) -> tuple[list[Completion], Grading]:
+        """The fresh responses; beside them, what can be done while they are generated."""
+
+        def recall_now() -> None:
+            with clock.measure("replay"):
+                begun.pending.recall  # noqa: B018, chosen when it is first asked for
+
+        def guide() -> None:
+            with clock.measure("prior"):
+                guided.advance()
+
+        with clock.measure("rollout"), self.screen.phase("rollout", sum(begun.slots)) as advance:
+            beside = guide if self.prior.concurrent else None
+            grading = Grading(
+                self.verifier, question_of, advance, meanwhile=recall_now, beside=beside
+            )
+            completions = begun.generation.wait(grading)
+        recall_now()
+        return completions, grading
+
+    def _judged(self, pair: tuple[Trajectory, Verdict]) -> Trajectory:
+        trajectory, verdict = pair
+        penalty = self.overlong.penalty(trajectory.num_tokens)
+        return self.prior.judged(replace(trajectory, verdict=verdict, penalty=penalty))
 
     # --- persistence ---
 

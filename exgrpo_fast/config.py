@@ -360,8 +360,48 @@ class HindsightConfig(Section):
     shaping: PositiveFloat = Field(default=1.0, description="gamma of w / (w + gamma)")
     naive: bool = Field(default=False, description="NaiveHE: train without the hindsight")
     with_replay: bool = Field(default=False, description="revise beside a replayed one, too")
+    with_prior: bool = Field(default=False, description="revise beside a prior-guided one, too")
     max_prompt_tokens: Positive = Field(
         default=4096, description="a longer hindsight prompt is left out, never cut"
+    )
+
+
+class PriorResamplingConfig(Section):
+    """EAPO: a frozen prior re-draws critical tokens in some responses of each group."""
+
+    enabled: bool = False
+    model: str | None = Field(
+        default=None,
+        description="a checkpoint folder; null = made first by an on-policy run of this config",
+    )
+    prior_steps: Positive | None = Field(
+        default=None, description="steps of that run; null = train.max_steps"
+    )
+    trigger: Literal[
+        "ratio", "soft_ratio", "defensive", "entropy", "kl", "tv", "js", "random", "none"
+    ] = Field(default="ratio", description="which drafted tokens are redrawn: docs/eapo.md")
+    threshold: float = Field(default=0.5, description="tau, in nats where the trigger is not tv")
+    rate: Fraction = Field(
+        default=0.1, description="trigger random: share redrawn; defensive: share untested"
+    )
+    block_tokens: Positive = Field(
+        default=20, description="K, tokens drafted before they are scored"
+    )
+    augmented_per_group: Positive = Field(default=1, description="guided ones of group_size")
+    stop_after_steps: Positive | None = Field(
+        default=60, description="T, on-policy from there on; null = never"
+    )
+    annealing: Literal["hard", "linear"] = Field(
+        default="hard", description="all groups until T, or a share that falls to 0"
+    )
+    positive_only: bool = Field(
+        default=True, description="train on correct ones; the others count in the baseline alone"
+    )
+    importance: Literal[
+        "none", "sis_token", "sis_seq", "sis_geo", "flag_token", "exact_token", "exact_traj", "mis"
+    ] = Field(default="sis_token", description="how a guided response weighs: docs/eapo.md")
+    weight_cap: PositiveFloat = Field(
+        default=3.0, description="upper limit of the weights of exact_token and exact_traj"
     )
 
 
@@ -421,6 +461,11 @@ class WarmStartConfig(Section):
     revision_share: Fraction = Field(
         default=0.0, description="examples that revise a wrong solution, told what it missed"
     )
+    guess_batches: NonNegative = Field(
+        default=0,
+        description="batches at the end, nearly all guesses: the policy can show its steps and "
+        "rarely does",
+    )
 
 
 class Config(Section):
@@ -432,6 +477,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     replay: ReplayConfig = ReplayConfig()
     hindsight: HindsightConfig = HindsightConfig()
+    prior_resampling: PriorResamplingConfig = PriorResamplingConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -462,6 +508,7 @@ class Config(Section):
             )
         if self.rollout.generate_ahead and replay.enabled and replay.mixer == "recent_groups":
             raise ValueError("rollout.generate_ahead does not go with replay.mixer recent_groups")
+        self._prior_fits()
         if replay.weight == "proximal" and self.algorithm.dual_clip is not None:
             raise ValueError("replay.weight proximal has no algorithm.dual_clip; set it to null")
         if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
@@ -500,6 +547,28 @@ class Config(Section):
                 f"rollout.max_completion_tokens = {prompt + limit}"
             )
         return self
+
+    def _prior_fits(self) -> None:
+        prior, rollout, replay = self.prior_resampling, self.rollout, self.replay
+        if not prior.enabled:
+            return
+        taken = prior.augmented_per_group
+        if replay.enabled and replay.mixer == "replace_slot":
+            taken += replay.count
+        if taken >= rollout.group_size:
+            raise ValueError(
+                f"prior_resampling.augmented_per_group ({prior.augmented_per_group}) and replay "
+                f"leave no fresh slot in a group of rollout.group_size {rollout.group_size}"
+            )
+        if rollout.temperature != 1.0:
+            raise ValueError(
+                f"rollout.temperature is {rollout.temperature}: prior_resampling compares policy "
+                f"and prior at temperature 1"
+            )
+        if prior.annealing == "linear" and prior.stop_after_steps is None:
+            raise ValueError(
+                "prior_resampling.annealing linear needs prior_resampling.stop_after_steps"
+            )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

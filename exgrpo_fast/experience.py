@@ -63,6 +63,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How a prior took part in a response, as the engines saw it; one entry a token."""
+
+    redrawn: Tensor  # bool [T], drawn from the prior in place of the policy's draft
+    draft_logprobs: Tensor  # float32 [T], of the drafts that were kept; nan where redrawn
+    prior_logprobs: Tensor  # float32 [T], of the emitted token under the prior
+    tested: Tensor  # float32 [T], the statistic of the draft that was tested
+    rejected: Tensor  # int64 [T], the draft that was thrown away; -1 where it was kept
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One response to a question, with what the loss has to know about where it came from."""
 
@@ -75,6 +86,9 @@ class Trajectory:
     shaping: float = 0.0  # 0 = clipped ratio; g > 0 = unclipped w / (w + g)
     proximal_logprobs: Tensor | None = None  # float32 [T]; the clip is taken around these
     token_weights: Tensor | None = None  # float32 [T], factors of its tokens' weights
+    baseline_weight: float = 1.0  # of its reward in the group's mean
+    masked: bool = False  # counts in the group's statistics alone, neither in loss nor normaliser
+    guidance: Guidance | None = None  # of a prior-guided response
     birth_step: int = 0  # the step in which it was generated
     verdict: Verdict | None = None
     penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong responses
@@ -120,6 +134,10 @@ class Group:
     def learnable(self) -> bool:
         """Whether the rewards differ: only then does the group carry a gradient."""
         return len(set(self.rewards)) > 1
+
+    @property
+    def baseline_weights(self) -> list[float]:
+        return [trajectory.baseline_weight for trajectory in self.trajectories]
 
     @property
     def replayed(self) -> list[bool]:

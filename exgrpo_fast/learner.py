@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
-from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.experience import Group, TokenColumns, Trajectory
 from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
+from exgrpo_fast.packing import Aggregation, Pack, Ragged, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.reference import Reference
 from exgrpo_fast.weighting import moved_clip
@@ -42,6 +42,14 @@ class ReplayTerm:
     coef: float | None = None
 
 
+class GuidedTokens(NamedTuple):
+    """Of the prior-guided tokens of a micro-batch."""
+
+    ratios: Tensor
+    redrawn: Tensor  # bool
+    clipped: Tensor  # bool
+
+
 @dataclass
 class UpdateReport:
     """Means over the optimiser updates of one step."""
@@ -53,6 +61,7 @@ class UpdateReport:
     skipped: Counter[str] = field(default_factory=Counter)
     kernel_metrics: dict[str, float | None] = field(default_factory=dict)
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
+    guided: list[GuidedTokens] = field(default_factory=list)  # per micro-batch
 
     @property
     def loss(self) -> float:
@@ -109,6 +118,7 @@ class Learner:
         if not groups:  # dynamic sampling kept none
             report.skipped["update_without_gradient"] += 1
         report.kernel_metrics = metrics.joined() | replay_ratio_metrics(report.replay_ratios)
+        report.kernel_metrics |= guided_ratio_metrics(report.guided)
         return report
 
     def _reference_logprobs(
@@ -141,7 +151,7 @@ class Learner:
         loss = 0.0
         try:
             for columns_loss, kernel_metrics, num_tokens in self._micro_batches(
-                rows, objective, ref_logprobs, report.replay_ratios
+                rows, objective, ref_logprobs, report
             ):
                 columns_loss.backward()
                 loss += float(columns_loss.detach())
@@ -170,6 +180,7 @@ class Learner:
                 group.replayed,
                 advantage=self.advantage,
                 baseline=self.replay.baseline,
+                weights=group.baseline_weights,
             )
         ]
         weights = self._weights(trajectories)
@@ -191,15 +202,16 @@ class Learner:
                 for t in trajectories
             ]
         return [
-            0.0 if t.truncated and self.mask_truncated else w
+            0.0 if t.masked or (t.truncated and self.mask_truncated) else w
             for t, w in zip(trajectories, weights, strict=True)
         ]
 
     def _normaliser(self, trajectories: Sequence[Trajectory]) -> Callable[[int], float]:
+        counted = [t for t in trajectories if not t.masked]
         return token_weights(
             self.aggregation,
-            num_sequences=len(trajectories),
-            num_tokens=sum(t.num_tokens for t in trajectories),
+            num_sequences=len(counted),
+            num_tokens=sum(t.num_tokens for t in counted),
             max_completion_tokens=self.max_completion_tokens,
         )
 
@@ -208,14 +220,15 @@ class Learner:
         rows: Sequence[Row],
         objective: PolicyObjective,
         ref_logprobs: dict[int, Tensor] | None,
-        ratios: list[Tensor],
+        report: UpdateReport,
     ) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
         """(differentiable loss, kernel metrics, tokens) of one micro-batch after the other.
 
-        The ratios of replayed tokens are appended to `ratios`.
+        The ratios of replayed and of prior-guided tokens are added to the report.
         """
         trajectories = [row.trajectory for row in rows]
         replayed = [trajectory.source == "replay" for trajectory in trajectories]
+        guided = [trajectory.guidance is not None for trajectory in trajectories]
         prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
         responses = Ragged.of([t.token_ids for t in trajectories])
         references = None
@@ -251,7 +264,11 @@ class Learner:
                 sparsity=self.sparsity,
                 tail=self.tail,
             )
-            ratios.append(result.ratio[packed.rows_of(replayed)])
+            report.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
+            if any(guided):
+                report.guided.append(
+                    guided_tokens(packed, trajectories, columns, result.ratio, objective)
+                )
             yield result.loss, result.metrics, columns.num_tokens
 
     # --- persistence ---
@@ -276,6 +293,40 @@ def replay_ratio_metrics(ratios: Sequence[Tensor]) -> dict[str, float | None]:
         "replay_ratio_p99": float(np.quantile(joined.numpy(), 0.99)),
         "replay_ratio_max": float(joined.max()),
     }
+
+
+def guided_tokens(
+    packed: Pack,
+    trajectories: Sequence[Trajectory],
+    columns: TokenColumns,
+    ratio_N: Tensor,
+    objective: PolicyObjective,
+) -> GuidedTokens:
+    members = [trajectories[i] for i in packed.index]
+    redrawn_N = torch.cat(
+        [torch.zeros(t.num_tokens) if t.guidance is None else t.guidance.redrawn for t in members]
+    )
+    high_N = columns.advantages > 0
+    clipped_N = high_N & (ratio_N > 1 + (objective.clip_high or float("inf")))
+    clipped_N |= ~high_N & (ratio_N < 1 - (objective.clip_low or float("inf")))
+    rows = packed.rows_of([t.guidance is not None for t in trajectories])
+    return GuidedTokens(ratio_N[rows].cpu(), redrawn_N.bool()[rows.cpu()], clipped_N[rows].cpu())
+
+
+def guided_ratio_metrics(guided: Sequence[GuidedTokens]) -> dict[str, float | None]:
+    """The ratio to the denominators of the importance mode, by who drew the token."""
+    if not guided:
+        return {}
+    ratios, redrawn, clipped = (torch.cat(parts) for parts in zip(*guided, strict=True))
+    return {
+        "prior_ratio_kept_mean": mean_or_none(ratios[~redrawn]),
+        "prior_ratio_redrawn_mean": mean_or_none(ratios[redrawn]),
+        "prior_clip_frac": mean_or_none(clipped.float()),
+    }
+
+
+def mean_or_none(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def token_terms(row: Row, objective: PolicyObjective) -> tuple[Tensor, Tensor]:

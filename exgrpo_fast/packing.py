@@ -168,8 +168,9 @@ def token_weights(
     sequence_mean  1 / (sequences x own length)                       GRPO, arXiv 2402.03300 eq. 3
     constant       1 / (sequences x max_completion_tokens)            Dr.GRPO, arXiv 2503.20783
 
-    `num_sequences` counts every trajectory of the update batch, also those without a gradient, and
-    `num_tokens` their tokens; so neither micro-batches nor skipped rows change the loss.
+    `num_sequences` counts every trajectory of the update batch but the masked ones, also those
+    without a gradient, and `num_tokens` their tokens; so neither micro-batches nor skipped rows
+    change the loss.
     """
     if aggregation == "token_mean":
         return lambda length: 1.0 / max(num_tokens, 1)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from exgrpo_fast.build import (
     make_rewards,
     open_run,
     quiet_libraries,
+    start_folder,
 )
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
@@ -63,6 +64,12 @@ def train_session(
         resume_from = find_checkpoint(folder, resume, screen)
         folder.config.write_text(dump_yaml(config))
         folder.write_json("env.json", environment(device))
+        prior = config.prior_resampling
+        if prior.enabled and prior.model is None:
+            made = train_prior(config, folder, screen, device=device, stop_after=stop_after)
+            if made.model is None:  # ended early, by a signal or as --stop-after asked
+                return made.code
+            config = with_section(config, "prior_resampling", model=str(made.model))
         with open_run(config, folder, screen, device=device, resume_from=resume_from) as run:
             return _train(config, run.trainer, folder, screen, stop_after, started)
     except (NumericalStop, OutOfSync) as error:
@@ -113,6 +120,63 @@ def _train(
     folder.write_json("summary.json", summary)
     screen.note(f"report: {write_report(folder.path)}")
     return 0 if trainer.stop_signal is None else EXIT_SIGNAL + trainer.stop_signal
+
+
+# --- the first of two stages ----------------------------------------------------------------------
+
+
+class Prior(NamedTuple):
+    model: Path | None  # a Hugging Face folder; None where the run is not at its end
+    code: int  # its exit code
+
+
+def train_prior(
+    config: Config, folder: RunFolder, screen: Screen, *, device: str, stop_after: int | None
+) -> Prior:
+    """An on-policy run of this config from the same start, in prior/ of the run directory.
+
+    One that is there is taken as it is, one that was interrupted goes on.
+    """
+    started = time.perf_counter()
+    start = start_folder(config, folder, screen, device=device)
+    stage = prior_config(config, start)
+    inner = RunFolder(folder.path / "prior", resume=True)
+    try:
+        resume_from = find_checkpoint(inner, "auto", screen)
+        if resume_from != _last_checkpoint(inner, stage):
+            inner.config.write_text(dump_yaml(stage))
+            screen.note(f"stage 1 of 2: the prior, {stage.train.max_steps} steps on-policy")
+            with open_run(stage, inner, screen, device=device, resume_from=resume_from) as run:
+                code = _train(stage, run.trainer, inner, screen, stop_after, started)
+                if run.trainer.num_steps < stage.train.max_steps:
+                    return Prior(None, code)
+            screen.note(f"stage 2 of 2: {config.method}, guided by that prior")
+        return Prior(_last_checkpoint(inner, stage) / "hf", 0)
+    finally:
+        inner.close()
+
+
+def _last_checkpoint(folder: RunFolder, stage: Config) -> Path:
+    return folder.checkpoints / f"step_{stage.train.max_steps}"
+
+
+def prior_config(config: Config, start: str) -> Config:
+    """The same run without experience of any kind."""
+    steps = config.prior_resampling.prior_steps or config.train.max_steps
+    stage = with_section(config, "train", max_steps=steps)
+    stage = with_section(stage, "model", name=start)
+    for section in ("prior_resampling", "replay", "hindsight"):
+        stage = with_section(stage, section, enabled=False)
+    return stage.model_copy(update={"method": "on-policy"})
+
+
+def with_section(config: Config, section: str, **values: Any) -> Config:
+    """A config with some values of one section changed."""
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})
+
+
+# --- what a run says ------------------------------------------------------------------------------
 
 
 def headline(when: str, evaluation: dict[str, Any]) -> str:

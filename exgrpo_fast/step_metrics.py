@@ -13,11 +13,14 @@ import torch
 from exgrpo_fast.collect import Batch, Clock
 from exgrpo_fast.experience import Group, Trajectory
 from exgrpo_fast.learner import Row, UpdateReport
+from exgrpo_fast.sources.prior_metrics import guidance_metrics
 
 
 def pass_at_1(groups: Sequence[Group]) -> float:
-    """Share of correct among all responses, replayed ones included (ExGRPO's start rule)."""
-    return fmean(t.successful for group in groups for t in group.trajectories)
+    """Share of correct among all responses, replayed ones included (ExGRPO's start rule); those
+    that a prior has guided say nothing of the policy."""
+    own = (t for group in groups for t in group.trajectories if t.source != "prior")
+    return fmean(t.successful for t in own)
 
 
 def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) ->
         "grad_norm": max(update.grad_norms, default=None),
         "lr": update.lr,
         **(batch.hindsight.metrics() if batch.hindsight else {}),
+        **guidance_metrics(batch.generated, batch.guidance),
         **update.kernel_metrics,
         **{f"seconds_{phase}": value for phase, value in seconds.items()},
         "tokens_per_second_rollout": tokens_generated / max(seconds.get("rollout", 0.0), 1e-9),

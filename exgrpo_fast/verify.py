@@ -53,14 +53,17 @@ class Grading(Observer):
         *,
         drafts: Sequence[str] | None = None,
         meanwhile: Callable[[], object] = lambda: None,
+        beside: Callable[[], object] | None = None,
     ) -> None:
         """`questions`: of each request of the generation, by its place; `drafts`: the texts that
-        these revise. `meanwhile`: called once, when the generation is under way."""
+        these revise. `meanwhile`: called once, when the generation is under way; `beside`: called
+        again and again until it ends."""
         self.verifier = verifier
         self.questions = questions
         self.drafts = drafts
         self.advance = advance
         self.meanwhile: Callable[[], object] | None = meanwhile
+        self.beside = beside
         self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
         self.ticket: Ticket | None = None
         self.places: list[int] = []  # of the samples handed in, in that order
@@ -83,6 +86,8 @@ class Grading(Observer):
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
+        if self.beside is not None:
+            self.beside()
         if self.pool is not None and self.ticket is not None:
             self.pool.poll()
 

@@ -17,7 +17,7 @@ FLOORS = [
     ],
     ["display", "policy", "rewards"],
     ["buffer", "rollout", "report"],
-    ["weighting", "mismatch", "reference", "verify", "memory", "training_data"],
+    ["weighting", "mismatch", "reference", "verify", "memory", "training_data", "resampling"],
     ["sources", "doctor"],
     ["collect", "learner", "quickstart", "evaluate"],
     ["step_metrics"],

@@ -11,6 +11,7 @@ from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.quickstart.solutions import solved_examples
 from exgrpo_fast.quickstart.warm_start import tokenize_examples, warm_start
 
+LATE_GUESS_SHARE = 0.97  # of the examples of the last `guess_batches`
 EXAMPLES_SEED = 1_000_000  # gym rows are drawn from seed + index: far from train and eval seeds
 
 
@@ -45,11 +46,24 @@ def prepare_quickstart(config: Config, path: Path, screen: Screen, *, device: st
         seed=seed,
         screen=screen,
     )
+    if settings.guess_batches:
+        guesses = imitated_pairs(config, task, guess_share=LATE_GUESS_SHARE)
+        warm_start(
+            policy,
+            tokenize_examples(guesses, tokenizer),
+            batches=settings.guess_batches,
+            batch_size=settings.batch_size,
+            lr=settings.lr / 10,  # a habit moves fast; what it knows of sums should stay
+            seed=seed,
+            screen=screen,
+        )
     policy.model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
-def imitated_pairs(config: Config, task: GymTask) -> list[tuple[str, str]]:
+def imitated_pairs(
+    config: Config, task: GymTask, *, guess_share: float | None = None
+) -> list[tuple[str, str]]:
     settings, seed = config.warm_start, config.train.seed
     larger = {"size": settings.examples, "seed": EXAMPLES_SEED * (1 + seed)}
     held_out: set[str] = set()
@@ -57,7 +71,7 @@ def imitated_pairs(config: Config, task: GymTask) -> list[tuple[str, str]]:
         held_out = {q for q, _ in solved_examples(config.data.eval, guess_share=0.0, seed=0)}
     pairs = solved_examples(
         task.model_copy(update=larger),
-        guess_share=settings.guess_share,
+        guess_share=settings.guess_share if guess_share is None else guess_share,
         revision_share=settings.revision_share,
         seed=seed,
         leave_out=held_out,

@@ -19,6 +19,7 @@ from exgrpo_fast.report.run_figures import (
     hindsight_figures,
     learning_figures,
     machine_figures,
+    prior_figures,
     replay_figures,
 )
 
@@ -38,6 +39,7 @@ def render(run: Run) -> str:
 {headline(run)}{facts(run)}</header><main>
 {_figures_section("Learning", learning_figures(run))}
 {_figures_section("Experience replay", replay_figures(run))}
+{_figures_section("Guidance by a prior", prior_figures(run))}
 {_figures_section("Hindsight", hindsight_figures(run))}
 {completions_section(run)}
 {_figures_section("Time", machine_figures(run))}

@@ -10,7 +10,7 @@ from exgrpo_fast.metrics import clean_text
 from exgrpo_fast.report.figures import Line, Mark, heat_figure, line_figure, stacked_figure
 from exgrpo_fast.report.reading import Run, interval
 
-PHASES = ("rollout", "reward", "score", "update", "replay", "hindsight", "eval")
+PHASES = ("rollout", "reward", "score", "update", "replay", "prior", "hindsight", "eval")
 
 
 def learning_figures(run: Run) -> list[str]:
@@ -99,6 +99,43 @@ def hindsight_figures(run: Run) -> list[str]:
             note="Only a group whose rewards differ carries a gradient.",
         ),
         _metrics_figure(run, "Reward of the revisions", ("mean", "hindsight_reward_mean", 1)),
+    ]
+
+
+def prior_figures(run: Run) -> list[str]:
+    if not run.series("prior_responses"):
+        return []
+    return [
+        _metrics_figure(
+            run,
+            "Tokens redrawn by the prior",
+            ("mean share", "prior_redrawn_frac", 1),
+            ("10th percentile", "prior_redrawn_p10", 3),
+            ("90th percentile", "prior_redrawn_p90", 2),
+            note="It rises where the policy has become surer of a token than the prior.",
+        ),
+        _metrics_figure(
+            run,
+            "Guided and fresh responses",
+            ("pass@1, guided", "prior_pass_at_1", 2),
+            ("pass@1, fresh", "pass_at_1_fresh", 4),
+        ),
+        _metrics_figure(
+            run, "Groups mixed only by a guided one", ("groups", "prior_groups_mixed", 3)
+        ),
+        _metrics_figure(
+            run,
+            "Ratio of guided tokens",
+            ("kept", "prior_ratio_kept_mean", 1),
+            ("redrawn", "prior_ratio_redrawn_mean", 2),
+        ),
+        _metrics_figure(run, "KL of policy to prior, in nats", ("fresh tokens", "prior_kl", 5)),
+        _metrics_figure(
+            run,
+            "Drafts",
+            ("tokens per round", "prior_tokens_per_round", 1),
+            ("drafted per token", "prior_waste", 2),
+        ),
     ]
 
 

@@ -126,8 +126,7 @@ class SeededSampler(LogitsProcessor):
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
         """`waiting` is called once a token."""
-        signed = [seed - (1 << 64) if seed >= 1 << 63 else seed for seed in seeds]
-        self.seeds_B = torch.tensor(signed, dtype=torch.int64, device=device)
+        self.seeds_B = torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device)
         self.sampling = sampling
         self.prompt_width = prompt_width
         self.logprobs: list[Tensor] = []  # one float32 [B] per position
@@ -174,9 +173,9 @@ def keep_nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:
 
 def hash_uniform(seeds_B: Tensor, position: int) -> Tensor:
     """int64 [B], t -> float32 [B] in (0, 1): SplitMix64 (Steele, Lea, Flood 2014) of seed + t."""
-    z = seeds_B + _signed((position + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    z = seeds_B + signed((position + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
+    z = (z ^ _shift(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * signed(0x94D049BB133111EB)
     z = z ^ _shift(z, 31)
     return (_shift(z, 41).float() + 0.5) / (1 << 23)  # 23 bits and a half are exact in float32
 
@@ -186,6 +185,6 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(word: int) -> int:
-    """An unsigned 64-bit constant as the int64 with the same bits."""
+def signed(word: int) -> int:
+    """An unsigned 64-bit word as the int64 with the same bits."""
     return word - (1 << 64) if word >= 1 << 63 else word

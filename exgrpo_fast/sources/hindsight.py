@@ -44,6 +44,7 @@ class HindsightRecipe:
     shaping: float = 1.0
     naive: bool = False
     with_replay: bool = False  # revise groups that hold a replayed trajectory, too
+    with_prior: bool = False  # and those that hold a prior-guided one
 
 
 class Candidate(NamedTuple):
@@ -120,7 +121,9 @@ class HindsightSource:
 
     def _wants_revision(self, group: Group) -> bool:
         solved = max(group.rewards, default=0.0) >= self.recipe.threshold - TIE
-        return not solved and (self.recipe.with_replay or not any(group.replayed))
+        if solved or (any(group.replayed) and not self.recipe.with_replay):
+            return False
+        return self.recipe.with_prior or not group.from_source("prior")
 
     def _candidate(self, group: Group, place: int, member: int) -> Candidate:
         trajectory = group.trajectories[member]

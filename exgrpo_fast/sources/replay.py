@@ -276,8 +276,8 @@ class ReplaySource:
     def observe(self, groups: Sequence[Group], *, step: int) -> list[str]:
         """Store, move and retire by the rule above; returns the questions retired now.
 
-        Groups taken whole from the store are no news, and a revision says nothing of how hard the
-        question is without its hindsight.
+        Groups taken whole from the store are no news, and neither a revision nor a prior-guided
+        response says how hard the question is for the policy alone.
         """
         groups = [own_part(group) for group in groups if not all(group.replayed)]
         retiring = [group for group in groups if self.recipe.retire and is_solved(group)]
@@ -416,8 +416,8 @@ class ReplaySource:
 
 
 def own_part(group: Group) -> Group:
-    """Without the revisions."""
-    own = tuple(t for t in group.trajectories if t.source != "hindsight")
+    """Without revisions and prior-guided responses."""
+    own = tuple(t for t in group.trajectories if t.source in ("fresh", "replay"))
     return Group(group.question, own)
 
 

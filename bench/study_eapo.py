@@ -1,0 +1,226 @@
+"""How many steps does a prior save on the quickstart, and how much does that hang on tau and T?
+
+    python bench/study_eapo.py --runs runs/study_eapo [--seeds 5] [--arms main|all] [--jobs 1]
+
+For each seed: the warm start of `quickstart-eapo`, which knows how to show its steps and hardly ever
+does; on-policy DAPO from it, whose last checkpoint is the prior; EAPO from the same warm start with
+that prior. The figure of merit is the share of DAPO's steps in which EAPO reaches the held-out
+accuracy at which DAPO ends. Held-out accuracy is measured every five steps, and lies on a straight
+line between; a run that never gets there counts with all of its steps, so the mean is a lower bound
+then. Finished runs are not done again. Writes eapo_study.json and .png; training the prior
+is not counted in the figure of merit, and stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from study_replay import bounds, interval, summary
+
+DAPO, EAPO = "on-policy DAPO", "EAPO"
+MAIN: dict[str, list[str]] = {DAPO: ["--prior_resampling.enabled", "false"], EAPO: []}
+SENSITIVITY: dict[str, list[str]] = {
+    **{f"tau {tau}": ["--prior_resampling.threshold", tau] for tau in ("0.3", "0.8", "1.0")},
+    **{f"T {last}": ["--prior_resampling.stop_after_steps", last] for last in ("10", "30", "50")},
+    "without sIS": ["--prior_resampling.importance", "none"],
+}
+EVERY, SAMPLES = 5, 4  # steps between evaluations; responses to each of 257 questions
+
+
+def warm_start(path: Path, seed: int) -> None:
+    """The initial policy of a seed, made once for all arms."""
+    if path.exists():
+        return
+    from exgrpo_fast.config import load_config
+    from exgrpo_fast.display import NullScreen
+    from exgrpo_fast.quickstart.prepare import prepare_quickstart
+
+    config = load_config("quickstart-eapo", [("train.seed", str(seed))])
+    prepare_quickstart(config, path, NullScreen(), device="cpu")
+
+
+def train(folder: Path, start: Path, options: list[str], seed: int, steps: int) -> None:
+    if (folder / "summary.json").exists() and summary(folder)["eval_after"]:
+        return
+    command = [sys.executable, "-m", "exgrpo_fast", "train", "quickstart-eapo"]
+    command += ["--out", str(folder), "--resume", "auto", "--max-steps", str(steps)]
+    command += ["--train.seed", str(seed), "--model.name", str(start), "--reward.workers", "1"]
+    command += ["--eval.every", str(EVERY), "--eval.n", str(SAMPLES), "--eval.k", "[1, 4]"]
+    command += ["--checkpoint.every", "0", *options]
+    with open(f"{folder}.log", "w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def result(folder: Path, arm: str, seed: int) -> dict:
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = summary(folder)
+    curve = {0: found["eval_before"]["avg_at_n"]}
+    curve |= {s["step"]: s["eval_avg_at_n"] for s in steps if "eval_avg_at_n" in s}
+    curve[len(steps)] = found["eval_after"]["avg_at_n"]
+    guided = [s for s in steps if "prior_responses" in s]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": len(steps),
+        "after": found["eval_after"]["avg_at_n"],
+        "curve": {"step": list(curve), "held_out": list(curve.values())},
+        "fresh_pass_at_1": [s["pass_at_1_fresh"] for s in steps],
+        "wall_seconds": found["wall_seconds"],
+        "guided": {
+            name: [s[f"prior_{name}"] for s in guided]
+            for name in ("redrawn_frac", "pass_at_1", "groups_mixed", "kl", "waste")
+        },
+    }
+
+
+def steps_to_reach(curve: dict, target: float) -> float | None:
+    """The first step, on straight lines between evaluations, at which the target is reached."""
+    points = list(zip(curve["step"], curve["held_out"], strict=True))
+    for (step, low), (later, high) in itertools.pairwise(points):
+        if high >= target:
+            return step + (later - step) * max(target - low, 0.0) / (high - low)
+    return None
+
+
+def compare(runs: list[dict]) -> dict:
+    by_key = {(run["arm"], run["seed"]): run for run in runs}
+    table = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        mine = [run for run in runs if run["arm"] == arm]
+        shares, late = [], 0
+        for run in mine:
+            dapo = by_key[DAPO, run["seed"]]
+            reached = steps_to_reach(run["curve"], dapo["after"])
+            late += reached is None
+            shares.append((run["steps"] if reached is None else reached) / dapo["steps"])
+        gaps = [run["after"] - by_key[DAPO, run["seed"]]["after"] for run in mine]
+        table[arm] = {
+            "seeds": [run["seed"] for run in mine],
+            "after": interval([run["after"] for run in mine]),
+            "minus_dapo": interval(gaps),
+            "share_of_steps": interval(shares),
+            "not_reached": late,
+        }
+    return table
+
+
+def print_table(table: dict) -> None:
+    print(
+        f"{'':16}{'seeds':>6}{'avg@4 %':>9}{'':>15}{'minus DAPO':>12}{'steps %':>9}{'':>16}{'late':>5}"
+    )
+    for arm, row in table.items():
+        after, share = row["after"], row["share_of_steps"]
+        print(
+            f"{arm:16}{len(row['seeds']):6}{100 * after['mean']:9.1f}{bounds(after):>15}"
+            f"{100 * row['minus_dapo']['mean']:+12.1f}{100 * share['mean']:9.1f}"
+            f"{bounds(share):>16}{row['not_reached']:5}"
+        )
+
+
+def draw(results: dict, path: Path) -> None:
+    """Held-out accuracy over steps, mean over seeds; and the share of steps by arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    for colour, arm in enumerate((DAPO, EAPO)):
+        curves = [run["curve"] for run in results["runs"] if run["arm"] == arm]
+        for curve in curves:
+            values = [100 * v for v in curve["held_out"]]
+            left.plot(curve["step"], values, color=f"C{colour}", alpha=0.25, lw=0.8)
+        steps = curves[0]["step"]
+        means = [
+            100 * statistics.fmean(c["held_out"][i] for c in curves) for i in range(len(steps))
+        ]
+        left.plot(steps, means, color=f"C{colour}", lw=2, label=arm)
+    left.set_xlabel("steps")
+    left.set_ylabel(f"held-out avg@{SAMPLES}, %")
+    left.legend(frameon=False)
+    arms = [arm for arm in results["table"] if arm != DAPO]
+    for place, arm in enumerate(arms):
+        row = results["table"][arm]["share_of_steps"]
+        right.plot([place] * len(row["values"]), [100 * v for v in row["values"]], "o", alpha=0.45)
+        right.plot(place, 100 * row["mean"], "k_", ms=14)
+    right.axhline(70, color="grey", lw=0.8, ls="--")
+    right.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
+    right.set_ylabel("steps to DAPO's final accuracy, % of its steps")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"quickstart-eapo, {results['device']}, {results['date']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="EAPO against on-policy DAPO over seeds.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study_eapo"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sensitivity-seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--arms", choices=["main", "all"], default="all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--only-finished", action="store_true", help="evaluate what is there")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/eapo_study.json"))
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same arithmetic, however many run side by side
+
+    def folder_of(seed: int, arm: str) -> Path:
+        return arguments.runs / f"seed{seed}" / arm.replace(" ", "_")
+
+    def run(job: tuple[int, str]) -> dict | None:
+        seed, arm = job
+        start, folder = arguments.runs / f"seed{seed}" / "warm_start", folder_of(seed, arm)
+        options = list((MAIN | SENSITIVITY)[arm])
+        if arm != DAPO:
+            prior = folder_of(seed, DAPO) / f"checkpoints/step_{arguments.steps}/hf"
+            options += ["--prior_resampling.model", str(prior)]
+        if not arguments.only_finished:
+            train(folder, start, options, seed, arguments.steps)
+        done = (folder / "summary.json").exists() and summary(folder)["eval_after"]
+        return result(folder, arm, seed) if done else None
+
+    seeds = range(arguments.seeds)
+    if not arguments.only_finished:
+        for seed in seeds:
+            (arguments.runs / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+            warm_start(arguments.runs / f"seed{seed}" / "warm_start", seed)
+    runs: list[dict | None] = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for arm in MAIN:  # the prior of every seed before anything is guided by it
+            runs += pool.map(run, [(seed, arm) for seed in seeds])
+        if arguments.arms == "all":
+            few = range(min(arguments.seeds, arguments.sensitivity_seeds))
+            runs += pool.map(run, itertools.product(few, SENSITIVITY))
+    import torch
+
+    finished = [found for found in runs if found is not None]
+    results = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"cpu ({platform.machine()}), 1 thread a run",
+        "torch": torch.__version__,
+        "steps": arguments.steps,
+        "questions_per_step": 32,
+        "group_size": 8,
+        "table": compare(finished),
+        "runs": finished,
+    }
+    print_table(results["table"])
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1))
+    draw(results, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the driver asks of the engine that drafts and of the prior that scores.
+
+Every call names whole prefixes, so an engine without memory can answer it (with a prefix cache it
+is cheap); one that keeps a cache of its own finds what it has already read (transformers_lane.py).
+Answers may be late: an engine that is stepped returns a reply that becomes ready.
+
+Legend: m drafted tokens, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Prefix(NamedTuple):
+    """A prompt with the response so far. `place` says which response of the session it is."""
+
+    place: int
+    token_ids: list[int]
+
+
+class Draft(NamedTuple):
+    """Tokens after a prefix; an end-of-sequence token ends them early."""
+
+    token_ids: list[int]
+    logprobs: Tensor  # float32 [m], under the drafting policy
+    distributions: Tensor | None = None  # [m, V] log-probabilities, where they were asked for
+
+
+class Scores(NamedTuple):
+    """Of drafted tokens, under the prior."""
+
+    logprobs: Tensor  # float32 [m]; -inf for tokens that the prior does not have
+    distributions: Tensor | None = None  # [m, V]
+
+
+class Drawn(NamedTuple):
+    token_id: int
+    logprob: float
+
+
+class Reply(Protocol[T_co]):
+    """An answer that may be late."""
+
+    def ready(self) -> bool:
+        """Makes what progress can be made without waiting; whether `result` is there."""
+        ...
+
+    def result(self) -> T_co: ...
+
+
+class Ready(Generic[T]):
+    """The answer of an engine that has already worked."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> T:
+        return self.value
+
+
+class Drafter(Protocol):
+    """The policy, as the rollout engine holds it."""
+
+    concurrent: bool  # whether drafts are made beside the fresh responses
+
+    def draft(
+        self,
+        prefixes: Sequence[Prefix],
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        distributions: bool = False,
+    ) -> Reply[list[Draft]]:
+        """At most `lengths[i]` tokens after each prefix, at temperature 1 from the whole
+        distribution, each draft a function of its prefix and its seed."""
+        ...
+
+    def forget(self) -> None:
+        """The session is over and the weights will change: drop what was cached."""
+        ...
+
+
+class PriorScorer(Protocol):
+    """The prior, frozen."""
+
+    prefix_block: int | None  # tokens in a block of its prefix cache, where drafts must mind it
+    num_retries: int  # calls that had to be asked twice, since the start
+
+    def score(
+        self,
+        prefixes: Sequence[Prefix],
+        drafts: Sequence[Sequence[int]],
+        *,
+        distributions: bool = False,
+    ) -> Reply[list[Scores]]:
+        """The log-probability of every drafted token behind its prefix, in one pass."""
+        ...
+
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> Reply[list[Drawn]]:
+        """One token after each prefix. A prefix is one of the last `score`, with none or some of
+        its draft appended."""
+        ...
+
+    def whole_responses(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """float32 [T] of each: log-probabilities of responses that are not guided."""
+        ...
+
+    def forget(self) -> None:
+        """The session is over: drop what belongs to its responses."""
+        ...
