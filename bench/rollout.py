@@ -104,13 +104,13 @@ def start_engines(
     for name, (kind, servers) in wanted.items():
         config, began = make_config(arguments, folder, kind, servers), time.perf_counter()
         try:
-            attach = prepare_engine(
+            prepared = prepare_engine(
                 config, str(folder), tokenizer, device=arguments.device, stack=stack
             )
             waited = time.perf_counter() - began
             policy = policy or make_policy(config, str(folder), device=arguments.device)
             began = time.perf_counter()
-            engines[name] = attach(policy, prompt)
+            engines[name] = prepared.attach(policy, prompt)
             engines[name].sync(0)
         except UserError as error:
             absent[name] = str(error)

@@ -33,6 +33,7 @@ from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
 from exgrpo_fast.engines import (
+    PreparedEngine,
     compute_dtype,
     end_of_sequence_ids,
     mismatch_rule,
@@ -103,7 +104,7 @@ def open_run(
         if config.data.check_answers:
             refuse_bad_golds([*train, *held_out], rewards, screen)
         model_path = str(resume_from / "hf") if resume_from else start
-        attach = prepare_engine(
+        prepared = prepare_engine(
             config,
             model_path,
             tokenizer,
@@ -113,7 +114,7 @@ def open_run(
             note=screen.note,
         )
         policy = make_policy(config, model_path, device=device)
-        engine = attach(policy, train[0].prompt_ids)
+        engine = prepared.attach(policy, train[0].prompt_ids)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
         forget_after(state["num_steps"], folder)
         sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
@@ -130,6 +131,7 @@ def open_run(
             folder=folder,
             screen=screen,
             sink=sink,
+            prepared=prepared,
         )
         engine.sync(state["num_steps"])
         if resume_from:
@@ -160,6 +162,7 @@ def make_trainer(
     folder: RunFolder,
     screen: Screen,
     sink: MetricSink,
+    prepared: PreparedEngine | None = None,
 ) -> Trainer:
     """Sources, collector, learner, evaluator and trainer, from the bottom up."""
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
@@ -180,7 +183,7 @@ def make_trainer(
         fresh=fresh,
         replay=replay,
         verifier=verifier,
-        prior=make_prior(config, policy, tokenizer),
+        prior=make_prior(config, policy, tokenizer, prepared),
         hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
         screen=screen,
         overlong=OverlongRule(
@@ -294,7 +297,10 @@ def check_prior(config: Config, start: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def make_prior(config: Config, policy: Policy, tokenizer: Tokenizer) -> PriorSource | NoPrior:
+def make_prior(
+    config: Config, policy: Policy, tokenizer: Tokenizer, prepared: PreparedEngine | None = None
+) -> PriorSource | NoPrior:
+    """With the two vLLM models of a prepared engine, or else in the trainer's own process."""
     settings, rollout = config.prior_resampling, config.rollout
     if not settings.enabled:
         return NoPrior()
@@ -304,9 +310,15 @@ def make_prior(config: Config, policy: Policy, tokenizer: Tokenizer) -> PriorSou
     eos = end_of_sequence_ids(policy.model.generation_config, tokenizer)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     width = policy.head.weight.shape[0]
+    drafter = TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos)
+    scorer = TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width)
+    if prepared is not None and prepared.prior is not None and prepared.drafting is not None:
+        from exgrpo_fast.resampling.vllm_pair import VllmDrafter, VllmPrior
+
+        drafter, scorer = VllmDrafter(prepared.drafting), VllmPrior(prepared.prior)
     resampler = Resampler(
-        TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos),
-        TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width),
+        drafter,
+        scorer,
         Trigger(settings.trigger, settings.threshold, settings.rate),
         block_tokens=settings.block_tokens,
         max_completion_tokens=rollout.max_completion_tokens,

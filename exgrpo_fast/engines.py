@@ -11,8 +11,9 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
@@ -21,17 +22,33 @@ from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.memory import EnginePlan, engine_plan
 from exgrpo_fast.mismatch import MismatchRule
 from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.rollout.canary import TOLERANCE, VerifiedEngine
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 
+if TYPE_CHECKING:
+    from exgrpo_fast.rollout.vllm_engine import VllmEngine
+    from exgrpo_fast.rollout.vllm_model import VllmModel
+
 log = logging.getLogger(__name__)
 
-# (policy, the ids of any prompt) -> engine
-Attach = Callable[[Policy, Sequence[int]], RolloutEngine]
 START_SECONDS = 600.0  # a large model is read from a slow disk
 Note = Callable[[str], None]
+
+
+@dataclass
+class PreparedEngine:
+    """An engine without its policy."""
+
+    make: Callable[[Policy, Sequence[int]], RolloutEngine]
+    prior: VllmModel | None = None  # beside an engine in this process, to guide its drafts
+    drafting: VllmEngine | None = None
+
+    def attach(self, policy: Policy, prompt_ids: Sequence[int]) -> RolloutEngine:
+        """`prompt_ids`: of any question."""
+        return self.make(policy, prompt_ids)
 
 
 def engine_kind(config: Config, device: str) -> str:
@@ -68,11 +85,13 @@ def prepare_engine(
     stack: ExitStack,
     log_folder: Path | None = None,
     note: Note = lambda line: None,
-) -> Attach:
+) -> PreparedEngine:
     """`folder`: of the weights to begin with; `stack`: ends what is started here."""
     kind = engine_kind(config, device)
     if kind == "transformers":
-        return lambda policy, prompt_ids: make_transformers_engine(config, policy, tokenizer)
+        return PreparedEngine(
+            lambda policy, prompt_ids: make_transformers_engine(config, policy, tokenizer)
+        )
     plan = plan_engine(config, folder, device=device, shared=kind == "vllm")
     if kind == "vllm" or not config.rollout.server.urls:
         note(plan.note())
@@ -87,19 +106,23 @@ def prepare_engine(
         "seed": config.train.seed,
         "can_sleep": plan.sleeps,
     }
-    make = _prepare_in_process if kind == "vllm" else _prepare_servers
-    attach = make(config, model, plan, device=device, stack=stack, log_folder=log_folder)
+    tolerance = config.rollout.sync_tolerance or TOLERANCE[compute_dtype(config, device)]
 
-    def verified(policy: Policy, prompt_ids: Sequence[int]) -> RolloutEngine:
+    def verified(
+        engine: RolloutEngine, policy: Policy, prompt_ids: Sequence[int]
+    ) -> VerifiedEngine:
         return VerifiedEngine(
-            attach(policy),
+            engine,
             policy,
             prompt_ids=prompt_ids,
             max_model_len=plan.max_model_len,
-            tolerance=config.rollout.sync_tolerance or TOLERANCE[compute_dtype(config, device)],
+            tolerance=tolerance,
         )
 
-    return verified
+    if kind == "vllm":
+        return _prepare_in_process(config, model, plan, stack=stack, verified=verified)
+    attach = _prepare_servers(config, model, device=device, stack=stack, log_folder=log_folder)
+    return PreparedEngine(lambda policy, ids: verified(attach(policy), policy, ids))
 
 
 def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> EnginePlan:
@@ -124,16 +147,42 @@ def count_parameters(model: Any) -> int:
 
 
 def _prepare_in_process(
-    config: Config, model: dict[str, Any], plan: EnginePlan, *, stack: ExitStack, **_: Any
-) -> Callable[[Policy], RolloutEngine]:
+    config: Config,
+    model: dict[str, Any],
+    plan: EnginePlan,
+    *,
+    stack: ExitStack,
+    verified: Callable[[RolloutEngine, Policy, Sequence[int]], VerifiedEngine],
+) -> PreparedEngine:
     from exgrpo_fast.rollout.vllm_engine import VllmEngine
     from exgrpo_fast.rollout.vllm_model import VllmModel
 
     vllm = with_less_memory_once(lambda changes: VllmModel(**{**model, **changes}), model)
     stack.callback(vllm.close)
+    prepared = PreparedEngine(lambda policy, prompt_ids: attach(policy, prompt_ids))
+    if prior_runs_in_vllm(config, plan):
+        # Engines of one process have to be made together, and end together. One token more: to
+        # score a whole sequence is to ask for what follows it.
+        prior = {**model, "folder": config.prior_resampling.model}
+        prior["max_model_len"] = plan.max_model_len + 1
+        prepared.prior = VllmModel(**prior)
+        stack.callback(prepared.prior.close)
     if plan.sleeps:
         vllm.sleep()
-    return lambda policy: VllmEngine(vllm, policy, sleeps=plan.sleeps)
+
+    def attach(policy: Policy, prompt_ids: Sequence[int]) -> RolloutEngine:
+        prepared.drafting = VllmEngine(vllm, policy, sleeps=plan.sleeps)
+        return verified(prepared.drafting, policy, prompt_ids)
+
+    return prepared
+
+
+def prior_runs_in_vllm(config: Config, plan: EnginePlan) -> bool:
+    """A trigger of whole distributions needs the transformers back end, which goes with any engine;
+    and of two engines in one process none can sleep."""
+    prior = config.prior_resampling
+    of_state = Trigger(prior.trigger, prior.threshold, prior.rate).of_state
+    return prior.enabled and prior.model is not None and not of_state and not plan.sleeps
 
 
 def with_less_memory_once(make: Callable[[dict[str, Any]], Any], model: dict[str, Any]) -> Any:
@@ -157,7 +206,6 @@ def with_less_memory_once(make: Callable[[dict[str, Any]], Any], model: dict[str
 def _prepare_servers(
     config: Config,
     model: dict[str, Any],
-    plan: EnginePlan,
     *,
     device: str,
     stack: ExitStack,

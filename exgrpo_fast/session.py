@@ -297,8 +297,8 @@ def make_engine(
     model = config.model.name or ""
     if endpoint is not None:
         return make_endpoint_engine(model, tokenizer, **endpoint)
-    attach = prepare_engine(config, model, tokenizer, device=device, stack=stack)
-    return attach(make_policy(config, model, device=device), prompt_ids)
+    prepared = prepare_engine(config, model, tokenizer, device=device, stack=stack)
+    return prepared.attach(make_policy(config, model, device=device), prompt_ids)
 
 
 def some_prompt(loaded: Mapping[str, Sequence[Question]]) -> tuple[int, ...]:

@@ -43,7 +43,6 @@ from starlette.requests import Request as HttpRequest  # pyright: ignore[reportM
 from starlette.responses import JSONResponse, Response, StreamingResponse  # pyright: ignore[reportMissingImports]
 from starlette.routing import Route  # pyright: ignore[reportMissingImports]
 
-from exgrpo_fast.experience import Completion
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.vllm_model import VllmModel
 from exgrpo_fast.rollout.weight_transfer import Receiver, make_receiver
@@ -159,15 +158,12 @@ class EngineLoop:
     # --- steps ---
 
     def _step(self) -> None:
-        for key, completion in self.model.step():
-            self._hand_out(key, completion)
+        self.model.step()
+        for delivery in self.deliveries:
+            for key, completion in self.model.take(delivery.place_of).items():
+                delivery.put(pack_completion(delivery.place_of.pop(key), completion))
         self.progress += 1
         self._close_finished()
-
-    def _hand_out(self, key: str, completion: Completion) -> None:
-        for delivery in self.deliveries:
-            if key in delivery.place_of:
-                delivery.put(pack_completion(delivery.place_of.pop(key), completion))
 
     def _close_finished(self) -> None:
         for delivery in [d for d in self.deliveries if not d.place_of]:

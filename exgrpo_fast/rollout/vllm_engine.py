@@ -41,14 +41,18 @@ class VllmEngine:
         sampling: Sampling,
         observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
-        if not self.awake:
-            self.sync(self.version)
+        self.wake()
         try:
             with untouched_random_state():
                 return run_requests(self.model, requests, sampling, observer)
         except BaseException:
             self.model.drop_requests()
             raise
+
+    def wake(self) -> None:
+        """With the weights it had, where it has rested."""
+        if not self.awake:
+            self.sync(self.version)
 
     def sync(self, version: int) -> dict[str, float]:
         try:
@@ -81,7 +85,8 @@ def run_requests(
     place_of = {model.add(request, sampling): i for i, request in enumerate(requests)}
     completions: dict[int, Completion] = {}
     while len(completions) < len(requests):
-        finished = {place_of[key]: completion for key, completion in model.step()}
+        model.step()
+        finished = {place_of[key]: c for key, c in model.take(place_of).items()}
         completions |= finished
         if finished:
             observer.finished(list(finished), list(finished.values()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ class VllmModel:
         """`folder`: a Hugging Face folder; its tokenizer is never loaded. `kv_cache_bytes`: of one
         GPU. `can_sleep`: memory can be handed back between two generations (CUDA only)."""
         LLM = _import_llm()
+        machine: dict[str, Any] = {}
+        if device == "cpu":
+            # A seeded request whose prompt is read in two pieces ends in an error there: the
+            # generators of a CPU cannot be set back.
+            machine = {
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(max_model_len, 4096),
+            }
         self.eos_token_ids = list(eos_token_ids)
         self.max_model_len = max_model_len
         with untouched_random_state(), _refused(str(folder)):
@@ -65,14 +74,19 @@ class VllmModel:
                 enable_prefix_caching=True,
                 enable_sleep_mode=can_sleep,
                 tensor_parallel_size=tensor_parallel,
-                enforce_eager=device == "cpu",
                 disable_log_stats=True,
                 use_tqdm_on_load=False,  # one screen, the trainer's
+                **machine,
             )
         self.engine: Any = self.llm.llm_engine
         self.tells_versions = _tells_versions()
+        # The runner for GPUs scores chosen tokens at chosen rows; the one for CPUs whole prompts.
+        self.scores_rows = device == "cuda" and self.tells_versions
+        self.cache_block_tokens = int(self.engine.vllm_config.cache_config.block_size)
         self.num_added = 0
         self.running: set[str] = set()
+        self.wanted_from: dict[str, int] = {}  # of running scorings: their first wanted token
+        self.done: dict[str, Completion | Tensor | None] = {}  # until they are taken
         self.usable = True
         self._stamp(0)
 
@@ -83,7 +97,7 @@ class VllmModel:
 
         ValueError where it is too long, EngineLost after an update that broke off.
         """
-        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         if not self.usable:
@@ -105,22 +119,61 @@ class VllmModel:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        return self._queue(request.prompt_ids, params)
+
+    def add_scoring(self, ids: Sequence[int], first: int, *, read_cache: bool = True) -> str:
+        """Queue the log-probabilities, at temperature 1, of `ids[first:]` behind what precedes them.
+
+        What is taken for its key is float32 [len(ids) - first], or None where the prefix cache
+        reached so far that their rows were not computed; then ask again without the cache.
+        """
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
+            RequestOutputKind,
+        )
+
+        wanted: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
+        if self.scores_rows:
+            rows = [[token] for token in ids[first:]]
+            wanted = {"prompt_logprob_token_ids": rows, "prompt_logprob_start": first - 1}
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=1.0,
+            detokenize=False,
+            skip_reading_prefix_cache=not read_cache,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **wanted,
+        )
+        key = self._queue(ids, params)
+        self.wanted_from[key] = first
+        return key
+
+    def _queue(self, ids: Sequence[int], params: Any) -> str:
+        from vllm import TokensPrompt  # pyright: ignore[reportMissingImports]
+
         key = str(self.num_added)
         self.num_added += 1
-        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        (rendered,) = self.engine.renderer.render_cmpl([prompt])
+        (rendered,) = self.engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(ids))])
         self.engine.add_request(key, rendered, params)
         self.running.add(key)
         return key
 
-    def step(self) -> list[tuple[str, Completion]]:
-        """One token for all running requests; those that ended with it."""
-        finished = []
+    def step(self) -> None:
+        """One token for all running requests; what ends with it waits to be taken."""
         for output in self.engine.step():
             if output.finished:
-                self.running.discard(output.request_id)
-                finished.append((output.request_id, self._completion(output.outputs[0])))
-        return finished
+                key = output.request_id
+                self.running.discard(key)
+                first = self.wanted_from.pop(key, None)
+                self.done[key] = (
+                    self._completion(output.outputs[0])
+                    if first is None
+                    else self._suffix_logprobs(output, first)
+                )
+
+    def take(self, keys: Container[str]) -> dict[str, Any]:
+        """Those of the given keys that are done; each can be taken once."""
+        return {key: self.done.pop(key) for key in [k for k in self.done if k in keys]}
 
     def drop_requests(self, keys: Sequence[str] | None = None) -> None:
         """Forget requests, or all that are queued or running: after an exception the engine would
@@ -128,6 +181,19 @@ class VllmModel:
         dropped = set(self.running if keys is None else keys)
         self.engine.abort_request(list(dropped))
         self.running -= dropped
+        for key in dropped:
+            self.wanted_from.pop(key, None)
+            self.done.pop(key, None)
+
+    def _suffix_logprobs(self, output: Any, first: int) -> Tensor | None:
+        if self.scores_rows:
+            found = output.prompt_token_id_logprobs
+            return None if found is None else torch.from_numpy(np.array(found)[:, 0]).float()
+        if output.num_cached_tokens and output.num_cached_tokens > first - 1:
+            return None  # rows that the cache covers hold memory that nobody has written
+        flat = output.prompt_logprobs
+        wanted = flat.start_indices[first:]
+        return torch.tensor([flat.logprobs[i] for i in wanted], dtype=torch.float32)
 
     def _completion(self, output: Any) -> Completion:
         logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)

@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def folders(tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """Random policies with an output head of their own, and with the embedding as their head."""
+    """Random policies: with an output head of their own (and another of this kind, for a prior),
+    and with the embedding as their head."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from exgrpo_fast.quickstart.model import make_model
@@ -51,9 +52,10 @@ def folders(tokenizer, tmp_path_factory) -> dict[str, Path]:
         eos_token_id=EOS,
     )
     Qwen2ForCausalLM(tied).save_pretrained(base / "tied")
-    for name in ("untied", "tied"):
+    make_model(tokenizer, seed=1, layers=2, width=64).save_pretrained(base / "prior")
+    for name in ("untied", "tied", "prior"):
         tokenizer.save_pretrained(base / name)
-    return {name: base / name for name in ("untied", "tied")}
+    return {name: base / name for name in ("untied", "tied", "prior")}
 
 
 @pytest.fixture(scope="session")

@@ -150,3 +150,23 @@ def children_named(parent: int, name: str) -> list[int]:
         for child in psutil.Process(parent).children(recursive=True)
         if name in " ".join(child.cmdline())
     ]
+
+
+def test_guided_responses_of_a_run_are_vllms(folders, tmp_path) -> None:
+    """EAPO through the command; the prior is another random policy, so much is rejected."""
+    config = write_inputs(
+        tmp_path,
+        folders["untied"],
+        rollout={"engine": "vllm"},
+        prior_resampling={
+            "enabled": True,
+            "model": str(folders["prior"]),
+            "threshold": 0.1,
+            "block_tokens": 4,
+            "positive_only": False,
+        },
+    )
+    assert train(config, tmp_path / "run").wait(300) == 0
+    rows = metrics_of(tmp_path / "run")
+    assert_in_step(rows)
+    assert all(row["prior_redrawn_frac"] > 0.02 for row in rows)

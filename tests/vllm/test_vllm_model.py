@@ -158,6 +158,26 @@ def test_the_random_state_of_the_process_is_untouched(engine) -> None:
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == expected
 
 
+def test_scores_behind_a_prefix_are_the_trainers_whatever_is_cached(engine) -> None:
+    """Prefixes grow as the driver of resampling lets them, over the ends of cached blocks."""
+    ids = [5 + 3 * i % 200 for i in range(400)]
+    expected = engine.policy.score(Ragged.of([ids[:1]]), Ragged.of([ids[1:]])).logprobs
+    asked_twice = 0
+    for first in [1, 7, 120, 127, 128, 129, 250, 256, 257, 380]:
+        for read_cache in (True, False):
+            key = engine.model.add_scoring(ids[: first + 20], first, read_cache=read_cache)
+            while engine.model.running:
+                engine.model.step()
+            found = engine.model.take([key])[key]
+            if found is None:
+                assert read_cache
+                asked_twice += 1
+                continue
+            wanted = expected[first - 1 : first + 19]
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert asked_twice < 5
+
+
 def test_tokens_say_which_weights_drew_them(engine) -> None:
     if not engine.model.tells_versions:
         with pytest.raises(RuntimeError, match="cannot tell"):
@@ -169,13 +189,14 @@ def test_tokens_say_which_weights_drew_them(engine) -> None:
     old = [w.clone() for w in engine.policy.model.parameters()]
     key = engine.model.add(Request((5, 6, 7), 12), Sampling(40))
     for _ in range(10):
-        assert engine.model.step() == []
+        engine.model.step()
+    assert engine.model.take([key]) == {}
     train_a_little(engine.policy)
     engine.sync(5)
-    found = []
     while engine.model.running:
-        found += engine.model.step()
-    (completion,) = [completion for k, completion in found if k == key]
+        engine.model.step()
+    completion = engine.model.take([key])[key]
+    assert engine.model.take([key]) == {}, "taken once"
     first, second = completion.weight_spans
     assert (first.version, first.start, second.version) == (4, 0, 5)
     assert first.end == second.start and second.end == len(completion.token_ids)
