@@ -309,6 +309,7 @@ def test_eval_by_endpoint_loads_no_weights(
     sent = server.seen[1:]
     assert sorted(s["prompt"] for s in sent) == sorted(p for p in prompts for _ in range(2))
     assert len({s["seed"] for s in sent}) == 6
+    assert sent[0]["stop_token_ids"] == [tokenizer.eos_token_id]
     code, out, err = run_cli(capsys, "sample", *arguments, "--row", "1", "-n", "1")
     assert code == 0 and "reward 1 (ok)" in out, err
 
