@@ -4,7 +4,8 @@
 
 The engines are made as a training run makes them (`engines.py`), live side by side in one run and get
 the same requests in turns: prompts of random tokens, several samples of each, a seed each. They draw
-different tokens, so rates are per token generated, and ratios are taken round by round.
+different tokens, so rates are per token generated, and ratios are taken round by round. On a CPU rates
+are also given per CPU-second of all processes, which hardly depends on what else the machine does.
 
     transformers    `generate` with the trainer's own weights; a batch ends with its longest row
     vllm            vLLM in this process
@@ -12,10 +13,10 @@ different tokens, so rates are per token generated, and ratios are taken round b
 
 `update` is the time until an engine has taken over new weights and dropped its cache; `sync` adds the
 canary. `start` ends with the first sync. With --steps a training run with rollout servers is repeated
-with and without `rollout.generate_ahead`, in processes of their own.
+with and without `rollout.generate_ahead`, in processes of their own; its reward is a toss of a coin.
 
 On a CPU the model is made on the spot unless --model gives one; its weights are random. An engine
-that this machine cannot run is left out with its reason. Writes rollout.json.
+that this machine cannot run is left out with its reason. Writes NAME.json.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from exgrpo_fast.errors import UserError
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
+from exgrpo_fast.rollout.server_engine import ServerEngine
 from exgrpo_fast.rollout.vllm_versions import find_vllm
 
 SAMPLES = 8  # of each prompt
@@ -125,20 +127,34 @@ def start_engines(
 def measure_generation(
     engines: dict[str, RolloutEngine], requests: list[Request], arguments: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
-    """For each engine and round: seconds, tokens, the longest completion."""
+    """For each engine and round: seconds, CPU-seconds, tokens."""
     sampling = Sampling(arguments.tokens, arguments.temperature)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.generate(requests[:SAMPLES], sampling)  # what is compiled at first use
     for _ in range(arguments.repeats):
         for name, engine in engines.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), cpu_seconds(engine)
             lengths = [len(c.token_ids) for c in engine.generate(requests, sampling)]
-            elapsed = time.perf_counter() - began
             rounds[name].append(
-                {"seconds": elapsed, "tokens": sum(lengths), "longest": max(lengths)}
+                {
+                    "seconds": time.perf_counter() - began,
+                    "cpu_seconds": cpu_seconds(engine) - used,
+                    "tokens": sum(lengths),
+                }
             )
     return rounds
+
+
+def cpu_seconds(engine: RolloutEngine) -> float:
+    """Used so far by this process and the engine's servers."""
+    inner = engine.engine if isinstance(engine, VerifiedEngine) else engine
+    servers = inner.processes if isinstance(inner, ServerEngine) else []
+    ticks = 0
+    for pid in (os.getpid(), *(server.process.pid for server in servers)):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime, stime
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure_sync(
@@ -164,8 +180,8 @@ def rows_of(
     syncs: dict[str, dict[str, list[float]]],
     start: dict[str, float],
 ) -> list[dict[str, Any]]:
-    def rates(name: str) -> list[float]:
-        return [one["tokens"] / one["seconds"] for one in rounds[name]]
+    def rates(name: str, per: str = "seconds") -> list[float]:
+        return [one["tokens"] / one[per] for one in rounds[name]]
 
     rows = []
     for name in rounds:
@@ -177,6 +193,7 @@ def rows_of(
             "slowest": min(rates(name)),
             "to_transformers": statistics.median(ratios),
             "to_transformers_range": [min(ratios), max(ratios)],
+            "tokens_per_cpu_second": statistics.median(rates(name, "cpu_seconds")),
             "tokens": statistics.median(one["tokens"] for one in rounds[name]),
             "start_seconds": start[name],
         }
@@ -191,26 +208,34 @@ def rows_of(
 # ---- generation ahead ----------------------------------------------------------------------------
 
 
+# Groups with and without success, so that there is something to train on.
+REWARD = """
+def odd(prompts, completions, **columns):
+    return [float(sum(map(ord, completion)) % 2) for completion in completions]
+"""
+
+
 def measure_ahead(arguments: argparse.Namespace, folder: Path, place: Path) -> dict[str, Any]:
     """Seconds a step of the same run, alternating; a run's first two steps are not counted."""
     data = place / "data.jsonl"
     rows = ({"prompt": f"What is {i} + {i % 7}?", "answer": str(i + i % 7)} for i in range(512))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "reward.py").write_text(REWARD)
     seconds: dict[str, list[float]] = {"off": [], "on": []}
-    parts: dict[str, list[float]] = {"rollout": [], "rest": []}
+    parts: dict[str, list[float]] = {"rollout": [], "update": []}
     for number in range(arguments.ahead_repeats):
         for name in ("off", "on") if number % 2 == 0 else ("on", "off"):
             steps = train(arguments, folder, data, place / f"{name}{number}", ahead=name == "on")
             seconds[name] += [step["step_seconds"] for step in steps]
             if name == "off":
                 parts["rollout"] += [step["seconds_rollout"] for step in steps]
-                parts["rest"] += [step["step_seconds"] - step["seconds_rollout"] for step in steps]
+                parts["update"] += [step["seconds_update"] for step in steps]
     medians = {name: statistics.median(of_one) for name, of_one in seconds.items()}
     return {
         "steps": len(seconds["on"]),
         "step_seconds": medians["off"],
+        "update_seconds": statistics.median(parts["update"]),
         "rollout_seconds": statistics.median(parts["rollout"]),
-        "other_seconds": statistics.median(parts["rest"]),
         "step_seconds_ahead": medians["on"],
         "speedup": medians["off"] / medians["on"],
     }
@@ -224,7 +249,7 @@ def train(
         "model.dtype": arguments.dtype,
         "data.train": data,
         "data.max_prompt_tokens": 64,
-        "reward.functions": "[exact]",
+        "reward.functions": f"[{data.parent / 'reward.py'}:odd]",
         "rollout.engine": "vllm_server",
         "rollout.generate_ahead": str(ahead).lower(),
         "rollout.prompts_per_step": max(arguments.requests // SAMPLES, 1),
@@ -277,12 +302,14 @@ def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    print(f"{'':16}{'tokens/s':>10}{'x':>7}{'start s':>9}{'update s':>10}{'sync s':>9}")
+    print(
+        f"{'':16}{'tokens/s':>10}{'x':>7}{'/CPU s':>9}{'start s':>9}{'update s':>10}{'sync s':>9}"
+    )
     for row in results["rows"]:
         cells = [f"{row[key]:9.3f}" for key in ("update_seconds", "sync_seconds") if key in row]
         print(
             f"{row['engine']:16}{row['tokens_per_second']:10.0f}{row['to_transformers']:7.2f}"
-            f"{row['start_seconds']:9.1f} {' '.join(cells)}"
+            f"{row['tokens_per_cpu_second']:9.0f}{row['start_seconds']:9.1f} {' '.join(cells)}"
         )
     for name, why in results["absent"].items():
         print(f"{name}: {why}")
@@ -306,15 +333,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of the training runs; 0: none")
     parser.add_argument("--ahead-repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: bench/results/<device>/rollout.json")
+    parser.add_argument("--name", default="rollout")
+    parser.add_argument("--out", type=Path, help="a folder; default: bench/results/<device>")
     arguments = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as place:
         results = measure(arguments, Path(place))
     print_results(results)
     device = results["device"].lower().replace(" ", "-")
-    path = arguments.out or Path(__file__).parent / "results" / device / "rollout.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = arguments.out or Path(__file__).parent / "results" / device
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{arguments.name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -261,7 +262,7 @@ def eval_session(
     """
     quiet_libraries()
     config = model_config(model, n=n, ks=ks, **options)
-    screen = make_screen()
+    screen = make_screen(sys.stderr)  # what is asked for goes to stdout alone
     tokenizer = load_tokenizer(model)
     loaded = {file: read_questions(config, file, tokenizer, screen).questions for file in files}
     try:
@@ -319,7 +320,7 @@ def sample_session(
     """Print n completions of one question, with reward, length and mean log-prob."""
     quiet_libraries()
     config = model_config(model, n=n, ks=[1], **options)
-    screen = make_screen()
+    screen = make_screen(sys.stderr)  # what is asked for goes to stdout alone
     tokenizer = load_tokenizer(model)
     if data is None:
         question = question_from_text(prompt or "", tokenizer=tokenizer)

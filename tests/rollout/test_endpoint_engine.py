@@ -13,7 +13,9 @@ import pytest
 import torch
 from http_server import Handler, Server, resets, running_server, stalls
 
+from exgrpo_fast import session
 from exgrpo_fast.cli import main
+from exgrpo_fast.display.plain import PlainScreen
 from exgrpo_fast.endpoint import Endpoint
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Completion
@@ -286,6 +288,7 @@ def test_eval_by_endpoint_loads_no_weights(
 
     def right_for_2(handler: Handler, number: int) -> None:
         prompt = handler.server.seen[number + 1]["prompt"]
+        time.sleep(0.05)
         text = "\\boxed{2}" if prompt == prompts[1] else "\\boxed{-5}"
         handler.reply(200, choice([*tokenizer(text)["input_ids"], 1]))
 
@@ -299,18 +302,24 @@ def test_eval_by_endpoint_loads_no_weights(
         )
         for i in range(3)
     ]
+    # All that takes any time is told, and not where the result goes.
+    monkeypatch.setattr(
+        session, "make_screen", lambda stream=None: PlainScreen(stream, first_after=0.01)
+    )
     server.behave = answers(right_for_2, models("tiny", longest=4096))
     arguments = ("--model", str(tmp_path / "tokenizer"), "--data", data)
     arguments += ("--max-completion-tokens", "64", "--endpoint", server.url, "--device", "cpu")
     code, out, err = run_cli(capsys, "eval", *arguments, "-n", "2", "-k", "1,2")
     assert code == 0, err
+    assert "evaluate · " in err
     (result,) = json.loads(out).values()
     assert (result["avg_at_n"], result["questions"], result["truncated"]) == (1 / 3, 3, 0.0)
     sent = server.seen[1:]
     assert sorted(s["prompt"] for s in sent) == sorted(p for p in prompts for _ in range(2))
     assert len({s["seed"] for s in sent}) == 6
+    assert sent[0]["stop_token_ids"] == [tokenizer.eos_token_id]
     code, out, err = run_cli(capsys, "sample", *arguments, "--row", "1", "-n", "1")
-    assert code == 0 and "reward 1 (ok)" in out, err
+    assert code == 0 and "reward 1 (ok)" in out and out.startswith("question "), err
 
 
 def test_a_dead_endpoint_is_one_line(tokenizer, tmp_path, data, capsys, monkeypatch) -> None:
