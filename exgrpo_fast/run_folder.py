@@ -46,6 +46,8 @@ class RunFolder:
     log = property(lambda self: self.path / "run.log")
     completions = property(lambda self: self.path / "completions")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    bad_batches = property(lambda self: self.path / "bad_batches")
+    rollouts = property(lambda self: self.path / "rollouts")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Whole file or no file: written beside its name and renamed."""

@@ -60,6 +60,7 @@ def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) ->
         "mismatch_max": batch.mismatch.max,
         "grad_norm": max(update.grad_norms, default=None),
         "lr": update.lr,
+        "microbatch_halvings": update.microbatch_halvings,
         **(batch.hindsight.metrics() if batch.hindsight else {}),
         **update.kernel_metrics,
         **{f"seconds_{phase}": value for phase, value in seconds.items()},
