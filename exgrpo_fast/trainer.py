@@ -82,7 +82,7 @@ class Trainer:
         objective = self.replay.objective(self.objective)
         with clock.measure("update"), self.screen.phase("update") as advance:
             update = self.learner.update(batch.groups, objective, advance)
-        with clock.measure("sync"):
+        with clock.measure("sync"), self.screen.phase("sync"):
             self.engine.sync(step)
         metrics = step_metrics(step, batch, update, clock)
         metrics["save_failures"] = self.writer.num_failures

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,7 +243,7 @@ def test_on_a_full_disk_the_newest_stays_and_the_others_make_room(
 ) -> None:
     for step in (1, 2, 3):
         checkpoints.save(step, save_model, STATE)
-    disk = type("Disk", (), {"free": 0})
+    disk = SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     tries: list[list[int]] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_the_last_save_of_a_run_may_not_be_refused(writer, model: Model) -> None
 
 def test_a_nearly_full_disk_is_said_beforehand(writer, said, monkeypatch) -> None:
     num_bytes = 6 * 4 + 3 * 4
-    disk = type("Disk", (), {"free": 2 * num_bytes})
+    disk = SimpleNamespace(free=2 * num_bytes)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     writer.finish(1, state())
     assert said == []

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ground floor first. A room is a file, or a folder of files that may import each other.
 FLOORS = [
     ["exgrpo_kernels"],
-    ["errors", "experience"],
+    ["errors", "experience", "heartbeat"],
     [
         "config",
         "advantages",
@@ -22,7 +22,7 @@ FLOORS = [
         "data",
         "random_state",
     ],
-    ["display", "policy", "rewards", "checkpoint_writer"],
+    ["display", "policy", "rewards", "checkpoint_writer", "supervisor"],
     ["buffer", "rollout", "report", "model_folder"],
     ["weighting", "reference", "verify", "memory", "training_data"],
     ["sources", "doctor"],
@@ -36,7 +36,8 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may be loaded before torch, so that a mistake is answered at once.
-LIGHT = ["errors", "config", "cli", "scaffold", "rewards", "display", "report"]
+LIGHT = ["errors", "config", "cli", "scaffold", "rewards", "display", "report", "heartbeat"]
+LIGHT += ["run_folder", "supervisor"]
 
 
 def room_of(path: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.rollout.engine import Observer, Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 from exgrpo_fast.rollout.journal import JournalledEngine
 
 SAMPLING = Sampling(max_completion_tokens=8)
@@ -26,7 +26,7 @@ class CountingEngine:
     def sync(self, version: int) -> None:
         self.versions.append(version)
 
-    def generate(self, requests, sampling, observer=Observer()) -> list[Completion]:
+    def generate(self, requests, sampling, observer=UNOBSERVED) -> list[Completion]:
         self.asked.append([request.seed for request in requests])
         done: list[Completion] = []
         for start in range(0, len(requests), self.batch):
