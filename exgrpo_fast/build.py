@@ -38,6 +38,7 @@ from exgrpo_fast.collect import Collector, OverlongRule
 from exgrpo_fast.config import Config, ConfigError, GymTask, dump_yaml, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
+from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
@@ -101,6 +102,7 @@ def open_run(
         seed_everything(config.train.seed)
         model_path = str(resume_from / "hf") if resume_from else start
         policy = make_policy(config, model_path, device=device)
+        refuse_broken_weights(policy, model_path)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
         forget_after(state["num_steps"], folder, screen)
         engine = journalled(
@@ -137,6 +139,13 @@ def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
             f"--resume: {checkpoint} was made with another tokenizer ({origin['vocabulary_size']} "
             f"tokens) than model.name has ({len(tokenizer)} tokens)"
         )
+
+
+def refuse_broken_weights(policy: Policy, path: str) -> None:
+    """NumericalStop: nothing can be sampled from weights that are not finite."""
+    for name, parameter in policy.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NumericalStop(f"{path}: {name} holds a value that is not finite")
 
 
 def take_up(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -58,11 +58,17 @@ class RunFolder:
         names = (path.name.removeprefix("step_") for path in self.checkpoints.glob("step_*"))
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_text(self, name: str, text: str) -> None:
         """Whole file or no file: written beside its name and renamed."""
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -108,11 +114,37 @@ def _take_lock(path: Path) -> TextIO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        lock.seek(0)
-        owner = lock.read(200).strip() or "unknown"
-        raise RunFolderError(f"--out {path}: another run is writing there ({owner})") from None
+        raise RunFolderError(
+            f"--out {path}: another run is writing there ({_owner_of(lock)})"
+        ) from None
     with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
     return lock
+
+
+def _owner_of(lock: TextIO) -> str:
+    """'process 123 on host', as the owner has written, or will have in a moment."""
+    said = ""
+    for _ in range(20):
+        lock.seek(0)
+        said = lock.read(200).strip()
+        if said and not _names_a_dead_process(said):
+            return said
+        time.sleep(0.05)
+    return said or "unknown"
+
+
+def _names_a_dead_process(said: str) -> bool:
+    """The name of the owner before, which the present one has not replaced yet."""
+    _, number, _, host = said.split(" ", 3)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -64,7 +64,7 @@ def train_session(
         if deterministic:
             torch.use_deterministic_algorithms(True)
         resume_from = find_checkpoint(folder, resume, screen)
-        folder.config.write_text(dump_yaml(config))
+        folder.write_text("config.yaml", dump_yaml(config))
         folder.write_json("env.json", environment(device))
         with open_run(config, folder, screen, device=device, resume_from=resume_from) as run:
             return _train(config, run.trainer, folder, screen, stop_after, started)

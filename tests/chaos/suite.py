@@ -70,7 +70,7 @@ def of_kills(f: Figures) -> list[Entry]:
         ),
         Entry(
             "F27",
-            f"memory and descriptors over {f['steps']} steps",
+            f"memory and descriptors over {f['steps']} steps (judged from 300 on)",
             f"{slope} MiB per 100 steps, {low} to {high} descriptors",
             "<= 1 MiB, constant",
             None if slope is None else slope <= 1.0 and high - low <= 3,
