@@ -104,6 +104,10 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of the lines that still wait in its buffer
+            super().close()
+
 
 def _take_lock(path: Path) -> TextIO:
     try:

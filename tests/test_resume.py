@@ -14,6 +14,8 @@ from conftest import make_questions
 
 from exgrpo_fast.checkpoint import load_state, split_tensors
 from exgrpo_fast.random_state import random_state, restore_random_state, seed_everything
+from exgrpo_fast.rollout.engine import UNOBSERVED
+from exgrpo_fast.rollout.journal import JournalledEngine
 from exgrpo_fast.trainer import Trainer
 
 STEPS = 14
@@ -75,7 +77,7 @@ def test_any_step_can_be_the_last_before_a_resume(make) -> None:
     assert whole.stream.state_dict()["epoch"] >= 2 and whole.learner.optimiser.num_updates > 6
     for step in range(STEPS):
         resumed = make()
-        random.random(), np.random.random(), torch.rand(3)  # what another process has drawn
+        seed_everything(99)  # what another process has drawn
         take_up(resumed, paths[step])
         assert digest(resumed) == digests[step]
         for later in range(step, min(step + 2, STEPS)):
@@ -83,9 +85,62 @@ def test_any_step_can_be_the_last_before_a_resume(make) -> None:
         assert digest(resumed) == digests[min(step + 2, STEPS)]
 
 
+class Counting:
+    """Counts the requests that reach the engine."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.num_requests = engine, 0
+
+    def sync(self, version: int) -> None:
+        self.engine.sync(version)
+
+    def generate(self, requests, sampling, observer=UNOBSERVED):
+        self.num_requests += len(requests)
+        return self.engine.generate(requests, sampling, observer)
+
+
+def test_a_crash_in_the_update_does_not_pay_for_the_rollouts_again(
+    tokenizer, make_test_trainer, model_folder: Path, tmp_path: Path
+) -> None:
+    """Two steps behind the checkpoint and a third whose update dies: one process after another."""
+    questions = make_questions(tokenizer, [f"q{i}" for i in range(12)])
+
+    def make_one(version: int) -> tuple[Trainer, Counting]:
+        trainer = make_test_trainer(questions, **SETTINGS)
+        counting = Counting(trainer.engine)
+        journal = JournalledEngine(counting, tmp_path / "rollouts", version=version)
+        trainer.engine = trainer.collector.fresh.engine = journal
+        trainer.writer.on_committed = journal.forget_before
+        return trainer, counting
+
+    first, _ = make_one(0)
+    first.step()
+    path = first.save()
+    losses = [first.step()[1]["loss_hex"] for _ in range(2)]
+
+    def die(*arguments: Any) -> Any:
+        raise SystemError("the device is gone")
+
+    learner: Any = first.learner
+    learner.update = die
+    with pytest.raises(SystemError):
+        first.step()
+
+    second, counting = make_one(1)
+    take_up(second, path)
+    assert [second.step()[1]["loss_hex"] for _ in range(2)] == losses
+    second.step()
+    assert counting.num_requests == 0
+    second.step()
+    assert counting.num_requests > 0
+    second.save()
+    assert [p.name for p in (tmp_path / "rollouts").iterdir()] == []
+
+
 def test_every_process_wide_random_state_comes_back(tmp_path: Path) -> None:
     seed_everything(3)
-    random.gauss(0, 1), np.random.standard_normal(), torch.randn(5)  # with halves left over
+    for draw_one in (lambda: random.gauss(0, 1), np.random.standard_normal, lambda: torch.randn(5)):
+        draw_one()  # leaves a second half behind
     saved = random_state()
 
     def draw() -> list[float]:

@@ -221,11 +221,11 @@ Scenario = tuple[str, Callable[[World], Figures], Callable[[Figures], list[Entry
 def plan(short: bool, rng: random.Random) -> list[Scenario]:
     n = (lambda few, many: few) if short else (lambda few, many: many)
     chosen: list[Scenario] = [
-        ("kills", lambda w: scenarios.kills(w, n(6, 200), rng), of_kills),
+        ("kills", lambda w: scenarios.kills(w, n(4, 200), rng), of_kills),
         ("resumes", lambda w: scenarios.resumes(w, n(2, 20)), of_resumes),
-        ("corruptions", lambda w: scenarios.corruptions(w, n(20, 300), rng), of_corruptions),
-        ("signals", lambda w: scenarios.signals(w, n(3, 50), rng), of_signals),
-        ("doubles", lambda w: scenarios.doubles(w, n(3, 50)), of_doubles),
+        ("corruptions", lambda w: scenarios.corruptions(w, n(10, 300), rng), of_corruptions),
+        ("signals", lambda w: scenarios.signals(w, n(2, 50), rng), of_signals),
+        ("doubles", lambda w: scenarios.doubles(w, n(2, 50)), of_doubles),
         ("disks", scenarios.disks, of_disks),
         ("folders", scenarios.folders, of_folders),
         ("numbers", scenarios.numbers, of_numbers),
