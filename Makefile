@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 SEED ?= 0
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all chaos lint bench clean
 
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
@@ -15,6 +15,9 @@ test: $(VENV)/.dev $(VENV)/triton-3.6.0 ## install the dev extras and run the wh
 
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 	$(BIN)/pytest -m "not gpu"
+
+chaos: $(VENV)/.dev ## kills, damages, full disks, hostile rewards: docs/reliability.md
+	$(BIN)/python tests/chaos/suite.py
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -65,18 +66,10 @@ def kills(world: World, num_kills: int, rng: random.Random) -> Figures:
     failed += life.wait() != 0
     curve = losses(out)
     whole = world.folder / "unbroken"
-    descriptors, resident, life = (
-        [],
-        [],
-        Life(world.words(whole, "--stop-after", len(curve)), world.folder / "unbroken.log"),
-    )
-    while life.alive_for(1.0):
-        descriptors.append(len(os.listdir(f"/proc/{life.pid}/fd")))
-        resident.append(_resident_mib(life.pid))
+    life = Life(world.words(whole, "--stop-after", len(curve)), world.folder / "unbroken.log")
+    failed += life.wait() != 0
     expected = losses(whole)
     same = state_digest(out, len(curve)) == state_digest(whole, len(curve))
-    late = resident[len(resident) // 3 :]
-    slope = (late[-1] - late[0]) / (len(curve) * 2 / 3) * 100 if len(curve) >= 300 else None
     return {
         "kills": done,
         "phases": dict(phases),
@@ -89,8 +82,28 @@ def kills(world: World, num_kills: int, rng: random.Random) -> Figures:
         "leftover_temporary_files": len(leftovers(out)),
         "orphans": _orphans_in_the_end(),
         "tracebacks": _tracebacks(world.folder / "killed.log"),
-        "resident_mib_per_100_steps_unbroken": None if slope is None else round(slope, 2),
-        "descriptors_min_max_unbroken": [min(descriptors[2:-1] or [0]), max(descriptors or [0])],
+    }
+
+
+def leaks(world: World, steps: int) -> Figures:
+    """Resident memory and open descriptors over a long run, from its first third on."""
+    out = world.folder / "long"
+    words = world.words(out, "--stop-after", steps, "--checkpoint.every", 10)
+    life = Life(words, world.folder / "long.log", out=out)
+    seen: list[tuple[int, float, int]] = []  # (step, MiB, descriptors)
+    while life.alive_for(0.5):
+        if _has_metrics(out):
+            step = (out / "metrics.jsonl").read_bytes().count(b"\n")
+            descriptors = len(os.listdir(f"/proc/{life.pid}/fd"))
+            seen.append((step, _resident_mib(life.pid), descriptors))
+    late = [sample for sample in seen if steps // 3 < sample[0] < steps]
+    slope = statistics.linear_regression([s for s, _, _ in late], [mib for _, mib, _ in late]).slope
+    return {
+        "steps": len(losses(out)),
+        "exit": life.wait(),
+        "resident_mib": [round(late[0][1], 1), round(late[-1][1], 1)],
+        "mib_per_100_steps": round(100 * slope, 3),
+        "descriptors": [min(d for _, _, d in late), max(d for _, _, d in late)],
     }
 
 

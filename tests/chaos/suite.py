@@ -48,8 +48,6 @@ def of_kills(f: Figures) -> list[Entry]:
     clean = not (f["failed_resumes_or_broken_checkpoints"] or f["lost_committed_checkpoints"])
     clean = clean and not (f["leftover_temporary_files"] or f["orphans"] or f["tracebacks"])
     share = f["inside_a_save"] / max(f["kills"], 1)
-    low, high = f["descriptors_min_max_unbroken"]
-    slope = f["resident_mib_per_100_steps_unbroken"]
     return [
         Entry(
             "F1",
@@ -68,13 +66,19 @@ def of_kills(f: Figures) -> list[Entry]:
             "0, equal",
             f["losses_that_differ"] == 0 and f["final_state_equal"],
         ),
+    ]
+
+
+def of_leaks(f: Figures) -> list[Entry]:
+    low, high = f["descriptors"]
+    return [
         Entry(
             "F27",
-            f"memory and descriptors over {f['steps']} steps (judged from 300 on)",
-            f"{slope} MiB per 100 steps, {low} to {high} descriptors",
+            f"memory and descriptors over {f['steps']} steps",
+            f"{f['mib_per_100_steps']} MiB per 100 steps, {low} to {high} descriptors",
             "<= 1 MiB, constant",
-            None if slope is None else slope <= 1.0 and high - low <= 3,
-        ),
+            f["exit"] == 0 and f["mib_per_100_steps"] <= 1.0 and high - low <= 3,
+        )
     ]
 
 
@@ -233,6 +237,7 @@ def plan(short: bool, rng: random.Random) -> list[Scenario]:
     if not short:
         chosen.append(("refusal", scenarios.refusal_seconds, of_refusal))
         chosen.append(("supervised", scenarios.supervised, of_supervised))
+        chosen.append(("leaks", lambda w: scenarios.leaks(w, 1000), of_leaks))
     return chosen
 
 
