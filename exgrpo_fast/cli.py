@@ -13,9 +13,8 @@ import difflib
 import json
 import os
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,29 +93,17 @@ def train(arguments: argparse.Namespace) -> int:
             refuse_other_config(folder.config, config)
         if arguments.supervise and not told:
             return supervise(arguments, folder)
-        with sigint_ends():
-            from exgrpo_fast.session import train_session
+        from exgrpo_fast.session import train_session
 
-            return train_session(
-                config,
-                folder,
-                device=choose_device(arguments.device),
-                resume=arguments.resume,
-                stop_after=arguments.stop_after,
-                deterministic=arguments.deterministic,
-                heartbeat=heartbeat,
-            )
-
-
-@contextlib.contextmanager
-def sigint_ends() -> Iterator[None]:
-    """Until the trainer listens to signals there is nothing to save, and SIGINT just ends the run:
-    a KeyboardInterrupt that is raised while libraries load may be swallowed by one of them."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        return train_session(
+            config,
+            folder,
+            device=choose_device(arguments.device),
+            resume=arguments.resume,
+            stop_after=arguments.stop_after,
+            deterministic=arguments.deterministic,
+            heartbeat=heartbeat,
+        )
 
 
 def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:

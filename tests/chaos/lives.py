@@ -120,6 +120,8 @@ class Life:
 
 def _live(words: Sequence[str], log: Path) -> None:
     code = 1
+    # As from a terminal: a shell has its background jobs ignore SIGINT, this suite perhaps among them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)

@@ -304,23 +304,27 @@ def _fill(path: Path) -> None:
 
 def signals(world: World, times: int, rng: random.Random) -> Figures:
     """SIGTERM or SIGINT at a random moment: a checkpoint of that moment, its exit code, in time."""
-    right, seconds, before_training = 0, [], 0
+    right, seconds, before_training, wrong = 0, [], 0, []
     out, log = world.folder / "signals", world.folder / "signals.log"
     for _ in range(times):
         number = rng.choice([signal.SIGTERM, signal.SIGINT])
         life = Life(world.words(out, "--resume", "auto"), log, out=out)
         life.alive_for(rng.uniform(0.1, 2.0))
-        sent = time.monotonic()
+        sent, phase = time.monotonic(), life.phase
         life.send(number)
         code = life.wait(30.0)
         seconds.append(time.monotonic() - sent)
         early = code == -number  # before the run had begun to listen: the signal's own default
         before_training += early
         saved = not losses(out) or newest(out) == len(losses(out)) if _has_metrics(out) else True
-        right += (code == 128 + number or early) and (early or saved) and not broken(out)
+        if (code == 128 + number or early) and (early or saved) and not broken(out):
+            right += 1
+        else:
+            wrong.append(f"{signal.Signals(number).name} in phase {phase}: exit {code}")
     return {
         "signals": times,
         "right": right,
+        "wrong": wrong,
         "before_training": before_training,
         "seconds_max": round(max(seconds), 2),
         "orphans": _orphans_in_the_end(),
