@@ -7,7 +7,7 @@ SEED ?= 0
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-all test-vllm lint bench clean
+.PHONY: demo test test-all test-vllm chaos lint bench clean
 
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
@@ -21,6 +21,9 @@ test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
 	$(VLLM_VENV)/bin/pytest -m vllm tests/vllm
 	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/vllm/test_vllm_model.py
+
+chaos: $(VENV)/.dev ## kills, damages, full disks, hostile rewards: docs/reliability.md
+	$(BIN)/python tests/chaos/suite.py
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -6,8 +6,10 @@ What can fail by a user's mistake (files, rewards, golds) is tried before the we
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,11 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 from transformers import AutoTokenizer
 
 from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.buffer.pool import load_pool, solutions_of
 from exgrpo_fast.buffer.selectors import (
     QuestionSelector,
@@ -27,9 +31,10 @@ from exgrpo_fast.buffer.selectors import (
     uniform_questions,
 )
 from exgrpo_fast.buffer.store import ExperienceStore
-from exgrpo_fast.checkpoint import Checkpoints, load_state
+from exgrpo_fast.checkpoint import Checkpoints, load_state, read_manifest
+from exgrpo_fast.checkpoint_writer import CheckpointWriter
 from exgrpo_fast.collect import Collector, OverlongRule
-from exgrpo_fast.config import Config, ConfigError, GymTask, require
+from exgrpo_fast.config import Config, ConfigError, GymTask, dump_yaml, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
 from exgrpo_fast.engines import (
@@ -39,6 +44,7 @@ from exgrpo_fast.engines import (
     mismatch_rule,
     prepare_engine,
 )
+from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
@@ -51,8 +57,10 @@ from exgrpo_fast.metrics import (
     TensorBoardSink,
     WandbSink,
 )
+from exgrpo_fast.model_folder import HuggingFaceFolder
 from exgrpo_fast.optim import Optimiser, linear_warmup
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.random_state import seed_everything
 from exgrpo_fast.reference import Reference
 from exgrpo_fast.resampling.compatibility import (
     fingerprint,
@@ -64,6 +72,7 @@ from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, Transf
 from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.rewards import RewardPool, RubricScorer
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.rollout.journal import JournalledEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
@@ -103,6 +112,9 @@ def open_run(
         train, held_out = load_data(config, tokenizer, screen)
         if config.data.check_answers:
             refuse_bad_golds([*train, *held_out], rewards, screen)
+        if resume_from:
+            refuse_other_tokenizer(resume_from, tokenizer)
+        seed_everything(config.train.seed)
         model_path = str(resume_from / "hf") if resume_from else start
         prepared = prepare_engine(
             config,
@@ -114,9 +126,15 @@ def open_run(
             note=screen.note,
         )
         policy = make_policy(config, model_path, device=device)
-        engine = prepared.attach(policy, train[0].prompt_ids)
+        refuse_broken_weights(policy, model_path)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
-        forget_after(state["num_steps"], folder)
+        forget_after(state["num_steps"], folder, screen)
+        engine = journalled(
+            prepared.attach(policy, train[0].prompt_ids),
+            config,
+            folder,
+            num_steps=state["num_steps"],
+        )
         sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
         stack.enter_context(contextlib.closing(sink))
         trainer = make_trainer(
@@ -136,9 +154,27 @@ def open_run(
         engine.sync(state["num_steps"])
         if resume_from:
             take_up(trainer, state)
+            trainer.writer.committed = state["num_steps"]
         if isinstance(trainer.replay, ReplaySource):
             screen.note(store_note(trainer.replay.store.plan, device))
         yield Run(trainer, policy, tokenizer)
+
+
+def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """ConfigError where the token ids of the checkpoint would mean other words."""
+    origin = read_manifest(checkpoint)["origin"]
+    if origin and origin["tokenizer"] != vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"--resume: {checkpoint} was made with another tokenizer ({origin['vocabulary_size']} "
+            f"tokens) than model.name has ({len(tokenizer)} tokens)"
+        )
+
+
+def refuse_broken_weights(policy: Policy, path: str) -> None:
+    """NumericalStop: nothing can be sampled from weights that are not finite."""
+    for name, parameter in policy.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NumericalStop(f"{path}: {name} holds a value that is not finite")
 
 
 def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -216,8 +252,8 @@ def make_trainer(
         objective=make_objective(config),
         evaluator=evaluator,
         eval_questions=held_out,
-        checkpoints=Checkpoints(folder.checkpoints, keep=config.checkpoint.keep),
-        save_model=lambda path: save_model(policy, tokenizer, path),
+        writer=make_writer(config, policy, tokenizer, folder, screen, engine),
+        bad_batches=BadBatches(folder.bad_batches),
         sink=sink,
         completion_log=CompletionLog(folder.completions),
         screen=screen,
@@ -227,6 +263,37 @@ def make_trainer(
         completions_every=config.log.completions_every,
         generate_ahead=rollout.generate_ahead,
     )
+
+
+def make_writer(
+    config: Config,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    screen: Screen,
+    engine: RolloutEngine,
+) -> CheckpointWriter:
+    """Checkpoints that say which config, tokenizer and packages they come from."""
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        origin={
+            "config": config_digest(config),
+            "tokenizer": vocabulary_of(tokenizer),
+            "vocabulary_size": len(tokenizer),
+            "packages": package_versions(),
+        },
+    )
+    return CheckpointWriter(
+        checkpoints,
+        HuggingFaceFolder(policy, tokenizer),
+        warn=screen.note,
+        on_committed=engine.forget_before if isinstance(engine, JournalledEngine) else nothing,
+    )
+
+
+def nothing(step: int) -> None:
+    pass
 
 
 def make_advantage(config: Config) -> Advantage:
@@ -431,10 +498,14 @@ def make_evaluator(
     )
 
 
-def forget_after(step: int, folder: RunFolder) -> None:
+def forget_after(step: int, folder: RunFolder, screen: Screen) -> None:
     """Drop what an interrupted run wrote about steps that will be done again."""
     JsonlSink(folder.metrics).truncate_after(step)
     CompletionLog(folder.completions).truncate_after(step)
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.clear_leftovers()
+    if names := checkpoints.set_aside_after(step):
+        screen.note(f"later checkpoints are set aside: {', '.join(names)}")
 
 
 def make_sink(
@@ -546,9 +617,13 @@ def make_reference(config: Config, name: str, *, device: str) -> Reference | Non
     )
 
 
-def save_model(policy: Policy, tokenizer: Tokenizer, path: Path) -> None:
-    policy.model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+def journalled(
+    engine: RolloutEngine, config: Config, folder: RunFolder, *, num_steps: int
+) -> JournalledEngine:
+    """The engine with a log of what it has finished, so that no life of a run pays for it twice."""
+    return JournalledEngine(
+        engine, folder.rollouts, identity=config_digest(config), version=num_steps
+    )
 
 
 # --- surroundings ---------------------------------------------------------------------------------
@@ -558,6 +633,18 @@ def quiet_libraries() -> None:
     """One screen, ours: no progress bars and advice from below."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def config_digest(config: Config) -> str:
+    return xxhash.xxh3_128_hexdigest(dump_yaml(config).encode())
+
+
+def package_versions() -> dict[str, str]:
+    from exgrpo_fast import __version__
+
+    names = ("torch", "transformers", "safetensors", "numpy")
+    versions = {"exgrpo-fast": __version__, "python": platform.python_version()}
+    return versions | {name: importlib.metadata.version(name) for name in names}
 
 
 def environment(device: str) -> dict[str, Any]:

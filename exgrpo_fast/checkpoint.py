@@ -1,15 +1,17 @@
 """Checkpoints: a plain Hugging Face folder beside the trainer's state, committed by one rename.
 
-    step_12/MANIFEST.json   sizes and xxh3-128 of every file; written last
+    step_12/MANIFEST.json   sizes and xxh3-128 of every file, and where they come from; written last
     step_12/hf/             model.safetensors, config.json, tokenizer: loads anywhere
     step_12/state/          trainer.json + tensors.safetensors: optimiser, replay, cursors
 
 Nothing is pickled. A folder counts as a checkpoint only when its manifest verifies.
+`checkpoint_writer.py` writes them beside training.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +26,12 @@ from torch import Tensor
 from exgrpo_fast.errors import UserError
 
 MANIFEST = "MANIFEST.json"
-SCHEMA = 1
+SCHEMA = 2
+
+SaveModel = Callable[[Path], None]  # writes the hf/ folder
+State = Mapping[str, Any]  # nested; its leaves are plain JSON or tensors
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
@@ -38,33 +45,75 @@ class CannotSave(Exception):
 class Checkpoints:
     """The `checkpoints/` folder of a run: save, find, verify, load, keep the newest."""
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 2, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        """`origin`: what the manifests say about where a checkpoint comes from (plain JSON)."""
         self.folder = folder
         self.keep = keep
+        self.origin = origin or {}
 
-    def save(self, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, save_model: SaveModel, state: State) -> Path:
         """The folder of the new checkpoint. CannotSave when the disk refuses."""
         try:
             return self._save(step, save_model, state)
         except (OSError, SafetensorError) as error:
             raise CannotSave(f"checkpoint of step {step} in {self.folder}: {error}") from error
 
-    def _save(
-        self, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]
-    ) -> Path:
+    def _save(self, step: int, save_model: SaveModel, state: State) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".tmp-*"):  # of a run that died here
-            shutil.rmtree(leftover)
+        self.clear_leftovers()
         final = self.folder / f"step_{step}"
-        write_checkpoint(final, step, save_model, state)
+        try:
+            self._write(final, step, save_model, state)
+        except (OSError, SafetensorError):
+            if not self._make_room():
+                raise
+            self._write(final, step, save_model, state)
         for old in self.steps()[: -self.keep]:
             _discard(self.folder / f"step_{old}")
         return final
 
+    def _write(self, final: Path, step: int, save_model: SaveModel, state: State) -> None:
+        try:
+            write_checkpoint(final, step, save_model, state, self.origin)
+        except (OSError, SafetensorError):  # half a checkpoint makes a full disk no emptier
+            shutil.rmtree(_unfinished(final), ignore_errors=True)
+            raise
+
+    def _make_room(self) -> bool:
+        """On a full disk only the newest checkpoint stays, if it is whole. True: room was made."""
+        newest = self.newest_valid(lambda why: None)
+        if newest is None or shutil.disk_usage(self.folder).free > folder_bytes(newest):
+            return False
+        older = [path for s in self.steps() if (path := self.folder / f"step_{s}") != newest]
+        for path in older:
+            log.warning("%s leaves, to make room on a full disk", path)
+            _discard(path)
+        return bool(older)
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process that died here had not finished writing, or deleting."""
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+
     def steps(self) -> list[int]:
         """Steps with a checkpoint folder, oldest first."""
         names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Take later checkpoints out of the way of a run that goes on from `step`; their new names.
+
+        They are of a future that will be another one, or damaged; nothing is deleted.
+        """
+        names = []
+        for later in (s for s in self.steps() if s > step):
+            aside = self.folder / f"set-aside-step_{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self.folder / f"step_{later}", aside)
+            names.append(aside.name)
+        return names
 
     def newest_valid(self, on_bad: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies; `on_bad` hears why newer ones were passed over."""
@@ -80,24 +129,33 @@ class Checkpoints:
 
 
 def write_checkpoint(
-    final: Path, step: int, save_model: Callable[[Path], None], state: Mapping[str, Any]
+    final: Path,
+    step: int,
+    save_model: SaveModel,
+    state: State,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything beside its final name, make it durable, then rename.
 
     OSError or SafetensorError when the disk refuses.
     """
-    temporary = final.with_name(f".tmp-{final.name}")
+    temporary = _unfinished(final)
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died here
     (temporary / "state").mkdir(parents=True)
     save_model(temporary / "hf")
     plain, tensors = split_tensors(state)
     (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, temporary / "state" / "tensors.safetensors")
-    _write_manifest(temporary, step)
+    _write_manifest(temporary, step, origin or {})
     if final.exists():
         _discard(final)
     os.rename(temporary, final)
     _sync(final.parent)
+
+
+def _unfinished(final: Path) -> Path:
+    return final.with_name(f".tmp-{final.name}")
 
 
 def load_state(path: Path, *, only: Collection[str] = ()) -> dict[str, Any]:
@@ -116,44 +174,59 @@ def load_state(path: Path, *, only: Collection[str] = ()) -> dict[str, Any]:
 
 def verify(path: Path) -> None:
     """CheckpointError naming the first file that is missing, unlisted or changed."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        listed = {
-            name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path / MANIFEST}: missing or unreadable") from None
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{path / MANIFEST}: schema {manifest.get('schema')}, this version reads {SCHEMA}"
-        )
-    if manifest.get("digest") != _digest_of_listing(manifest["files"]):
-        raise CheckpointError(f"{path / MANIFEST}: the listing was changed")
+    manifest = read_manifest(path)
+    listed = manifest["files"]
     present = {str(file.relative_to(path)): file for file in _files(path)}
     for name in sorted(listed.keys() | present.keys()):
         if name not in present:
             raise CheckpointError(f"{path / name}: missing")
         if name not in listed:
             raise CheckpointError(f"{path / name}: not in the manifest")
-        if (present[name].stat().st_size, _digest(present[name])) != tuple(listed[name]):
+        size, digest = listed[name]["bytes"], listed[name]["xxh3_128"]
+        if present[name].stat().st_size != size or _digest(present[name]) != digest:
             raise CheckpointError(f"{path / name}: damaged (size or checksum differs)")
 
 
-def _write_manifest(path: Path, step: int) -> None:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, exactly as it was written; CheckpointError else."""
+    file = path / MANIFEST
+    try:
+        text = file.read_text()
+        manifest = json.loads(text)
+        manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file}: missing or unreadable") from None
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{file}: schema {manifest.get('schema')}, this version reads {SCHEMA}"
+        )
+    # The text itself, too: a changed blank or a second key of one name is not seen in the values.
+    if manifest.get("digest") != _manifest_digest(manifest) or text != _manifest_text(manifest):
+        raise CheckpointError(f"{file}: was changed")
+    return manifest
+
+
+def _write_manifest(path: Path, step: int, origin: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(_files(path)):
         _sync(file)
         entry = {"bytes": file.stat().st_size, "xxh3_128": _digest(file)}
         files[str(file.relative_to(path))] = entry
-    manifest = {"schema": SCHEMA, "step": step, "files": files, "digest": _digest_of_listing(files)}
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    manifest = {"schema": SCHEMA, "step": step, "origin": dict(origin), "files": files}
+    manifest["digest"] = _manifest_digest(manifest)
+    (path / MANIFEST).write_text(_manifest_text(manifest))
     _sync(path / MANIFEST)
-    for folder in (path / "hf", path / "state", path):
+    for folder in [*(inner for inner in path.rglob("*") if inner.is_dir()), path]:
         _sync(folder)
 
 
 def _files(path: Path) -> Iterator[Path]:
     return (file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
+
+
+def folder_bytes(path: Path) -> int:
+    """What the files of a checkpoint take on the disk, manifest apart."""
+    return sum(file.stat().st_size for file in _files(path))
 
 
 def _digest(file: Path) -> str:
@@ -164,8 +237,13 @@ def _digest(file: Path) -> str:
     return hasher.hexdigest()
 
 
-def _digest_of_listing(files: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    signed = {name: value for name, value in manifest.items() if name != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(signed, sort_keys=True).encode())
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1)
 
 
 def _sync(path: Path) -> None:
@@ -190,7 +268,7 @@ def _discard(path: Path) -> None:
 def split_tensors(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
     """Replace every tensor of a nested state by its name; the tensors come back flat."""
     if isinstance(state, Tensor):
-        return {"__tensor__": name}, {name: state.detach().cpu().contiguous().clone()}
+        return {"__tensor__": name}, {name: state.detach()}
     if isinstance(state, Mapping):
         pairs = {str(k): split_tensors(v, f"{name}.{k}") for k, v in state.items()}
         tensors = {n: t for _, found in pairs.values() for n, t in found.items()}

@@ -1,12 +1,14 @@
 """`exgrpo-fast`: words to calls. Everything heavy is imported inside the command that needs it, so
 that a user's mistake is answered in one line before torch is loaded.
 
-Exit codes: 0 done, 2 usage or config, 70 numerical stop, 74 cannot save, 130/143 signals.
+Exit codes: 0 done, 2 usage or config, 70 numerical stop, 74 cannot save, 75 gave up after restarts,
+130/143 signals.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -25,9 +27,12 @@ from exgrpo_fast.config import (
     keys_by_last_word,
     load_config,
     recipe_names,
+    refuse_other_config,
 )
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.heartbeat import Supervised
 from exgrpo_fast.metrics import clean_line
+from exgrpo_fast.run_folder import RunFolder
 
 EXIT_USAGE, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 2, 70, 74, 128
 SORT_KEYS = ("bucket", "trajectories", "visits", "entropy", "age")  # of `buffer ls`
@@ -45,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             hint = suggest(rest[0], arguments.options)
             raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'{hint}")
         if arguments.run is train:
+            arguments.words = list(sys.argv[1:] if argv is None else argv)
             arguments.overrides = parse_overrides(rest, arguments.options)
         code = arguments.run(arguments)
     except UserError as error:
@@ -77,17 +83,45 @@ def train(arguments: argparse.Namespace) -> int:
             device = arguments.device or "the training device"
             print(f"# {store_note(store_plan(config, num_questions=0), device)}")
         return 0
-    from exgrpo_fast.session import train_session
-
     out = Path(arguments.out or default_out(arguments.config))
-    return train_session(
-        config,
-        out,
-        device=choose_device(arguments.device),
-        resume=arguments.resume,
-        stop_after=arguments.stop_after,
-        deterministic=arguments.deterministic,
-    )
+    told: Supervised | None = arguments.supervised
+    heartbeat = told.take_over() if told else None
+    resumes = arguments.resume != "never"
+    folder = RunFolder(out, resume=resumes, lock=told.lock if told else None)
+    with contextlib.closing(folder):
+        if resumes:
+            refuse_other_config(folder.config, config)
+        if arguments.supervise and not told:
+            return supervise(arguments, folder)
+        from exgrpo_fast.session import train_session
+
+        return train_session(
+            config,
+            folder,
+            device=choose_device(arguments.device),
+            resume=arguments.resume,
+            stop_after=arguments.stop_after,
+            deterministic=arguments.deterministic,
+            heartbeat=heartbeat,
+        )
+
+
+def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
+    """The same command once more, as a worker that is watched."""
+    from exgrpo_fast.supervisor import DEADLINE_SECONDS, Supervisor
+
+    first = int(folder.newest_step() or 0) if arguments.resume != "never" else 0
+
+    def command(told: Supervised, resume: bool) -> list[str]:
+        words = [sys.executable, "-m", "exgrpo_fast", *arguments.words, "--supervised", str(told)]
+        if resume:
+            words += ["--resume", "auto"]
+        if resume and arguments.stop_after:  # counts the steps of all lives together
+            done = max((folder.newest_step() or 0) - first, 0)
+            words += ["--stop-after", str(max(arguments.stop_after - done, 1))]
+        return words
+
+    return Supervisor(command, folder, deadline=arguments.deadline or DEADLINE_SECONDS).run()
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -302,6 +336,19 @@ def parser() -> Parser:
     c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
     c.add_argument("--dry-run", action="store_true", help="show the resolved config and exit")
     c.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    c.add_argument(
+        "--no-supervise",
+        dest="supervise",
+        action="store_false",
+        help="one process, which nobody restarts; for debuggers",
+    )
+    c.add_argument(
+        "--deadline",
+        type=positive,
+        metavar="SECONDS",
+        help="silence after which a run is stopped and restarted (300, more for slow phases)",
+    )
+    c.add_argument("--supervised", type=Supervised.parse, help=argparse.SUPPRESS)
     c.epilog = "config keys: " + " ".join(all_keys())
 
     c = command("eval", evaluate, "avg@n and pass@k of a model on held-out questions")

@@ -599,6 +599,44 @@ def validate(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_one_line(error)) from None
 
 
+# What does not change what a run has learned so far, nor what its next step would be.
+MAY_CHANGE = (
+    "model.gradient_checkpointing data.check_answers reward.workers reward.timeout_seconds "
+    "rollout.engine rollout.max_batch_sequences replay.enabled train.max_steps "
+    "train.max_tokens_per_microbatch eval checkpoint log"
+).split()
+
+
+def refuse_other_config(saved: Path, config: Config) -> None:
+    """ConfigError when a run is resumed with other keys than it was started with.
+
+    `saved`: the config.yaml of its folder, maybe of an earlier version: keys that only one of the
+    two has are left aside.
+    """
+    if not saved.exists():
+        return
+    differences = _differences(read_yaml(*_find(str(saved))), config)
+    if differences:
+        raise ConfigError(
+            f"--resume: {saved} says {'; '.join(differences)}. Only {', '.join(MAY_CHANGE)} may "
+            f"change; to go on with other values all the same, change them in that file too"
+        )
+
+
+def _differences(saved: Mapping[str, Any], section: Section, prefix: str = "") -> list[str]:
+    found: list[str] = []
+    now = section.model_dump(mode="json")
+    for name in saved.keys() & now.keys():
+        key, value, inner = f"{prefix}{name}", saved[name], getattr(section, name)
+        if key in MAY_CHANGE:
+            continue
+        if isinstance(inner, Section) and isinstance(value, Mapping):
+            found += _differences(value, inner, f"{key}.")
+        elif value != now[name]:
+            found.append(f"{key} {value!r}, now {now[name]!r}")
+    return sorted(found)
+
+
 def require(value: Any, key: str, what: str) -> Any:
     if value is None:
         raise ConfigError(f"{key} is not set: give {what}, in the config or as --{key} VALUE")

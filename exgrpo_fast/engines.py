@@ -281,7 +281,7 @@ def make_endpoint_engine(
 
 def generation_config(folder: str) -> GenerationConfig | None:
     try:
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     except OSError:
         return None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, TokenColumns, Trajectory
+from exgrpo_fast.memory import out_of_memory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, Pack, Ragged, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
@@ -50,6 +51,15 @@ class GuidedTokens(NamedTuple):
     clipped: Tensor  # bool
 
 
+@dataclass(frozen=True)
+class RefusedUpdate:
+    """An update that left the weights alone because its numbers are broken."""
+
+    reason: str
+    rows: Sequence[Row]
+    grad_norm: float | None  # None: already the forward was not finite
+
+
 @dataclass
 class UpdateReport:
     """Means over the optimiser updates of one step."""
@@ -62,6 +72,8 @@ class UpdateReport:
     kernel_metrics: dict[str, float | None] = field(default_factory=dict)
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
     guided: list[GuidedTokens] = field(default_factory=list)  # per micro-batch
+    refused: list[RefusedUpdate] = field(default_factory=list)
+    microbatch_halvings: int = 0  # times that memory ran out and the batch was done again
 
     @property
     def loss(self) -> float:
@@ -91,6 +103,7 @@ class Learner:
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
         self.policy = policy
+        self.asked_microbatch = policy.max_tokens_per_microbatch
         self.optimiser = optimiser
         self.advantage = advantage
         self.aggregation: Aggregation = aggregation
@@ -148,26 +161,78 @@ class Learner:
         if not rows:
             report.skipped["update_without_gradient"] += 1
             return
-        loss = 0.0
         try:
-            for columns_loss, kernel_metrics, num_tokens in self._micro_batches(
-                rows, objective, ref_logprobs, report
-            ):
-                columns_loss.backward()
-                loss += float(columns_loss.detach())
-                metrics.add(kernel_metrics)
-                report.tokens_trained += num_tokens
-                on_tokens(num_tokens)
+            sums = self._accumulate(rows, objective, ref_logprobs, report, on_tokens)
         except NonFiniteHidden:
             self.optimiser.discard()
-            report.skipped["update_not_finite"] += 1
+            self._refuse("update_not_finite", rows, None, report)
             return
+        metrics.join(sums.metrics)
+        report.tokens_trained += sums.num_tokens
+        report.replay_ratios += sums.replay_ratios
+        report.guided += sums.guided
         outcome = self.optimiser.step()
-        report.losses.append(loss)
+        report.losses.append(sums.loss)
         report.grad_norms.append(outcome.grad_norm)
         report.lr = outcome.lr
         if outcome.skipped:
-            report.skipped[outcome.skipped] += 1
+            self._refuse(outcome.skipped, rows, outcome.grad_norm, report)
+
+    def _refuse(
+        self, reason: str, rows: Sequence[Row], grad_norm: float | None, report: UpdateReport
+    ) -> None:
+        report.skipped[reason] += 1
+        report.refused.append(RefusedUpdate(reason, rows, grad_norm))
+
+    def _accumulate(
+        self,
+        rows: Sequence[Row],
+        objective: PolicyObjective,
+        ref_logprobs: dict[int, Tensor] | None,
+        report: UpdateReport,
+        on_tokens: Callable[[int], None],
+    ) -> BatchSums:
+        """The gradient of the batch, in the parameters.
+
+        Where the device's memory runs out, the same batch is done again in micro-batches of half
+        the size, which stays; OutOfMemory when each sequence has one of its own already.
+        """
+        longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
+        while True:
+            try:
+                return self._backward(rows, objective, ref_logprobs, on_tokens)
+            except torch.OutOfMemoryError as error:
+                limit = self.policy.max_tokens_per_microbatch
+                if limit <= longest:
+                    self.optimiser.discard()
+                    cause = str(error).splitlines()[0]
+                    raise out_of_memory(self.policy.model, longest=longest, cause=cause) from None
+            # outside the handler, whose traceback holds the tensors of the failed attempt
+            self.optimiser.discard()
+            self.policy.max_tokens_per_microbatch = max(
+                min(limit, total_tokens(rows)) // 2, longest
+            )
+            report.microbatch_halvings += 1
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(
+        self,
+        rows: Sequence[Row],
+        objective: PolicyObjective,
+        ref_logprobs: dict[int, Tensor] | None,
+        on_tokens: Callable[[int], None],
+    ) -> BatchSums:
+        sums = BatchSums()
+        for loss, kernel_metrics, num_tokens in self._micro_batches(
+            rows, objective, ref_logprobs, sums
+        ):
+            loss.backward()
+            sums.loss += float(loss.detach())
+            sums.metrics.add(kernel_metrics)
+            sums.num_tokens += num_tokens
+            on_tokens(num_tokens)
+        return sums
 
     def rows(self, groups: Sequence[Group]) -> list[Row]:
         """Advantages and weights of all trajectories of one update batch."""
@@ -220,11 +285,11 @@ class Learner:
         rows: Sequence[Row],
         objective: PolicyObjective,
         ref_logprobs: dict[int, Tensor] | None,
-        report: UpdateReport,
+        sums: BatchSums,
     ) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
         """(differentiable loss, kernel metrics, tokens) of one micro-batch after the other.
 
-        The ratios of replayed and of prior-guided tokens are added to the report.
+        The ratios of replayed and of prior-guided tokens are added to the sums.
         """
         trajectories = [row.trajectory for row in rows]
         replayed = [trajectory.source == "replay" for trajectory in trajectories]
@@ -264,9 +329,9 @@ class Learner:
                 sparsity=self.sparsity,
                 tail=self.tail,
             )
-            report.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
+            sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
             if any(guided):
-                report.guided.append(
+                sums.guided.append(
                     guided_tokens(packed, trajectories, columns, result.ratio, objective)
                 )
             yield result.loss, result.metrics, columns.num_tokens
@@ -275,10 +340,17 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         reference = self.reference.state_dict() if self.reference else {}
-        return {"optimiser": self.optimiser.state_dict(), "reference": reference}
+        return {
+            "optimiser": self.optimiser.state_dict(),
+            "reference": reference,
+            "microbatch": [self.asked_microbatch, self.policy.max_tokens_per_microbatch],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimiser.load_state_dict(state["optimiser"])
+        asked, fitting = state["microbatch"]
+        if asked == self.asked_microbatch:  # else the user has set another size since
+            self.policy.max_tokens_per_microbatch = fitting
         if self.reference and state["reference"]:
             self.reference.load_state_dict(state["reference"])
 
@@ -345,6 +417,11 @@ def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
     return row.weight != 0.0 and has_term
 
 
+def total_tokens(rows: Sequence[Row]) -> int:
+    """Of the prompts, too."""
+    return sum(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
+
+
 def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
     """Parts whose sizes differ by at most one; never an empty one.
 
@@ -378,6 +455,15 @@ class MetricSums:
             self.sums[name] = self.sums.get(name, 0.0) + rows * value
             self.rows[name] = self.rows.get(name, 0.0) + rows
 
+    def join(self, other: MetricSums) -> None:
+        """Take in the sums of another."""
+        for name, value in other.sums.items():
+            if name.endswith("_max"):
+                self.sums[name] = max(value, self.sums.get(name, value))
+                continue
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.rows[name] = self.rows.get(name, 0.0) + other.rows[name]
+
     def joined(self) -> dict[str, float | None]:
         """None where there was no row to take a mean of."""
         return {name: self._join(name, total) for name, total in self.sums.items()}
@@ -393,3 +479,14 @@ class MetricSums:
         if name.endswith("_max") or name in self.COUNTS:
             return total
         return total / self.rows[name] if self.rows[name] else None
+
+
+@dataclass
+class BatchSums:
+    """What the micro-batches of one update add up to."""
+
+    loss: float = 0.0
+    num_tokens: int = 0
+    metrics: MetricSums = field(default_factory=MetricSums)
+    replay_ratios: list[Tensor] = field(default_factory=list)
+    guided: list[GuidedTokens] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""The memory plan: what a run will hold, from its config and the model's shapes. Loads no torch."""
+"""The memory plan: what a run will hold, from its config and the model's shapes; and what held it
+when it ran out. Loads no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from exgrpo_fast.buffer.plan import StorePlan, StoreTooSmall
 from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.errors import UserError
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -128,3 +130,32 @@ def _kv_bytes(config: Config, planned: int, one_sequence: int) -> int:
             f"rollout.max_completion_tokens, or set rollout.sleep to always"
         )
     return planned
+
+
+# --- when it runs out -----------------------------------------------------------------------------
+
+
+class OutOfMemory(UserError):
+    """Even one sequence by itself does not fit; `table` says what used the memory."""
+
+    def __init__(self, message: str, table: str) -> None:
+        super().__init__(message)
+        self.table = table
+
+
+def out_of_memory(model: Any, *, longest: int, cause: str) -> OutOfMemory:
+    """For a training step on `model` whose longest sequence has so many tokens."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    rows = [
+        ("weights", weights),
+        ("gradients", trained),
+        ("two AdamW moments", 2 * trained),
+    ]
+    lines = [f"{name:<20}{size / 2**30:9.2f} GiB" for name, size in rows]
+    lines += [f"{'one sequence':<20}{longest:9d} tokens", f"{'the allocator':<20} {cause}"]
+    message = (
+        f"out of memory in the update: not even one sequence of {longest} tokens fits; lower "
+        f"rollout.max_completion_tokens or replay.store.max_gib, or take a smaller model"
+    )
+    return OutOfMemory(message, "what used the memory\n" + "\n".join(lines))

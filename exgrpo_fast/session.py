@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
 import time
@@ -27,16 +28,19 @@ from exgrpo_fast.build import (
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.data import question_from_text
-from exgrpo_fast.display import Screen, make_screen
+from exgrpo_fast.display import Screen, WatchedScreen, make_screen
 from exgrpo_fast.engines import make_endpoint_engine, prepare_engine
+from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.experience import Question
+from exgrpo_fast.heartbeat import Heartbeat
+from exgrpo_fast.memory import OutOfMemory
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.policy import Tokenizer
 from exgrpo_fast.report import write_report
 from exgrpo_fast.rollout.canary import OutOfSync
 from exgrpo_fast.rollout.engine import EngineLost, RolloutEngine
 from exgrpo_fast.run_folder import RunFolder
-from exgrpo_fast.trainer import NumericalStop, Trainer
+from exgrpo_fast.trainer import Trainer
 from exgrpo_fast.training_data import read_questions
 from exgrpo_fast.verify import Verifier
 
@@ -47,23 +51,27 @@ EXIT_ENGINE_LOST, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 69, 70, 74, 12
 
 def train_session(
     config: Config,
-    out: Path,
+    folder: RunFolder,
     *,
     device: str,
     resume: str = "never",
     stop_after: int | None = None,
     deterministic: bool = False,
+    heartbeat: Heartbeat | None = None,
 ) -> int:
-    """Train into the run directory `out`; returns the exit code."""
+    """Train into the run directory; returns the exit code. The caller closes `folder`."""
     started = time.perf_counter()
-    folder = RunFolder(out, resume=resume != "never")
     folder.start_log()
     screen = make_screen()
+    if heartbeat:
+        screen = WatchedScreen(screen, heartbeat)
+        # What the supervisor's SIGABRT leaves behind: the stacks of all threads.
+        faulthandler.enable(file=folder.log.open("a"))
     try:
         if deterministic:
             torch.use_deterministic_algorithms(True)
         resume_from = find_checkpoint(folder, resume, screen)
-        folder.config.write_text(dump_yaml(config))
+        folder.write_text("config.yaml", dump_yaml(config))
         folder.write_json("env.json", environment(device))
         prior = config.prior_resampling
         if prior.enabled and prior.model is None:
@@ -73,6 +81,10 @@ def train_session(
             config = with_section(config, "prior_resampling", model=str(made.model))
         with open_run(config, folder, screen, device=device, resume_from=resume_from) as run:
             return _train(config, run.trainer, folder, screen, stop_after, started)
+    except OutOfMemory as error:
+        log.error("%s\n%s", error, error.table)
+        screen.note(error.table)
+        raise
     except (NumericalStop, OutOfSync) as error:
         log.error("%s", error)
         screen.note(f"stopped: {error}")
@@ -82,12 +94,11 @@ def train_session(
         screen.note(f"stopped: {error}; --resume auto goes on from the last checkpoint")
         return EXIT_ENGINE_LOST
     except CannotSave as error:
-        log.exception("cannot save")
+        log.error("%s", error)
         screen.note(f"cannot save: {error}")
         return EXIT_CANNOT_SAVE
     finally:
         screen.close()
-        folder.close()
 
 
 def _train(
@@ -118,8 +129,11 @@ def _train(
         "wall_seconds": summary.get("wall_seconds", 0.0) + time.perf_counter() - started,
         "peak_memory_gib": peak_memory_gib(trainer.learner.policy.device),
     }
-    folder.write_json("summary.json", summary)
-    screen.note(f"report: {write_report(folder.path)}")
+    try:
+        folder.write_json("summary.json", summary)
+        screen.note(f"report: {write_report(folder.path)}")
+    except OSError as error:  # the checkpoint is what counts, and it is written
+        screen.note(f"summary.json and report.html: {error}")
     return 0 if trainer.stop_signal is None else EXIT_SIGNAL + trainer.stop_signal
 
 

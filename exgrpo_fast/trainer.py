@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.checkpoint import Checkpoints
+from exgrpo_fast.checkpoint_writer import CheckpointWriter
 from exgrpo_fast.collect import Batch, Clock, Collector
 from exgrpo_fast.display import Screen
+from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.evaluate import Evaluation, Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner
 from exgrpo_fast.metrics import CompletionLog, MetricSink, peak_memory_gib
+from exgrpo_fast.random_state import random_state, restore_random_state
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.recall import Replay
@@ -23,10 +27,6 @@ from exgrpo_fast.step_metrics import completion_rows, pass_at_1, step_metrics
 from exgrpo_kernels import PolicyObjective
 
 MAX_BAD_UPDATES = 3  # consecutive steps whose gradient was refused, before the run stops
-
-
-class NumericalStop(Exception):
-    """The gradient was not finite, or far too large, several steps in a row."""
 
 
 class Trainer:
@@ -43,8 +43,8 @@ class Trainer:
         objective: PolicyObjective,
         evaluator: Evaluator,
         eval_questions: Sequence[Question],
-        checkpoints: Checkpoints,
-        save_model: Callable[[Path], None],
+        writer: CheckpointWriter,
+        bad_batches: BadBatches,
         sink: MetricSink,
         completion_log: CompletionLog,
         screen: Screen,
@@ -63,8 +63,8 @@ class Trainer:
         self.objective = objective
         self.evaluator = evaluator
         self.eval_questions = eval_questions
-        self.checkpoints = checkpoints
-        self.save_model = save_model
+        self.writer = writer
+        self.bad_batches = bad_batches
         self.sink = sink
         self.completion_log = completion_log
         self.screen = screen
@@ -90,9 +90,11 @@ class Trainer:
         self.engine.rest()
         with clock.measure("update"), self.screen.phase("update") as advance:
             update = self.learner.update(batch.groups, objective, advance)
-        with clock.measure("sync"):
+        with clock.measure("sync"), self.screen.phase("sync"):
             sync = self.engine.sync(step)
         metrics = step_metrics(step, batch, update, clock) | metrics | sync
+        metrics["save_failures"] = self.writer.num_failures
+        self.bad_batches.write(step, update.refused)
         self.num_steps = step
         self._guard(metrics)
         return batch, metrics
@@ -102,15 +104,13 @@ class Trainer:
         last = self.max_steps
         if stop_after is not None:
             last = min(last, self.num_steps + stop_after)
-        with self._listen_to_signals():
+        with self._listen_to_signals(), self._until_written():
             while self.num_steps < last and self.stop_signal is None:
                 batch, metrics = self.step()
                 if self._due(self.eval_every) and self.num_steps < self.max_steps:
                     metrics |= evaluation_metrics(self.evaluate())
                 self._publish(batch, metrics)
-                if self._due(self.checkpoint_every):
-                    self.save()
-        if not self._due(self.checkpoint_every):
+                self._save_beside()
             self.save()
 
     def evaluate(self) -> Evaluation:
@@ -118,9 +118,24 @@ class Trainer:
 
     # --- saving ---
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return self.writer.checkpoints
+
     def save(self) -> Path:
+        """The folder of a checkpoint of this step, once it is durable."""
         with self.screen.phase("save"):
-            return self.checkpoints.save(self.num_steps, self.save_model, self.state_dict())
+            self.writer.wait()
+            if self.writer.committed == self.num_steps:
+                return self.checkpoints.folder / f"step_{self.num_steps}"
+            return self.writer.finish(self.num_steps, self.state_dict())
+
+    def _save_beside(self) -> None:
+        """Begin a checkpoint where one is due; hear how the one before it ended."""
+        self.writer.poll()
+        if self._due(self.checkpoint_every):
+            with self.screen.phase("save"):
+                self.writer.save(self.num_steps, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights, which lie in the checkpoint's hf/ folder."""
@@ -130,6 +145,7 @@ class Trainer:
             "replay": self.replay.state_dict(),
             "begun": self.collector.state_dict(),
             "learner": self.learner.state_dict(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,6 +155,7 @@ class Trainer:
             self.replay.load_state_dict(state["replay"])
         self.learner.load_state_dict(state["learner"])
         self.collector.load_state_dict(state["begun"], step=self.num_steps + 1)
+        restore_random_state(state["random"])
 
     # --- the small print ---
 
@@ -165,6 +182,15 @@ class Trainer:
                 f"in a row (gradient norm {metrics['grad_norm']}); the weights are those of the "
                 f"last good update"
             )
+
+    @contextmanager
+    def _until_written(self) -> Iterator[None]:
+        """An error of a step must not take along a checkpoint that is being written."""
+        try:
+            yield
+        except Exception:
+            self.writer.join()
+            raise
 
     @contextmanager
     def _listen_to_signals(self) -> Iterator[None]:

@@ -83,6 +83,7 @@ class Grading(Observer):
         self.advance(len(places))
 
     def waiting(self) -> None:
+        self.verifier.screen.alive()
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()

@@ -65,19 +65,8 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> 
     ]
 
 
-class ScriptedEngine:
-    """Answers each visit of a question with the next line of its script.
-
-    A script is a list of texts; the same text means the same tokens.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> None:
-        self.tokenizer = tokenizer
-        self.name_of = {question.prompt_ids: question.id for question in questions}
-        self.lines: dict[str, deque[str]] = defaultdict(deque)
-
-    def expect(self, question_id: str, *texts: str) -> None:
-        self.lines[question_id].extend(texts)
+class LocalEngine:
+    """What an engine of the tests need not say: all of it happens in `generate`."""
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
         return Deferred(self, requests, sampling)
@@ -90,6 +79,29 @@ class ScriptedEngine:
 
     def close(self) -> None:
         pass
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        observer: Observer = UNOBSERVED,
+    ) -> list[Completion]:
+        raise NotImplementedError
+
+
+class ScriptedEngine(LocalEngine):
+    """Answers each visit of a question with the next line of its script.
+
+    A script is a list of texts; the same text means the same tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> None:
+        self.tokenizer = tokenizer
+        self.name_of = {question.prompt_ids: question.id for question in questions}
+        self.lines: dict[str, deque[str]] = defaultdict(deque)
+
+    def expect(self, question_id: str, *texts: str) -> None:
+        self.lines[question_id].extend(texts)
 
     def generate(
         self,

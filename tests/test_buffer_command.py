@@ -74,6 +74,7 @@ def trained(tmp_path_factory, model_folder: Path) -> Path:
         --data.check_answers false --reward.functions [{REWARDS}:even_length] --reward.workers 1
         --rollout.prompts_per_step 4 --rollout.group_size 4 --rollout.max_completion_tokens 8
         --replay.start_success_rate null --train.max_steps 3 --train.lr 1e-3
+        --no-supervise
     """.split()
     assert exit_code("train", "exgrpo", "--out", folder / "run", *settings) == 0
     return folder / "run"
@@ -276,6 +277,7 @@ def test_a_run_resumes_from_a_pruned_checkpoint(run, trained: Path, tmp_path: Pa
     assert pruned["age"]["max"] == 0 < pruned["trajectories"]
     assert pruned["trajectories"] == last_metrics(trained)["replay_ages"][0]
     words = ["--out", tmp_path / "young", "--resume", "auto", "--max-steps", 4]
+    words += ["--no-supervise"]
     assert run("train", trained / "config.yaml", *words).code == 0
     metrics = last_metrics(tmp_path / "young")
     assert metrics["step"] == 4 and metrics["replay_frac"] > 0

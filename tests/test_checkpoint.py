@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +43,8 @@ def save_model(path: Path) -> None:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints", keep=3)
+    origin = {"config": "abc", "packages": {"torch": "9"}}
+    return Checkpoints(tmp_path / "checkpoints", keep=3, origin=origin)
 
 
 @pytest.fixture
@@ -75,7 +78,8 @@ def test_what_lies_in_a_checkpoint(saved: Path) -> None:
     assert {n: e["bytes"] for n, e in manifest["files"].items()} == {
         name: file.stat().st_size for name, file in files.items()
     }
-    assert (manifest["schema"], manifest["step"]) == (1, 7)
+    assert (manifest["schema"], manifest["step"]) == (2, 7)
+    assert manifest["origin"] == {"config": "abc", "packages": {"torch": "9"}}
     verify(saved)
 
 
@@ -139,12 +143,24 @@ def test_a_manifest_that_was_made_to_fit_is_found(saved: Path) -> None:
     (saved / "hf/config.json").unlink()
     manifest = json.loads((saved / MANIFEST).read_text())
     del manifest["files"]["hf/config.json"]
-    (saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="the listing was changed"):
+    (saved / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    with pytest.raises(CheckpointError, match="MANIFEST.json: was changed"):
         verify(saved)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"files": {"a": 1}}', "null", "\xff"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"step": 7', '"step": 8'), ('"step": 7', '"step":  7'), ("abc", "abd"), ("}", "}\n")],
+)
+def test_any_edit_of_the_manifest_is_found(saved: Path, old: str, new: str) -> None:
+    text = (saved / MANIFEST).read_text()
+    assert old in text
+    (saved / MANIFEST).write_text(new.join(text.rsplit(old, 1)))
+    with pytest.raises(CheckpointError, match="MANIFEST.json: was changed"):
+        verify(saved)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": 1}', "null", "\xff"])
 def test_a_manifest_of_another_kind_is_unreadable(saved: Path, text: str) -> None:
     (saved / MANIFEST).write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match="missing or unreadable"):
@@ -152,9 +168,9 @@ def test_a_manifest_of_another_kind_is_unreadable(saved: Path, text: str) -> Non
 
 
 def test_a_later_schema_is_named(saved: Path) -> None:
-    manifest = json.loads((saved / MANIFEST).read_text()) | {"schema": 2}
+    manifest = json.loads((saved / MANIFEST).read_text()) | {"schema": 3}
     (saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="schema 2, this version reads 1"):
+    with pytest.raises(CheckpointError, match="schema 3, this version reads 2"):
         verify(saved)
 
 
@@ -220,3 +236,66 @@ def test_a_full_disk_is_said_and_costs_no_older_checkpoint(checkpoints: Checkpoi
     with pytest.raises(CannotSave, match="checkpoint of step 2 .*No space left on device"):
         checkpoints.save(2, full, STATE)
     assert checkpoints.newest_valid(pytest.fail) == checkpoints.folder / "step_1"
+
+
+def test_on_a_full_disk_the_newest_stays_and_the_others_make_room(
+    checkpoints: Checkpoints, monkeypatch
+) -> None:
+    for step in (1, 2, 3):
+        checkpoints.save(step, save_model, STATE)
+    disk = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    tries: list[list[int]] = []
+
+    def full_once(path: Path) -> None:
+        tries.append(checkpoints.steps())
+        if len(tries) == 1:
+            raise OSError(28, "No space left on device")
+        save_model(path)
+
+    checkpoints.save(4, full_once, STATE)
+    assert tries == [[1, 2, 3], [3]]
+    assert checkpoints.steps() == [3, 4]
+    disk.free = 1 << 40  # refused for another reason: nobody leaves
+    tries.clear()
+    with pytest.raises(CannotSave):
+        checkpoints.save(5, full_once, STATE)
+    assert checkpoints.steps() == [3, 4]
+    assert not list(checkpoints.folder.glob(".tmp-*"))
+
+
+def test_every_file_and_folder_is_synced_before_the_rename(
+    checkpoints: Checkpoints, monkeypatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_rename(old, new) -> None:
+        calls.append(("rename", str(new)))
+        rename(old, new)
+
+    def nested(path: Path) -> None:
+        save_model(path)
+        (path / "deep" / "er").mkdir(parents=True)
+        (path / "deep" / "er" / "x.json").write_text("{}")
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    final = checkpoints.save(6, nested, STATE)
+    temporary = final.with_name(".tmp-step_6")
+    before = {path for kind, path in calls[: calls.index(("rename", str(final)))]}
+    written = {str(temporary / path.relative_to(final)) for path in final.rglob("*")}
+    assert {*written, str(temporary)} <= before
+    assert calls[-1] == ("fsync", str(final.parent))
+
+
+def test_later_checkpoints_are_set_aside_and_not_lost(checkpoints: Checkpoints) -> None:
+    for step in (1, 2, 3):
+        checkpoints.save(step, save_model, STATE)
+    assert checkpoints.set_aside_after(1) == ["set-aside-step_2", "set-aside-step_3"]
+    assert checkpoints.steps() == [1]
+    verify(checkpoints.folder / "set-aside-step_3")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -235,7 +236,7 @@ TINY = """
     --warm_start.batches 2 --warm_start.batch_size 8 --warm_start.examples 100
     --data.train.size 40 --data.eval.size 6 --rollout.prompts_per_step 4 --rollout.group_size 4
     --rollout.max_completion_tokens 8 --eval.n 2 --eval.k [1,2] --reward.workers 1
-    --replay.start_success_rate 0.0
+    --replay.start_success_rate 0.0 --no-supervise
 """.split()
 EVEN = ["--reward.functions", f"[{REWARDS}:even_length]"]  # a random policy is right half the time
 
@@ -320,7 +321,7 @@ def test_a_second_run_into_the_same_folder_is_refused(refused, finished: Path) -
     before = (finished / "metrics.jsonl").read_bytes()
     said = refused("train", "quickstart", "--out", finished, *TINY)
     assert "holds a run already; take another folder, or --resume auto" in said
-    said = refused("train", "quickstart", "--out", finished, *TINY, "--resume", 99)
+    said = refused("train", "quickstart", "--out", finished, *TINY, *EVEN, "--resume", 99)
     assert said.endswith("--resume 99: expected auto, never or one of the steps: 3")
     assert (finished / "metrics.jsonl").read_bytes() == before
 
@@ -328,7 +329,8 @@ def test_a_second_run_into_the_same_folder_is_refused(refused, finished: Path) -
 def test_a_folder_in_use_is_refused(refused, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "busy", resume=False)
     said = refused("train", "quickstart", "--out", "busy", *TINY, "--resume", "auto")
-    assert said == "--out busy: another run is writing there"
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert said == f"--out busy: another run is writing there ({owner})"
     folder.close()
     RunFolder(tmp_path / "busy", resume=False).close()
 
@@ -366,6 +368,10 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
 def test_resume_with_other_data_is_refused(refused, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     words = [*TINY, *EVEN, "--resume", "auto", "--data.train.seed", 5]
+    said = refused("train", "quickstart", "--out", "copy", *words)
+    assert "copy/config.yaml says data.train.seed 1, now 5. Only model.gradient" in said
+    config = tmp_path / "copy" / "config.yaml"
+    config.write_text(config.read_text().replace("    seed: 1\n", "    seed: 5\n"))
     said = refused("train", "quickstart", "--out", "copy", *words)
     assert said.startswith("--resume: the checkpoint knows ")
     assert "questions that the data no longer has, such as " in said
@@ -453,6 +459,7 @@ def train_file(run, tmp_path: Path, model_folder: Path):
             --out run --model.name {model_folder} --data.train train.jsonl --data.prompt_field
             question --data.max_prompt_tokens 400 --rollout.prompts_per_step 4 --reward.workers 1
             --rollout.group_size 2 --rollout.max_completion_tokens 8 --train.max_steps 2
+            --no-supervise
         """.split()
         return run("train", recipe, *settings, *words)
 

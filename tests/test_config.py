@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from exgrpo_fast.config import Config, ConfigError, dump_yaml, load_config, recipe_names, validate
+from exgrpo_fast.config import (
+    MAY_CHANGE,
+    Config,
+    ConfigError,
+    all_keys,
+    dump_yaml,
+    load_config,
+    recipe_names,
+    refuse_other_config,
+    validate,
+)
 
 
 def mistake(tree: dict) -> str:
@@ -272,3 +283,52 @@ def test_values_that_contradict_each_other(tree: dict, said: str) -> None:
 )
 def test_the_last_values_that_fit(tree: dict) -> None:
     validate(tree)
+
+
+# --- another config in an old folder --------------------------------------------------------------
+
+
+def test_what_differs_is_named_unless_it_may_change(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    base = {"rollout": {"prompts_per_step": 4}, "data": {"train": {"gym": "chain_sum"}}}
+    saved.write_text(dump_yaml(validate(base)))
+    refuse_other_config(tmp_path / "none.yaml", validate(base))
+    refuse_other_config(saved, validate(base))
+    allowed: dict[str, Any] = {
+        "train": {"max_steps": 7, "max_tokens_per_microbatch": 9999},
+        "eval": {"n": 2, "k": [1]},
+        "checkpoint": {"every": 3},
+        "log": {"completions_every": 2},
+        "reward": {"workers": 7},
+        "replay": {"enabled": True},
+    }
+    refuse_other_config(saved, validate(base | allowed))
+    other = {
+        "rollout": {"prompts_per_step": 4, "temperature": 0.5},
+        "data": {"train": {"gym": "chain_sum", "options": {"max_terms": 3}}},
+        "train": {"lr": 1e-5, "max_steps": 7},
+    }
+    with pytest.raises(ConfigError) as caught:
+        refuse_other_config(saved, validate(other))
+    said = str(caught.value)
+    assert said.startswith(
+        f"--resume: {saved} says data.train.options {{}}, now {{'max_terms': 3}}; "
+        f"rollout.temperature 1.0, now 0.5; train.lr 1e-06, now 1e-05. Only "
+    )
+    assert "train.max_steps" in said and "\n" not in said
+    with pytest.raises(ConfigError, match="data.train {'gym'.*, now 'rows.jsonl'"):
+        refuse_other_config(saved, validate(base | {"data": {"train": "rows.jsonl"}}))
+
+
+def test_keys_of_another_version_are_left_aside(tmp_path: Path) -> None:
+    tree = validate({}).model_dump(mode="json")
+    del tree["train"]["lr"]
+    tree["train"]["an_old_key"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    refuse_other_config(tmp_path / "config.yaml", validate({"train": {"lr": 3e-5}}))
+
+
+def test_every_key_that_may_change_is_there() -> None:
+    keys = all_keys()
+    for name in MAY_CHANGE:
+        assert any(key == name or key.startswith(f"{name}.") for key in keys), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import time
 
 import pytest
@@ -368,3 +369,20 @@ def test_the_screen_fits_the_stream(monkeypatch):
     assert screen.console.no_color
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(make_screen(Terminal()), PlainScreen)
+
+
+def test_a_note_of_a_signal_in_the_middle_of_a_line_waits_for_nobody() -> None:
+    """The handler runs in the thread that is printing: a plain lock would never be free again."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if text == "first\n":
+                screen.note("stopping")
+            return super().write(text)
+
+    stream = Interrupted()
+    screen = PlainScreen(stream)
+    printing = threading.Thread(target=screen.note, args=("first",), daemon=True)
+    printing.start()
+    printing.join(5.0)
+    assert not printing.is_alive() and stream.getvalue() == "stopping\nfirst\n"

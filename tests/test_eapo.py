@@ -563,7 +563,7 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
     for model, words in cases.items():
         with pytest.raises(SystemExit) as exit_code:
             out = str(tmp_path / Path(model).name / "run")
-            main(["train", "eapo", "--out", out, *options, "--prior_resampling.model", model])
+            main(["train", "eapo", "--no-supervise", "--out", out, *options, "--prior_resampling.model", model])
         err = capsys.readouterr().err.splitlines()
         said = [line for line in err if line.startswith("exgrpo-fast")]
         assert exit_code.value.code == 2 and len(said) == 1 and words in said[0]
@@ -613,7 +613,7 @@ def test_the_prior_is_made_first_and_both_stages_start_alike(
 
     def run(*more: str) -> int:
         with pytest.raises(SystemExit) as exit_code:
-            main([*command, "--resume", "auto", *more])
+            main([*command, "--no-supervise", "--resume", "auto", *more])
         return int(exit_code.value.code or 0)
 
     assert run("--stop-after", "1") == 0  # in the middle of stage one

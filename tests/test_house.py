@@ -10,17 +10,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ground floor first. A room is a file, or a folder of files that may import each other.
 FLOORS = [
     ["exgrpo_kernels"],
-    ["errors", "experience"],
+    ["errors", "experience", "heartbeat"],
     [
         *("config", "advantages", "packing", "metrics", "optim"),
-        *("run_folder", "checkpoint", "data", "endpoint"),
+        *("run_folder", "checkpoint", "data", "endpoint", "random_state"),
     ],
-    ["display", "policy", "rewards"],
-    ["buffer", "rollout", "report"],
+    ["display", "policy", "rewards", "checkpoint_writer", "supervisor"],
+    ["buffer", "rollout", "report", "model_folder"],
     ["weighting", "mismatch", "reference", "verify", "memory", "training_data", "resampling"],
     ["sources", "doctor"],
     ["collect", "learner", "quickstart", "evaluate"],
-    ["step_metrics"],
+    ["step_metrics", "bad_batches"],
     ["trainer", "engines"],
     ["build", "scaffold"],
     ["session", "buffer_session"],
@@ -30,6 +30,7 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may be loaded before torch, so that a mistake is answered at once.
 LIGHT = ["errors", "endpoint", "config", "cli", "scaffold", "rewards", "display", "report"]
+LIGHT += ["heartbeat", "run_folder", "supervisor"]
 
 
 def room_of(path: Path) -> str:

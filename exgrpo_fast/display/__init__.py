@@ -29,6 +29,7 @@ from exgrpo_fast.display.numbers import (
 from exgrpo_fast.display.plain import PlainScreen
 from exgrpo_fast.display.screen import Advance, NullScreen, Row, Screen
 from exgrpo_fast.display.steps import Clock, StepLine, StepReader, evaluation_line, plain_line
+from exgrpo_fast.display.watched import WatchedScreen
 
 __all__ = [
     "Advance",
@@ -40,6 +41,7 @@ __all__ = [
     "Screen",
     "StepLine",
     "StepReader",
+    "WatchedScreen",
     "best_and_worst",
     "duration",
     "evaluation_line",

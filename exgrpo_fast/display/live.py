@@ -77,6 +77,9 @@ class RichScreen:
             self._scroll(Text(f"{name} · {count}{duration(seconds)}", "dim"))
         self._known.add(name)
 
+    def alive(self) -> None:
+        pass
+
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
         self._start()
         line = self._reader.read(metrics, total_steps)

@@ -37,7 +37,7 @@ class PlainScreen:
         self._clock = clock
         self._reader = StepReader(clock)
         self._known: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's note may come in the middle of a line
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
@@ -59,6 +59,9 @@ class PlainScreen:
             phase.announced = True
             self._print(phase.progress())
             wait = self._again_after
+
+    def alive(self) -> None:
+        pass
 
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
         line = self._reader.read(metrics, total_steps)
@@ -83,7 +86,8 @@ class PlainScreen:
 
     def _print(self, text: str) -> None:
         # A closed pipe or a full disk under a redirected output must not end a run.
-        with self._lock, contextlib.suppress(OSError, ValueError):
+        # RuntimeError: the note of a signal that came while the stream was flushing.
+        with self._lock, contextlib.suppress(OSError, ValueError, RuntimeError):
             line = clean_text(text) + "\n"
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             self._stream.write(line.encode(encoding, "backslashreplace").decode(encoding))

@@ -44,7 +44,7 @@ def read_vocabulary(folder: str, tokenizer: Tokenizer) -> Vocabulary:
     except (OSError, ValueError) as error:
         raise PriorError(f"{folder}: no model: {str(error).splitlines()[0]}") from None
     try:
-        generation = GenerationConfig.from_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):  # a model without one stops where its config says
         generation = GenerationConfig.from_model_config(config)
     listed = generation.eos_token_id

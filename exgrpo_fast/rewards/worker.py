@@ -18,25 +18,23 @@ reward functions are the user's own code.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import inspect
 import json
 import math
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
+from exgrpo_fast.heartbeat import die_with
 from exgrpo_fast.rewards.judgement import Result, RewardError, RewardFunction, describe
 from exgrpo_fast.rewards.references import load_function
 from exgrpo_fast.rewards.rubrics import RubricReward, RubricText
 
 REARM_SECONDS = 0.25  # the alarm repeats, in case a bare `except:` or a __del__ swallows one
-_PR_SET_PDEATHSIG = 1
 
 
 class SoftTimeout(BaseException):
@@ -49,7 +47,7 @@ def main() -> None:
     setup = json.loads(jobs.readline() or b"null")
     if setup is None:
         return
-    _die_with(setup["parent"])
+    die_with(setup["parent"])
     _limit_memory(setup["memory_bytes"])
     try:
         functions = [load_function(reference) for reference in setup["functions"]]
@@ -84,14 +82,6 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 def _ignore_terminal_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the trainer dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
 
 
 def _limit_memory(num_bytes: int) -> None:

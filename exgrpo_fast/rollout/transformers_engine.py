@@ -157,7 +157,8 @@ def invert_cdf(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     point_B = torch.minimum(
         uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B))
     )
-    return torch.searchsorted(cdf_BV, point_B[:, None], right=True)[:, 0]
+    drawn_B = torch.searchsorted(cdf_BV, point_B[:, None], right=True)[:, 0]
+    return drawn_B.clamp(max=logprobs_BV.shape[1] - 1)  # NaN sorts behind all; the scores refuse it
 
 
 def keep_nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:

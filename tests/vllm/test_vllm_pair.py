@@ -40,12 +40,15 @@ def policies(folders, vllm_models) -> dict[str, Policy]:
     return {"policy": policy, "prior": prior}
 
 
+def engine_of(policies, vllm_models) -> VllmEngine:
+    return VllmEngine(vllm_models["untied"], policies["policy"])
+
+
 def make_resampler(
     policies, vllm_models, *, block_tokens: int = 8, limit: int = LIMIT
 ) -> Resampler:
-    engine = VllmEngine(vllm_models["untied"], policies["policy"])
     return Resampler(
-        VllmDrafter(engine),
+        VllmDrafter(engine_of(policies, vllm_models)),
         VllmPrior(vllm_models["prior"]),
         Trigger("ratio", TAU),
         block_tokens=block_tokens,
@@ -102,8 +105,8 @@ def test_rounds_and_waste_follow_the_trigger_rate(policies, vllm_models, block_t
     resampler = make_resampler(policies, vllm_models, block_tokens=block_tokens, limit=330)
     with torch.no_grad():
         policies["policy"].head.weight[EOS] = policies["prior"].head.weight[EOS] = 0.0
-    resampler.drafter.engine.model.load(policies["policy"].named_weights(), 2)
-    resampler.scorer.model.load(policies["prior"].named_weights(), 2)
+    vllm_models["untied"].load(policies["policy"].named_weights(), 2)
+    vllm_models["prior"].load(policies["prior"].named_weights(), 2)
     responses = resampler.start(REQUESTS[:60]).finish()
     whole = [r for r in responses if not r.ended]
     tested = sum(len(r.token_ids) for r in whole)
@@ -117,7 +120,7 @@ def test_rounds_and_waste_follow_the_trigger_rate(policies, vllm_models, block_t
 
 def test_guided_responses_are_made_beside_fresh_ones(policies, vllm_models) -> None:
     resampler = make_resampler(policies, vllm_models)
-    engine = resampler.drafter.engine
+    engine = engine_of(policies, vllm_models)
     session = resampler.start(REQUESTS[:20])
 
     class Beside(Observer):

@@ -1,0 +1,200 @@
+"""A log of finished rollouts around any engine: a run that died does not generate them again.
+
+    rollouts/version_12.log   what was generated with the weights after step 12
+
+One record holds what finished together, length and xxh3-128 in front, so that a torn tail is seen
+and left aside. A request is found again by the weights' version, its own content and the sampling.
+A disk that refuses a record costs that record and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from exgrpo_fast.experience import Completion, WeightSpan
+from exgrpo_fast.rollout.engine import (
+    UNOBSERVED,
+    Generation,
+    Observer,
+    Request,
+    RolloutEngine,
+    Sampling,
+)
+
+Key = bytes  # xxh3-128 of a request
+
+_FRAME = struct.Struct("<Q16s")  # bytes of the record, their xxh3-128
+# key, truncated, numbers of tokens and of weight spans; int64 ids, float32s and the spans follow
+_ENTRY = struct.Struct("<16s?II")
+_SPAN = struct.Struct("<qII")
+
+log = logging.getLogger(__name__)
+
+
+class JournalledEngine:
+    """Answers what the log knows, lets `engine` generate the rest, and logs what it finishes."""
+
+    def __init__(
+        self, engine: RolloutEngine, folder: Path, *, identity: str = "", version: int = 0
+    ) -> None:
+        """`identity`: of the run's config; `version`: of the weights, as `sync` counts."""
+        self.engine = engine
+        self.folder = folder
+        self.identity = identity
+        self.version = version
+        self._known = self._read(version)
+
+    def sync(self, version: int) -> dict[str, float]:
+        self.version = version
+        self._known = self._read(version)
+        return self.engine.sync(version)
+
+    def rest(self) -> None:
+        self.engine.rest()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        observer: Observer = UNOBSERVED,
+    ) -> list[Completion]:
+        return self.start(requests, sampling).wait(observer)
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> JournalledGeneration:
+        keys = [self._key(request, sampling) for request in requests]
+        known = {i: self._known[key] for i, key in enumerate(keys) if key in self._known}
+        rest = [i for i in range(len(requests)) if i not in known]
+        generation = None
+        if rest:
+            generation = self.engine.start([requests[i] for i in rest], sampling)
+        path = self._path(self.version)
+
+        def log_finished(places: Sequence[int], completions: Sequence[Completion]) -> None:
+            self.append(path, [keys[i] for i in places], completions)
+
+        return JournalledGeneration(known, rest, generation, log_finished)
+
+    def forget_before(self, version: int) -> None:
+        """A checkpoint with the weights of `version` is durable: no life needs the earlier ones."""
+        for path in self.folder.glob("version_*.log"):
+            number = path.stem.removeprefix("version_")
+            if number.isdecimal() and int(number) < version:
+                path.unlink(missing_ok=True)
+
+    def append(self, path: Path, keys: Sequence[Key], completions: Sequence[Completion]) -> None:
+        record = b"".join(_pack(*entry) for entry in zip(keys, completions, strict=True))
+        framed = _FRAME.pack(len(record), xxhash.xxh3_128_digest(record)) + record
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(framed) < len(framed):  # a full disk takes a part of it
+                    file.truncate(size)
+        except OSError as error:
+            log.warning("%s: %s; these rollouts are not logged", self.folder, error.strerror)
+
+    def _path(self, version: int) -> Path:
+        return self.folder / f"version_{version}.log"
+
+    def _key(self, request: Request, sampling: Sampling) -> Key:
+        asked = [self.identity, self.version, asdict(request), asdict(sampling)]
+        return xxhash.xxh3_128_digest(json.dumps(asked).encode())
+
+    def _read(self, version: int) -> dict[Key, Completion]:
+        path = self._path(version)
+        try:
+            data = path.read_bytes()
+            records = list(_records(data))
+            whole = sum(_FRAME.size + len(record) for record in records)
+            if whole < len(data):  # what follows a torn record could not be found
+                os.truncate(path, whole)
+        except OSError:
+            return {}
+        return {key: completion for record in records for key, completion in _unpack(record)}
+
+
+@dataclass(frozen=True)
+class JournalledGeneration:
+    """What the log knew, and the rest on its way."""
+
+    known: dict[int, Completion]  # by the caller's places, as the rest is
+    rest: list[int]
+    generation: Generation | None
+    log_finished: Callable[[Sequence[int], Sequence[Completion]], None]
+
+    def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
+        found = dict(self.known)
+        if found:
+            observer.finished(list(found), list(found.values()))
+        if self.generation is not None:
+            made = self.generation.wait(_Recorder(self, observer))
+            found |= dict(zip(self.rest, made, strict=True))
+        return [found[place] for place in range(len(found))]
+
+
+class _Recorder(Observer):
+    """Logs what finishes, and tells the caller's observer of it by the caller's places."""
+
+    def __init__(self, generation: JournalledGeneration, to: Observer) -> None:
+        self.generation, self.to = generation, to
+
+    def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
+        own = [self.generation.rest[place] for place in places]
+        self.generation.log_finished(own, completions)
+        self.to.finished(own, completions)
+
+    def waiting(self) -> None:
+        self.to.waiting()
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The whole records at the start of a log."""
+    start = 0
+    while start + _FRAME.size <= len(data):
+        size, digest = _FRAME.unpack_from(data, start)
+        start += _FRAME.size
+        record = data[start : start + size]
+        if len(record) < size or xxhash.xxh3_128_digest(record) != digest:
+            return
+        yield record
+        start += size
+
+
+def _pack(key: Key, completion: Completion) -> bytes:
+    ids, logprobs = completion.token_ids.long(), completion.logprobs.float()
+    spans = completion.weight_spans
+    head = _ENTRY.pack(key, completion.truncated, len(ids), len(spans))
+    arrays = ids.cpu().numpy().tobytes() + logprobs.cpu().numpy().tobytes()
+    return head + arrays + b"".join(_SPAN.pack(*span) for span in spans)
+
+
+def _unpack(record: bytes) -> Iterator[tuple[Key, Completion]]:
+    memory, start = bytearray(record), 0  # writable, as torch asks
+    while start < len(memory):
+        key, truncated, count, num_spans = _ENTRY.unpack_from(memory, start)
+        start += _ENTRY.size
+        ids = _tensor(memory, torch.int64, count, start)
+        logprobs = _tensor(memory, torch.float32, count, start + 8 * count)
+        start += 12 * count
+        end = start + num_spans * _SPAN.size
+        spans = tuple(WeightSpan(*span) for span in _SPAN.iter_unpack(memory[start:end]))
+        start = end
+        yield key, Completion(ids, logprobs, truncated, spans)
+
+
+def _tensor(memory: bytearray, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).clone()
