@@ -1,6 +1,6 @@
 """What does guiding by a prior cost: rounds, waste and tokens per round, and seconds of a step?
 
-    python bench/eapo.py [--responses 64] [--tokens 400]
+    python bench/eapo.py [--responses 16] [--tokens 400]
 
 With K tokens drafted a round and a share R of the drafts rejected, a round emits
 E(K, R) = (1 - (1 - R)^K) / R tokens on average and throws K / E drafts away for each kept one. The
@@ -104,12 +104,12 @@ def fresh_seconds(policy: Policy, requests: list[Request], arguments) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rounds, waste and seconds of guided responses.")
-    parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument("--responses", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--noise", type=float, default=0.03)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 20, 32])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5])
     parser.add_argument("--repeats", type=int, default=3, help="of the comparison of seconds")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/eapo.json"))
     arguments = parser.parse_args()
