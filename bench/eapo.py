@@ -1,12 +1,12 @@
 """What does guiding by a prior cost: rounds, waste and tokens per round, and seconds of a step?
 
-    python bench/eapo.py [--responses 64] [--tokens 400]
+    python bench/eapo.py [--responses 16] [--tokens 400]
 
 With K tokens drafted a round and a share R of the drafts rejected, a round emits
 E(K, R) = (1 - (1 - R)^K) / R tokens on average and throws K / E drafts away for each kept one. The
 driver with the transformers lanes runs a small policy and a prior of the same shape, for several K
 and thresholds; R is measured, not set: redrawn tokens over all tokens. Responses have no end but
-the limit, so that short last drafts do not blur the figures.
+the limit, and each round is compared with E of what it drafted: the last ones have less room.
 
 Seconds: guided responses against as many fresh ones from the transformers engine, in turns in one
 process, medians. Writes eapo.json.
@@ -54,11 +54,26 @@ def make_pair(vocabulary: int, noise: float) -> tuple[Policy, Policy]:
     return policy, prior
 
 
-def guide(pair: tuple[Policy, Policy], requests: list[Request], arguments, **settings) -> Session:
+class CountingDrafter(TransformersDrafter):
+    """Notes how many tokens each round of each response drafts."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.lengths: list[int] = []
+
+    def draft(self, prefixes, lengths, seeds, *, distributions=False):
+        self.lengths += lengths
+        return super().draft(prefixes, lengths, seeds, distributions=distributions)
+
+
+def guide(
+    pair: tuple[Policy, Policy], requests: list[Request], arguments, **settings
+) -> tuple[Session, list[int]]:
     policy, prior = pair
     width = policy.head.weight.shape[0]
+    drafter = CountingDrafter(policy, vocabulary_size=width, eos_token_ids=[NO_END])
     resampler = Resampler(
-        TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=[NO_END]),
+        drafter,
         TransformersPrior(prior, num_tokens=width, vocabulary_size=width),
         Trigger("ratio", settings["threshold"]),
         block_tokens=settings["block_tokens"],
@@ -67,29 +82,30 @@ def guide(pair: tuple[Policy, Policy], requests: list[Request], arguments, **set
     )
     session = resampler.start(requests)
     session.finish()
-    return session
+    return session, drafter.lengths
 
 
 def measure(pair, requests, arguments, *, block_tokens: int, threshold: float) -> dict:
     start = time.perf_counter()
-    session = guide(pair, requests, arguments, block_tokens=block_tokens, threshold=threshold)
+    settings = {"block_tokens": block_tokens, "threshold": threshold}
+    session, lengths = guide(pair, requests, arguments, **settings)
     seconds = time.perf_counter() - start
     tokens = sum(len(response.token_ids) for response in session.responses)
     rounds = sum(response.rounds for response in session.responses)
     drafted = sum(response.drafted for response in session.responses)
     rate = sum(sum(response.redrawn) for response in session.responses) / tokens
-    expected = expected_tokens(block_tokens, rate)
+    expected = statistics.fmean(expected_tokens(length, rate) for length in lengths)
+    waste = statistics.fmean(lengths) / expected
     return {
-        "block_tokens": block_tokens,
-        "threshold": threshold,
+        **settings,
         "rate": rate,
         "rounds_of_the_batch": max(response.rounds for response in session.responses),
         "tokens_per_round": tokens / rounds,
         "tokens_per_round_expected": expected,
         "tokens_per_round_off": tokens / rounds / expected - 1,
         "waste": drafted / tokens,
-        "waste_expected": block_tokens / expected,
-        "waste_off": drafted / tokens * expected / block_tokens - 1,
+        "waste_expected": waste,
+        "waste_off": drafted / tokens / waste - 1,
         "seconds": seconds,
         "seconds_by_phase": session.seconds,
     }
@@ -104,12 +120,12 @@ def fresh_seconds(policy: Policy, requests: list[Request], arguments) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rounds, waste and seconds of guided responses.")
-    parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument("--responses", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--noise", type=float, default=0.03)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 20, 32])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5])
     parser.add_argument("--repeats", type=int, default=3, help="of the comparison of seconds")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/eapo.json"))
     arguments = parser.parse_args()

@@ -7,7 +7,8 @@ does; on-policy DAPO from it, whose last checkpoint is the prior; EAPO from the 
 that prior. The figure of merit is the share of DAPO's steps in which EAPO reaches the held-out
 accuracy at which DAPO ends. Held-out accuracy is measured every five steps, and lies on a straight
 line between; a run that never gets there counts with all of its steps, so the mean is a lower bound
-then. Finished runs are not done again. Writes eapo_study.json and .png; training the prior
+then. DAPO's own share says how much of that is the noise of its last steps. Beside it: the steps to
+half of that accuracy, against DAPO's. Finished runs are not done again. Writes eapo_study.json and .png; training the prior
 is not counted in the figure of merit, and stands beside it.
 """
 
@@ -97,18 +98,21 @@ def compare(runs: list[dict]) -> dict:
     table = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
-        shares, late = [], 0
+        shares, halves, late = [], [], 0
         for run in mine:
             dapo = by_key[DAPO, run["seed"]]
             reached = steps_to_reach(run["curve"], dapo["after"])
             late += reached is None
             shares.append((run["steps"] if reached is None else reached) / dapo["steps"])
+            half = [steps_to_reach(r["curve"], dapo["after"] / 2) for r in (run, dapo)]
+            halves.append((half[0] or run["steps"]) / (half[1] or dapo["steps"]))
         gaps = [run["after"] - by_key[DAPO, run["seed"]]["after"] for run in mine]
         table[arm] = {
             "seeds": [run["seed"] for run in mine],
             "after": interval([run["after"] for run in mine]),
             "minus_dapo": interval(gaps),
             "share_of_steps": interval(shares),
+            "share_of_steps_to_half": interval(halves),
             "not_reached": late,
         }
     return table

@@ -61,6 +61,13 @@ def test_recipes_are_the_methods_they_are_named_after() -> None:
     assert exgrpo.replay.enabled and exgrpo.replay.start_success_rate == 0.35
     assert (exgrpo.replay.experience_ratio, exgrpo.replay.shaping) == (0.5, 0.1)
     assert load_config("dr_grpo").algorithm == exgrpo.algorithm
+    eapo = load_config("eapo")
+    prior = eapo.prior_resampling
+    assert (prior.trigger, prior.threshold, prior.block_tokens) == ("ratio", 0.5, 20)
+    assert (prior.augmented_per_group, eapo.rollout.group_size) == (1, 16)
+    assert (prior.stop_after_steps, prior.annealing) == (60, "hard")
+    assert (prior.positive_only, prior.importance, prior.model) == (True, "sis_token", None)
+    assert (eapo.algorithm.clip_low, eapo.algorithm.clip_high) == (0.2, 0.28)
 
 
 def test_a_file_is_read_with_its_defaults(tmp_path: Path) -> None:
