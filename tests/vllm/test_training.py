@@ -63,7 +63,7 @@ import sys
 from exgrpo_fast.cli import main
 for recipe in sys.argv[2].split():
     try:
-        main(["train", recipe, "--out", f"{sys.argv[1]}/{recipe}", *sys.argv[3:]])
+        main(["train", recipe, "--no-supervise", "--out", f"{sys.argv[1]}/{recipe}", *sys.argv[3:]])
     except SystemExit as end:
         assert end.code == 0, (recipe, end.code)
 """
@@ -111,8 +111,8 @@ def test_generation_ahead_is_one_step_stale_at_most(folders, tmp_path) -> None:
     assert all(row["sync_gap"] < 1e-5 for row in rows)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_run_whose_engine_is_lost_goes_on_from_its_checkpoint(folders, tmp_path, how) -> None:
+def start_with_a_server(folders, tmp_path: Path, *arguments: str) -> subprocess.Popen:
+    """A run of some length with one rollout server, two steps into it."""
     config = write_inputs(
         tmp_path,
         folders["untied"],
@@ -122,23 +122,57 @@ def test_a_run_whose_engine_is_lost_goes_on_from_its_checkpoint(folders, tmp_pat
             "server": {"deadline_seconds": 5.0},
         },
         checkpoint={"every": 1},
-        train={"max_tokens_per_microbatch": 512, "max_steps": 40},
+        train={"max_tokens_per_microbatch": 512, "max_steps": 12},
     )
     out = tmp_path / "run"
-    run = train(config, out, stdout=subprocess.PIPE, text=True)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = train(config, out, *arguments, text=True, **pipe)
     until = time.monotonic() + 200
     while len(metrics_of(out)) < 2 and time.monotonic() < until:
         time.sleep(0.05)
+    return run
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_whose_engine_is_lost_goes_on_by_itself(folders, tmp_path, how) -> None:
+    run = start_with_a_server(folders, tmp_path)
     (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
     os.kill(server, how)
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0 and "Traceback" not in said
+    assert "rollout engine 0 is lost" in said and "restart 1 of 3 from step" in said
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(row["sync_gap"] < 1e-5 and row["mismatch_max"] < 1e-4 for row in rows)
+    assert named(server) is None
+
+
+def test_without_a_supervisor_it_ends_and_says_how_to_go_on(folders, tmp_path) -> None:
+    run = start_with_a_server(folders, tmp_path, "--no-supervise")
+    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
+    os.kill(server, signal.SIGKILL)
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 69
-    assert "rollout engine 0 is lost" in said and "Traceback" not in said
-    assert children_named(os.getpid(), "exgrpo_fast.rollout.server") == []
-    done = len(metrics_of(out))
-    resumed = train(config, out, "--resume", "auto", "--stop-after", "2")
-    assert resumed.wait(300) == 0
-    assert [row["step"] for row in metrics_of(out)] == list(range(1, done + 3))
+    assert "--resume auto goes on from the last checkpoint" in said and "Traceback" not in said
+
+
+def test_nothing_is_left_of_a_run_that_is_killed(folders, tmp_path) -> None:
+    run = start_with_a_server(folders, tmp_path)
+    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
+    run.kill()
+    run.communicate(timeout=60)
+    until = time.monotonic() + 20
+    while named(server) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert named(server) is None
+
+
+def named(pid: int) -> str | None:
+    """The command line of a living process."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text() or None
+    except OSError:
+        return None
 
 
 def children_named(parent: int, name: str) -> list[int]:
