@@ -38,6 +38,7 @@ from exgrpo_fast.engines import compute_dtype, mismatch_rule, prepare_engine
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
+from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter, save_adapter, save_plain
 from exgrpo_fast.memory import store_note, store_plan
 from exgrpo_fast.metrics import (
     CompletionLog,
@@ -49,7 +50,8 @@ from exgrpo_fast.metrics import (
 )
 from exgrpo_fast.optim import Optimiser, linear_warmup
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
-from exgrpo_fast.reference import Reference
+from exgrpo_fast.quantization import nf4
+from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.rewards import RewardPool, RubricScorer
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.run_folder import RunFolder
@@ -99,7 +101,10 @@ def open_run(
             log_folder=folder.path,
             note=screen.note,
         )
-        policy = make_policy(config, model_path, device=device)
+        adapter = adapter_of(config, resume_from)
+        policy = make_policy(
+            config, start if adapter else model_path, device=device, adapter=adapter
+        )
         engine = attach(policy, train[0].prompt_ids)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
         forget_after(state["num_steps"], folder)
@@ -108,7 +113,7 @@ def open_run(
         trainer = make_trainer(
             config,
             policy=policy,
-            reference=make_reference(config, start, device=device),
+            reference=make_reference(config, start, policy, device=device),
             engine=engine,
             rewards=rewards,
             train=train,
@@ -457,9 +462,25 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
 
 
-def make_policy(config: Config, name: str, *, device: str) -> Policy:
+def make_policy(
+    config: Config, name: str, *, device: str, adapter: Path | None = None
+) -> Policy:
+    """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
+    lora, dtype = config.model.lora, getattr(torch, compute_dtype(config, device))
+    quantization = nf4(dtype, device=device) if config.model.quantization else None
+    model = load_model(
+        name, dtype=getattr(torch, config.model.weights), quantization=quantization
+    )
+    if lora is not None:
+        add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
+        if adapter is not None:
+            load_adapter(model, adapter)
+    return wrap(config, model, device=device)
+
+
+def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) -> Policy:
     return Policy(
-        load_model(name),
+        model,
         device=device,
         compute_dtype=getattr(torch, compute_dtype(config, device)),
         gradient_checkpointing=config.model.gradient_checkpointing,
@@ -468,24 +489,41 @@ def make_policy(config: Config, name: str, *, device: str) -> Policy:
     )
 
 
-def make_reference(config: Config, name: str, *, device: str) -> Reference | None:
-    """The frozen policies, loaded only when a KL term needs them."""
+def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
+    """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
     kl = config.algorithm.kl
     if kl.coef == 0.0:
         return None
-    base = make_policy(config, name, device=device)
-    previous = make_policy(config, name, device=device) if kl.previous_share else None
+
+    def frozen() -> Policy:
+        model = load_model(name, dtype=getattr(torch, config.model.weights))
+        return wrap(config, model, device=device)
+
+    keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(
-        base,
-        previous,
+        AdapterOff(policy) if keeps_base else frozen(),
+        frozen() if kl.previous_share else None,
         previous_share=kl.previous_share,
         rebase_at_step=kl.rebase_at_step,
     )
 
 
+def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
+    """Where the adapter to go on with lies. ConfigError where run and checkpoint differ in kind."""
+    if checkpoint is None:
+        return None
+    adapter = checkpoint / "adapter"
+    if adapter.exists() and config.model.lora is None:
+        raise ConfigError(f"--resume: {checkpoint} holds an adapter, and model.lora is not set")
+    return adapter if config.model.lora else None
+
+
 def save_model(policy: Policy, tokenizer: Tokenizer, path: Path) -> None:
-    policy.model.save_pretrained(path)
+    """`path`: the checkpoint's hf/; an adapter is saved beside it."""
+    save_plain(policy.model, path)
     tokenizer.save_pretrained(path)
+    if has_adapter(policy.model):
+        save_adapter(policy.model, path.with_name("adapter"))
 
 
 # --- surroundings ---------------------------------------------------------------------------------

@@ -189,6 +189,18 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    require_file(arguments.checkpoint, "--checkpoint")
+    from exgrpo_fast.checkpoint import find_checkpoint
+    from exgrpo_fast.export import export_checkpoint
+
+    checkpoint = find_checkpoint(
+        Path(arguments.checkpoint), lambda why: print(f"passed over: {why}", file=sys.stderr)
+    )
+    print(export_checkpoint(checkpoint, arguments.to, Path(arguments.out)))
+    return 0
+
+
 def check_data(arguments: argparse.Namespace) -> int:
     require_file(arguments.file, "check-data")
     from exgrpo_fast.data import check_data as check
@@ -344,6 +356,16 @@ def parser() -> Parser:
 
     c = command("verify-checkpoint", verify_checkpoint, "exit 0 if whole, else 1 and the bad file")
     c.add_argument("folder")
+
+    c = command("export", export, "a model out of a checkpoint, as other tools read it")
+    c.add_argument("out", help="a new folder")
+    c.add_argument("--checkpoint", required=True, help="a checkpoint, or a run folder (its newest)")
+    c.add_argument(
+        "--to",
+        choices=("hf", "merged", "adapter"),
+        default="hf",
+        help="hf, merged: a Hugging Face folder, any adapter merged; adapter: peft's own format",
+    )
 
     add_buffer(commands)
     return top

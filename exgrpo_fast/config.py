@@ -60,15 +60,52 @@ class Section(BaseModel):
         return value
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, in the words of peft."""
+
+    rank: Positive = 32
+    alpha: PositiveFloat = Field(default=64.0, description="the update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: list[str] = Field(
+        default=["all-linear"],
+        min_length=1,
+        description="names of linear layers, such as q_proj; all-linear = all but the head",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _never_the_head(cls, targets: list[str]) -> list[str]:
+        if "lm_head" in targets:
+            raise ValueError("the fused loss reads the language-model head directly; leave it out")
+        if "all-linear" in targets and len(targets) > 1:
+            raise ValueError("all-linear already names every layer; give it alone")
+        return targets
+
+
 class ModelConfig(Section):
     name: str | None = Field(
         default=None, description="a local folder, a hub name, or 'quickstart'"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="compute dtype: bfloat16 on CUDA, float32 elsewhere; weights stay fp32",
+        description="compute dtype: bfloat16 on CUDA, float32 elsewhere",
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype they are kept in: docs/memory.md"
+    )
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="of the frozen weights under model.lora (QLoRA), CUDA only"
+    )
+    lora: LoraConfig | None = Field(default=None, description="null = all weights are trained")
     gradient_checkpointing: bool = True
+
+    @model_validator(mode="after")
+    def _weights_can_be_trained(self) -> ModelConfig:
+        if self.quantization and self.lora is None:
+            raise ValueError("model.quantization freezes the weights: set model.lora as well")
+        if self.weights == "bfloat16" and self.dtype == "float32":
+            raise ValueError("model.dtype float32 cannot come from model.weights bfloat16")
+        return self
 
 
 class GymTask(Section):

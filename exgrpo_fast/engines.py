@@ -44,7 +44,8 @@ def engine_kind(config: Config, device: str) -> str:
 
 def compute_dtype(config: Config, device: str) -> str:
     if config.model.dtype == "auto":
-        return "bfloat16" if device == "cuda" else "float32"
+        low = device == "cuda" or config.model.weights == "bfloat16"
+        return "bfloat16" if low else "float32"
     return config.model.dtype
 
 

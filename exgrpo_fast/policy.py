@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.lora import merged_weights
 from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_kernels import linear_logprob
 
@@ -78,7 +79,7 @@ class Scores(NamedTuple):
 class Policy:
     """A causal language model, its head taken apart from its body.
 
-    Parameters stay float32; `compute_dtype` bfloat16 runs the body under autocast.
+    `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     """
 
     def __init__(
@@ -158,11 +159,12 @@ class Policy:
         return Scores(logprobs, entropies, responses.lengths)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its Hugging Face name, layer after layer; a tied head is named as well.
+        """Every weight by its Hugging Face name, layer after layer, adapters merged in float32.
 
-        An engine that packs its weights would otherwise keep the head it was loaded with.
+        A tied head is named as well: an engine that packs its weights would otherwise keep the
+        head it was loaded with.
         """
-        yield from self.model.state_dict().items()
+        yield from merged_weights(self.model)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -181,14 +183,23 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """A local folder or hub name -> float32 causal LM from safetensors; no remote code is run."""
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> PreTrainedModel:
+    """A local folder or hub name -> causal LM from safetensors; no remote code is run.
+
+    `quantization`: a transformers quantisation config, such as `nf4`'s.
+    """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({"quantization_config": quantization} if quantization else {}),
         )
     except (OSError, ValueError) as error:
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
