@@ -136,7 +136,7 @@ def merged_weights(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[str
             layer: Any = model.get_submodule(layer_name.removesuffix(".base_layer"))
             if leaf == "weight":
                 weight = plain(weight).float() + layer.get_delta_weight("default").float()
-        yield name.replace(".base_layer.", "."), plain(weight.detach())
+        yield name.replace(".base_layer.", "."), plain(weight).detach()
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
