@@ -337,6 +337,7 @@ def make_optimiser(config: Config, policy: Policy) -> Optimiser:
     return Optimiser(
         policy.trainable_parameters,
         lr=train.lr,
+        kind=config.optimizer,
         weight_decay=train.weight_decay,
         betas=train.betas,
         schedule=linear_warmup(train.warmup_steps),

@@ -405,6 +405,10 @@ class HindsightConfig(Section):
 class TrainConfig(Section):
     max_steps: Positive = 200
     lr: PositiveFloat = 1e-6
+    optimizer: Literal["auto", "adamw", "flash_adamw", "adamw_8bit"] = Field(
+        default="auto",
+        description="auto = adamw; flash_adamw where model.weights is bfloat16: docs/memory.md",
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     warmup_steps: NonNegative = 0
@@ -483,6 +487,7 @@ class Config(Section):
                 f"rollout.prompts_per_step ({steps}) cannot be split into train.minibatches "
                 f"({updates}) equal parts; try {_nearest_divisor(steps, updates)}"
             )
+        self._optimizer_fits_weights()
         if self.rollout.group_size < 2 and self.algorithm.advantage != "dr_grpo":
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: algorithm.advantage "
@@ -537,6 +542,29 @@ class Config(Section):
                 f"rollout.max_completion_tokens = {prompt + limit}"
             )
         return self
+
+
+    @property
+    def trains_bfloat16(self) -> bool:
+        """The weights that are trained, not those under an adapter, are kept in bfloat16."""
+        return self.model.weights == "bfloat16" and self.model.lora is None
+
+    @property
+    def optimizer(self) -> Literal["adamw", "flash_adamw", "adamw_8bit"]:
+        """`train.optimizer` with `auto` resolved."""
+        if self.train.optimizer == "auto":
+            return "flash_adamw" if self.trains_bfloat16 else "adamw"
+        return self.train.optimizer
+
+    def _optimizer_fits_weights(self) -> None:
+        if self.trains_bfloat16 and self.optimizer == "adamw":
+            raise ValueError(
+                "train.optimizer adamw with model.weights bfloat16: at the learning rates of RL "
+                "an update is smaller than a step of that dtype (at 1e-6 about 2 % of the weights "
+                "would move); flash_adamw keeps the lost bits, adamw_8bit rounds at random"
+            )
+        if self.optimizer == "flash_adamw" and not self.trains_bfloat16:
+            raise ValueError("train.optimizer flash_adamw is for model.weights bfloat16")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["exgrpo_kernels"],
     ["errors", "experience"],
-    ["config", "advantages", "packing", "metrics", "optim", "lora", "run_folder", "checkpoint", "data"],
-    ["display", "policy", "rewards"],
+    ["config", "advantages", "packing", "metrics", "adamw", "lora", "run_folder", "checkpoint", "data"],
+    ["display", "policy", "rewards", "optim"],
     ["buffer", "rollout", "report"],
     ["weighting", "mismatch", "reference", "quantization", "verify", "memory", "training_data"],
     ["sources", "doctor"],

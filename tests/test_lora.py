@@ -225,6 +225,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 ) -> None:
     through = make_run()
     losses = [through.step()[1]["loss_hex"] for _ in range(4)]
+    assert len(set(losses)) == 4
 
     first = make_run()
     assert [first.step()[1]["loss_hex"] for _ in range(2)] == losses[:2]
