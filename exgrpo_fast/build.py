@@ -34,12 +34,13 @@ from exgrpo_fast.collect import Collector, OverlongRule
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
-from exgrpo_fast.engines import compute_dtype, mismatch_rule, prepare_engine
+from exgrpo_fast.engines import mismatch_rule, prepare_engine
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
 from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter, save_adapter, save_plain
-from exgrpo_fast.memory import store_note, store_plan
+from exgrpo_fast.memory.plan import MemoryPlan
+from exgrpo_fast.memory.store import store_note, store_plan
 from exgrpo_fast.metrics import (
     CompletionLog,
     FanOut,
@@ -49,7 +50,9 @@ from exgrpo_fast.metrics import (
     WandbSink,
 )
 from exgrpo_fast.optim import Optimiser, linear_warmup
+from exgrpo_fast.planning import fitted, wants_preflight
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.preflight import rehearse
 from exgrpo_fast.quantization import nf4
 from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.rewards import RewardPool, RubricScorer
@@ -91,6 +94,7 @@ def open_run(
         train, held_out = load_data(config, tokenizer, screen)
         if config.data.check_answers:
             refuse_bad_golds([*train, *held_out], rewards, screen)
+        config, plan = fitted(config, start, device=device, note=screen.note)
         model_path = str(resume_from / "hf") if resume_from else start
         attach = prepare_engine(
             config,
@@ -123,12 +127,26 @@ def open_run(
             screen=screen,
             sink=sink,
         )
-        engine.sync(state["num_steps"])
         if resume_from:
             take_up(trainer, state)
+        if plan is not None and wants_preflight(config, device):
+            screen.note(run_preflight(config, trainer, plan))
+        engine.sync(state["num_steps"])
         if isinstance(trainer.replay, ReplaySource):
             screen.note(store_note(trainer.replay.store.plan, device))
         yield Run(trainer, policy, tokenizer)
+
+
+def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:
+    """The largest step a run can bring, once; DoesNotFit where the device is too small."""
+    rehearsal = rehearse(
+        trainer.learner,
+        trainer.objective,
+        prompt_tokens=config.longest_prompt,
+        completion_tokens=config.rollout.max_completion_tokens,
+        state_bytes=plan.states.optimiser,
+    )
+    return rehearsal.note(max(plan.totals["update"], plan.totals["scoring"]))
 
 
 def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -463,15 +481,11 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
 
 
-def make_policy(
-    config: Config, name: str, *, device: str, adapter: Path | None = None
-) -> Policy:
+def make_policy(config: Config, name: str, *, device: str, adapter: Path | None = None) -> Policy:
     """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
-    lora, dtype = config.model.lora, getattr(torch, compute_dtype(config, device))
+    lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
     quantization = nf4(dtype, device=device) if config.model.quantization else None
-    model = load_model(
-        name, dtype=getattr(torch, config.model.weights), quantization=quantization
-    )
+    model = load_model(name, dtype=getattr(torch, config.model.weights), quantization=quantization)
     if lora is not None:
         add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
         if adapter is not None:
@@ -483,10 +497,11 @@ def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) ->
     return Policy(
         model,
         device=device,
-        compute_dtype=getattr(torch, compute_dtype(config, device)),
+        compute_dtype=getattr(torch, config.model.compute_dtype(device)),
         gradient_checkpointing=config.model.gradient_checkpointing,
+        offload_activations=config.model.offload_activations,
         temperature=config.rollout.temperature,
-        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        max_tokens_per_microbatch=config.microbatch_tokens,
     )
 
 

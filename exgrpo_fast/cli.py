@@ -25,6 +25,7 @@ from exgrpo_fast.config import (
     keys_by_last_word,
     load_config,
     recipe_names,
+    require,
 )
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.metrics import clean_line
@@ -72,11 +73,11 @@ def train(arguments: argparse.Namespace) -> int:
         print(dump_yaml(config), end="")
         print(derived_numbers(config))
         if config.replay.enabled:
-            from exgrpo_fast.memory import store_note, store_plan
+            from exgrpo_fast.memory.store import store_note, store_plan
 
             device = arguments.device or "the training device"
             print(f"# {store_note(store_plan(config, num_questions=0), device)}")
-        return 0
+        return show_plan(config, arguments.device, arguments.device_memory_gib, prefix="# ")
     from exgrpo_fast.session import train_session
 
     out = Path(arguments.out or default_out(arguments.config))
@@ -88,6 +89,21 @@ def train(arguments: argparse.Namespace) -> int:
         stop_after=arguments.stop_after,
         deterministic=arguments.deterministic,
     )
+
+
+def show_plan(config: Config, device: str | None, gib: float | None, *, prefix: str = "") -> int:
+    """The memory plan; ConfigError where the run does not fit. The quickstart's model is not there
+    before it is trained, and fits everywhere."""
+    if config.model.name == "quickstart":
+        return 0
+    from exgrpo_fast.planning import plan_run
+
+    name = require(config.model.name, "model.name", "a local folder or a hub name")
+    planned = plan_run(config, name, device=device, memory_gib=gib)
+    print("".join(f"{prefix}{line}".rstrip() + "\n" for line in planned.text.splitlines()), end="")
+    if planned.refusal is not None:
+        raise ConfigError(planned.refusal)
+    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -172,8 +188,11 @@ def init(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.doctor import collect, render
 
+    config = load_config(arguments.config) if arguments.config else None
     report = collect()
     print(json.dumps(report, indent=2) if arguments.json else render(report))
+    if config is not None:
+        return show_plan(config, None, arguments.device_memory_gib)
     return 0
 
 
@@ -308,7 +327,10 @@ def parser() -> Parser:
     c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
     c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
     c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
-    c.add_argument("--dry-run", action="store_true", help="show the resolved config and exit")
+    c.add_argument(
+        "--dry-run", action="store_true", help="show the resolved config and memory plan, and exit"
+    )
+    add_memory(c)
     c.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     c.epilog = "config keys: " + " ".join(all_keys())
 
@@ -336,6 +358,8 @@ def parser() -> Parser:
 
     c = command("doctor", doctor, "what is installed, what works, what is missing for what")
     c.add_argument("--json", action="store_true")
+    c.add_argument("--config", help="show the memory plan of this config or recipe as well")
+    add_memory(c)
 
     c = command("score", score, "rows {gold, completion} -> {reward, reason, ms}")
     c.add_argument("--in", dest="input", required=True)
@@ -407,6 +431,12 @@ def add_buffer(commands: Any) -> None:
     a.add_argument("--out", required=True, help="a new .parquet file")
 
 
+def add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device-memory-gib", type=gibibytes, help="plan for a GPU of this size, not for this one"
+    )
+
+
 def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reward", default="math_verify", help="reward function (math_verify)")
     command.add_argument("--prompt-field", default="problem")
@@ -428,6 +458,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
+
+
+def gibibytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a size in GiB")
+    return size
 
 
 def natural(text: str) -> int:
@@ -533,7 +573,7 @@ def derived_numbers(config: Config) -> str:
     return (
         f"# a step: {rollout.prompts_per_step} questions x {rollout.group_size} = {sequences} "
         f"responses of at most {rollout.max_completion_tokens} tokens, {train.minibatches} "
-        f"updates of {per_update} responses, packs of {train.max_tokens_per_microbatch} tokens"
+        f"updates of {per_update} responses, packs of {config.microbatch_tokens} tokens"
     )
 
 

@@ -35,6 +35,10 @@ Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
+# Packed tokens that keep a GPU busy; more cost memory and win little.
+PREFERRED_TOKENS = 16384
+
+
 class ConfigError(UserError):
     """A user's mistake in a config, as one line that names the key."""
 
@@ -98,6 +102,16 @@ class ModelConfig(Section):
     )
     lora: LoraConfig | None = Field(default=None, description="null = all weights are trained")
     gradient_checkpointing: bool = True
+    offload_activations: bool = Field(
+        default=False, description="checkpointed activations wait in host memory"
+    )
+
+    def compute_dtype(self, device: str) -> Literal["float32", "bfloat16"]:
+        """`dtype` with `auto` resolved."""
+        if self.dtype == "auto":
+            low = device == "cuda" or self.weights == "bfloat16"
+            return "bfloat16" if low else "float32"
+        return self.dtype
 
     @model_validator(mode="after")
     def _weights_can_be_trained(self) -> ModelConfig:
@@ -105,6 +119,8 @@ class ModelConfig(Section):
             raise ValueError("model.quantization freezes the weights: set model.lora as well")
         if self.weights == "bfloat16" and self.dtype == "float32":
             raise ValueError("model.dtype float32 cannot come from model.weights bfloat16")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("model.offload_activations needs model.gradient_checkpointing")
         return self
 
 
@@ -417,8 +433,11 @@ class TrainConfig(Section):
         default=500.0, description="a larger norm skips the update"
     )
     minibatches: Positive = Field(default=1, description="optimiser updates per step")
-    max_tokens_per_microbatch: Positive = Field(
-        default=16384, description="packed tokens per forward"
+    max_tokens_per_microbatch: Positive | Literal["auto"] = Field(
+        default="auto", description="packed tokens per forward; auto = by the memory plan"
+    )
+    preflight: Literal["auto", "always", "never"] = Field(
+        default="auto", description="rehearse the largest step first; auto = on CUDA"
     )
     sparsity: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "off"] = Field(
         default="auto", description="logit-gradient tiles below this share are not multiplied"
@@ -532,17 +551,30 @@ class Config(Section):
             )
         if max(self.eval.k) > self.eval.n:
             raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
-        prompt, name = self.data.max_prompt_tokens, "data.max_prompt_tokens"
-        if self.hindsight.enabled and self.hindsight.max_prompt_tokens > prompt:
-            prompt, name = self.hindsight.max_prompt_tokens, "hindsight.max_prompt_tokens"
-        if self.train.max_tokens_per_microbatch < prompt + limit:
+        name = "data" if self.longest_prompt == self.data.max_prompt_tokens else "hindsight"
+        tokens = self.train.max_tokens_per_microbatch
+        if tokens != "auto" and tokens < self.longest_sequence:
             raise ValueError(
-                f"train.max_tokens_per_microbatch ({self.train.max_tokens_per_microbatch}) is "
-                f"below the longest sequence, {name} + "
-                f"rollout.max_completion_tokens = {prompt + limit}"
+                f"train.max_tokens_per_microbatch ({tokens}) is below the longest sequence, "
+                f"{name}.max_prompt_tokens + rollout.max_completion_tokens = "
+                f"{self.longest_sequence}"
             )
         return self
 
+    @property
+    def longest_prompt(self) -> int:
+        own = self.data.max_prompt_tokens
+        return max(own, self.hindsight.max_prompt_tokens) if self.hindsight.enabled else own
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.longest_prompt + self.rollout.max_completion_tokens
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """`train.max_tokens_per_microbatch`; what `auto` is where no memory plan is made."""
+        tokens = self.train.max_tokens_per_microbatch
+        return max(PREFERRED_TOKENS, self.longest_sequence) if tokens == "auto" else tokens
 
     @property
     def trains_bfloat16(self) -> bool:
@@ -718,6 +750,7 @@ _UNION_TAGS = {
     "float",
     "constrained-float",
     "literal['auto','off']",
+    "literal['auto']",
 }  # pydantic names the union member it tried
 
 

@@ -159,6 +159,18 @@ class Learner:
         if outcome.skipped:
             report.skipped[outcome.skipped] += 1
 
+    def rehearse(self, groups: Sequence[Group], objective: PolicyObjective) -> None:
+        """The passes of one update and nothing of its effect: gradients are made and dropped."""
+        references = None
+        if objective.kl_coef and self.reference is not None:
+            trajectories = [t for group in groups for t in group.trajectories]
+            scored = self.reference.logprobs(trajectories)
+            references = {id(t): r for t, r in zip(trajectories, scored, strict=True)}
+        rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
+        for loss, _, _ in self._micro_batches(rows, objective, references, []):
+            loss.backward()
+        self.optimiser.discard()
+
     def rows(self, groups: Sequence[Group]) -> list[Row]:
         """Advantages and weights of all trajectories of one update batch."""
         trajectories = [t for group in groups for t in group.trajectories]

@@ -79,6 +79,7 @@ class Scores(NamedTuple):
 class Policy:
     """A causal language model, its head taken apart from its body.
 
+    `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     """
 
@@ -89,12 +90,14 @@ class Policy:
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        offload_activations: bool = False,
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.compute_dtype = compute_dtype
+        self.offload_activations = offload_activations
         self.temperature = temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         _check_supported(model)
@@ -115,7 +118,7 @@ class Policy:
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
-        with self.autocast():
+        with self.autocast(), self._offloading():
             output = self.model.base_model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
@@ -170,6 +173,11 @@ class Policy:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
+
+    def _offloading(self) -> contextlib.AbstractContextManager[Any]:
+        if not (self.offload_activations and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
 
 @contextlib.contextmanager

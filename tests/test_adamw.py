@@ -187,9 +187,7 @@ def test_flashoptims_state_goes_through_ours(tmp_path: Path) -> None:
     from flashoptim import FlashAdamW  # pyright: ignore[reportMissingImports]
 
     def make(parameters: list[nn.Parameter]) -> Any:
-        return FlashAdamW(
-            parameters, lr=1e-3, master_weight_bits=None, quantize=False, fused=False
-        )
+        return FlashAdamW(parameters, lr=1e-3, master_weight_bits=None, quantize=False, fused=False)
 
     through, halves = weights(torch.float32), weights(torch.float32)
     whole, early, late = make(through), make(halves), make(halves)

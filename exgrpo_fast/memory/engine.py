@@ -1,46 +1,13 @@
-"""The memory plan: what a run will hold, from its config and the model's shapes. Loads no torch."""
+"""Of vLLM: what it may take of the device beside the trainer. Loads no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from exgrpo_fast.buffer.plan import StorePlan, StoreTooSmall
 from exgrpo_fast.config import Config, ConfigError
 
 BYTES = {"float32": 4, "bfloat16": 2}
-
-
-def store_plan(config: Config, num_questions: int) -> StorePlan:
-    """Of the experience store. ConfigError when the budget does not hold one step's trajectories."""
-    rollout, store = config.rollout, config.replay.store
-    try:
-        return StorePlan.fit(
-            num_questions=num_questions,
-            trajectories_per_step=rollout.prompts_per_step * rollout.group_size,
-            num_steps=config.train.max_steps,
-            max_tokens=rollout.max_completion_tokens,
-            max_bytes=int(store.max_gib * 2**30),
-            host_bytes=int(store.host_gib * 2**30),
-            page_tokens=store.page_tokens,
-            logprob_bytes=BYTES[store.logprob_dtype],
-        )
-    except StoreTooSmall as error:
-        raise ConfigError(f"replay.store.max_gib: {error}") from None
-
-
-def store_note(plan: StorePlan, device: str) -> str:
-    host = f", {plan.num_host_bytes / 2**20:.0f} MiB on the host" if plan.num_host_pages else ""
-    return (
-        f"experience store: {plan.num_trajectories:,} trajectories, {plan.num_pages:,} pages of "
-        f"{plan.page_tokens} tokens, {plan.num_bytes / 2**20:.0f} MiB on {device}{host}"
-    )
-
-
-# --- the rollout engine ---------------------------------------------------------------------------
-
-BYTES_PER_PARAMETER = 16  # of the trainer: weights, gradients and AdamW's moments in float32
-BYTES_BESIDE_UPDATE = 12  # the same without gradients, while responses are generated
 CACHE_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # vLLM's defaults
 CPU_CACHE_BYTES = 1 << 30  # at most, unless the config says more
 RESERVE = 0.1  # share of a GPU that no plan touches: contexts, fragments, activations of scoring
@@ -86,10 +53,12 @@ def engine_plan(
     dtype: str,
     device: str,
     device_bytes: int,
-    shared: bool,
+    trainer_bytes: int = 0,
+    resident_bytes: int = 0,
 ) -> EnginePlan:
-    """`model`: a transformers config; `device_bytes`: of one GPU, or of the machine on a CPU;
-    `shared`: the trainer lives on the same device.
+    """`model`: a transformers config; `device_bytes`: of one GPU. What the trainer takes of the
+    same GPU: `trainer_bytes` at its peak, `resident_bytes` while responses are generated; 0 where
+    it lives elsewhere.
 
     ConfigError where not even one sequence of full length fits.
     """
@@ -105,10 +74,11 @@ def engine_plan(
             sleeps=False,
         )
     usable = int((1 - RESERVE) * device_bytes) - num_parameters * BYTES[dtype]
-    awake = usable - shared * num_parameters * BYTES_PER_PARAMETER
-    asleep = usable - shared * num_parameters * BYTES_BESIDE_UPDATE
-    fits_awake = awake >= wanted or not shared
-    sleeps = shared and {"always": True, "never": False, "auto": not fits_awake}[rollout.sleep]
+    awake, asleep = usable - trainer_bytes, usable - resident_bytes
+    sleeps = (
+        trainer_bytes > 0
+        and {"always": True, "never": False, "auto": awake < wanted}[rollout.sleep]
+    )
     room = asleep if sleeps else awake
     return EnginePlan(
         _kv_bytes(config, min(wanted, room), one_sequence),
