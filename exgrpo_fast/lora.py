@@ -163,7 +163,7 @@ def save_plain(model: PreTrainedModel, path: Path) -> None:
     if not has_adapter(model):
         model.save_pretrained(path)
         return
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):

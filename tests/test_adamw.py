@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ScriptedEngine, make_questions
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ScriptedEngine, make_questions
 from exgrpo_fast.adamw import OptimiserError, flatten, make_adamw, restore
 from exgrpo_fast.build import take_up
 from exgrpo_fast.checkpoint import Checkpoints, load_state

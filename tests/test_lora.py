@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import ScriptedEngine, make_questions
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import ScriptedEngine, make_questions
 from exgrpo_fast.build import adapter_of, take_up
 from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.config import ConfigError, validate
@@ -79,7 +80,7 @@ def test_bfloat16_weights_are_merged_in_float32(tokenizer: PreTrainedTokenizerFa
     model = make_model(tokenizer, seed=0, layers=2, width=64).bfloat16()
     add_adapter(model, rank=4, alpha=8.0)
     disturb(model)
-    layer = model.model.layers[1].mlp.up_proj
+    layer: Any = model.get_submodule("model.layers.1.mlp.up_proj")
     weight = dict(merged_weights(model))["model.layers.1.mlp.up_proj.weight"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     exact = layer.base_layer.weight.double() + 2.0 * (b.double() @ a.double())
@@ -117,7 +118,7 @@ def test_the_seed_alone_draws_the_adapter(tokenizer: PreTrainedTokenizerFast) ->
         before = torch.get_rng_state()
         add_adapter(model, rank=4, alpha=8.0, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
-        return model.model.layers[0].mlp.up_proj.lora_A["default"].weight
+        return model.get_submodule("model.layers.0.mlp.up_proj.lora_A.default").weight  # pyright: ignore
 
     assert torch.equal(drawn(1, 0), drawn(1, 7))
     assert not torch.equal(drawn(1, 0), drawn(2, 0))

@@ -11,7 +11,7 @@ from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.memory.plan import GIB, MemoryPlan, Planner
 
 LOW = {"model.weights": "bfloat16", "train.optimizer": "auto"}
-ADAPTER = {"model.lora.rank": 32, "train.optimizer": "auto"}
+ADAPTER = {"model.lora.rank": 32, "model.weights": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,11 @@ def changes(config: Config) -> Iterator[Change]:
         yield Change(LOW | small, "the same in smaller packs")
         least = {"model.weights": "bfloat16", "train.optimizer": "adamw_8bit"}
         yield Change(least | small, "updates are rounded at random")
-    yield Change(
-        ADAPTER | {"model.weights": "bfloat16"} | small, "an adapter is trained, not the weights"
-    )
-    yield Change(
-        ADAPTER | {"model.quantization": "nf4", "model.weights": "bfloat16"} | small,
-        "an adapter on weights of 4 bits, slower",
-    )
+        yield Change(ADAPTER, "an adapter is trained, not the weights")
+        yield Change(ADAPTER | small, "an adapter is trained, not the weights")
+    quantised = ADAPTER | {"model.quantization": "nf4"}
+    yield Change(quantised, "an adapter on weights of 4 bits, slower")
+    yield Change(quantised | small, "an adapter on weights of 4 bits, slower")
     yield Change(
         {"rollout.max_completion_tokens": config.rollout.max_completion_tokens // 2} | small,
         "shorter responses",

@@ -126,7 +126,7 @@ def _first_layers(model: Any, setting: Setting, layers: int) -> Any:
     config = copy.deepcopy(model)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+        config.layer_types = (config.layer_types * layers)[:layers]
     with torch.device("meta"):
         made: Any = AutoModelForCausalLM.from_config(
             config, attn_implementation=ATTENTION, dtype=setting.weights
