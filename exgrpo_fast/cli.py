@@ -96,10 +96,15 @@ def show_plan(config: Config, device: str | None, gib: float | None, *, prefix: 
     before it is trained, and fits everywhere."""
     if config.model.name == "quickstart":
         return 0
-    from exgrpo_fast.planning import plan_run
+    from exgrpo_fast.planning import NoShapes, plan_run
 
     name = require(config.model.name, "model.name", "a local folder or a hub name")
-    planned = plan_run(config, name, device=device, memory_gib=gib)
+    try:
+        planned = plan_run(config, name, device=device, memory_gib=gib, is_local=True)
+    except NoShapes as error:
+        cause = clean_line(error, max_line=200)
+        print(f"{prefix}no memory plan without the model's config.json here ({cause})")
+        return 0
     print("".join(f"{prefix}{line}".rstrip() + "\n" for line in planned.text.splitlines()), end="")
     if planned.refusal is not None:
         raise ConfigError(planned.refusal)

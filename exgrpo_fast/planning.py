@@ -15,6 +15,10 @@ from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table
 
 
+class NoShapes(ConfigError):
+    """The model's config cannot be read: not there, or not reachable from here."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan as text, and why the run cannot begin, if it cannot."""
@@ -25,16 +29,24 @@ class Planned:
 
 
 def plan_run(
-    config: Config, folder: str, *, device: str | None, memory_gib: float | None = None
+    config: Config,
+    folder: str,
+    *,
+    device: str | None,
+    memory_gib: float | None = None,
+    is_local: bool = False,
 ) -> Planned:
-    """`folder`: of the model, its config.json is enough; `memory_gib`: of a GPU that is not here.
+    """`folder`: of the model, its config.json is enough; `memory_gib`: of a GPU that is not here;
+    `is_local`: nothing is asked of the hub.
 
-    ConfigError where the model's config cannot be read.
+    NoShapes where the model's config cannot be read.
     """
     try:
-        model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=is_local
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name {folder}: {str(error).splitlines()[0]}") from None
+        raise NoShapes(f"model.name {folder}: {str(error).splitlines()[0]}") from None
     planner = Planner(model, machine(config, device, memory_gib))
     made = planner.plan(config)
     text = table(made, was_auto=config.train.max_tokens_per_microbatch == "auto")

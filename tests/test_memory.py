@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from exgrpo_fast.build import run_preflight
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
-from exgrpo_fast.memory.advice import cheapest
+from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
@@ -50,6 +51,19 @@ def seven_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tracer(seven_billion: Path) -> Tracer:
     return Tracer(AutoConfig.from_pretrained(seven_billion), LOW)
+
+
+@pytest.fixture(scope="session")
+def planner_for(seven_billion: Path) -> Callable[[int | None], Planner]:
+    """GiB of the GPU -> planner; the traces do not depend on it and are shared."""
+    first = Planner(AutoConfig.from_pretrained(seven_billion), Machine("cuda", None, "vllm"))
+
+    def make(gib: int | None) -> Planner:
+        made = Planner(first.model, Machine("cuda", gib and gib * GIB, "vllm"))
+        made.tracers = first.tracers
+        return made
+
+    return make
 
 
 def exgrpo(folder: Path, **keys: str) -> Config:
@@ -188,22 +202,25 @@ def test_seven_billion_on_80_gib(seven_billion: Path) -> None:
         assert line in planned.text
 
 
-def test_what_does_not_fit_is_refused_with_what_would(seven_billion: Path) -> None:
-    planned = plan_run(exgrpo(seven_billion), str(seven_billion), device=None, memory_gib=80)
-    assert planned.refusal is not None and "\n" not in planned.refusal
-    assert "128.8 GiB are needed, 72.0 can be planned with; it would with" in planned.refusal
+def test_what_does_not_fit_is_refused_with_what_would(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    planner, config = planner_for(80), exgrpo(seven_billion)
+    line = refusal(planner.plan(config), cheapest(planner, config))
+    assert "\n" not in line
+    assert "128.8 GiB are needed, 72.0 can be planned with; it would with" in line
     for change in (
         "--model.weights bfloat16 --train.optimizer auto",
         "--model.weights bfloat16 --train.optimizer adamw_8bit",
         "--model.lora.rank 32 --model.weights bfloat16",
     ):
-        assert change in planned.refusal
+        assert change in line
 
 
-def test_every_change_that_is_proposed_makes_it_fit(seven_billion: Path) -> None:
-    machine = Machine("cuda", 32 * GIB, "vllm")
-    config = exgrpo(seven_billion)
-    planner = Planner(AutoConfig.from_pretrained(seven_billion), machine)
+def test_every_change_that_is_proposed_makes_it_fit(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    planner, config = planner_for(32), exgrpo(seven_billion)
     found = cheapest(planner, config)
     assert found and all("model.lora.rank" in change.keys for change in found)
     for change in found:
@@ -212,9 +229,10 @@ def test_every_change_that_is_proposed_makes_it_fit(seven_billion: Path) -> None
         assert made.fits and made.totals["update"] == change.update_bytes
 
 
-def test_a_smaller_card_gets_smaller_packs(seven_billion: Path) -> None:
-    machine = Machine("cuda", 74 * GIB, "vllm")
-    planner = Planner(AutoConfig.from_pretrained(seven_billion), machine)
+def test_a_smaller_card_gets_smaller_packs(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    planner = planner_for(74)
     made = planner.plan(exgrpo(seven_billion, model__weights="bfloat16"))
     assert made.fits and made.config.microbatch_tokens == 8192
     with_more = exgrpo(
@@ -223,8 +241,10 @@ def test_a_smaller_card_gets_smaller_packs(seven_billion: Path) -> None:
     assert not planner.plan(with_more).fits
 
 
-def test_a_kl_term_costs_a_copy_and_an_adapter_saves_it(seven_billion: Path) -> None:
-    planner = Planner(AutoConfig.from_pretrained(seven_billion), Machine("cuda", None, "vllm"))
+def test_a_kl_term_costs_a_copy_and_an_adapter_saves_it(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    planner = planner_for(None)
     keys = {"model__weights": "bfloat16", "algorithm__kl__coef": "0.1"}
     whole = planner.plan(exgrpo(seven_billion, **keys)).states
     adapter = planner.plan(exgrpo(seven_billion, **keys, model__lora__rank="32")).states
