@@ -146,7 +146,9 @@ def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:
         completion_tokens=config.rollout.max_completion_tokens,
         state_bytes=plan.states.optimiser,
     )
-    return rehearsal.note(max(plan.totals["update"], plan.totals["scoring"]))
+    if trainer.learner.policy.device.type != "cuda":
+        return rehearsal.note()  # of the whole process: not what the plan speaks of
+    return rehearsal.note(plan.states_and_passes)
 
 
 def take_up(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -61,6 +61,13 @@ class MemoryPlan:
         return max(self.totals.values())
 
     @property
+    def states_and_passes(self) -> float:
+        """The trainer's own peak, vLLM apart: what torch's allocator sees in a rehearsal."""
+        own = (row for name, row in self.rows.items() if not name.startswith("vLLM"))
+        phases = [(row.get("scoring", 0.0), row.get("update", 0.0)) for row in own]
+        return max(map(sum, zip(*phases, strict=True)))
+
+    @property
     def fits(self) -> bool:
         usable = self.machine.usable
         return self.engine_error is None and (usable is None or self.peak <= usable)
