@@ -28,7 +28,7 @@ from exgrpo_fast.buffer.inspect import (
 )
 from exgrpo_fast.buffer.pool import export_pool
 from exgrpo_fast.buffer.snapshot import FORMAT
-from exgrpo_fast.checkpoint import MANIFEST, Checkpoints, load_state, verify, write_checkpoint
+from exgrpo_fast.checkpoint import find_checkpoint, load_state, write_checkpoint
 from exgrpo_fast.config import load_config
 from exgrpo_fast.data import CheckedRow, check_data
 from exgrpo_fast.errors import UserError
@@ -118,7 +118,7 @@ class SavedStore:
 
 def open_store(path: Path) -> SavedStore:
     """UserError where there is no whole checkpoint, or none with experience that can be read."""
-    checkpoint = find_checkpoint(path)
+    checkpoint = newest_checkpoint(path)
     state = load_state(checkpoint, only=("num_steps", "replay"))
     if not state["replay"]:
         raise UserError(f"{checkpoint}: keeps no experience, its run had no replay")
@@ -131,20 +131,10 @@ def open_store(path: Path) -> SavedStore:
     return SavedStore(checkpoint, state["num_steps"], snapshot)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The newest one of a run that verifies, or `path` itself; UserError else."""
-    folder = path / "checkpoints"
-    if not folder.is_dir():
-        if not (path / MANIFEST).exists():
-            raise UserError(f"{path}: neither a run folder nor a checkpoint")
-        verify(path)
-        return path
-    newest = Checkpoints(folder).newest_valid(
-        lambda why: print(f"checkpoint passed over: {clean_line(why)}", file=sys.stderr)
+def newest_checkpoint(path: Path) -> Path:
+    return find_checkpoint(
+        path, lambda why: print(f"checkpoint passed over: {clean_line(why)}", file=sys.stderr)
     )
-    if newest is None:
-        raise UserError(f"{folder}: no checkpoint that verifies")
-    return newest
 
 
 def training_row(checkpoint: Path, question_id: str) -> CheckedRow | None:

@@ -39,7 +39,6 @@ from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
 from exgrpo_fast.engines import (
     PreparedEngine,
-    compute_dtype,
     end_of_sequence_ids,
     mismatch_rule,
     prepare_engine,
@@ -48,7 +47,9 @@ from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
-from exgrpo_fast.memory import store_note, store_plan
+from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
+from exgrpo_fast.memory.plan import MemoryPlan
+from exgrpo_fast.memory.store import store_note, store_plan
 from exgrpo_fast.metrics import (
     CompletionLog,
     FanOut,
@@ -59,9 +60,12 @@ from exgrpo_fast.metrics import (
 )
 from exgrpo_fast.model_folder import HuggingFaceFolder
 from exgrpo_fast.optim import Optimiser, linear_warmup
+from exgrpo_fast.planning import fitted, wants_preflight
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.preflight import rehearse
+from exgrpo_fast.quantization import nf4
 from exgrpo_fast.random_state import seed_everything
-from exgrpo_fast.reference import Reference
+from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.resampling.compatibility import (
     fingerprint,
     read_vocabulary,
@@ -115,6 +119,7 @@ def open_run(
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
+        config, plan = fitted(config, start, device=device, note=screen.note)
         model_path = str(resume_from / "hf") if resume_from else start
         prepared = prepare_engine(
             config,
@@ -125,7 +130,10 @@ def open_run(
             log_folder=folder.path,
             note=screen.note,
         )
-        policy = make_policy(config, model_path, device=device)
+        adapter = adapter_of(config, resume_from)
+        policy = make_policy(
+            config, start if adapter else model_path, device=device, adapter=adapter
+        )
         refuse_broken_weights(policy, model_path)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
         forget_after(state["num_steps"], folder, screen)
@@ -140,7 +148,7 @@ def open_run(
         trainer = make_trainer(
             config,
             policy=policy,
-            reference=make_reference(config, start, device=device),
+            reference=make_reference(config, start, policy, device=device),
             engine=engine,
             rewards=rewards,
             train=train,
@@ -151,10 +159,12 @@ def open_run(
             sink=sink,
             prepared=prepared,
         )
-        engine.sync(state["num_steps"])
         if resume_from:
             take_up(trainer, state)
             trainer.writer.committed = state["num_steps"]
+        if plan is not None and wants_preflight(config, device):
+            screen.note(run_preflight(config, trainer, plan))
+        engine.sync(state["num_steps"])
         if isinstance(trainer.replay, ReplaySource):
             screen.note(store_note(trainer.replay.store.plan, device))
         yield Run(trainer, policy, tokenizer)
@@ -173,8 +183,22 @@ def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
 def refuse_broken_weights(policy: Policy, path: str) -> None:
     """NumericalStop: nothing can be sampled from weights that are not finite."""
     for name, parameter in policy.model.named_parameters():
-        if not parameter.isfinite().all():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
             raise NumericalStop(f"{path}: {name} holds a value that is not finite")
+
+
+def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:
+    """The largest step a run can bring, once; DoesNotFit where the device is too small."""
+    rehearsal = rehearse(
+        trainer.learner,
+        trainer.objective,
+        prompt_tokens=config.longest_prompt,
+        completion_tokens=config.rollout.max_completion_tokens,
+        state_bytes=plan.states.optimiser,
+    )
+    if trainer.learner.policy.device.type != "cuda":
+        return rehearsal.note()  # of the whole process: not what the plan speaks of
+    return rehearsal.note(plan.states_and_passes)
 
 
 def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -465,6 +489,7 @@ def make_optimiser(config: Config, policy: Policy) -> Optimiser:
     return Optimiser(
         policy.trainable_parameters,
         lr=train.lr,
+        kind=config.optimizer,
         weight_decay=train.weight_decay,
         betas=train.betas,
         schedule=linear_warmup(train.warmup_steps),
@@ -591,27 +616,44 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
     return fingerprint(tokenizer.get_vocab())
 
 
-def make_policy(config: Config, name: str, *, device: str) -> Policy:
+def make_policy(config: Config, name: str, *, device: str, adapter: Path | None = None) -> Policy:
+    """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
+    lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
+    quantization = nf4(dtype, device=device) if config.model.quantization else None
+    model = load_model(name, dtype=getattr(torch, config.model.weights), quantization=quantization)
+    if lora is not None:
+        add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
+        if adapter is not None:
+            load_adapter(model, adapter)
+    return wrap(config, model, device=device)
+
+
+def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) -> Policy:
     return Policy(
-        load_model(name),
+        model,
         device=device,
-        compute_dtype=getattr(torch, compute_dtype(config, device)),
+        compute_dtype=getattr(torch, config.model.compute_dtype(device)),
         gradient_checkpointing=config.model.gradient_checkpointing,
+        offload_activations=config.model.offload_activations,
         temperature=config.rollout.temperature,
-        max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        max_tokens_per_microbatch=config.microbatch_tokens,
     )
 
 
-def make_reference(config: Config, name: str, *, device: str) -> Reference | None:
-    """The frozen policies, loaded only when a KL term needs them."""
+def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
+    """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
     kl = config.algorithm.kl
     if kl.coef == 0.0:
         return None
-    base = make_policy(config, name, device=device)
-    previous = make_policy(config, name, device=device) if kl.previous_share else None
+
+    def frozen() -> Policy:
+        model = load_model(name, dtype=getattr(torch, config.model.weights))
+        return wrap(config, model, device=device)
+
+    keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(
-        base,
-        previous,
+        AdapterOff(policy) if keeps_base else frozen(),
+        frozen() if kl.previous_share else None,
         previous_share=kl.previous_share,
         rebase_at_step=kl.rebase_at_step,
     )
@@ -624,6 +666,16 @@ def journalled(
     return JournalledEngine(
         engine, folder.rollouts, identity=config_digest(config), version=num_steps
     )
+
+
+def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
+    """Where the adapter to go on with lies. ConfigError where run and checkpoint differ in kind."""
+    if checkpoint is None:
+        return None
+    adapter = checkpoint / "adapter"
+    if adapter.exists() and config.model.lora is None:
+        raise ConfigError(f"--resume: {checkpoint} holds an adapter, and model.lora is not set")
+    return adapter if config.model.lora else None
 
 
 # --- surroundings ---------------------------------------------------------------------------------

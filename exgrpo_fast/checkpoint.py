@@ -2,6 +2,7 @@
 
     step_12/MANIFEST.json   sizes and xxh3-128 of every file, and where they come from; written last
     step_12/hf/             model.safetensors, config.json, tokenizer: loads anywhere
+    step_12/adapter/        with model.lora: the adapter in peft's format; hf/ has it merged
     step_12/state/          trainer.json + tensors.safetensors: optimiser, replay, cursors
 
 Nothing is pickled. A folder counts as a checkpoint only when its manifest verifies.
@@ -167,6 +168,20 @@ def load_state(path: Path, *, only: Collection[str] = ()) -> dict[str, Any]:
     with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
         wanted = [name for name in file.keys() if name.split(".")[1] in plain]
         return merge_tensors(plain, {name: file.get_tensor(name) for name in wanted})
+
+
+def find_checkpoint(path: Path, on_bad: Callable[[str], None]) -> Path:
+    """`path` itself, or of a run folder the newest that verifies; CheckpointError else."""
+    folder = path / "checkpoints"
+    if not folder.is_dir():
+        if not (path / MANIFEST).exists():
+            raise CheckpointError(f"{path}: neither a run folder nor a checkpoint")
+        verify(path)
+        return path
+    newest = Checkpoints(folder).newest_valid(on_bad)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no checkpoint that verifies")
+    return newest
 
 
 # --- integrity ------------------------------------------------------------------------------------

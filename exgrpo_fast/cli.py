@@ -28,6 +28,7 @@ from exgrpo_fast.config import (
     load_config,
     recipe_names,
     refuse_other_config,
+    require,
 )
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.heartbeat import Supervised
@@ -78,11 +79,11 @@ def train(arguments: argparse.Namespace) -> int:
         print(dump_yaml(config), end="")
         print(derived_numbers(config))
         if config.replay.enabled:
-            from exgrpo_fast.memory import store_note, store_plan
+            from exgrpo_fast.memory.store import store_note, store_plan
 
             device = arguments.device or "the training device"
             print(f"# {store_note(store_plan(config, num_questions=0), device)}")
-        return 0
+        return show_plan(config, arguments.device, arguments.device_memory_gib, prefix="# ")
     out = Path(arguments.out or default_out(arguments.config))
     told: Supervised | None = arguments.supervised
     heartbeat = told.take_over() if told else None
@@ -122,6 +123,26 @@ def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
         return words
 
     return Supervisor(command, folder, deadline=arguments.deadline or DEADLINE_SECONDS).run()
+
+
+def show_plan(config: Config, device: str | None, gib: float | None, *, prefix: str = "") -> int:
+    """The memory plan; ConfigError where the run does not fit. The quickstart's model is not there
+    before it is trained, and fits everywhere."""
+    if config.model.name == "quickstart":
+        return 0
+    from exgrpo_fast.planning import NoShapes, plan_run
+
+    name = require(config.model.name, "model.name", "a local folder or a hub name")
+    try:
+        planned = plan_run(config, name, device=device, memory_gib=gib, is_local=True)
+    except NoShapes as error:
+        cause = clean_line(error, max_line=200)
+        print(f"{prefix}no memory plan without the model's config.json here ({cause})")
+        return 0
+    print("".join(f"{prefix}{line}".rstrip() + "\n" for line in planned.text.splitlines()), end="")
+    if planned.refusal is not None:
+        raise ConfigError(planned.refusal)
+    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -208,10 +229,13 @@ def init(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.doctor import collect, render
 
+    config = load_config(arguments.config) if arguments.config else None
     if arguments.model:
         require_file(arguments.model, "--model")
     report = collect(model=Path(arguments.model) if arguments.model else None)
     print(json.dumps(report, indent=2) if arguments.json else render(report))
+    if config is not None:
+        return show_plan(config, None, arguments.device_memory_gib)
     return 0
 
 
@@ -224,6 +248,18 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
         print(f"bad: {error}")
         return 1
     print(f"ok: {arguments.folder}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    require_file(arguments.checkpoint, "--checkpoint")
+    from exgrpo_fast.checkpoint import find_checkpoint
+    from exgrpo_fast.export import export_checkpoint
+
+    checkpoint = find_checkpoint(
+        Path(arguments.checkpoint), lambda why: print(f"passed over: {why}", file=sys.stderr)
+    )
+    print(export_checkpoint(checkpoint, arguments.to, Path(arguments.out)))
     return 0
 
 
@@ -334,7 +370,10 @@ def parser() -> Parser:
     c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
     c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
     c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
-    c.add_argument("--dry-run", action="store_true", help="show the resolved config and exit")
+    c.add_argument(
+        "--dry-run", action="store_true", help="show the resolved config and memory plan, and exit"
+    )
+    add_memory(c)
     c.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     c.add_argument(
         "--no-supervise",
@@ -376,6 +415,8 @@ def parser() -> Parser:
     c = command("doctor", doctor, "what is installed, what works, what is missing for what")
     c.add_argument("--model", help="a folder that vLLM is to run")
     c.add_argument("--json", action="store_true")
+    c.add_argument("--config", help="show the memory plan of this config or recipe as well")
+    add_memory(c)
 
     c = command("score", score, "rows {gold, completion} -> {reward, reason, ms}")
     c.add_argument("--in", dest="input", required=True)
@@ -396,6 +437,16 @@ def parser() -> Parser:
 
     c = command("verify-checkpoint", verify_checkpoint, "exit 0 if whole, else 1 and the bad file")
     c.add_argument("folder")
+
+    c = command("export", export, "a model out of a checkpoint, as other tools read it")
+    c.add_argument("out", help="a new folder")
+    c.add_argument("--checkpoint", required=True, help="a checkpoint, or a run folder (its newest)")
+    c.add_argument(
+        "--to",
+        choices=("hf", "merged", "adapter"),
+        default="hf",
+        help="hf, merged: a Hugging Face folder, any adapter merged; adapter: peft's own format",
+    )
 
     add_buffer(commands)
     return top
@@ -437,6 +488,12 @@ def add_buffer(commands: Any) -> None:
     a.add_argument("--out", required=True, help="a new .parquet file")
 
 
+def add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device-memory-gib", type=gibibytes, help="plan for a GPU of this size, not for this one"
+    )
+
+
 def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reward", default="math_verify", help="reward function (math_verify)")
     command.add_argument("--prompt-field", default="problem")
@@ -476,6 +533,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)
+
+
+def gibibytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a size in GiB")
+    return size
 
 
 def natural(text: str) -> int:
@@ -583,7 +650,7 @@ def derived_numbers(config: Config) -> str:
     return (
         f"# a step: {rollout.prompts_per_step} questions x {rollout.group_size} = {sequences} "
         f"responses of at most {rollout.max_completion_tokens} tokens, {train.minibatches} "
-        f"updates of {per_update} responses, packs of {train.max_tokens_per_microbatch} tokens"
+        f"updates of {per_update} responses, packs of {config.microbatch_tokens} tokens"
     )
 
 

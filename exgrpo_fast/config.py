@@ -35,6 +35,10 @@ Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
+# Packed tokens that keep a GPU busy; more cost memory and win little.
+PREFERRED_TOKENS = 16384
+
+
 class ConfigError(UserError):
     """A user's mistake in a config, as one line that names the key."""
 
@@ -60,15 +64,64 @@ class Section(BaseModel):
         return value
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, in the words of peft."""
+
+    rank: Positive = 32
+    alpha: PositiveFloat = Field(default=64.0, description="the update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: list[str] = Field(
+        default=["all-linear"],
+        min_length=1,
+        description="names of linear layers, such as q_proj; all-linear = all but the head",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _never_the_head(cls, targets: list[str]) -> list[str]:
+        if "lm_head" in targets:
+            raise ValueError("the fused loss reads the language-model head directly; leave it out")
+        if "all-linear" in targets and len(targets) > 1:
+            raise ValueError("all-linear already names every layer; give it alone")
+        return targets
+
+
 class ModelConfig(Section):
     name: str | None = Field(
         default=None, description="a local folder, a hub name, or 'quickstart'"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="compute dtype: bfloat16 on CUDA, float32 elsewhere; weights stay fp32",
+        description="compute dtype: bfloat16 on CUDA, float32 elsewhere",
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype they are kept in: docs/memory.md"
+    )
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="of the frozen weights under model.lora (QLoRA), CUDA only"
+    )
+    lora: LoraConfig | None = Field(default=None, description="null = all weights are trained")
     gradient_checkpointing: bool = True
+    offload_activations: bool = Field(
+        default=False, description="checkpointed activations wait in host memory"
+    )
+
+    def compute_dtype(self, device: str) -> Literal["float32", "bfloat16"]:
+        """`dtype` with `auto` resolved."""
+        if self.dtype == "auto":
+            low = device == "cuda" or self.weights == "bfloat16"
+            return "bfloat16" if low else "float32"
+        return self.dtype
+
+    @model_validator(mode="after")
+    def _weights_can_be_trained(self) -> ModelConfig:
+        if self.quantization and self.lora is None:
+            raise ValueError("model.quantization freezes the weights: set model.lora as well")
+        if self.weights == "bfloat16" and self.dtype == "float32":
+            raise ValueError("model.dtype float32 cannot come from model.weights bfloat16")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("model.offload_activations needs model.gradient_checkpointing")
+        return self
 
 
 class GymTask(Section):
@@ -408,6 +461,10 @@ class PriorResamplingConfig(Section):
 class TrainConfig(Section):
     max_steps: Positive = 200
     lr: PositiveFloat = 1e-6
+    optimizer: Literal["auto", "adamw", "flash_adamw", "adamw_8bit"] = Field(
+        default="auto",
+        description="auto = adamw; flash_adamw where model.weights is bfloat16: docs/memory.md",
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     warmup_steps: NonNegative = 0
@@ -416,8 +473,11 @@ class TrainConfig(Section):
         default=500.0, description="a larger norm skips the update"
     )
     minibatches: Positive = Field(default=1, description="optimiser updates per step")
-    max_tokens_per_microbatch: Positive = Field(
-        default=16384, description="packed tokens per forward"
+    max_tokens_per_microbatch: Positive | Literal["auto"] = Field(
+        default="auto", description="packed tokens per forward; auto = by the memory plan"
+    )
+    preflight: Literal["auto", "always", "never"] = Field(
+        default="auto", description="rehearse the largest step first; auto = on CUDA"
     )
     sparsity: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "off"] = Field(
         default="auto", description="logit-gradient tiles below this share are not multiplied"
@@ -492,6 +552,7 @@ class Config(Section):
                 f"rollout.prompts_per_step ({steps}) cannot be split into train.minibatches "
                 f"({updates}) equal parts; try {_nearest_divisor(steps, updates)}"
             )
+        self._optimizer_fits_weights()
         if self.rollout.group_size < 2 and self.algorithm.advantage != "dr_grpo":
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: algorithm.advantage "
@@ -537,14 +598,13 @@ class Config(Section):
             )
         if max(self.eval.k) > self.eval.n:
             raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
-        prompt, name = self.data.max_prompt_tokens, "data.max_prompt_tokens"
-        if self.hindsight.enabled and self.hindsight.max_prompt_tokens > prompt:
-            prompt, name = self.hindsight.max_prompt_tokens, "hindsight.max_prompt_tokens"
-        if self.train.max_tokens_per_microbatch < prompt + limit:
+        name = "data" if self.longest_prompt == self.data.max_prompt_tokens else "hindsight"
+        tokens = self.train.max_tokens_per_microbatch
+        if tokens != "auto" and tokens < self.longest_sequence:
             raise ValueError(
-                f"train.max_tokens_per_microbatch ({self.train.max_tokens_per_microbatch}) is "
-                f"below the longest sequence, {name} + "
-                f"rollout.max_completion_tokens = {prompt + limit}"
+                f"train.max_tokens_per_microbatch ({tokens}) is below the longest sequence, "
+                f"{name}.max_prompt_tokens + rollout.max_completion_tokens = "
+                f"{self.longest_sequence}"
             )
         return self
 
@@ -569,6 +629,43 @@ class Config(Section):
             raise ValueError(
                 "prior_resampling.annealing linear needs prior_resampling.stop_after_steps"
             )
+
+    @property
+    def longest_prompt(self) -> int:
+        own = self.data.max_prompt_tokens
+        return max(own, self.hindsight.max_prompt_tokens) if self.hindsight.enabled else own
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.longest_prompt + self.rollout.max_completion_tokens
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """`train.max_tokens_per_microbatch`; what `auto` is where no memory plan is made."""
+        tokens = self.train.max_tokens_per_microbatch
+        return max(PREFERRED_TOKENS, self.longest_sequence) if tokens == "auto" else tokens
+
+    @property
+    def trains_bfloat16(self) -> bool:
+        """The weights that are trained, not those under an adapter, are kept in bfloat16."""
+        return self.model.weights == "bfloat16" and self.model.lora is None
+
+    @property
+    def optimizer(self) -> Literal["adamw", "flash_adamw", "adamw_8bit"]:
+        """`train.optimizer` with `auto` resolved."""
+        if self.train.optimizer == "auto":
+            return "flash_adamw" if self.trains_bfloat16 else "adamw"
+        return self.train.optimizer
+
+    def _optimizer_fits_weights(self) -> None:
+        if self.trains_bfloat16 and self.optimizer == "adamw":
+            raise ValueError(
+                "train.optimizer adamw with model.weights bfloat16: at the learning rates of RL "
+                "an update is smaller than a step of that dtype (at 1e-6 about 2 % of the weights "
+                "would move); flash_adamw keeps the lost bits, adamw_8bit rounds at random"
+            )
+        if self.optimizer == "flash_adamw" and not self.trains_bfloat16:
+            raise ValueError("train.optimizer flash_adamw is for model.weights bfloat16")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
@@ -760,6 +857,7 @@ _UNION_TAGS = {
     "float",
     "constrained-float",
     "literal['auto','off']",
+    "literal['auto']",
 }  # pydantic names the union member it tried
 
 

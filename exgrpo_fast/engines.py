@@ -19,7 +19,8 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from exgrpo_fast.config import Config, ConfigError
-from exgrpo_fast.memory import EnginePlan, engine_plan
+from exgrpo_fast.memory.engine import EnginePlan, engine_plan
+from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.mismatch import MismatchRule
 from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.resampling.triggers import Trigger
@@ -63,12 +64,6 @@ def engine_kind(config: Config, device: str) -> str:
     return kind
 
 
-def compute_dtype(config: Config, device: str) -> str:
-    if config.model.dtype == "auto":
-        return "bfloat16" if device == "cuda" else "float32"
-    return config.model.dtype
-
-
 def mismatch_rule(config: Config, device: str) -> MismatchRule:
     """The trainer's own weights have no mismatch to correct."""
     if engine_kind(config, device) == "transformers":
@@ -99,14 +94,14 @@ def prepare_engine(
         "folder": folder,
         "eos_token_ids": end_of_sequence_ids(generation_config(folder), tokenizer),
         "device": device,
-        "dtype": compute_dtype(config, device),
+        "dtype": config.model.compute_dtype(device),
         "max_model_len": plan.max_model_len,
         "max_num_seqs": plan.max_num_seqs,
         "kv_cache_bytes": plan.kv_cache_bytes,
         "seed": config.train.seed,
         "can_sleep": plan.sleeps,
     }
-    tolerance = config.rollout.sync_tolerance or TOLERANCE[compute_dtype(config, device)]
+    tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.compute_dtype(device)]
 
     def verified(
         engine: RolloutEngine, policy: Policy, prompt_ids: Sequence[int]
@@ -126,15 +121,21 @@ def prepare_engine(
 
 
 def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> EnginePlan:
+    """`shared`: the trainer lives on the same device."""
     model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    num_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
+    if shared and device == "cuda":
+        made = Planner(model, Machine("cuda", num_bytes, "vllm")).plan(config)
+        if made.engine is None:
+            raise ConfigError(made.engine_error or "rollout.engine: no plan for vLLM")
+        return made.engine
     return engine_plan(
         config,
         model,
         num_parameters=count_parameters(model),
-        dtype=compute_dtype(config, device),
+        dtype=config.model.compute_dtype(device),
         device=device,
-        device_bytes=torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0,
-        shared=shared,
+        device_bytes=num_bytes,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, TokenColumns, Trajectory
-from exgrpo_fast.memory import out_of_memory
+from exgrpo_fast.memory.exhausted import out_of_memory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, Pack, Ragged, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
@@ -233,6 +233,18 @@ class Learner:
             sums.num_tokens += num_tokens
             on_tokens(num_tokens)
         return sums
+
+    def rehearse(self, groups: Sequence[Group], objective: PolicyObjective) -> None:
+        """The passes of one update and nothing of its effect: gradients are made and dropped."""
+        references = None
+        if objective.kl_coef and self.reference is not None:
+            trajectories = [t for group in groups for t in group.trajectories]
+            scored = self.reference.logprobs(trajectories)
+            references = {id(t): r for t, r in zip(trajectories, scored, strict=True)}
+        rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
+        for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
+            loss.backward()
+        self.optimiser.discard()
 
     def rows(self, groups: Sequence[Group]) -> list[Row]:
         """Advantages and weights of all trajectories of one update batch."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
+
+from exgrpo_fast.adamw import Kind, flatten, make_adamw, repeatable, restore, set_learning_rate
 
 Schedule = Callable[[int], float]  # finished updates -> factor on the learning rate
 
@@ -37,7 +38,7 @@ class UpdateOutcome:
 
 
 class Optimiser:
-    """torch's AdamW (matrices decay, vectors do not); the rate of update i is lr x schedule(i).
+    """AdamW (matrices decay, vectors do not); the rate of update i is lr x schedule(i).
 
     `step` clips the gradient to `max_grad_norm`; a non-finite norm, or one above `skip_grad_norm`,
     changes neither weights nor moments.
@@ -48,6 +49,7 @@ class Optimiser:
         parameters: Sequence[nn.Parameter],
         *,
         lr: float,
+        kind: Kind = "adamw",
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
         schedule: Schedule = constant,
@@ -60,15 +62,8 @@ class Optimiser:
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
         self.num_updates = 0
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.ndim >= 2]},
-                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=lr,
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=True,
+        self.adamw = make_adamw(
+            kind, self.parameters, lr=lr, betas=betas, weight_decay=weight_decay
         )
 
     def step(self) -> UpdateOutcome:
@@ -81,9 +76,9 @@ class Optimiser:
         elif norm > self.skip_grad_norm:
             skipped = "update_gradient_too_large"
         else:
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
+            set_learning_rate(self.adamw, lr)
+            with repeatable(self.adamw, self.num_updates):
+                self.adamw.step()
             self.num_updates += 1
         self.adamw.zero_grad(set_to_none=True)
         return UpdateOutcome(norm, lr, skipped)
@@ -95,11 +90,10 @@ class Optimiser:
     def state_dict(self) -> dict[str, Any]:
         return {
             "num_updates": self.num_updates,
-            "moments": {str(i): s for i, s in self.adamw.state_dict()["state"].items()},
+            "moments": flatten(self.adamw.state_dict()["state"]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]
-        groups = self.adamw.state_dict()["param_groups"]
-        moments = {int(i): s for i, s in state["moments"].items()}
-        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+        ordered = [p for group in self.adamw.param_groups for p in group["params"]]
+        restore(self.adamw, state["moments"], ordered)

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.lora import merged_weights
 from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_kernels import linear_logprob
 
@@ -78,7 +79,8 @@ class Scores(NamedTuple):
 class Policy:
     """A causal language model, its head taken apart from its body.
 
-    Parameters stay float32; `compute_dtype` bfloat16 runs the body under autocast.
+    `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
+    `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class Policy:
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        offload_activations: bool = False,
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.compute_dtype = compute_dtype
+        self.offload_activations = offload_activations
         self.temperature = temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         _check_supported(model)
@@ -114,7 +118,7 @@ class Policy:
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
-        with self.autocast():
+        with self.autocast(), self._offloading():
             output = self.model.base_model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
@@ -158,16 +162,22 @@ class Policy:
         return Scores(logprobs, entropies, responses.lengths)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its Hugging Face name, layer after layer; a tied head is named as well.
+        """Every weight by its Hugging Face name, layer after layer, adapters merged in float32.
 
-        An engine that packs its weights would otherwise keep the head it was loaded with.
+        A tied head is named as well: an engine that packs its weights would otherwise keep the
+        head it was loaded with.
         """
-        yield from self.model.state_dict().items()
+        yield from merged_weights(self.model)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
+
+    def _offloading(self) -> contextlib.AbstractContextManager[Any]:
+        if not (self.offload_activations and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
 
 @contextlib.contextmanager
@@ -181,14 +191,23 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """A local folder or hub name -> float32 causal LM from safetensors; no remote code is run."""
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> PreTrainedModel:
+    """A local folder or hub name -> causal LM from safetensors; no remote code is run.
+
+    `quantization`: a transformers quantisation config, such as `nf4`'s.
+    """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({"quantization_config": quantization} if quantization else {}),
         )
     except (OSError, ValueError) as error:
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None

@@ -1,6 +1,7 @@
 """The frozen policies that a KL term holds the trained one to.
 
-    base        the initial policy; from `rebase_at_step` on, the policy of that step
+    base        the initial policy; from `rebase_at_step` on, the policy of that step. Of a policy
+                with adapters it needs no copy: it is the same model with the adapters off
     previous    the policy at the start of the preceding step
 
 With share s of the previous one, the log-probability handed to the loss is
@@ -13,14 +14,27 @@ which the trained policy cancels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exgrpo_fast.experience import Trajectory
+from exgrpo_fast.lora import switched_off
 from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.policy import Policy, Scores
+
+
+@dataclass(frozen=True)
+class AdapterOff:
+    """The model under a policy's adapters: its initial policy."""
+
+    policy: Policy
+
+    def score(self, prompts: Ragged, responses: Ragged) -> Scores:
+        with switched_off(self.policy.model):
+            return self.policy.score(prompts, responses)
 
 
 class Reference:
@@ -28,20 +42,21 @@ class Reference:
 
     def __init__(
         self,
-        base: Policy,
+        base: Policy | AdapterOff,
         previous: Policy | None = None,
         *,
         previous_share: float = 0.0,
         rebase_at_step: int | None = None,
     ) -> None:
-        """`previous` starts as a second copy of the initial policy; needed for a share above 0."""
+        """`previous` starts as a second copy of the initial policy; needed for a share above 0.
+        Policies are copies with plain weights; a base that is replaced cannot be an AdapterOff."""
         assert previous is not None or previous_share == 0.0
         self.base, self.previous = base, previous
         self.previous_share = previous_share
         self.rebase_at_step = rebase_at_step
         self.num_steps = 0
         for policy in (base, previous):
-            if policy is not None:
+            if isinstance(policy, Policy):
                 policy.model.requires_grad_(False)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
@@ -58,12 +73,13 @@ class Reference:
     def follow(self, policy: Policy) -> None:
         """Before the weights of this step change: they are the previous ones of the next."""
         if self.previous is not None:
-            copy_weights(policy.model, self.previous.model)
+            copy_weights(policy, self.previous)
 
     def finish_step(self, policy: Policy) -> None:
         self.num_steps += 1
         if self.num_steps == self.rebase_at_step:
-            copy_weights(policy.model, self.base.model)
+            assert isinstance(self.base, Policy)
+            copy_weights(policy, self.base)
 
     # --- persistence ---
 
@@ -76,18 +92,19 @@ class Reference:
         state: dict[str, Any] = {"num_steps": self.num_steps}
         if self.previous is not None:
             state["previous"] = dict(self.previous.model.named_parameters())
-        if self._is_rebased:
+        if self._is_rebased and isinstance(self.base, Policy):
             state["base"] = dict(self.base.model.named_parameters())
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.num_steps = state["num_steps"]
         for policy, name in ((self.previous, "previous"), (self.base, "base")):
-            if policy is not None and name in state:
+            if isinstance(policy, Policy) and name in state:
                 policy.model.load_state_dict(state[name], strict=False)
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
-        ours.copy_(theirs)
+def copy_weights(source: Policy, target: Policy) -> None:
+    ours = target.model.state_dict()
+    for name, weight in source.named_weights():
+        ours[name].copy_(weight)

@@ -33,7 +33,7 @@ from exgrpo_fast.engines import make_endpoint_engine, prepare_engine
 from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.experience import Question
 from exgrpo_fast.heartbeat import Heartbeat
-from exgrpo_fast.memory import OutOfMemory
+from exgrpo_fast.memory.exhausted import OutOfMemory
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.policy import Tokenizer
 from exgrpo_fast.report import write_report

@@ -140,7 +140,7 @@ def make_test_trainer(
         return make_trainer(
             config,
             policy=policy,
-            reference=make_reference(config, str(model_folder), device="cpu"),
+            reference=make_reference(config, str(model_folder), policy, device="cpu"),
             engine=engine or make_transformers_engine(config, policy, tokenizer),
             rewards=rewards,
             train=questions,

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 import exgrpo_fast.engines as engines
 from exgrpo_fast.config import Config, ConfigError
-from exgrpo_fast.memory import engine_plan, kv_bytes_per_token, max_model_len
+from exgrpo_fast.memory.engine import engine_plan, kv_bytes_per_token, max_model_len
 from exgrpo_fast.mismatch import NO_CORRECTION
 
 # Qwen2.5-7B's shapes
@@ -68,7 +68,8 @@ def plan(config: Config, gib: float, *, shared: bool = True, device: str = "cuda
         dtype="bfloat16",
         device=device,
         device_bytes=int(gib * GIB),
-        shared=shared,
+        trainer_bytes=shared * 16 * 7_600_000_000,
+        resident_bytes=shared * 12 * 7_600_000_000,
     )
 
 

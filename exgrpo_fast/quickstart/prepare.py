@@ -34,7 +34,7 @@ def prepare_quickstart(config: Config, path: Path, screen: Screen, *, device: st
         policy = Policy(
             make_model(tokenizer, seed=seed),
             device=device,
-            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+            max_tokens_per_microbatch=config.microbatch_tokens,
         )
         examples = tokenize_examples(pairs, tokenizer)
     warm_start(

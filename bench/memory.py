@@ -1,0 +1,206 @@
+"""Does the memory plan say what a run holds?
+
+Real updates on random models of a few shapes, every byte as the allocator recorded it
+(torch.profiler), beside the plan, which sees the config alone. `update` is a whole
+`Learner.update`, the call `Trainer.step` makes, optimiser included (adamw_8bit apart, whose step is
+compiled on a GPU alone); `scoring` is a `Policy.score`.
+
+    python bench/memory.py [--out bench/results/cpu/memory.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from exgrpo_fast.advantages import ADVANTAGES
+from exgrpo_fast.learner import Learner
+from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.memory.tracing import Setting, Tracer
+from exgrpo_fast.memory.training import Head, scoring, states, update
+from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.packing import Ragged
+from exgrpo_fast.policy import Policy
+from exgrpo_fast.preflight import worst_groups
+from exgrpo_kernels import PolicyObjective
+
+SHAPES: dict[str, Any] = {
+    "qwen3 0.9M": Qwen3Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=False,
+    ),
+    "qwen2 20M": Qwen2Config(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "llama 80M": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
+LORA = {"rank": 16, "alpha": 32.0}
+# shape, response tokens, weights, compute, checkpointing, adapter
+CASES = [
+    ("qwen3 0.9M", 128, "float32", "float32", True, None),
+    ("qwen3 0.9M", 128, "float32", "float32", False, None),
+    ("qwen2 20M", 256, "float32", "float32", True, None),
+    ("qwen2 20M", 256, "float32", "float32", False, None),
+    ("qwen2 20M", 256, "float32", "bfloat16", True, None),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, None),
+    ("qwen2 20M", 256, "float32", "float32", True, LORA),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, LORA),
+    ("llama 80M", 160, "float32", "float32", True, None),
+    ("llama 80M", 160, "float32", "float32", False, None),
+    ("llama 80M", 160, "bfloat16", "bfloat16", True, None),
+]
+PROMPT, SEQUENCES = 32, 4  # a pack
+
+
+def measure(case: tuple[Any, ...]) -> dict[str, Any]:
+    """Bytes of one case: measured, planned, and the relative error of the plan."""
+    shape, response, weights_name, compute_name, checkpointing, lora = case
+    weights, compute = getattr(torch, weights_name), getattr(torch, compute_name)
+    config = SHAPES[shape]
+    tokens = SEQUENCES * (PROMPT + response - 1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=weights)
+    if lora is not None:
+        add_adapter(model, **lora)
+    policy = Policy(
+        model,
+        compute_dtype=compute,
+        gradient_checkpointing=checkpointing,
+        max_tokens_per_microbatch=tokens,
+    )
+    kind = "adamw_8bit" if weights == torch.bfloat16 and lora is None else "adamw"
+    learner = Learner(
+        policy,
+        Optimiser(policy.trainable_parameters, kind=kind, lr=1e-6),
+        advantage=ADVANTAGES["dr_grpo"],
+        aggregation="constant",
+        max_completion_tokens=response,
+    )
+    groups = worst_groups(
+        SEQUENCES, prompt_tokens=PROMPT, completion_tokens=response, vocabulary=config.vocab_size
+    )
+    trajectories = [t for group in groups for t in group.trajectories]
+    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
+    responses = Ragged.of([t.token_ids for t in trajectories])
+    learner.update(groups, PolicyObjective())  # the optimiser makes its states here
+    # torchao's step, where it is not compiled, makes float32 copies of a weight that a GPU does not
+    step = learner.rehearse if kind == "adamw_8bit" else learner.update
+    found = {
+        "update": peak_bytes(lambda: step(groups, PolicyObjective())),
+        "scoring": peak_bytes(lambda: policy.score(prompts, responses)),
+    }
+
+    setting = Setting(weights, compute, checkpointing, lora)
+    tracer = Tracer(config, setting)
+    head = Head(config.vocab_size, config.hidden_size, is_trained=lora is None)
+    same: dict[str, Any] = {"weights": weights, "compute": compute, "device": "cpu"}
+    held = states(tracer(tokens), weights=weights, optimiser=kind, references=0, is_nf4=False)
+    planned = {
+        "update": held.gradients + update(tracer(tokens), head, tokens=tokens, **same).peak,
+        "scoring": scoring(tracer(2 * tokens), head, tokens=2 * tokens, **same),
+    }
+    resident = sum(p.numel() * p.element_size() for p in model.parameters()) + state_bytes(learner)
+    return {
+        "model": shape,
+        "tokens": tokens,
+        "weights": weights_name,
+        "compute": compute_name,
+        "checkpointing": checkpointing,
+        "lora": lora is not None,
+        "optimizer": kind,
+        "resident_mib": round(resident / 2**20, 3),
+        "resident_planned_mib": round(held.resident / 2**20, 3),
+        **{f"{name}_mib": round(value / 2**20, 3) for name, value in found.items()},
+        **{f"{name}_planned_mib": round(value / 2**20, 3) for name, value in planned.items()},
+        "resident_error": error(held.resident, resident),
+        "update_error": error(planned["update"], found["update"]),
+        "scoring_error": error(planned["scoring"], found["scoring"]),
+        "peak_error": error(held.resident + planned["update"], resident + found["update"]),
+    }
+
+
+def error(planned: float, measured: float) -> float:
+    return round(planned / measured - 1, 4)
+
+
+def state_bytes(learner: Learner) -> int:
+    def size(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(size(inner) for inner in value.values())
+        return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+    return size(learner.optimiser.state_dict()["moments"])
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that `work` had allocated at a time, above what was there."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="bench/results/cpu/memory.json")
+    arguments = parser.parse_args()
+    rows = []
+    for case in CASES:
+        rows.append(measure(case))
+        print(json.dumps(rows[-1]))
+    worst = {
+        name: max(abs(row[name]) for row in rows)
+        for name in ("resident_error", "update_error", "scoring_error", "peak_error")
+    }
+    result = {
+        "date": date.today().isoformat(),
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "worst": worst,
+        "rows": rows,
+    }
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(worst))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Of vLLM: what it may take of the device beside the trainer. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from exgrpo_fast.config import Config, ConfigError
+
+BYTES = {"float32": 4, "bfloat16": 2}
+CACHE_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # vLLM's defaults
+CPU_CACHE_BYTES = 1 << 30  # at most, unless the config says more
+RESERVE = 0.1  # share of a GPU that no plan touches: contexts, fragments, activations of scoring
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What vLLM may take of the device."""
+
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_model_len: int
+    sleeps: bool
+
+    def note(self) -> str:
+        state = "sleeps during the update" if self.sleeps else "stays awake"
+        return (
+            f"vLLM: {self.kv_cache_bytes / 2**30:.2f} GiB of keys and values for "
+            f"{self.max_num_seqs} sequences of up to {self.max_model_len} tokens; {state}"
+        )
+
+
+def max_model_len(config: Config, positions: int) -> int:
+    """Longest prompt + completion that a run can ask for; `positions`: all the model has."""
+    prompt = config.data.max_prompt_tokens
+    if config.hindsight.enabled:
+        prompt = max(prompt, config.hindsight.max_prompt_tokens)
+    return min(prompt + config.rollout.max_completion_tokens, positions)
+
+
+def kv_bytes_per_token(model: Any, *, dtype: str) -> int:
+    """Keys and values of one token in all layers; `model`: a transformers config."""
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return 2 * model.num_hidden_layers * heads * size * BYTES[dtype]
+
+
+def engine_plan(
+    config: Config,
+    model: Any,
+    *,
+    num_parameters: int,
+    dtype: str,
+    device: str,
+    device_bytes: int,
+    trainer_bytes: int = 0,
+    resident_bytes: int = 0,
+) -> EnginePlan:
+    """`model`: a transformers config; `device_bytes`: of one GPU. What the trainer takes of the
+    same GPU: `trainer_bytes` at its peak, `resident_bytes` while responses are generated; 0 where
+    it lives elsewhere.
+
+    ConfigError where not even one sequence of full length fits.
+    """
+    rollout, length = config.rollout, max_model_len(config, model.max_position_embeddings)
+    block = CACHE_BLOCK_TOKENS[device]
+    one_sequence = -(-length // block) * block * kv_bytes_per_token(model, dtype=dtype)
+    wanted = one_sequence * (rollout.max_batch_sequences + 1)
+    if device == "cpu":
+        return EnginePlan(
+            _kv_bytes(config, min(wanted, CPU_CACHE_BYTES), one_sequence),
+            rollout.max_batch_sequences,
+            length,
+            sleeps=False,
+        )
+    usable = int((1 - RESERVE) * device_bytes) - num_parameters * BYTES[dtype]
+    awake, asleep = usable - trainer_bytes, usable - resident_bytes
+    sleeps = (
+        trainer_bytes > 0
+        and {"always": True, "never": False, "auto": awake < wanted}[rollout.sleep]
+    )
+    room = asleep if sleeps else awake
+    return EnginePlan(
+        _kv_bytes(config, min(wanted, room), one_sequence),
+        rollout.max_batch_sequences,
+        length,
+        sleeps=sleeps,
+    )
+
+
+def _kv_bytes(config: Config, planned: int, one_sequence: int) -> int:
+    given = config.rollout.kv_cache_gib
+    planned = planned if given is None else int(given * 2**30)
+    if planned < one_sequence:
+        raise ConfigError(
+            f"rollout.kv_cache_gib: {max(planned, 0) / 2**30:.2f} GiB are left for vLLM's keys and "
+            f"values, and one sequence of full length needs {one_sequence / 2**30:.2f}; lower "
+            f"rollout.max_completion_tokens, or set rollout.sleep to always"
+        )
+    return planned

@@ -1,0 +1,292 @@
+"""All that a run holds, phase by phase, beside the size of the device; what `auto` comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.memory.engine import (
+    RESERVE,
+    EnginePlan,
+    engine_plan,
+    kv_bytes_per_token,
+    max_model_len,
+)
+from exgrpo_fast.memory.store import store_plan
+from exgrpo_fast.memory.tracing import Setting, Tracer
+from exgrpo_fast.memory.training import Head, States, Update, scoring, states, update
+
+GIB = 2**30
+PHASES = ("rollout", "scoring", "update")
+Bytes = dict[str, float]  # by phase
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`num_bytes`: of one GPU; None where it does not matter, as on a CPU. `engine`: of rollouts."""
+
+    device: Literal["cpu", "cuda"]
+    num_bytes: int | None
+    engine: str
+
+    @property
+    def usable(self) -> float | None:
+        return None if self.num_bytes is None else (1 - RESERVE) * self.num_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """`rows`: what is held, by phase. `config`: with the values that `auto` came to."""
+
+    config: Config
+    machine: Machine
+    rows: dict[str, Bytes]
+    states: States
+    update: Update
+    engine: EnginePlan | None  # of vLLM on the same GPU
+    engine_error: str | None  # why there can be none
+    parameters: float
+    trained: float
+    bytes_per_token: float  # of KV
+
+    @property
+    def totals(self) -> Bytes:
+        return {phase: sum(row.get(phase, 0.0) for row in self.rows.values()) for phase in PHASES}
+
+    @property
+    def peak(self) -> float:
+        return max(self.totals.values())
+
+    @property
+    def states_and_passes(self) -> float:
+        """The trainer's own peak, vLLM apart: what torch's allocator sees in a rehearsal."""
+        own = (row for name, row in self.rows.items() if not name.startswith("vLLM"))
+        phases = [(row.get("scoring", 0.0), row.get("update", 0.0)) for row in own]
+        return max(map(sum, zip(*phases, strict=True)))
+
+    @property
+    def fits(self) -> bool:
+        usable = self.machine.usable
+        return self.engine_error is None and (usable is None or self.peak <= usable)
+
+
+class Planner:
+    """Plans for one model, given as its transformers config; passes are traced once."""
+
+    def __init__(self, model: Any, machine: Machine) -> None:
+        self.model, self.machine = model, machine
+        self.tracers: dict[str, Tracer] = {}
+
+    def tracer(self, config: Config) -> Tracer:
+        lora = config.model.lora
+        setting = Setting(
+            weights=getattr(torch, config.model.weights),
+            compute=getattr(torch, config.model.compute_dtype(self.machine.device)),
+            checkpointing=config.model.gradient_checkpointing,
+            lora=lora.model_dump() if lora else None,
+        )
+        return self.tracers.setdefault(repr(setting), Tracer(self.model, setting))
+
+    def plan(self, config: Config) -> MemoryPlan:
+        """The largest pack that fits, where `auto` leaves the choice."""
+        if config.train.max_tokens_per_microbatch != "auto":
+            return self._plan(config, config.train.max_tokens_per_microbatch)
+        made = self._plan(config, config.microbatch_tokens)
+        while not made.fits and (tokens := self._next_smaller(made)):
+            made = self._plan(config, tokens)
+        return made
+
+    def _next_smaller(self, made: MemoryPlan) -> int | None:
+        """Half as many tokens, as long as one sequence of full length goes in."""
+        tokens, least = made.config.microbatch_tokens, made.config.longest_sequence
+        return max(tokens // 2, least) if tokens > least else None
+
+    def _plan(self, config: Config, tokens: int) -> MemoryPlan:
+        device, tracer = self.machine.device, self.tracer(config)
+        weights = getattr(torch, config.model.weights)
+        same: dict[str, Any] = {
+            "weights": weights,
+            "compute": getattr(torch, config.model.compute_dtype(device)),
+            "device": device,
+        }
+        passes = tracer(tokens)
+        whole = config.model.lora is None
+        head = Head(self.model.vocab_size, self.model.hidden_size, is_trained=whole)
+        held = states(
+            passes,
+            weights=weights,
+            optimiser=config.optimizer,
+            references=num_references(config),
+            is_nf4=config.model.quantization is not None,
+        )
+        of_update = update(passes, head, tokens=tokens, **same)
+        if config.model.offload_activations:
+            of_update = self._offloaded(of_update, tokens, weights)
+        of_scoring = scoring(tracer(2 * tokens), head, tokens=2 * tokens, **same)
+        store = store_plan(config, num_questions=0).num_bytes if config.replay.enabled else 0
+        rows: dict[str, Bytes] = {
+            f"weights ({kept_as(config)})": everywhere(held.weights),
+            f"optimiser ({config.optimizer})": everywhere(held.optimiser),
+            "reference policies": everywhere(held.references),
+            "experience store": everywhere(store),
+            "gradients": {"update": held.gradients},
+            **activation_rows(of_update),
+            "forward pass, logits": {"scoring": of_scoring},
+        }
+        made = MemoryPlan(
+            config=with_tokens(config, tokens),
+            machine=self.machine,
+            rows=rows,
+            states=held,
+            update=of_update,
+            engine=None,
+            engine_error=None,
+            parameters=passes.frozen + passes.trained,
+            trained=passes.trained,
+            bytes_per_token=kv_bytes_per_token(
+                self.model, dtype=config.model.compute_dtype(device)
+            ),
+        )
+        return self._with_engine(made, passes.frozen or passes.trained)
+
+    def _offloaded(self, made: Update, tokens: int, weights: torch.dtype) -> Update:
+        """Without the checkpoints of the layers, which have the embedding's dtype."""
+        gone = self.model.num_hidden_layers * tokens * self.model.hidden_size * weights.itemsize
+        return replace(
+            made,
+            saved=made.saved - gone,
+            forward=made.forward - gone,
+            loss=made.loss - gone,
+            backward=made.backward - gone,
+        )
+
+    def _with_engine(self, made: MemoryPlan, parameters: float) -> MemoryPlan:
+        """The rollout engine beside the trainer; vLLM takes what is left, up to what it needs."""
+        config, machine = made.config, self.machine
+        dtype = config.model.compute_dtype(machine.device)
+        if machine.engine == "transformers":
+            rows = made.rows | {"generation": {"rollout": self._generation_bytes(made)}}
+            return replace(made, rows=rows)
+        if machine.engine != "vllm" or machine.num_bytes is None:
+            return made
+        try:
+            engine = engine_plan(
+                config,
+                self.model,
+                num_parameters=int(parameters),
+                dtype=dtype,
+                device=machine.device,
+                device_bytes=machine.num_bytes,
+                trainer_bytes=int(made.peak),
+                resident_bytes=int(made.totals["scoring"]),
+            )
+        except ConfigError as error:
+            return replace(made, engine_error=str(error))
+        awake = PHASES[: 2 if engine.sleeps else 3]
+        size = 2 if dtype == "bfloat16" else 4
+        rows = made.rows | {
+            "vLLM: weights": dict.fromkeys(awake, size * parameters),
+            "vLLM: keys and values": dict.fromkeys(awake, float(engine.kv_cache_bytes)),
+        }
+        return replace(made, engine=engine, rows=rows)
+
+    def _generation_bytes(self, made: MemoryPlan) -> float:
+        """transformers' own cache and logits of all sequences side by side: an estimate."""
+        rollout = made.config.rollout
+        sequences = min(rollout.max_batch_sequences, rollout.prompts_per_step * rollout.group_size)
+        length = max_model_len(made.config, self.model.max_position_embeddings)
+        logits = 16 * self.model.vocab_size  # four float32 copies on the way to a token
+        return sequences * (length * made.bytes_per_token + logits)
+
+
+def everywhere(num_bytes: float) -> Bytes:
+    return dict.fromkeys(PHASES, num_bytes)
+
+
+def activation_rows(made: Update) -> dict[str, Bytes]:
+    """The parts of an update's peak; what is saved stands apart from what comes and goes."""
+    return {
+        "activations kept": {"update": made.saved},
+        "working memory, logits": {"update": made.peak - made.saved},
+    }
+
+
+def num_references(config: Config) -> int:
+    """Whole frozen copies; with adapters the base is the model without them."""
+    kl = config.algorithm.kl
+    if kl.coef == 0.0:
+        return 0
+    is_free = config.model.lora is not None and kl.rebase_at_step is None
+    return (0 if is_free else 1) + (1 if kl.previous_share else 0)
+
+
+def kept_as(config: Config) -> str:
+    kept = config.model.quantization or config.model.weights
+    return f"{kept} + adapter" if config.model.lora else kept
+
+
+def with_tokens(config: Config, tokens: int) -> Config:
+    train = config.train.model_copy(update={"max_tokens_per_microbatch": tokens})
+    return config.model_copy(update={"train": train})
+
+
+# --- as text --------------------------------------------------------------------------------------
+
+
+def table(made: MemoryPlan, *, was_auto: bool) -> str:
+    """A row for each thing that is held, a column for each phase, GiB."""
+    width = max(len(name) for name in made.rows)
+    lines = [_title(made), "", f"{'GiB':<{width}}" + "".join(f"{p:>10}" for p in PHASES)]
+    for name, row in made.rows.items():
+        if any(row.values()):
+            lines.append(f"{name:<{width}}" + "".join(_cell(row.get(p)) for p in PHASES))
+    lines.append(f"{'total':<{width}}" + "".join(_cell(made.totals[p]) for p in PHASES))
+    if made.machine.usable is not None:
+        free = {p: made.machine.usable - made.totals[p] for p in PHASES}
+        lines.append(f"{'left':<{width}}" + "".join(_cell(free[p]) for p in PHASES))
+    return "\n".join([*lines, "", *_resolved(made, was_auto)])
+
+
+def _title(made: MemoryPlan) -> str:
+    device = "a CPU"
+    if made.machine.num_bytes is not None and made.machine.usable is not None:
+        device = (
+            f"{made.machine.num_bytes / GIB:.4g} GiB, of which {made.machine.usable / GIB:.4g} "
+            f"are planned with (the rest: contexts, fragments, libraries)"
+        )
+    return (
+        f"memory plan: {made.parameters / 1e9:.3f} billion parameters, "
+        f"{made.trained / 1e9:.3f} trained, on {device}"
+    )
+
+
+def _cell(num_bytes: float | None) -> str:
+    return f"{'-':>10}" if not num_bytes else f"{num_bytes / GIB:>10.2f}"
+
+
+def _resolved(made: MemoryPlan, was_auto: bool) -> list[str]:
+    config, tokens = made.config, made.config.microbatch_tokens
+    how = " (auto)" if was_auto else ""
+    state = (made.states.resident + made.states.gradients) / max(made.trained, 1)
+    lines = [f"train.max_tokens_per_microbatch {tokens}{how}"]
+    if config.model.lora is None:
+        lines[0] += f"; {state:.2f} bytes a parameter for weights, gradients and states"
+    lines.append(
+        f"activations {made.update.saved / tokens / 2**20:.3f} MiB a token, logits in chunks of "
+        f"{made.update.chunk / 2**20:.0f} MiB"
+    )
+    if made.engine is not None:
+        kv = made.engine.kv_cache_bytes
+        given = "" if config.rollout.kv_cache_gib else " (auto)"
+        lines.append(
+            f"rollout.kv_cache_gib {kv / GIB:.2f}{given}: {kv / made.bytes_per_token:,.0f} tokens"
+        )
+        asked = config.rollout.sleep
+        lines.append(
+            f"rollout.sleep {asked}: vLLM "
+            + ("sleeps during the update" if made.engine.sleeps else "stays awake")
+        )
+    return lines

@@ -1,0 +1,147 @@
+"""What the trainer holds: weights, gradients and states for the whole run, activations and the
+chunk of logits during an update.
+
+The update peaks at the second of several packs, when all gradients are there: in the forward pass,
+in the loss, or in the backward pass, whichever is largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from exgrpo_fast.memory.tracing import Passes
+from exgrpo_kernels import runtime
+
+# Of a trained weight, between two updates: exgrpo_fast/adamw.py. flashoptim keeps a 16-bit residual
+# and two moments of 8 bits with a 16-bit scale for each 32; torchao two moments of 8 bits with a
+# 32-bit scale for each 256.
+STATE_BYTES = {
+    "adamw": 8.0,
+    "flash_adamw": 2 + 2 * (1 + 2 / 32),
+    "adamw_8bit": 2 * (1 + 4 / 256),
+}
+# 4 bits, a scale of 8 bits for each 64, whose own 32-bit scale serves 256 of them.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Columns of the loss, its per-token results, ids and positions: 21 vectors of 4 or 8 bytes.
+BYTES_PER_ROW = 104
+
+
+class Head(NamedTuple):
+    vocabulary: int
+    width: int
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that stay for the whole run; gradients from the first pack to the update."""
+
+    weights: float
+    optimiser: float
+    references: float
+    gradients: float
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.optimiser + self.references
+
+
+def states(
+    passes: Passes, *, weights: torch.dtype, optimiser: str, references: int, is_nf4: bool
+) -> States:
+    """`references`: whole frozen copies that a KL term needs."""
+    size = weights.itemsize
+    if passes.frozen:  # adapters, float32
+        frozen = size * passes.frozen
+        if is_nf4:
+            frozen -= (size - NF4_BYTES) * passes.quantisable
+        held, trained = frozen + 4 * passes.trained, 4 * passes.trained
+    else:
+        held = trained = size * passes.trained
+    parameters = passes.frozen or passes.trained
+    return States(
+        weights=held,
+        optimiser=STATE_BYTES[optimiser] * passes.trained,
+        references=references * size * parameters,
+        gradients=trained,
+    )
+
+
+@dataclass(frozen=True)
+class Update:
+    """Bytes of one pack beside weights, gradients and states: the parts, and the peak of all."""
+
+    saved: float  # from the forward pass to the backward pass
+    chunk: float  # the buffer of logits
+    head_gradient: float  # dX and dW of the loss, and the head in the compute dtype
+    forward: float
+    loss: float
+    backward: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward, self.loss, self.backward)
+
+
+def update(
+    passes: Passes,
+    head: Head,
+    *,
+    tokens: int,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    device: Literal["cpu", "cuda"],
+) -> Update:
+    """Of a pack of `tokens`, taken as response tokens all."""
+    size = head.vocabulary * head.width
+    cast = size * compute.itemsize if weights != compute else 0
+    rows = tokens * head.width * compute.itemsize
+    total = 4 * size * head.is_trained  # dW is summed in float32, then rounded
+    rounded = compute.itemsize * size * head.is_trained if compute.itemsize < 4 else 0
+    back = 4 * size * head.is_trained if cast and weights.itemsize == 4 else 0
+    chunk = chunk_bytes(tokens, head, compute, device)
+    start = passes.saved + cast + BYTES_PER_ROW * tokens
+    return Update(
+        saved=passes.saved,
+        chunk=chunk,
+        head_gradient=cast + rows + total,
+        forward=passes.forward + BYTES_PER_ROW * tokens,
+        loss=start + rows + max(chunk + total, total + rounded, (rounded or total) + back),
+        backward=passes.backward + BYTES_PER_ROW * tokens,
+    )
+
+
+def scoring(
+    passes: Passes,
+    head: Head,
+    *,
+    tokens: int,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    device: Literal["cpu", "cuda"],
+) -> float:
+    """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many."""
+    cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
+    rows = tokens * head.width * compute.itemsize
+    chunk = chunk_bytes(tokens, head, compute, device)
+    return BYTES_PER_ROW * tokens + max(passes.scoring, rows + cast + chunk)
+
+
+def chunk_bytes(
+    num_rows: int, head: Head, compute: torch.dtype, device: Literal["cpu", "cuda"]
+) -> int:
+    """The kernels' own choice. On a CPU logits are float32, a block of scratch joins them, and
+    bfloat16 operands are widened: the rows of the chunk, and the head tile by tile."""
+    low = compute == torch.bfloat16
+    row_bytes = head.vocabulary * (2 if low and device == "cuda" else 4)
+    rows = runtime.chunk_rows(num_rows, row_bytes, torch.device(device))
+    if device == "cuda":
+        return rows * row_bytes
+    scratch = runtime.block_rows(rows, row_bytes) * row_bytes
+    if low:
+        tile = min(runtime.TILE_BYTES, 4 * head.vocabulary * head.width)
+        scratch += 2 * tile + 4 * rows * head.width
+    return rows * row_bytes + scratch
