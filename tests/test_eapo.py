@@ -563,7 +563,18 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
     for model, words in cases.items():
         with pytest.raises(SystemExit) as exit_code:
             out = str(tmp_path / Path(model).name / "run")
-            main(["train", "eapo", "--no-supervise", "--out", out, *options, "--prior_resampling.model", model])
+            main(
+                [
+                    "train",
+                    "eapo",
+                    "--no-supervise",
+                    "--out",
+                    out,
+                    *options,
+                    "--prior_resampling.model",
+                    model,
+                ]
+            )
         err = capsys.readouterr().err.splitlines()
         said = [line for line in err if line.startswith("exgrpo-fast")]
         assert exit_code.value.code == 2 and len(said) == 1 and words in said[0]
