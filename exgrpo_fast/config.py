@@ -212,6 +212,9 @@ class ServerConfig(Section):
     weights: Literal["shared_memory", "broadcast"] = Field(
         default="shared_memory", description="how new weights travel: same machine, or any (NCCL)"
     )
+    host: str = Field(
+        default="127.0.0.1", description="broadcast: where servers elsewhere reach the trainer"
+    )
     deadline_seconds: PositiveFloat = Field(
         default=120.0, description="without progress a server counts as lost"
     )

@@ -237,7 +237,10 @@ def _prepare_servers(
             sender = SharedMemorySender(dtype)
         else:
             sender = BroadcastSender(
-                dtype, device=torch.device(device), num_servers=len(connections)
+                dtype,
+                device=torch.device(device),
+                num_servers=len(connections),
+                host=server.host,
             )
         stack.callback(sender.close)
         return ServerEngine(

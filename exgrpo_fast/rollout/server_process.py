@@ -80,8 +80,11 @@ class ServerConnection:
         return EngineLost(f"rollout engine {self.name} is lost at {route}: {why}")
 
     def _checked(self, response: httpx2.Response) -> dict[str, Any]:
-        found = response.json()
-        if response.status_code != 200:
+        try:
+            found = dict(response.json())
+        except (TypeError, ValueError):
+            found = {"error": "an answer that is no JSON object; is this a rollout server?"}
+        if response.status_code != 200 or "error" in found:
             raise EngineLost(
                 f"rollout engine {self.name} refuses {response.request.url.path}: "
                 f"{found.get('error', response.status_code)}"

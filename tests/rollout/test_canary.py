@@ -60,14 +60,17 @@ def test_an_update_that_arrives_is_reported(policy) -> None:
 def test_an_update_that_does_not_arrive_stops_with_both_numbers(policy) -> None:
     engine = verified(policy, deaf=True)
     engine.sync(0)
-    (drawn,) = engine.generate([engine.request], engine.sampling)
+    drawn = engine.generate(engine.requests, engine.sampling)
     train_a_little(policy)
-    scored = policy.score(Ragged.of([engine.request.prompt_ids]), Ragged.of([drawn.token_ids]))
+    scored = policy.score(
+        Ragged.of([r.prompt_ids for r in engine.requests]),
+        Ragged.of([c.token_ids for c in drawn]),
+    )
     with pytest.raises(OutOfSync) as found:
         engine.sync(1)
     said = str(found.value)
     assert "after step 1" in said and "rollout.sync_tolerance" in said
-    assert f"{float(drawn.logprobs.mean()):.6f}" in said
+    assert f"{float(torch.cat([c.logprobs for c in drawn]).mean()):.6f}" in said
     assert f"{float(scored.logprobs.mean()):.6f}" in said
 
 
@@ -80,8 +83,8 @@ def test_what_is_not_a_number_is_out_of_sync(policy) -> None:
 
 
 def test_the_prompt_is_long_enough_for_any_cache_and_fits_the_model(policy) -> None:
-    assert len(verified(policy, deaf=False).request.prompt_ids) == PROMPT_TOKENS
-    short = verified(policy, deaf=False, max_model_len=40).request
+    assert len(verified(policy, deaf=False).requests[0].prompt_ids) == PROMPT_TOKENS
+    short = verified(policy, deaf=False, max_model_len=40).requests[0]
     assert len(short.prompt_ids) == 40 - NUM_TOKENS and short.prompt_ids[:4] == (5, 6, 7, 5)
 
 
