@@ -552,7 +552,9 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
     tokenizer, model_folder: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     folder = saved(tmp_path / "ends", tokenizer, eos=[5])
-    monkeypatch.setattr("exgrpo_fast.build.load_model", lambda name: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "exgrpo_fast.build.models.load_model", lambda name: pytest.fail("was loaded")
+    )
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"prompt": "What is 1 + 2?", "answer": "3"}) + "\n")
     options = ["--model.name", str(model_folder), "--data.train", str(data)]

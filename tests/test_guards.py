@@ -15,8 +15,8 @@ from test_learner import collect, moments, questions_of, same, weights, with_rew
 
 from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.checkpoint import split_tensors
-from exgrpo_fast.learner import RefusedUpdate
 from exgrpo_fast.memory.exhausted import OutOfMemory
+from exgrpo_fast.update_report import RefusedUpdate
 
 # --- a refused batch is kept for study -----------------------------------------------------------
 

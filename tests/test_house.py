@@ -21,7 +21,7 @@ FLOORS = [
         *("weighting", "mismatch", "reference", "quantization", "verify", "memory"),
         *("training_data", "resampling"),
     ],
-    ["sources", "doctor"],
+    ["sources", "doctor", "update_report"],
     ["collect", "learner", "quickstart", "evaluate"],
     ["step_metrics", "bad_batches", "preflight"],
     ["trainer", "engines"],

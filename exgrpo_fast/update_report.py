@@ -1,0 +1,170 @@
+"""What an update saw: rows that were refused, sums over micro-batches, ratios of old tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exgrpo_fast.experience import TokenColumns, Trajectory
+from exgrpo_fast.packing import Pack
+from exgrpo_kernels import PolicyObjective
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trajectory with what the group made of it."""
+
+    trajectory: Trajectory
+    advantage: float
+    weight: float  # of each of its tokens: mask x loss normaliser
+
+
+@dataclass(frozen=True)
+class RefusedUpdate:
+    """An update that left the weights alone because its numbers are broken."""
+
+    reason: str
+    rows: Sequence[Row]
+    grad_norm: float | None  # None: already the forward was not finite
+
+
+class GuidedTokens(NamedTuple):
+    """Of the prior-guided tokens of a micro-batch."""
+
+    ratios: Tensor
+    redrawn: Tensor  # bool
+    clipped: Tensor  # bool
+
+
+@dataclass
+class UpdateReport:
+    """Means over the optimiser updates of one step."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    lr: float = 0.0
+    tokens_trained: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    kernel_metrics: dict[str, float | None] = field(default_factory=dict)
+    replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
+    guided: list[GuidedTokens] = field(default_factory=list)  # per micro-batch
+    refused: list[RefusedUpdate] = field(default_factory=list)
+    microbatch_halvings: int = 0  # times that memory ran out and the batch was done again
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses) if self.losses else 0.0
+
+
+class MetricSums:
+    """Joins the kernels' metrics over micro-batches: *_max by maximum, counts by sum, and the rest
+    by the mean over the rows that each is a mean of."""
+
+    OVER_SHAPED_ROWS = {"shaped_mean"}
+    OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref", "density", "skipped_mass"}
+    COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped", "rows_skipped"}
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.rows: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Copies all figures of one micro-batch from the device at once."""
+        names = list(metrics)
+        values = torch.stack([metrics[name].double() for name in names]).tolist()
+        found = dict(zip(names, values, strict=True))
+        for name, value in found.items():
+            if name.endswith("_max"):
+                self.sums[name] = max(float(value), self.sums.get(name, float(value)))
+                continue
+            rows = 1.0 if name in self.COUNTS else self._num_rows(name, found)
+            self.sums[name] = self.sums.get(name, 0.0) + rows * value
+            self.rows[name] = self.rows.get(name, 0.0) + rows
+
+    def join(self, other: MetricSums) -> None:
+        """Take in the sums of another."""
+        for name, value in other.sums.items():
+            if name.endswith("_max"):
+                self.sums[name] = max(value, self.sums.get(name, value))
+                continue
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.rows[name] = self.rows.get(name, 0.0) + other.rows[name]
+
+    def joined(self) -> dict[str, float | None]:
+        """None where there was no row to take a mean of."""
+        return {name: self._join(name, total) for name, total in self.sums.items()}
+
+    def _num_rows(self, name: str, found: Mapping[str, float]) -> float:
+        if name in self.OVER_SHAPED_ROWS:
+            return found["num_shaped"]
+        if name in self.OVER_TRAINED_ROWS:
+            return found["num_trained"]
+        return found["num_trained"] - found["num_shaped"]
+
+    def _join(self, name: str, total: float) -> float | None:
+        if name.endswith("_max") or name in self.COUNTS:
+            return total
+        return total / self.rows[name] if self.rows[name] else None
+
+
+@dataclass
+class BatchSums:
+    """What the micro-batches of one update add up to."""
+
+    loss: float = 0.0
+    num_tokens: int = 0
+    metrics: MetricSums = field(default_factory=MetricSums)
+    replay_ratios: list[Tensor] = field(default_factory=list)
+    guided: list[GuidedTokens] = field(default_factory=list)
+
+
+def guided_tokens(
+    packed: Pack,
+    trajectories: Sequence[Trajectory],
+    columns: TokenColumns,
+    ratio_N: Tensor,
+    objective: PolicyObjective,
+) -> GuidedTokens:
+    members = [trajectories[i] for i in packed.index]
+    redrawn_N = torch.cat(
+        [torch.zeros(t.num_tokens) if t.guidance is None else t.guidance.redrawn for t in members]
+    )
+    high_N = columns.advantages > 0
+    clipped_N = high_N & (ratio_N > 1 + (objective.clip_high or float("inf")))
+    clipped_N |= ~high_N & (ratio_N < 1 - (objective.clip_low or float("inf")))
+    rows = packed.rows_of([t.guidance is not None for t in trajectories])
+    return GuidedTokens(ratio_N[rows].cpu(), redrawn_N.bool()[rows.cpu()], clipped_N[rows].cpu())
+
+
+def replay_ratio_metrics(ratios: Sequence[Tensor]) -> dict[str, float | None]:
+    """How far the policy has moved from those that produced the replayed tokens."""
+    joined = torch.cat([torch.empty(0), *(ratio.cpu() for ratio in ratios)])
+    if not len(joined):
+        return dict.fromkeys(("replay_ratio_mean", "replay_ratio_p99", "replay_ratio_max"))
+    return {
+        "replay_ratio_mean": float(joined.mean()),
+        "replay_ratio_p99": float(np.quantile(joined.numpy(), 0.99)),
+        "replay_ratio_max": float(joined.max()),
+    }
+
+
+def guided_ratio_metrics(guided: Sequence[GuidedTokens]) -> dict[str, float | None]:
+    """The ratio to the denominators of the importance mode, by who drew the token."""
+    if not guided:
+        return {}
+    ratios, redrawn, clipped = (torch.cat(parts) for parts in zip(*guided, strict=True))
+    return {
+        "prior_ratio_kept_mean": mean_or_none(ratios[~redrawn]),
+        "prior_ratio_redrawn_mean": mean_or_none(ratios[redrawn]),
+        "prior_clip_frac": mean_or_none(clipped.float()),
+    }
+
+
+def mean_or_none(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
