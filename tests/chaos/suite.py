@@ -42,6 +42,7 @@ class Entry:
     figure: str
     goal: str
     reached: bool | None  # None: could not be tried here
+    timed: bool = False  # a busy machine can miss it
 
 
 def of_kills(f: Figures) -> list[Entry]:
@@ -136,9 +137,10 @@ def of_disks(f: Figures) -> list[Entry]:
 
 def of_signals(f: Figures) -> list[Entry]:
     clean = f["right"] == f["signals"] and not f["orphans"] + f["tracebacks"]
-    figure = f"{f['right']}/{f['signals']} right, at most {f['seconds_max']} s"
+    slowest = f["seconds_max"]
     return [
-        Entry("F22", "SIGTERM and SIGINT", figure, "all, 5 s", clean and f["seconds_max"] <= 5.0)
+        Entry("F22", "SIGTERM and SIGINT", f"{f['right']}/{f['signals']} right", "all", clean),
+        Entry("F22", "from signal to end", f"{slowest} s", "<= 5 s", slowest <= 5.0, timed=True),
     ]
 
 
@@ -151,7 +153,9 @@ def of_doubles(f: Figures) -> list[Entry]:
 def of_refusal(f: Figures) -> list[Entry]:
     figure = f"exit {f['exit']} after {f['seconds']} s"
     right = f["exit"] == 2 and f["seconds"] < 2.0
-    return [Entry("F24", "a second start, from a shell", figure, "exit 2, < 2 s", right)]
+    return [
+        Entry("F24", "a second start, from a shell", figure, "exit 2, < 2 s", right, timed=True)
+    ]
 
 
 def of_supervised(f: Figures) -> list[Entry]:

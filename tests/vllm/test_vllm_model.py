@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from exgrpo_fast.lora import add_adapter, trainable
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, load_model
 from exgrpo_fast.rollout.canary import OutOfSync, VerifiedEngine
@@ -56,6 +57,18 @@ def test_logprobs_are_the_trainers_before_and_after_three_updates(engine, temper
         assert largest_gap(engine, temperature) > 1e-2, "the update changed nothing to be seen"
         engine.sync(version)
         assert largest_gap(engine, temperature) < 1e-4
+
+
+def test_an_adapter_arrives_merged(folders, vllm_models) -> None:
+    model = load_model(str(folders["tied"]))
+    add_adapter(model, rank=4, alpha=8.0)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.normal_(std=0.1)
+    engine = VllmEngine(vllm_models["tied"], Policy(model))
+    assert largest_gap(engine, 1.0) > 1e-2
+    engine.sync(1)
+    assert largest_gap(engine, 1.0) < 1e-4
 
 
 def test_without_the_reset_of_the_cache_the_old_prompt_is_read(engine, monkeypatch) -> None:
