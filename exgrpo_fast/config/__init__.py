@@ -1,0 +1,40 @@
+"""One schema for YAML, command line and recipes. Every class elsewhere takes plain keyword arguments.
+
+sections    which keys exist and which values they accept    schema      what has to fit together
+reading     files, recipes and overrides -> Config           complaints  one line for every mistake
+
+It imports no torch, so that a mistake is reported before anything heavy is loaded.
+"""
+
+from exgrpo_fast.config.complaints import all_keys, keys_by_last_word
+from exgrpo_fast.config.reading import (
+    MAY_CHANGE,
+    StrictLoader,
+    dump_yaml,
+    load_config,
+    read_yaml,
+    recipe_names,
+    refuse_other_config,
+    require,
+    validate,
+)
+from exgrpo_fast.config.schema import Config
+from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "GymTask",
+    "MAY_CHANGE",
+    "PREFERRED_TOKENS",
+    "StrictLoader",
+    "all_keys",
+    "dump_yaml",
+    "keys_by_last_word",
+    "load_config",
+    "read_yaml",
+    "recipe_names",
+    "refuse_other_config",
+    "require",
+    "validate",
+]

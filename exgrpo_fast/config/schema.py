@@ -1,0 +1,172 @@
+"""The whole config: its sections, and what has to fit together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from exgrpo_fast.config.sections import (
+    PREFERRED_TOKENS,
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    HindsightConfig,
+    LogConfig,
+    ModelConfig,
+    PriorResamplingConfig,
+    ReplayConfig,
+    RewardConfig,
+    RolloutConfig,
+    Section,
+    TrainConfig,
+    WarmStartConfig,
+)
+
+
+class Config(Section):
+    method: str = Field(default="grpo", description="name shown in the summary")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    replay: ReplayConfig = ReplayConfig()
+    hindsight: HindsightConfig = HindsightConfig()
+    prior_resampling: PriorResamplingConfig = PriorResamplingConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        steps, updates = self.rollout.prompts_per_step, self.train.minibatches
+        if steps % updates:
+            raise ValueError(
+                f"rollout.prompts_per_step ({steps}) cannot be split into train.minibatches "
+                f"({updates}) equal parts; try {_nearest_divisor(steps, updates)}"
+            )
+        self._optimizer_fits_weights()
+        if self.rollout.group_size < 2 and self.algorithm.advantage != "dr_grpo":
+            raise ValueError(
+                f"rollout.group_size is {self.rollout.group_size}: algorithm.advantage "
+                f"{self.algorithm.advantage} compares at least 2 responses"
+            )
+        if self.replay.enabled and self.rollout.group_size < 2:
+            raise ValueError("rollout.group_size must be at least 2 when replay.enabled is true")
+        replay = self.replay
+        slots = replay.enabled and replay.mixer == "replace_slot"
+        if slots and replay.count >= self.rollout.group_size:
+            raise ValueError(
+                f"replay.count ({replay.count}) leaves no fresh slot in a group of "
+                f"rollout.group_size {self.rollout.group_size}; use replay.mixer append"
+            )
+        if self.rollout.generate_ahead and replay.enabled and replay.mixer == "recent_groups":
+            raise ValueError("rollout.generate_ahead does not go with replay.mixer recent_groups")
+        self._prior_fits()
+        if replay.weight == "proximal" and self.algorithm.dual_clip is not None:
+            raise ValueError("replay.weight proximal has no algorithm.dual_clip; set it to null")
+        if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
+            raise ValueError(
+                f"reward.weights has {len(self.reward.weights)} entries for "
+                f"{len(self.reward.functions)} reward.functions"
+            )
+        algorithm = self.algorithm
+        if algorithm.kl.previous_share and algorithm.kl.estimator == "k3":
+            raise ValueError(
+                "algorithm.kl.previous_share joins two KL terms, which the estimator k3 does not "
+                "allow; set algorithm.kl.estimator to k2"
+            )
+        if algorithm.dual_clip is not None and algorithm.surrogate != "clip":
+            raise ValueError(
+                f"algorithm.dual_clip belongs to algorithm.surrogate clip, not to "
+                f"{algorithm.surrogate}; set it to null"
+            )
+        if self.reward.judge and len(self.reward.functions) != 1:
+            raise ValueError("reward.judge goes with one set of rubrics in reward.functions")
+        soft, limit = algorithm.overlong.soft_penalty_tokens, self.rollout.max_completion_tokens
+        if soft > limit:
+            raise ValueError(
+                f"algorithm.overlong.soft_penalty_tokens ({soft}) is above "
+                f"rollout.max_completion_tokens ({limit}): every response would be punished"
+            )
+        if max(self.eval.k) > self.eval.n:
+            raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
+        name = "data" if self.longest_prompt == self.data.max_prompt_tokens else "hindsight"
+        tokens = self.train.max_tokens_per_microbatch
+        if tokens != "auto" and tokens < self.longest_sequence:
+            raise ValueError(
+                f"train.max_tokens_per_microbatch ({tokens}) is below the longest sequence, "
+                f"{name}.max_prompt_tokens + rollout.max_completion_tokens = "
+                f"{self.longest_sequence}"
+            )
+        return self
+
+    def _prior_fits(self) -> None:
+        prior, rollout, replay = self.prior_resampling, self.rollout, self.replay
+        if not prior.enabled:
+            return
+        taken = prior.augmented_per_group
+        if replay.enabled and replay.mixer == "replace_slot":
+            taken += replay.count
+        if taken >= rollout.group_size:
+            raise ValueError(
+                f"prior_resampling.augmented_per_group ({prior.augmented_per_group}) and replay "
+                f"leave no fresh slot in a group of rollout.group_size {rollout.group_size}"
+            )
+        if rollout.temperature != 1.0:
+            raise ValueError(
+                f"rollout.temperature is {rollout.temperature}: prior_resampling compares policy "
+                f"and prior at temperature 1"
+            )
+        if prior.annealing == "linear" and prior.stop_after_steps is None:
+            raise ValueError(
+                "prior_resampling.annealing linear needs prior_resampling.stop_after_steps"
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        own = self.data.max_prompt_tokens
+        return max(own, self.hindsight.max_prompt_tokens) if self.hindsight.enabled else own
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.longest_prompt + self.rollout.max_completion_tokens
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """`train.max_tokens_per_microbatch`; what `auto` is where no memory plan is made."""
+        tokens = self.train.max_tokens_per_microbatch
+        return max(PREFERRED_TOKENS, self.longest_sequence) if tokens == "auto" else tokens
+
+    @property
+    def trains_bfloat16(self) -> bool:
+        """The weights that are trained, not those under an adapter, are kept in bfloat16."""
+        return self.model.weights == "bfloat16" and self.model.lora is None
+
+    @property
+    def optimizer(self) -> Literal["adamw", "flash_adamw", "adamw_8bit"]:
+        """`train.optimizer` with `auto` resolved."""
+        if self.train.optimizer == "auto":
+            return "flash_adamw" if self.trains_bfloat16 else "adamw"
+        return self.train.optimizer
+
+    def _optimizer_fits_weights(self) -> None:
+        if self.trains_bfloat16 and self.optimizer == "adamw":
+            raise ValueError(
+                "train.optimizer adamw with model.weights bfloat16: at the learning rates of RL "
+                "an update is smaller than a step of that dtype (at 1e-6 about 2 % of the weights "
+                "would move); flash_adamw keeps the lost bits, adamw_8bit rounds at random"
+            )
+        if self.optimizer == "flash_adamw" and not self.trains_bfloat16:
+            raise ValueError("train.optimizer flash_adamw is for model.weights bfloat16")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
