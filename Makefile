@@ -19,8 +19,8 @@ test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 	$(BIN)/pytest -m "not gpu"
 
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
-	$(VLLM_VENV)/bin/pytest -m vllm tests/vllm
-	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/vllm/test_vllm_model.py
+	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
+	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_model.py
 
 chaos: $(VENV)/.dev ## kills, damages, full disks, hostile rewards: docs/reliability.md
 	$(BIN)/python tests/chaos/suite.py

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from vllm_cases import ARGUMENTS, EOS
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads are slower than one
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first request compiles a C++ kernel
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.pop("TRITON_INTERPRET", None)
-
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+else:  # an environment of its own: `make test-vllm`
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads are slower than one
+    # The first request compiles a C++ kernel otherwise.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
