@@ -25,7 +25,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
@@ -44,7 +44,8 @@ class SoftTimeout(BaseException):
 def main() -> None:
     jobs, replies = _take_pipes()
     _ignore_terminal_signals()
-    setup = json.loads(jobs.readline() or b"null")
+    messages = _messages(jobs)
+    setup = next(messages, None)
     if setup is None:
         return
     die_with(setup["parent"])
@@ -57,8 +58,8 @@ def main() -> None:
     resident = _resident_bytes()
     ready = {"ready": True, "resident_bytes": resident(), "rubrics": _rubrics(functions)}
     _send(replies, ready)
-    for line in jobs:  # ends when the pool closes the pipe or dies
-        for job_id, *job in json.loads(line)["jobs"]:
+    for message in messages:  # ends when the pool closes the pipe or dies
+        for job_id, *job in message["jobs"]:
             started = time.perf_counter()
             results = [_run(function, job, setup["soft_seconds"]) for function in functions]
             milliseconds = round((time.perf_counter() - started) * 1000, 3)
@@ -248,9 +249,20 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else type(value).__name__
 
 
+def _messages(jobs: BinaryIO) -> Iterator[dict[str, Any]]:
+    """One for each line; a torn one is what a trainer that was killed has left behind."""
+    for line in jobs:
+        if not line.endswith(b"\n"):
+            return
+        yield json.loads(line)
+
+
 def _send(replies: BinaryIO, message: Mapping[str, Any]) -> None:
-    replies.write(json.dumps(message).encode() + b"\n")
-    replies.flush()
+    try:
+        replies.write(json.dumps(message).encode() + b"\n")
+        replies.flush()
+    except BrokenPipeError:  # nobody is there any more
+        os._exit(0)
 
 
 if __name__ == "__main__":

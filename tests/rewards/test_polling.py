@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -184,3 +186,15 @@ def test_worn_workers_are_replaced_between_jobs(rewards, monkeypatch, wear: str)
         later = pool.run(samples("a", "b"))
         assert {v.reward for v in later} == first - {used}
         assert {v.reason for v in later} == {"ok"}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"functions": ["mat', b'{"functions"'])
+def test_a_worker_whose_trainer_was_killed_ends_without_a_word(left: bytes) -> None:
+    """The trainer may have died in the middle of a line."""
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "exgrpo_fast.rewards.worker"],
+        input=left,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
