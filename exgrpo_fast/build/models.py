@@ -1,0 +1,200 @@
+"""Weights and words: the policy, its reference and adapter, the tokenizer, where a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from transformers import AutoTokenizer
+
+from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.bad_batches import BadBatches
+from exgrpo_fast.buffer.pool import load_pool, solutions_of
+from exgrpo_fast.buffer.selectors import (
+    QuestionSelector,
+    gaussian_buckets,
+    medium_questions,
+    uniform_questions,
+)
+from exgrpo_fast.buffer.store import ExperienceStore
+from exgrpo_fast.checkpoint import Checkpoints, load_state, read_manifest
+from exgrpo_fast.checkpoint_writer import CheckpointWriter
+from exgrpo_fast.collect import Collector, OverlongRule
+from exgrpo_fast.config import Config, ConfigError, GymTask, dump_yaml, require
+from exgrpo_fast.data import read_rows
+from exgrpo_fast.display import Screen
+from exgrpo_fast.engines import (
+    PreparedEngine,
+    end_of_sequence_ids,
+    mismatch_rule,
+    prepare_engine,
+)
+from exgrpo_fast.errors import NumericalStop
+from exgrpo_fast.evaluate import Evaluator
+from exgrpo_fast.experience import Question
+from exgrpo_fast.learner import Learner, ReplayTerm
+from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
+from exgrpo_fast.memory.plan import MemoryPlan
+from exgrpo_fast.memory.store import store_note, store_plan
+from exgrpo_fast.metrics import (
+    CompletionLog,
+    FanOut,
+    JsonlSink,
+    MetricSink,
+    TensorBoardSink,
+    WandbSink,
+)
+from exgrpo_fast.model_folder import HuggingFaceFolder
+from exgrpo_fast.optim import Optimiser, linear_warmup
+from exgrpo_fast.planning import fitted, wants_preflight
+from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.preflight import rehearse
+from exgrpo_fast.quantization import nf4
+from exgrpo_fast.random_state import seed_everything
+from exgrpo_fast.reference import AdapterOff, Reference
+from exgrpo_fast.resampling.compatibility import (
+    fingerprint,
+    read_vocabulary,
+    refuse_other_vocabulary,
+)
+from exgrpo_fast.resampling.driver import Resampler
+from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
+from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.rewards import RewardPool, RubricScorer
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.rollout.journal import JournalledEngine
+from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.sources.fresh import FreshSource
+from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
+from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
+from exgrpo_fast.sources.prior import NoPrior, PriorRecipe, PriorSource
+from exgrpo_fast.sources.questions import QuestionStream
+from exgrpo_fast.sources.recall import NoReplay, Replay
+from exgrpo_fast.sources.replay import ReplayRecipe, ReplaySource
+from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.training_data import load_data, refuse_bad_golds
+from exgrpo_fast.verify import Decode, Verifier
+from exgrpo_kernels import PolicyObjective
+
+
+def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:
+    """Where the initial policy lies; the quickstart's is made here first."""
+    if config.model.name != "quickstart":
+        return require(config.model.name, "model.name", "a local folder or a hub name")
+    from exgrpo_fast.quickstart.prepare import prepare_quickstart
+
+    path = folder.path / "warm_start"
+    if not path.exists():
+        for source in (config.data.train, config.data.eval):
+            if isinstance(source, GymTask):  # a misspelt task is found before the warm start
+                next(iter(read_rows(source.model_dump())), None)
+        unfinished = folder.path / ".warm_start.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that died here
+        prepare_quickstart(config, unfinished, screen, device=device)
+        os.rename(unfinished, path)
+    return str(path)
+
+
+def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
+    """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{key} {name}: no tokenizer: {str(error).splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(f"{key} {name}: its tokenizer has no eos_token; set one and save it")
+    return tokenizer
+
+
+def make_decode(tokenizer: Tokenizer) -> Decode:
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> str:
+    """A fingerprint: equal for tokenizers that give every token the same id."""
+    return fingerprint(tokenizer.get_vocab())
+
+
+def make_policy(config: Config, name: str, *, device: str, adapter: Path | None = None) -> Policy:
+    """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
+    lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
+    quantization = nf4(dtype, device=device) if config.model.quantization else None
+    model = load_model(name, dtype=getattr(torch, config.model.weights), quantization=quantization)
+    if lora is not None:
+        add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
+        if adapter is not None:
+            load_adapter(model, adapter)
+    return wrap(config, model, device=device)
+
+
+def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) -> Policy:
+    return Policy(
+        model,
+        device=device,
+        compute_dtype=getattr(torch, config.model.compute_dtype(device)),
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        offload_activations=config.model.offload_activations,
+        temperature=config.rollout.temperature,
+        max_tokens_per_microbatch=config.microbatch_tokens,
+    )
+
+
+def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
+    """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
+    kl = config.algorithm.kl
+    if kl.coef == 0.0:
+        return None
+
+    def frozen() -> Policy:
+        model = load_model(name, dtype=getattr(torch, config.model.weights))
+        return wrap(config, model, device=device)
+
+    keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
+    return Reference(
+        AdapterOff(policy) if keeps_base else frozen(),
+        frozen() if kl.previous_share else None,
+        previous_share=kl.previous_share,
+        rebase_at_step=kl.rebase_at_step,
+    )
+
+
+def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
+    """Where the adapter to go on with lies. ConfigError where run and checkpoint differ in kind."""
+    if checkpoint is None:
+        return None
+    adapter = checkpoint / "adapter"
+    if adapter.exists() and config.model.lora is None:
+        raise ConfigError(f"--resume: {checkpoint} holds an adapter, and model.lora is not set")
+    return adapter if config.model.lora else None
+
+
+def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """ConfigError where the token ids of the checkpoint would mean other words."""
+    origin = read_manifest(checkpoint)["origin"]
+    if origin and origin["tokenizer"] != vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"--resume: {checkpoint} was made with another tokenizer ({origin['vocabulary_size']} "
+            f"tokens) than model.name has ({len(tokenizer)} tokens)"
+        )
+
+
+def refuse_broken_weights(policy: Policy, path: str) -> None:
+    """NumericalStop: nothing can be sampled from weights that are not finite."""
+    for name, parameter in policy.model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise NumericalStop(f"{path}: {name} holds a value that is not finite")

@@ -1,0 +1,204 @@
+"""One training run, opened and closed.
+
+What can fail by a user's mistake (files, rewards, golds) is tried before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from transformers import AutoTokenizer
+
+from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.bad_batches import BadBatches
+from exgrpo_fast.buffer.pool import load_pool, solutions_of
+from exgrpo_fast.buffer.selectors import (
+    QuestionSelector,
+    gaussian_buckets,
+    medium_questions,
+    uniform_questions,
+)
+from exgrpo_fast.buffer.store import ExperienceStore
+from exgrpo_fast.checkpoint import Checkpoints, load_state, read_manifest
+from exgrpo_fast.checkpoint_writer import CheckpointWriter
+from exgrpo_fast.collect import Collector, OverlongRule
+from exgrpo_fast.config import Config, ConfigError, GymTask, dump_yaml, require
+from exgrpo_fast.data import read_rows
+from exgrpo_fast.display import Screen
+from exgrpo_fast.engines import (
+    PreparedEngine,
+    end_of_sequence_ids,
+    mismatch_rule,
+    prepare_engine,
+)
+from exgrpo_fast.errors import NumericalStop
+from exgrpo_fast.evaluate import Evaluator
+from exgrpo_fast.experience import Question
+from exgrpo_fast.learner import Learner, ReplayTerm
+from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
+from exgrpo_fast.memory.plan import MemoryPlan
+from exgrpo_fast.memory.store import store_note, store_plan
+from exgrpo_fast.metrics import (
+    CompletionLog,
+    FanOut,
+    JsonlSink,
+    MetricSink,
+    TensorBoardSink,
+    WandbSink,
+)
+from exgrpo_fast.model_folder import HuggingFaceFolder
+from exgrpo_fast.optim import Optimiser, linear_warmup
+from exgrpo_fast.planning import fitted, wants_preflight
+from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.preflight import rehearse
+from exgrpo_fast.quantization import nf4
+from exgrpo_fast.random_state import seed_everything
+from exgrpo_fast.reference import AdapterOff, Reference
+from exgrpo_fast.resampling.compatibility import (
+    fingerprint,
+    read_vocabulary,
+    refuse_other_vocabulary,
+)
+from exgrpo_fast.resampling.driver import Resampler
+from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
+from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.rewards import RewardPool, RubricScorer
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.rollout.journal import JournalledEngine
+from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.sources.fresh import FreshSource
+from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
+from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
+from exgrpo_fast.sources.prior import NoPrior, PriorRecipe, PriorSource
+from exgrpo_fast.sources.questions import QuestionStream
+from exgrpo_fast.sources.recall import NoReplay, Replay
+from exgrpo_fast.sources.replay import ReplayRecipe, ReplaySource
+from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.training_data import load_data, refuse_bad_golds
+from exgrpo_fast.verify import Decode, Verifier
+from exgrpo_kernels import PolicyObjective
+from exgrpo_fast.build.models import adapter_of, load_tokenizer, make_policy, make_reference, refuse_broken_weights, refuse_other_tokenizer, start_folder
+from exgrpo_fast.build.rewards import make_rewards
+from exgrpo_fast.build.sources import check_prior
+from exgrpo_fast.build.surroundings import config_digest, quiet_libraries
+from exgrpo_fast.build.trainer import forget_after, make_sink, make_trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is made of."""
+
+    trainer: Trainer
+    policy: Policy
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config, folder: RunFolder, screen: Screen, *, device: str, resume_from: Path | None
+) -> Iterator[Run]:
+    """Build a training run; leaving the block ends its reward workers and metric sinks."""
+    quiet_libraries()
+    with contextlib.ExitStack() as stack:
+        start = start_folder(config, folder, screen, device=device)
+        tokenizer = load_tokenizer(start)
+        check_prior(config, start, tokenizer)
+        rewards = stack.enter_context(make_rewards(config))
+        train, held_out = load_data(config, tokenizer, screen)
+        if config.data.check_answers:
+            refuse_bad_golds([*train, *held_out], rewards, screen)
+        if resume_from:
+            refuse_other_tokenizer(resume_from, tokenizer)
+        seed_everything(config.train.seed)
+        config, plan = fitted(config, start, device=device, note=screen.note)
+        model_path = str(resume_from / "hf") if resume_from else start
+        prepared = prepare_engine(
+            config,
+            model_path,
+            tokenizer,
+            device=device,
+            stack=stack,
+            log_folder=folder.path,
+            note=screen.note,
+        )
+        adapter = adapter_of(config, resume_from)
+        policy = make_policy(
+            config, start if adapter else model_path, device=device, adapter=adapter
+        )
+        refuse_broken_weights(policy, model_path)
+        state = load_state(resume_from) if resume_from else {"num_steps": 0}
+        forget_after(state["num_steps"], folder, screen)
+        engine = journalled(
+            prepared.attach(policy, train[0].prompt_ids),
+            config,
+            folder,
+            num_steps=state["num_steps"],
+        )
+        sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
+        stack.enter_context(contextlib.closing(sink))
+        trainer = make_trainer(
+            config,
+            policy=policy,
+            reference=make_reference(config, start, policy, device=device),
+            engine=engine,
+            rewards=rewards,
+            train=train,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            folder=folder,
+            screen=screen,
+            sink=sink,
+            prepared=prepared,
+        )
+        if resume_from:
+            take_up(trainer, state)
+            trainer.writer.committed = state["num_steps"]
+        if plan is not None and wants_preflight(config, device):
+            screen.note(run_preflight(config, trainer, plan))
+        engine.sync(state["num_steps"])
+        if isinstance(trainer.replay, ReplaySource):
+            screen.note(store_note(trainer.replay.store.plan, device))
+        yield Run(trainer, policy, tokenizer)
+
+
+def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:
+    """The largest step a run can bring, once; DoesNotFit where the device is too small."""
+    rehearsal = rehearse(
+        trainer.learner,
+        trainer.objective,
+        prompt_tokens=config.longest_prompt,
+        completion_tokens=config.rollout.max_completion_tokens,
+        state_bytes=plan.states.optimiser,
+    )
+    if trainer.learner.policy.device.type != "cuda":
+        return rehearsal.note()  # of the whole process: not what the plan speaks of
+    return rehearsal.note(plan.states_and_passes)
+
+
+def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
+    """ConfigError where the config or the data no longer fit what was saved."""
+    try:
+        trainer.load_state_dict(state)
+    except ValueError as error:
+        raise ConfigError(f"--resume: {error}") from None
+
+
+def journalled(
+    engine: RolloutEngine, config: Config, folder: RunFolder, *, num_steps: int
+) -> JournalledEngine:
+    """The engine with a log of what it has finished, so that no life of a run pays for it twice."""
+    return JournalledEngine(
+        engine, folder.rollouts, identity=config_digest(config), version=num_steps
+    )

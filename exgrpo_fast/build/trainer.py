@@ -1,0 +1,259 @@
+"""A trainer from its parts, from the bottom up."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from transformers import AutoTokenizer
+
+from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.bad_batches import BadBatches
+from exgrpo_fast.buffer.pool import load_pool, solutions_of
+from exgrpo_fast.buffer.selectors import (
+    QuestionSelector,
+    gaussian_buckets,
+    medium_questions,
+    uniform_questions,
+)
+from exgrpo_fast.buffer.store import ExperienceStore
+from exgrpo_fast.checkpoint import Checkpoints, load_state, read_manifest
+from exgrpo_fast.checkpoint_writer import CheckpointWriter
+from exgrpo_fast.collect import Collector, OverlongRule
+from exgrpo_fast.config import Config, ConfigError, GymTask, dump_yaml, require
+from exgrpo_fast.data import read_rows
+from exgrpo_fast.display import Screen
+from exgrpo_fast.engines import (
+    PreparedEngine,
+    end_of_sequence_ids,
+    mismatch_rule,
+    prepare_engine,
+)
+from exgrpo_fast.errors import NumericalStop
+from exgrpo_fast.evaluate import Evaluator
+from exgrpo_fast.experience import Question
+from exgrpo_fast.learner import Learner, ReplayTerm
+from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
+from exgrpo_fast.memory.plan import MemoryPlan
+from exgrpo_fast.memory.store import store_note, store_plan
+from exgrpo_fast.metrics import (
+    CompletionLog,
+    FanOut,
+    JsonlSink,
+    MetricSink,
+    TensorBoardSink,
+    WandbSink,
+)
+from exgrpo_fast.model_folder import HuggingFaceFolder
+from exgrpo_fast.optim import Optimiser, linear_warmup
+from exgrpo_fast.planning import fitted, wants_preflight
+from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.preflight import rehearse
+from exgrpo_fast.quantization import nf4
+from exgrpo_fast.random_state import seed_everything
+from exgrpo_fast.reference import AdapterOff, Reference
+from exgrpo_fast.resampling.compatibility import (
+    fingerprint,
+    read_vocabulary,
+    refuse_other_vocabulary,
+)
+from exgrpo_fast.resampling.driver import Resampler
+from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
+from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.rewards import RewardPool, RubricScorer
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.rollout.journal import JournalledEngine
+from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.sources.fresh import FreshSource
+from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
+from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
+from exgrpo_fast.sources.prior import NoPrior, PriorRecipe, PriorSource
+from exgrpo_fast.sources.questions import QuestionStream
+from exgrpo_fast.sources.recall import NoReplay, Replay
+from exgrpo_fast.sources.replay import ReplayRecipe, ReplaySource
+from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.training_data import load_data, refuse_bad_golds
+from exgrpo_fast.verify import Decode, Verifier
+from exgrpo_kernels import PolicyObjective
+from exgrpo_fast.build.models import vocabulary_of
+from exgrpo_fast.build.rewards import make_evaluator, make_verifier
+from exgrpo_fast.build.sources import make_hindsight, make_prior, make_replay
+from exgrpo_fast.build.surroundings import config_digest, package_versions
+
+
+def make_trainer(
+    config: Config,
+    *,
+    policy: Policy,
+    reference: Reference | None,
+    engine: RolloutEngine,
+    rewards: RewardPool,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    screen: Screen,
+    sink: MetricSink,
+    prepared: PreparedEngine | None = None,
+) -> Trainer:
+    """Sources, collector, learner, evaluator and trainer, from the bottom up."""
+    rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
+    stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
+    replay = make_replay(config, policy, train, tokenizer)
+    sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
+    extra_batches = rollout.dynamic_sampling.max_extra_batches
+    fresh = FreshSource(
+        engine,
+        policy,
+        sampling=sampling,
+        seed=seed,
+        mismatch=mismatch_rule(config, policy.device.type),
+    )
+    verifier = make_verifier(config, rewards, tokenizer, screen)
+    collector = Collector(
+        stream=stream,
+        fresh=fresh,
+        replay=replay,
+        verifier=verifier,
+        prior=make_prior(config, policy, tokenizer, prepared),
+        hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
+        screen=screen,
+        overlong=OverlongRule(
+            rollout.max_completion_tokens, algorithm.overlong.soft_penalty_tokens
+        ),
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        max_extra_batches=extra_batches if rollout.dynamic_sampling.enabled else None,
+    )
+    learner = Learner(
+        policy,
+        make_optimiser(config, policy),
+        advantage=make_advantage(config),
+        aggregation=algorithm.aggregation,
+        max_completion_tokens=rollout.max_completion_tokens,
+        minibatches=config.train.minibatches,
+        mask_truncated=algorithm.overlong.mask_truncated,
+        reference=reference,
+        sparsity=config.train.sparsity,
+        tail=config.train.sparse_tail,
+        replay=ReplayTerm(config.replay.baseline, config.replay.coef),
+    )
+    evaluator = make_evaluator(config, engine, verifier, screen)
+    return Trainer(
+        stream=stream,
+        replay=replay,
+        collector=collector,
+        learner=learner,
+        engine=engine,
+        objective=make_objective(config),
+        evaluator=evaluator,
+        eval_questions=held_out,
+        writer=make_writer(config, policy, tokenizer, folder, screen, engine),
+        bad_batches=BadBatches(folder.bad_batches),
+        sink=sink,
+        completion_log=CompletionLog(folder.completions),
+        screen=screen,
+        max_steps=config.train.max_steps,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+        completions_every=config.log.completions_every,
+        generate_ahead=rollout.generate_ahead,
+    )
+
+
+def make_advantage(config: Config) -> Advantage:
+    algorithm = config.algorithm
+    if (algorithm.advantage, algorithm.std) == ("grpo", "sample"):
+        return grpo_sample_std
+    return ADVANTAGES[algorithm.advantage]
+
+
+def make_objective(config: Config) -> PolicyObjective:
+    algorithm = config.algorithm
+    return PolicyObjective(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        ratio_level=algorithm.ratio_level,
+        surrogate=algorithm.surrogate,
+        kl_coef=algorithm.kl.coef,
+        kl_estimator=algorithm.kl.estimator,
+        entropy_coef=algorithm.entropy_coef,
+    )
+
+
+def make_optimiser(config: Config, policy: Policy) -> Optimiser:
+    train = config.train
+    return Optimiser(
+        policy.trainable_parameters,
+        lr=train.lr,
+        kind=config.optimizer,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+        schedule=linear_warmup(train.warmup_steps),
+        max_grad_norm=train.max_grad_norm,
+        skip_grad_norm=train.skip_grad_norm,
+    )
+
+
+def make_writer(
+    config: Config,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    screen: Screen,
+    engine: RolloutEngine,
+) -> CheckpointWriter:
+    """Checkpoints that say which config, tokenizer and packages they come from."""
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        origin={
+            "config": config_digest(config),
+            "tokenizer": vocabulary_of(tokenizer),
+            "vocabulary_size": len(tokenizer),
+            "packages": package_versions(),
+        },
+    )
+    return CheckpointWriter(
+        checkpoints,
+        HuggingFaceFolder(policy, tokenizer),
+        warn=screen.note,
+        on_committed=engine.forget_before if isinstance(engine, JournalledEngine) else nothing,
+    )
+
+
+def nothing(step: int) -> None:
+    pass
+
+
+def make_sink(
+    config: Config, folder: RunFolder, screen: Screen, *, resumed_from: int
+) -> MetricSink:
+    sinks: list[MetricSink] = [JsonlSink(folder.metrics)]
+    if "tensorboard" in config.log.to:
+        sinks.append(TensorBoardSink(folder.path / "tensorboard", resumed_from=resumed_from))
+    if "wandb" in config.log.to:
+        sinks.append(WandbSink("exgrpo-fast", folder.path.name, config.model_dump(mode="json")))
+    return FanOut(sinks, warn=screen.note)
+
+
+def forget_after(step: int, folder: RunFolder, screen: Screen) -> None:
+    """Drop what an interrupted run wrote about steps that will be done again."""
+    JsonlSink(folder.metrics).truncate_after(step)
+    CompletionLog(folder.completions).truncate_after(step)
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.clear_leftovers()
+    if names := checkpoints.set_aside_after(step):
+        screen.note(f"later checkpoints are set aside: {', '.join(names)}")
