@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.build import open_run, package_versions
 from exgrpo_fast.checkpoint import folder_bytes
+from exgrpo_fast.composition import open_run, package_versions
 from exgrpo_fast.config import load_config
 from exgrpo_fast.display import NullScreen
 from exgrpo_fast.run_folder import RunFolder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.build import load_tokenizer, make_policy
+from exgrpo_fast.composition import load_tokenizer, make_policy
 from exgrpo_fast.config import load_config
 from exgrpo_fast.display import NullScreen
 from exgrpo_fast.engines import make_transformers_engine

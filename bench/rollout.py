@@ -35,7 +35,7 @@ from typing import Any
 
 from loss import machine
 
-from exgrpo_fast.build import load_tokenizer, make_policy, quiet_libraries
+from exgrpo_fast.composition import load_tokenizer, make_policy, quiet_libraries
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.engines import prepare_engine
 from exgrpo_fast.errors import UserError

@@ -111,7 +111,10 @@ class SavedStore:
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         """Token ids -> text, by the tokenizer that the checkpoint holds."""
-        from exgrpo_fast.build import load_tokenizer, make_decode  # loads transformers: seconds
+        from exgrpo_fast.composition import (  # loads transformers: seconds
+            load_tokenizer,
+            make_decode,
+        )
 
         return make_decode(load_tokenizer(str(self.checkpoint / "hf")))
 

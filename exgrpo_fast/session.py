@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from exgrpo_fast.build import (
+from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
+from exgrpo_fast.composition import (
     environment,
     load_tokenizer,
     make_decode,
@@ -25,7 +26,6 @@ from exgrpo_fast.build import (
     quiet_libraries,
     start_folder,
 )
-from exgrpo_fast.checkpoint import CannotSave, Checkpoints, verify
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.display import Screen, WatchedScreen, make_screen

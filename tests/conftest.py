@@ -1,4 +1,4 @@
-"""A tiny model, its tokenizer, and a trainer around it, built by the project's own `build`."""
+"""A tiny model, its tokenizer, and a trainer around it, built by the project's own `composition`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from transformers import PreTrainedTokenizerFast
 
-from exgrpo_fast.build import make_policy, make_reference, make_rewards, make_trainer
+from exgrpo_fast.composition import make_policy, make_reference, make_rewards, make_trainer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.display import NullScreen
 from exgrpo_fast.engines import make_transformers_engine

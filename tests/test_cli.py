@@ -505,7 +505,9 @@ def test_the_other_recipes_train(train_file, tmp_path: Path, recipe: str) -> Non
 def test_bad_data_is_refused_before_the_model_is_loaded(
     train_file, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("exgrpo_fast.build.models.load_model", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "exgrpo_fast.composition.models.load_model", lambda name: pytest.fail("loaded")
+    )
     good = [json.dumps(row) for row in gsm8k_like(20)]
     broken = '{"question": "?", "answer": '
     golds = json.dumps({"question": "Half?", "answer": "#### \\frac{1"})

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import make_questions
 
-from exgrpo_fast.build import load_tokenizer
 from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.cli import main
 from exgrpo_fast.collect import Clock
+from exgrpo_fast.composition import load_tokenizer
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.experience import Group, Guidance, Trajectory, Verdict
 from exgrpo_fast.policy import Policy
@@ -553,7 +553,7 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
 ) -> None:
     folder = saved(tmp_path / "ends", tokenizer, eos=[5])
     monkeypatch.setattr(
-        "exgrpo_fast.build.models.load_model", lambda name: pytest.fail("was loaded")
+        "exgrpo_fast.composition.models.load_model", lambda name: pytest.fail("was loaded")
     )
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"prompt": "What is 1 + 2?", "answer": "3"}) + "\n")

@@ -26,7 +26,7 @@ FLOORS = [
     ["step_metrics", "bad_batches", "preflight"],
     ["trainer", "engines"],
     ["planning"],
-    ["build", "scaffold"],
+    ["composition", "scaffold"],
     ["session", "buffer_session", "export"],
     ["cli"],
     ["__main__", "__init__"],

@@ -12,8 +12,8 @@ import torch
 from conftest import ScriptedEngine, make_questions
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from exgrpo_fast.build import adapter_of, take_up
 from exgrpo_fast.checkpoint import load_state
+from exgrpo_fast.composition import adapter_of, take_up
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.export import export_checkpoint
 from exgrpo_fast.lora import (

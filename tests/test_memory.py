@@ -14,8 +14,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from exgrpo_fast.build import run_preflight
 from exgrpo_fast.cli import main
+from exgrpo_fast.composition import run_preflight
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import GIB, Machine, Planner

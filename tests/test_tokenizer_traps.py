@@ -11,14 +11,14 @@ import torch
 from conftest import make_questions, small_config
 from test_learner import GradientRecorder, collect, with_rewards
 
-from exgrpo_fast.build import (
+from exgrpo_fast.checkpoint import Checkpoints
+from exgrpo_fast.composition import (
     load_tokenizer,
     make_policy,
     refuse_broken_weights,
     refuse_other_tokenizer,
     vocabulary_of,
 )
-from exgrpo_fast.checkpoint import Checkpoints
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.engines import make_transformers_engine
 from exgrpo_fast.errors import NumericalStop

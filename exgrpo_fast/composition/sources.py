@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import logging
-import os
-import platform
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-import xxhash
-from transformers import AutoTokenizer
-
-from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
-from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.buffer.pool import load_pool, solutions_of
 from exgrpo_fast.buffer.selectors import (
     QuestionSelector,
@@ -28,65 +13,30 @@ from exgrpo_fast.buffer.selectors import (
     uniform_questions,
 )
 from exgrpo_fast.buffer.store import ExperienceStore
-from exgrpo_fast.checkpoint import Checkpoints, load_state, read_manifest
-from exgrpo_fast.checkpoint_writer import CheckpointWriter
-from exgrpo_fast.collect import Collector, OverlongRule
-from exgrpo_fast.config import Config, ConfigError, GymTask, dump_yaml, require
-from exgrpo_fast.data import read_rows
-from exgrpo_fast.display import Screen
+from exgrpo_fast.composition.models import load_tokenizer, make_encode, make_policy, vocabulary_of
+from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.engines import (
     PreparedEngine,
     end_of_sequence_ids,
-    mismatch_rule,
-    prepare_engine,
 )
-from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.experience import Question
-from exgrpo_fast.learner import Learner, ReplayTerm
-from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
-from exgrpo_fast.memory.plan import MemoryPlan
-from exgrpo_fast.memory.store import store_note, store_plan
-from exgrpo_fast.metrics import (
-    CompletionLog,
-    FanOut,
-    JsonlSink,
-    MetricSink,
-    TensorBoardSink,
-    WandbSink,
-)
-from exgrpo_fast.model_folder import HuggingFaceFolder
-from exgrpo_fast.optim import Optimiser, linear_warmup
-from exgrpo_fast.planning import fitted, wants_preflight
-from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
-from exgrpo_fast.preflight import rehearse
-from exgrpo_fast.quantization import nf4
-from exgrpo_fast.random_state import seed_everything
-from exgrpo_fast.reference import AdapterOff, Reference
+from exgrpo_fast.memory.store import store_plan
+from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.resampling.compatibility import (
-    fingerprint,
     read_vocabulary,
     refuse_other_vocabulary,
 )
 from exgrpo_fast.resampling.driver import Resampler
 from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
 from exgrpo_fast.resampling.triggers import Trigger
-from exgrpo_fast.rewards import RewardPool, RubricScorer
-from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
-from exgrpo_fast.rollout.journal import JournalledEngine
-from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.sources.fresh import FreshSource
 from exgrpo_fast.sources.hindsight import HindsightRecipe, HindsightSource
 from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
 from exgrpo_fast.sources.prior import NoPrior, PriorRecipe, PriorSource
-from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.recall import NoReplay, Replay
 from exgrpo_fast.sources.replay import ReplayRecipe, ReplaySource
-from exgrpo_fast.trainer import Trainer
-from exgrpo_fast.training_data import load_data, refuse_bad_golds
-from exgrpo_fast.verify import Decode, Verifier
-from exgrpo_kernels import PolicyObjective
-from exgrpo_fast.build.models import load_tokenizer, make_encode, make_policy, vocabulary_of
+from exgrpo_fast.verify import Verifier
 
 
 def make_replay(

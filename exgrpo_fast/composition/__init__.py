@@ -6,12 +6,22 @@ sources       replay, prior, hindsight                  trainer  the trainer and
 run           all of it opened for one run, and closed
 """
 
-from exgrpo_fast.build.models import adapter_of, load_tokenizer, make_decode, make_policy, make_reference, refuse_broken_weights, refuse_other_tokenizer, start_folder, vocabulary_of
-from exgrpo_fast.build.rewards import make_evaluator, make_rewards
-from exgrpo_fast.build.run import Run, open_run, run_preflight, take_up
-from exgrpo_fast.build.sources import make_hindsight_prompt
-from exgrpo_fast.build.surroundings import environment, package_versions, quiet_libraries
-from exgrpo_fast.build.trainer import make_trainer
+from exgrpo_fast.composition.models import (
+    adapter_of,
+    load_tokenizer,
+    make_decode,
+    make_policy,
+    make_reference,
+    refuse_broken_weights,
+    refuse_other_tokenizer,
+    start_folder,
+    vocabulary_of,
+)
+from exgrpo_fast.composition.rewards import make_evaluator, make_rewards
+from exgrpo_fast.composition.run import Run, open_run, run_preflight, take_up
+from exgrpo_fast.composition.sources import make_hindsight_prompt
+from exgrpo_fast.composition.surroundings import environment, package_versions, quiet_libraries
+from exgrpo_fast.composition.trainer import make_trainer
 
 __all__ = [
     "Run",
