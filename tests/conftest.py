@@ -24,7 +24,7 @@ from exgrpo_fast.engines import make_transformers_engine
 from exgrpo_fast.experience import Completion, Question
 from exgrpo_fast.metrics import NullSink
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.rollout.engine import UNOBSERVED, Deferred, Observer, Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.trainer import Trainer
 
@@ -65,31 +65,14 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> 
     ]
 
 
-class LocalEngine:
-    """What an engine of the tests need not say: all of it happens in `generate`."""
-
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
-        return Deferred(self, requests, sampling)
+class OwnEngine(LocalEngine):
+    """Shares the trainer's weights, as far as a test is concerned."""
 
     def sync(self, version: int) -> dict[str, float]:
         return {}
 
-    def rest(self) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        observer: Observer = UNOBSERVED,
-    ) -> list[Completion]:
-        raise NotImplementedError
-
-
-class ScriptedEngine(LocalEngine):
+class ScriptedEngine(OwnEngine):
     """Answers each visit of a question with the next line of its script.
 
     A script is a list of texts; the same text means the same tokens.

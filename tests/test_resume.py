@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from conftest import LocalEngine, make_questions
+from conftest import OwnEngine, make_questions
 
 from exgrpo_fast.checkpoint import load_state, split_tensors
 from exgrpo_fast.random_state import random_state, restore_random_state, seed_everything
@@ -85,7 +85,7 @@ def test_any_step_can_be_the_last_before_a_resume(make) -> None:
         assert digest(resumed) == digests[min(step + 2, STEPS)]
 
 
-class Counting(LocalEngine):
+class Counting(OwnEngine):
     """Counts the requests that reach the engine."""
 
     def __init__(self, engine) -> None:

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.experience import Completion
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.rollout.engine import (
-    UNOBSERVED,
     Generation,
-    Observer,
     Request,
     RolloutEngine,
     Sampling,
+    StartedEngine,
 )
 
 NUM_TOKENS = 16
@@ -32,7 +30,7 @@ class OutOfSync(UserError):
     """The engine's log-probs are not those of the trainer's weights."""
 
 
-class VerifiedEngine:
+class VerifiedEngine(StartedEngine):
     """An engine whose weights are checked after every update.
 
     A fixed prompt is continued by the engine under fixed seeds; the trainer scores what it drew.
@@ -58,14 +56,6 @@ class VerifiedEngine:
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
         return self.engine.start(requests, sampling)
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        observer: Observer = UNOBSERVED,
-    ) -> list[Completion]:
-        return self.engine.generate(requests, sampling, observer)
 
     def sync(self, version: int) -> dict[str, float]:
         """OutOfSync, with both numbers, where the weights did not arrive."""

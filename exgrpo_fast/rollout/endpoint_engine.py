@@ -20,8 +20,8 @@ from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Completion
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
-    Deferred,
     EngineLost,
+    LocalEngine,
     Observer,
     Request,
     Sampling,
@@ -33,7 +33,7 @@ BEAT_SECONDS = 0.02
 ADVICE = {400: "it does not take token ids, or these are none of its model's"}
 
 
-class EndpointEngine:
+class EndpointEngine(LocalEngine):
     """A model behind the OpenAI-compatible routes of vLLM."""
 
     def __init__(
@@ -65,9 +65,6 @@ class EndpointEngine:
         self.eos_token_ids = list(eos_token_ids)
         self.max_concurrency = max_concurrency
         self.model, self.max_model_len = choose_model(asyncio.run(self._served()), model, base_url)
-
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
-        return Deferred(self, requests, sampling)
 
     def generate(
         self,

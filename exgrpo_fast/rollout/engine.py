@@ -96,6 +96,31 @@ class Deferred:
         return self.engine.generate(self.requests, self.sampling, observer)
 
 
+class LocalEngine(RolloutEngine):
+    """An engine in the trainer's process: everything happens in `generate`."""
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
+        return Deferred(self, requests, sampling)
+
+    def rest(self) -> None:
+        """It keeps nothing between two generations."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class StartedEngine(RolloutEngine):
+    """An engine whose generations begin with `start`."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        observer: Observer = UNOBSERVED,
+    ) -> list[Completion]:
+        return self.start(requests, sampling).wait(observer)
+
+
 def request_seed(run_seed: int, step: int | str, question_id: str, sample: int) -> int:
     """One seed per request, a pure function of its place in the run: nothing to restore on resume.
 

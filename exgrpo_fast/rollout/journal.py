@@ -28,6 +28,7 @@ from exgrpo_fast.rollout.engine import (
     Request,
     RolloutEngine,
     Sampling,
+    StartedEngine,
 )
 
 Key = bytes  # xxh3-128 of a request
@@ -40,7 +41,7 @@ _SPAN = struct.Struct("<qII")
 log = logging.getLogger(__name__)
 
 
-class JournalledEngine:
+class JournalledEngine(StartedEngine):
     """Answers what the log knows, lets `engine` generate the rest, and logs what it finishes."""
 
     def __init__(
@@ -63,14 +64,6 @@ class JournalledEngine:
 
     def close(self) -> None:
         self.engine.close()
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        observer: Observer = UNOBSERVED,
-    ) -> list[Completion]:
-        return self.start(requests, sampling).wait(observer)
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> JournalledGeneration:
         keys = [self._key(request, sampling) for request in requests]

@@ -16,6 +16,7 @@ from exgrpo_fast.rollout.engine import (
     Observer,
     Request,
     Sampling,
+    StartedEngine,
 )
 from exgrpo_fast.rollout.server_process import ServerConnection, ServerProcess
 from exgrpo_fast.rollout.weight_transfer import Sender
@@ -24,7 +25,7 @@ from exgrpo_fast.rollout.wire import pack_requests, unpack_completion
 Arrival = tuple[int, Completion] | EngineLost | None  # None: one server has delivered everything
 
 
-class ServerEngine:
+class ServerEngine(StartedEngine):
     """Spreads requests over its servers and gives all of them the policy's weights."""
 
     def __init__(
@@ -48,14 +49,6 @@ class ServerEngine:
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> RemoteGeneration:
         return RemoteGeneration(self.connections, requests, sampling, deadline=self.deadline)
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        observer: Observer = UNOBSERVED,
-    ) -> list[Completion]:
-        return self.start(requests, sampling).wait(observer)
 
     def sync(self, version: int) -> dict[str, float]:
         """EngineLost where a server did not take the weights over."""

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from exgrpo_fast.experience import Completion
 from exgrpo_fast.policy import Policy, inference
-from exgrpo_fast.rollout.engine import UNOBSERVED, Deferred, Observer, Request, Sampling
+from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 
 
-class TransformersEngine:
+class TransformersEngine(LocalEngine):
     """Batched generation of at most `max_batch_sequences` sequences side by side."""
 
     def __init__(
@@ -35,18 +35,9 @@ class TransformersEngine:
         self.pad_token_id = pad_token_id
         self.max_batch_sequences = max_batch_sequences
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
-        return Deferred(self, requests, sampling)
-
     def sync(self, version: int) -> dict[str, float]:
         """Nothing to do: these are the trainer's parameters."""
         return {}
-
-    def rest(self) -> None:
-        """Its cache ended with the generation."""
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
     @torch.no_grad()
     def generate(

@@ -10,8 +10,8 @@ from exgrpo_fast.experience import Completion
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
-    Deferred,
     EngineLost,
+    LocalEngine,
     Observer,
     Request,
     Sampling,
@@ -19,7 +19,7 @@ from exgrpo_fast.rollout.engine import (
 from exgrpo_fast.rollout.vllm_model import VllmModel, untouched_random_state
 
 
-class VllmEngine:
+class VllmEngine(LocalEngine):
     """The policy's weights copied into a `VllmModel` after every update.
 
     `sleeps`: weights and cache leave the GPU while the trainer updates.
@@ -31,9 +31,6 @@ class VllmEngine:
         self.sleeps = sleeps
         self.awake = not sleeps  # a model that can sleep has been put to sleep before
         self.version = 0
-
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Deferred:
-        return Deferred(self, requests, sampling)
 
     def generate(
         self,

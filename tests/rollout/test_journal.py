@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LocalEngine
+from conftest import OwnEngine
 
 from exgrpo_fast.experience import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
@@ -16,7 +16,7 @@ from exgrpo_fast.rollout.journal import JournalledEngine
 SAMPLING = Sampling(max_completion_tokens=8)
 
 
-class CountingEngine(LocalEngine):
+class CountingEngine(OwnEngine):
     """Completions that depend on the request alone; `batch` requests finish together."""
 
     def __init__(self, batch: int = 2) -> None:
