@@ -150,56 +150,90 @@ def resumes(world: World, points: int) -> Figures:
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def truncate(file: Path, rng: random.Random) -> None:
+# Each returns the files of which one has to be named.
+
+
+def truncate(file: Path, rng: random.Random) -> set[Path]:
     os.truncate(file, rng.randrange(file.stat().st_size))
+    return {file}
 
 
-def flip_a_bit(file: Path, rng: random.Random) -> None:
+def flip_a_bit(file: Path, rng: random.Random) -> set[Path]:
     data = bytearray(file.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
+    return {file}
 
 
-def zero_a_page(file: Path, rng: random.Random) -> None:
+def zero_a_page(file: Path, rng: random.Random) -> set[Path]:
     data = bytearray(file.read_bytes())
     pages = [i for i in range(0, len(data), 4096) if any(data[i : i + 4096])]
     start = rng.choice(pages)
     data[start : start + 4096] = bytes(len(data[start : start + 4096]))
     file.write_bytes(data)
+    return {file}
 
 
-def append(file: Path, rng: random.Random) -> None:
+def append(file: Path, rng: random.Random) -> set[Path]:
     with file.open("ab") as stream:
         stream.write(rng.choice([b"\0", b" ", b"\n", rng.randbytes(rng.randrange(1, 5000))]))
+    return {file}
 
 
-def remove(file: Path, rng: random.Random) -> None:
+def remove(file: Path, rng: random.Random) -> set[Path]:
     file.unlink()
+    return {file}
 
 
-def edit_or_swap(file: Path, rng: random.Random) -> None:
-    """Half of the time two files change places, else one entry of the manifest is another one."""
-    root = next(parent for parent in file.parents if (parent / MANIFEST).exists())
-    if file.name == MANIFEST or rng.random() < 0.5:
-        manifest = json.loads((root / MANIFEST).read_text())
-        entry = manifest["files"][rng.choice(sorted(manifest["files"]))]
-        changes: list[Callable[[], Any]] = [
-            lambda: manifest.update(step=manifest["step"] + 1),
-            lambda: entry.update(bytes=entry["bytes"] + 1),
-            lambda: entry.update(xxh3_128=entry["xxh3_128"][::-1]),
-            lambda: manifest["files"].popitem(),
-            lambda: manifest["origin"].update(tokenizer="another"),
-        ]
-        rng.choice(changes)()
-        (root / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        return
+def spoil_header(file: Path, rng: random.Random) -> set[Path]:
+    """The first bytes, where safetensors keeps its names and shapes and JSON its first key."""
+    data = bytearray(file.read_bytes())
+    place = rng.randrange(min(len(data), 64))
+    data[place] = rng.choice([byte for byte in range(256) if byte != data[place]])
+    file.write_bytes(data)
+    return {file}
+
+
+def swap(file: Path, rng: random.Random) -> set[Path]:
+    root = _root_of(file)
     other = rng.choice([f for f in _files(root) if f.read_bytes() != file.read_bytes()])
     file.rename(root / "between")
     other.rename(file)
     (root / "between").rename(other)
+    return {file, other}
 
 
-DAMAGES = [truncate, flip_a_bit, zero_a_page, append, remove, edit_or_swap]
+def edit_manifest(file: Path, rng: random.Random) -> set[Path]:
+    """Valid JSON still, with one entry that is another one."""
+    path = _root_of(file) / MANIFEST
+    manifest = json.loads(path.read_text())
+    entry = manifest["files"][rng.choice(sorted(manifest["files"]))]
+    changes: list[Callable[[], Any]] = [
+        lambda: manifest.update(step=manifest["step"] + 1),
+        lambda: entry.update(bytes=entry["bytes"] + 1),
+        lambda: entry.update(xxh3_128=entry["xxh3_128"][::-1]),
+        lambda: manifest["files"].popitem(),
+        lambda: manifest["origin"].update(tokenizer="another"),
+    ]
+    rng.choice(changes)()
+    path.write_text(json.dumps(manifest, indent=1))
+    return {path}
+
+
+def _root_of(file: Path) -> Path:
+    return next(parent for parent in file.parents if (parent / MANIFEST).exists())
+
+
+DAMAGES = [
+    truncate,
+    flip_a_bit,
+    zero_a_page,
+    append,
+    spoil_header,
+    remove,
+    swap,
+    edit_manifest,
+]
 
 
 def corruptions(world: World, each: int, rng: random.Random) -> Figures:
@@ -219,11 +253,11 @@ def corruptions(world: World, each: int, rng: random.Random) -> Figures:
             checkpoints = Checkpoints(folder)
             older, newer = (folder / f"step_{step}" for step in checkpoints.steps()[-2:])
             file = rng.choice(_files(newer))
-            damage(file, rng)
+            to_name = damage(file, rng)
             try:
                 verify(newer)
             except CheckpointError as error:
-                found += damage is edit_or_swap or str(error).startswith(str(file))
+                found += any(str(error).startswith(f"{path}:") for path in to_name)
             if number < 20:
                 walked_back += checkpoints.newest_valid(lambda why: None) == older
         named[damage.__name__] = found
