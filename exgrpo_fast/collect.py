@@ -7,7 +7,7 @@ first, the stream brings the others. What is recalled for a question stands in i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -165,13 +165,16 @@ class Collector:
         generation = self.fresh.start([*plan.questions, *drawn], slots, step=step)
         return Begun(step, plan, drawn, pending, slots, guided_slots, generation)
 
-    def collect(self, step: int, clock: Clock) -> Batch:
+    def collect(self, step: int, clock: Clock, waiting: Callable[[], None] = lambda: None) -> Batch:
+        """`waiting` is called while the first responses are generated, and may raise: the step
+        stays begun. (Whole groups from the store are in no checkpoint; they are not given up.)"""
         if self.begun is None:
             self.begin(step, clock)
-        begun, self.begun = self.begun, None
+        begun = self.begun
         assert begun is not None and begun.step == step, "begun for another step"
         plan, pending = begun.plan, begun.pending
-        made = self._make_groups(begun, clock)
+        made = self._make_groups(begun, clock, (lambda: None) if plan.groups else waiting)
+        self.begun = None
         with clock.measure("replay"):
             groups = self.replay.exchange([*plan.groups, *made.groups])
         if not groups:
@@ -213,12 +216,14 @@ class Collector:
             guidance += extra.guidance
         return replace(batch, groups=tuple(kept), discarded=tuple(discarded), guidance=guidance)
 
-    def _make_groups(self, begun: Begun, clock: Clock) -> Made:
+    def _make_groups(
+        self, begun: Begun, clock: Clock, waiting: Callable[[], None] = lambda: None
+    ) -> Made:
         """One group for each question: what was recalled, then fresh ones, then guided ones."""
         questions, slots, step = begun.questions, begun.slots, begun.step
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
         guided = self.prior.begin(questions, begun.guided_slots, step=step)
-        completions, grading = self._await(begun, question_of, guided, clock)
+        completions, grading = self._await(begun, question_of, guided, clock, waiting)
         recall = begun.pending.recall
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(
@@ -243,7 +248,12 @@ class Collector:
         return Made(scored, mismatch, cost, len(verdicts) - num_scored)
 
     def _await(
-        self, begun: Begun, question_of: Sequence[Question], guided: Guided, clock: Clock
+        self,
+        begun: Begun,
+        question_of: Sequence[Question],
+        guided: Guided,
+        clock: Clock,
+        waiting: Callable[[], None],
     ) -> tuple[list[Completion], Grading]:
         """The fresh responses; beside them, what can be done while they are generated."""
 
@@ -252,11 +262,12 @@ class Collector:
                 begun.pending.recall  # noqa: B018, chosen when it is first asked for
 
         def guide() -> None:
+            waiting()
             with clock.measure("prior"):
                 guided.advance()
 
         with clock.measure("rollout"), self.screen.phase("rollout", sum(begun.slots)) as advance:
-            beside = guide if self.prior.concurrent else None
+            beside = guide if self.prior.concurrent else waiting
             grading = Grading(
                 self.verifier, question_of, advance, meanwhile=recall_now, beside=beside
             )

@@ -1,4 +1,4 @@
-"""What ends a command without a traceback: a user's mistake (exit 2), and broken numbers (70)."""
+"""What ends a command without a traceback: a user's mistake (exit 2), broken numbers (70), a signal."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class NumericalStop(Exception):
     """The numbers are broken: weights or gradients that are not finite, or far too large."""
+
+
+class Interrupted(Exception):
+    """A signal came while the engine was generating; no weight has changed since the last step."""

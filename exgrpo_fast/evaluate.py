@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,8 +75,11 @@ class Evaluator:
         self.ks = list(ks)
         self.seed = seed
 
-    def __call__(self, questions: Sequence[Question]) -> Evaluation:
-        samples = self.sample(questions)
+    def __call__(
+        self, questions: Sequence[Question], waiting: Callable[[], None] = lambda: None
+    ) -> Evaluation:
+        """`waiting` is called while completions are generated, and may raise."""
+        samples = self.sample(questions, waiting)
         successes = self._successes(samples)
         low, high = bootstrap_interval(successes / self.n, seed=self.seed)
         return Evaluation(
@@ -131,7 +134,9 @@ class Evaluator:
         by_place = dict(zip(asked, revised, strict=True))
         return [by_place.get(i, sample) for i, sample in enumerate(samples)]
 
-    def sample(self, questions: Sequence[Question]) -> list[Sample]:
+    def sample(
+        self, questions: Sequence[Question], waiting: Callable[[], None] = lambda: None
+    ) -> list[Sample]:
         """n judged completions of each question, question by question."""
         asked = [question for question in questions for _ in range(self.n)]
         requests = [
@@ -139,7 +144,7 @@ class Evaluator:
             for i, q in enumerate(asked)
         ]
         with self.screen.phase("evaluate", len(requests)) as advance:
-            grading = Grading(self.verifier, asked, advance)
+            grading = Grading(self.verifier, asked, advance, beside=waiting)
             completions = self.engine.generate(requests, self.sampling, grading)
         return self._samples(asked, completions, grading.verdicts())
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +14,7 @@ from exgrpo_fast.checkpoint import Checkpoints
 from exgrpo_fast.checkpoint_writer import CheckpointWriter
 from exgrpo_fast.collect import Batch, Clock, Collector
 from exgrpo_fast.display import Screen
-from exgrpo_fast.errors import NumericalStop
+from exgrpo_fast.errors import Interrupted, NumericalStop
 from exgrpo_fast.evaluate import Evaluation, Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner
@@ -80,7 +80,7 @@ class Trainer:
     def step(self) -> tuple[Batch, dict[str, Any]]:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
         step, clock = self.num_steps + 1, Clock()
-        batch = self.collector.collect(step, clock)
+        batch = self.collector.collect(step, clock, self._give_up_when_stopped)
         self.stream.retire(self.replay.observe(batch.generated, step=step))
         objective = self.replay.objective(self.objective)
         metrics = self.replay.metrics(batch.replayed, batch.recall, step=step)
@@ -105,16 +105,24 @@ class Trainer:
         if stop_after is not None:
             last = min(last, self.num_steps + stop_after)
         with self._listen_to_signals(), self._until_written():
-            while self.num_steps < last and self.stop_signal is None:
-                batch, metrics = self.step()
-                if self._due(self.eval_every) and self.num_steps < self.max_steps:
-                    metrics |= evaluation_metrics(self.evaluate())
-                self._publish(batch, metrics)
-                self._save_beside()
+            with contextlib.suppress(Interrupted):  # the step stays begun
+                while self.num_steps < last and self.stop_signal is None:
+                    batch, metrics = self.step()
+                    self._publish(batch, metrics | self._evaluation_due())
+                    self._save_beside()
             self.save()
 
     def evaluate(self) -> Evaluation:
         return self.evaluator(self.eval_questions)
+
+    def _evaluation_due(self) -> dict[str, Any]:
+        if not self._due(self.eval_every) or self.num_steps == self.max_steps:
+            return {}
+        with contextlib.suppress(Interrupted):
+            return evaluation_metrics(
+                self.evaluator(self.eval_questions, self._give_up_when_stopped)
+            )
+        return {}
 
     # --- saving ---
 
@@ -183,7 +191,11 @@ class Trainer:
                 f"last good update"
             )
 
-    @contextmanager
+    def _give_up_when_stopped(self) -> None:
+        if self.stop_signal is not None:
+            raise Interrupted
+
+    @contextlib.contextmanager
     def _until_written(self) -> Iterator[None]:
         """An error of a step must not take along a checkpoint that is being written."""
         try:
@@ -192,15 +204,16 @@ class Trainer:
             self.writer.join()
             raise
 
-    @contextmanager
+    @contextlib.contextmanager
     def _listen_to_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run after the step; the second one at once."""
+        """The first SIGINT or SIGTERM lets what is being learned be finished and gives up what is
+        being generated; the second one ends the run at once."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             if self.stop_signal is not None:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            self.screen.note("stopping after this step; once more to stop at once")
+            self.screen.note("stopping with a checkpoint; once more to stop at once")
 
         previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -53,7 +53,7 @@ class Grading(Observer):
         *,
         drafts: Sequence[str] | None = None,
         meanwhile: Callable[[], object] = lambda: None,
-        beside: Callable[[], object] | None = None,
+        beside: Callable[[], object] = lambda: None,
     ) -> None:
         """`questions`: of each request of the generation, by its place; `drafts`: the texts that
         these revise. `meanwhile`: called once, when the generation is under way; `beside`: called
@@ -87,8 +87,7 @@ class Grading(Observer):
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
-        if self.beside is not None:
-            self.beside()
+        self.beside()
         if self.pool is not None and self.ticket is not None:
             self.pool.poll()
 

@@ -20,8 +20,9 @@ from conftest import REWARDS
 from exgrpo_fast import __version__
 from exgrpo_fast.checkpoint import verify
 from exgrpo_fast.cli import main
+from exgrpo_fast.collect import Collector
+from exgrpo_fast.learner import Learner
 from exgrpo_fast.run_folder import RunFolder
-from exgrpo_fast.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"  # a copy beside the repository
@@ -335,18 +336,38 @@ def test_a_folder_in_use_is_refused(refused, tmp_path: Path) -> None:
     RunFolder(tmp_path / "busy", resume=False).close()
 
 
+def test_a_run_stopped_before_its_first_step_resumes(
+    run, tmp_path: Path, finished: Path, monkeypatch
+) -> None:
+    begin = Collector.begin
+
+    def sigterm_then_begin(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(self, *arguments)
+
+    out = tmp_path / "early"
+    monkeypatch.setattr(Collector, "begin", sigterm_then_begin)
+    assert train(out, "--max-steps", 3, "--eval.every", 2) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert json.loads((out / "summary.json").read_text())["steps"] == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_0"]
+    assert train(out, "--max-steps", 3, "--eval.every", 2, "--resume", "auto") == 0
+    ours, theirs = (read_lines(folder / "metrics.jsonl") for folder in (out, finished))
+    assert [row["loss_hex"] for row in ours] == [row["loss_hex"] for row in theirs]
+
+
 def test_a_stopped_run_resumes_as_if_nothing_had_happened(
     run, tmp_path: Path, finished: Path, monkeypatch
 ) -> None:
-    """SIGTERM after the first step, a step written behind the checkpoint, then --resume auto."""
-    whole_step = Trainer.step
+    """SIGTERM in the first update, a step written behind the checkpoint, then --resume auto."""
+    whole_update = Learner.update
 
-    def step_then_sigterm(self):
+    def sigterm_then_update(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return whole_step(self)
+        return whole_update(self, *arguments)
 
     out = tmp_path / "stopped"
-    monkeypatch.setattr(Trainer, "step", step_then_sigterm)
+    monkeypatch.setattr(Learner, "update", sigterm_then_update)
     assert train(out, "--max-steps", 3, "--eval.every", 2) == 128 + signal.SIGTERM
     monkeypatch.undo()
     summary = json.loads((out / "summary.json").read_text())

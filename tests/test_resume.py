@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,62 @@ def test_a_crash_in_the_update_does_not_pay_for_the_rollouts_again(
     assert counting.num_requests > 0
     second.save()
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == []
+
+
+@pytest.mark.parametrize("select", ["entropy", "random"])
+def test_a_signal_gives_up_what_is_being_generated_and_nothing_else(
+    tokenizer, make_test_trainer, model_folder: Path, tmp_path: Path, select: str
+) -> None:
+    """A resumed run asks the same questions again, and the log of rollouts answers what it can."""
+    questions = make_questions(tokenizer, [f"q{i}" for i in range(12)])
+    settings = SETTINGS | {"replay": SETTINGS["replay"] | {"select": select}}
+
+    def make_one(version: int) -> tuple[Trainer, Counting]:
+        trainer = make_test_trainer(questions, **settings)
+        counting = Counting(trainer.engine)
+        journal = JournalledEngine(counting, tmp_path / "rollouts", version=version)
+        trainer.engine = trainer.collector.fresh.engine = journal
+        return trainer, counting
+
+    seed_everything(0)
+    whole = make_test_trainer(questions, **settings)
+    losses = [whole.step()[1]["loss_hex"] for _ in range(6)]
+    end = digest(whole)
+
+    seed_everything(0)
+    stopped, counting = make_one(0)
+    found: list[str] = []
+    asked: list[int] = []
+    step, generate = stopped.step, counting.generate
+
+    def record() -> Any:
+        batch, metrics = step()
+        found.append(metrics["loss_hex"])
+        return batch, metrics
+
+    def generate_and_stop(requests, sampling, observer=UNOBSERVED):
+        if stopped.num_steps == 3:
+            asked.append(len(requests))
+            done = generate(requests[:5], sampling)
+            observer.finished(range(5), done)
+            os.kill(os.getpid(), signal.SIGTERM)
+            observer.waiting()
+            pytest.fail("the step was not given up")
+        return generate(requests, sampling, observer)
+
+    stopped.step, counting.generate = record, generate_and_stop
+    stopped.train()
+    assert stopped.stop_signal == signal.SIGTERM
+    assert found == losses[:3] and stopped.checkpoints.steps() == [3]
+    assert load_state(stopped.checkpoints.folder / "step_3")["begun"]["drawn"]
+
+    seed_everything(99)
+    resumed, counting = make_one(3)
+    take_up(resumed, stopped.checkpoints.folder / "step_3")
+    assert resumed.step()[1]["loss_hex"] == losses[3]
+    assert counting.num_requests == asked[0] - 5
+    assert [resumed.step()[1]["loss_hex"] for _ in range(2)] == losses[4:]
+    assert digest(resumed) == end
 
 
 def test_every_process_wide_random_state_comes_back(tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ class ReplaySource:
         self.active = recipe.start_success_rate is None  # latched: only `stop_after_steps` ends it
         self.stopped = False
         self.next_group = 0
+        self.seed = seed
         self.rng = np.random.default_rng([seed, 0x5E1EC7])
+        self._scored: tuple[Tensor, Tensor] | None = None  # rows and entropies not yet noted
 
     # --- before the rollout ---
 
@@ -143,26 +145,29 @@ class ReplaySource:
         after = num_questions - before - len(asked)
 
         def choose_now() -> Recall:
-            found = (
-                self._choose(rows, owner, len(asked)) if len(rows) else Recall(((),) * len(asked))
-            )
+            found = Recall(((),) * len(asked))
+            if len(rows):
+                found = self._choose(rows, owner, len(asked), step=step)
             return replace(found, slots=((),) * before + found.slots + ((),) * after)
 
         return PendingRecall([0] * before + counts.tolist() + [0] * after, choose_now)
 
-    def _choose(self, rows: Tensor, owner: Tensor, num_asked: int) -> Recall:
-        """Of the candidates of each asked question those that the recipe wants."""
+    def _choose(self, rows: Tensor, owner: Tensor, num_asked: int, *, step: int) -> Recall:
+        """Of the candidates of each asked question those that the recipe wants.
+
+        Changes nothing: a step that is given up after it chooses the same again.
+        """
         candidates = self.store.read(rows)
         scores, entropy = None, None
         if self.recipe.select in SCORED:
             scores = self._score(candidates)
             means = scores.per_response(scores.entropies)
-            self.store.note_entropy(rows, means)
+            self._scored = rows, means
             entropy = float(means.mean())
             chosen = choose(owner, score_keys(self.recipe.select, scores), self.recipe.count)
             scores = scores.pick(chosen.cpu())
         else:
-            chosen = self._choose_unscored(candidates, owner)
+            chosen = self._choose_unscored(candidates, owner, step=step)
         found: list[list[Trajectory]] = [[] for _ in range(num_asked)]
         trajectories = self._trajectories(candidates.pick(chosen.cpu()), scores)
         for number, trajectory in zip(owner[chosen].tolist(), trajectories, strict=True):
@@ -187,7 +192,7 @@ class ReplaySource:
             allowed &= rank_within(owner, stored["entropy"][rows]) < recipe.prefilter
         return rows[allowed], owner[allowed]
 
-    def _choose_unscored(self, candidates: Experiences, owner: Tensor) -> Tensor:
+    def _choose_unscored(self, candidates: Experiences, owner: Tensor, *, step: int) -> Tensor:
         recipe = self.recipe
         if recipe.select == "all":
             return torch.arange(len(candidates), device=owner.device)
@@ -199,7 +204,8 @@ class ReplaySource:
                 for of_one in places
             ]
             return torch.cat(picked).to(owner.device)
-        keys = stored_keys(recipe.select, candidates, self.rng)
+        rng = np.random.default_rng([self.seed, 0xC005E, step])
+        keys = stored_keys(recipe.select, candidates, rng)
         return choose(owner, keys, recipe.count)
 
     def _score(self, experiences: Experiences) -> Scores:
@@ -239,6 +245,9 @@ class ReplaySource:
 
     def exchange(self, groups: Sequence[Group]) -> list[Group]:
         """Groups without a gradient give way to stored ones, as many as there are."""
+        if self._scored is not None:
+            self.store.note_entropy(*self._scored)
+            self._scored = None
         groups = list(groups)
         if not self.active or self.recipe.mixer != "spent_groups":
             return groups

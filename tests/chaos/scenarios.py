@@ -497,6 +497,17 @@ def folders(world: World) -> Figures:
     return {"exit": code, "gaps_after_the_removal": gaps, "newest": newest(out), **_said(log)}
 
 
+def offline(world: World) -> Figures:
+    """A run in a network namespace without a network: nothing but local files is asked for."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"]).returncode:
+        return {"skipped": "no network namespace to be had"}
+    out = world.folder / "offline"
+    words = world.words(out, "--stop-after", 3)
+    command = ["unshare", "-rn", sys.executable, "-m", "exgrpo_fast", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return {"exit": done.returncode, "steps": len(losses(out))}
+
+
 def _remove_logs(out: Path) -> None:
     shutil.rmtree(out / "completions", ignore_errors=True)
     for name in ("metrics.jsonl", "run.log"):

@@ -223,6 +223,15 @@ def of_folders(f: Figures) -> list[Entry]:
     ]
 
 
+def of_offline(f: Figures) -> list[Entry]:
+    if "skipped" in f:
+        return [Entry("F26", "no network", f["skipped"], "", None)]
+    figure = f"exit {f['exit']}, {f['steps']} steps"
+    return [
+        Entry("F26", "no network at all", figure, "exit 0, 3 steps", f == {"exit": 0, "steps": 3})
+    ]
+
+
 Scenario = tuple[str, Callable[[World], Figures], Callable[[Figures], list[Entry]]]
 
 
@@ -237,6 +246,7 @@ def plan(short: bool, rng: random.Random) -> list[Scenario]:
         ("disks", scenarios.disks, of_disks),
         ("folders", scenarios.folders, of_folders),
         ("numbers", scenarios.numbers, of_numbers),
+        ("offline", scenarios.offline, of_offline),
     ]
     if not short:
         chosen.append(("refusal", scenarios.refusal_seconds, of_refusal))
