@@ -541,3 +541,23 @@ def test_bad_data_is_refused_before_the_model_is_loaded(
         result = train_file(lines, *words)
         assert result.code == 2 and result.err.count("\n") == 1
         assert said in result.err
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+
+def test_bench_lists_the_scripts_and_runs_one(run, refused) -> None:
+    listed = run("bench").out.splitlines()
+    names = {line.split()[0] for line in listed}
+    assert {"loss", "rollout", "memory"} <= names and "figures" not in names
+    assert all(len(line.split()) > 3 for line in listed)
+    assert run("bench", "loss", "--help").code == 0
+    assert run("bench", "loss", "--tokens", "none").code == 2  # the script's own
+    assert refused("bench", "los") == "bench: there is no 'los'; did you mean 'loss'?"
+
+
+def test_without_the_repository_there_is_nothing_to_measure(
+    refused, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("exgrpo_fast.__file__", str(tmp_path / "exgrpo_fast" / "__init__.py"))
+    assert "run it from the repository" in refused("bench", "loss")

@@ -1,0 +1,85 @@
+"""`exgrpo-fast`: words to calls. Everything heavy is imported inside the command that needs it, so
+that a user's mistake is answered in one line before torch is loaded.
+
+Exit codes: 0 done, 2 usage or config, 70 numerical stop, 74 cannot save, 75 gave up after restarts,
+130/143 signals.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from exgrpo_fast import __version__
+from exgrpo_fast.cli.bench import add_bench
+from exgrpo_fast.cli.buffer import add_buffer
+from exgrpo_fast.cli.generate import add_eval, add_sample
+from exgrpo_fast.cli.look import (
+    add_check_data,
+    add_doctor,
+    add_reward_test,
+    add_score,
+    add_verify_checkpoint,
+)
+from exgrpo_fast.cli.parsing import Parser, suggest
+from exgrpo_fast.cli.train import add_train, parse_overrides, train
+from exgrpo_fast.cli.write import add_export, add_init
+from exgrpo_fast.config import ConfigError
+from exgrpo_fast.errors import UserError
+from exgrpo_fast.metrics import clean_line
+
+EXIT_USAGE, EXIT_SIGNAL = 2, 128
+COMMANDS = (
+    add_train,
+    add_eval,
+    add_sample,
+    add_init,
+    add_doctor,
+    add_score,
+    add_reward_test,
+    add_check_data,
+    add_verify_checkpoint,
+    add_export,
+    add_buffer,
+    add_bench,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    # OpenMP threads that spin while they wait slow a run down many times over as soon as anything
+    # else uses the CPU. Read when torch is loaded, hence before it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        arguments, rest = parser().parse_known_args(argv)
+        if rest and arguments.run is not train:
+            hint = suggest(rest[0], arguments.options)
+            raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'{hint}")
+        if arguments.run is train:
+            arguments.words = list(sys.argv[1:] if argv is None else argv)
+            arguments.overrides = parse_overrides(rest, arguments.options)
+        code = arguments.run(arguments)
+    except UserError as error:
+        print(f"exgrpo-fast: {clean_line(error)}", file=sys.stderr)
+        code = EXIT_USAGE
+    except KeyboardInterrupt:
+        code = EXIT_SIGNAL + 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_SIGNAL + 13
+    sys.exit(code)
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="exgrpo-fast",
+        description="RLVR on one GPU with fused losses and experience replay.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"exgrpo-fast {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    return top

@@ -1,0 +1,51 @@
+"""`exgrpo-fast bench`: the scripts of bench/, each with its own options and its JSON result."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import exgrpo_fast
+from exgrpo_fast.cli.parsing import add_command, suggest
+from exgrpo_fast.config import ConfigError
+
+
+def add_bench(commands: Any) -> None:
+    c = add_command(commands, "bench", bench, "measure against references; without a name: a list")
+    c.add_argument("name", nargs="?", help="such as loss, rollout, step, memory")
+    c.add_argument("words", nargs=argparse.REMAINDER, help="its own options; try --help")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """The script's own exit code."""
+    scripts = dict(benchmarks(Path(exgrpo_fast.__file__).parents[1] / "bench"))
+    if not scripts:
+        raise ConfigError(
+            "bench: the benchmarks are not in the package; run it from the repository"
+        )
+    if arguments.name is None:
+        width = max(map(len, scripts))
+        for name, path in scripts.items():
+            print(f"{name:{width}}  {first_line(path)}")
+        return 0
+    if arguments.name not in scripts:
+        hint = suggest(arguments.name, list(scripts))
+        raise ConfigError(f"bench: there is no '{arguments.name}'{hint}")
+    command = [sys.executable, str(scripts[arguments.name]), *arguments.words]
+    return subprocess.run(command).returncode
+
+
+def benchmarks(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name, script) of every file that can be run; the others are what these share."""
+    for path in sorted(folder.glob("*.py")):
+        if '__name__ == "__main__"' in path.read_text():
+            yield path.stem, path
+
+
+def first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]

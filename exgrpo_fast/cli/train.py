@@ -1,0 +1,181 @@
+"""`exgrpo-fast train`: a run under its supervisor, and its plan."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exgrpo_fast.cli.inputs import check_inputs, choose_device
+from exgrpo_fast.cli.parsing import add_command, gibibytes, positive, resume_point
+from exgrpo_fast.config import (
+    Config,
+    ConfigError,
+    all_keys,
+    dump_yaml,
+    keys_by_last_word,
+    load_config,
+    recipe_names,
+    refuse_other_config,
+    require,
+)
+from exgrpo_fast.heartbeat import Supervised
+from exgrpo_fast.metrics import clean_line
+from exgrpo_fast.run_folder import RunFolder
+
+
+def add_train(commands: Any) -> None:
+    c = add_command(
+        commands, "train", train, "train a policy; any config key can be set, as --train.lr 1e-5"
+    )
+    c.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
+    c.add_argument("--out", help="run directory (default runs/NAME)")
+    c.add_argument(
+        "--resume", type=resume_point, default="never", help="auto | never | STEP (default never)"
+    )
+    c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
+    c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
+    c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
+    c.add_argument(
+        "--dry-run", action="store_true", help="show the resolved config and memory plan, and exit"
+    )
+    add_memory(c)
+    c.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    c.add_argument(
+        "--no-supervise",
+        dest="supervise",
+        action="store_false",
+        help="one process, which nobody restarts; for debuggers",
+    )
+    c.add_argument(
+        "--deadline",
+        type=positive,
+        metavar="SECONDS",
+        help="silence after which a run is stopped and restarted (300, more for slow phases)",
+    )
+    c.add_argument("--supervised", type=Supervised.parse, help=argparse.SUPPRESS)
+    c.epilog = "config keys: " + " ".join(all_keys())
+
+
+def add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device-memory-gib", type=gibibytes, help="plan for a GPU of this size, not for this one"
+    )
+
+
+def train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.max_steps is not None:
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"max_steps": arguments.max_steps})}
+        )
+    check_inputs(config)
+    if arguments.dry_run:
+        print(dump_yaml(config), end="")
+        print(derived_numbers(config))
+        if config.replay.enabled:
+            from exgrpo_fast.memory.store import store_note, store_plan
+
+            device = arguments.device or "the training device"
+            print(f"# {store_note(store_plan(config, num_questions=0), device)}")
+        return show_plan(config, arguments.device, arguments.device_memory_gib, prefix="# ")
+    out = Path(arguments.out or default_out(arguments.config))
+    told: Supervised | None = arguments.supervised
+    heartbeat = told.take_over() if told else None
+    resumes = arguments.resume != "never"
+    folder = RunFolder(out, resume=resumes, lock=told.lock if told else None)
+    with contextlib.closing(folder):
+        if resumes:
+            refuse_other_config(folder.config, config)
+        if arguments.supervise and not told:
+            return supervise(arguments, folder)
+        from exgrpo_fast.session import train_session
+
+        return train_session(
+            config,
+            folder,
+            device=choose_device(arguments.device),
+            resume=arguments.resume,
+            stop_after=arguments.stop_after,
+            deterministic=arguments.deterministic,
+            heartbeat=heartbeat,
+        )
+
+
+def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
+    """The same command once more, as a worker that is watched."""
+    from exgrpo_fast.supervisor import DEADLINE_SECONDS, Supervisor
+
+    first = int(folder.newest_step() or 0) if arguments.resume != "never" else 0
+
+    def command(told: Supervised, resume: bool) -> list[str]:
+        words = [sys.executable, "-m", "exgrpo_fast", *arguments.words, "--supervised", str(told)]
+        if resume:
+            words += ["--resume", "auto"]
+        if resume and arguments.stop_after:  # counts the steps of all lives together
+            done = max((folder.newest_step() or 0) - first, 0)
+            words += ["--stop-after", str(max(arguments.stop_after - done, 1))]
+        return words
+
+    return Supervisor(command, folder, deadline=arguments.deadline or DEADLINE_SECONDS).run()
+
+
+def show_plan(config: Config, device: str | None, gib: float | None, *, prefix: str = "") -> int:
+    """The memory plan; ConfigError where the run does not fit. The quickstart's model is not there
+    before it is trained, and fits everywhere."""
+    if config.model.name == "quickstart":
+        return 0
+    from exgrpo_fast.planning import NoShapes, plan_run
+
+    name = require(config.model.name, "model.name", "a local folder or a hub name")
+    try:
+        planned = plan_run(config, name, device=device, memory_gib=gib, is_local=True)
+    except NoShapes as error:
+        cause = clean_line(error, max_line=200)
+        print(f"{prefix}no memory plan without the model's config.json here ({cause})")
+        return 0
+    print("".join(f"{prefix}{line}".rstrip() + "\n" for line in planned.text.splitlines()), end="")
+    if planned.refusal is not None:
+        raise ConfigError(planned.refusal)
+    return 0
+
+
+def derived_numbers(config: Config) -> str:
+    rollout, train = config.rollout, config.train
+    sequences = rollout.prompts_per_step * rollout.group_size
+    per_update = sequences // train.minibatches
+    return (
+        f"# a step: {rollout.prompts_per_step} questions x {rollout.group_size} = {sequences} "
+        f"responses of at most {rollout.max_completion_tokens} tokens, {train.minibatches} "
+        f"updates of {per_update} responses, packs of {config.microbatch_tokens} tokens"
+    )
+
+
+def default_out(config: str) -> str:
+    return f"runs/{Path(config).stem}"
+
+
+def parse_overrides(rest: Sequence[str], options: Sequence[str]) -> list[tuple[str, str]]:
+    """['--train.lr', '1e-5', '--replay.enabled=false'] -> pairs of dotted key and text."""
+    words, pairs = list(rest), []
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise ConfigError(f"train: '{word}' is neither an option nor the value of one")
+        if "." not in name and name not in all_keys():
+            near = {word: f"--{key}" for word, key in keys_by_last_word().items()}
+            near |= {option.lstrip("-"): option for option in options}
+            close = difflib.get_close_matches(name, near, n=1)
+            hint = f"; did you mean '{near[close[0]]}'?" if close else ""
+            raise ConfigError(f"train: unknown option '--{name}'{hint}")
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"train: --{name} needs a value")
+            value = words.pop(0)
+        pairs.append((name, value))
+    return pairs
