@@ -27,7 +27,7 @@ from exgrpo_fast.update_report import (
     replay_ratio_metrics,
 )
 from exgrpo_fast.weighting import moved_clip
-from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
+from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss, smaller_chunks
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Learner:
         """
         self.policy = policy
         self.asked_microbatch = policy.max_tokens_per_microbatch
+        self.chunk_share = (
+            1.0  # of the usual size of a chunk of logits; halved when memory runs out
+        )
         self.optimiser = optimiser
         self.advantage = advantage
         self.aggregation: Aggregation = aggregation
@@ -156,25 +159,30 @@ class Learner:
     ) -> BatchSums:
         """The gradient of the batch, in the parameters.
 
-        Where the device's memory runs out, the same batch is done again in micro-batches of half
-        the size, which stays; OutOfMemory when each sequence has one of its own already.
+        Where the device's memory runs out, the same batch is done again: first with chunks of
+        logits of half their size, then in micro-batches of half the size, time and again. The sizes
+        that fit stay. OutOfMemory when each sequence has a micro-batch of its own already.
         """
         longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
         while True:
             try:
-                return self._backward(rows, objective, ref_logprobs, on_tokens)
+                with smaller_chunks(self.chunk_share):
+                    return self._backward(rows, objective, ref_logprobs, on_tokens)
             except torch.OutOfMemoryError as error:
                 limit = self.policy.max_tokens_per_microbatch
-                if limit <= longest:
+                if self.chunk_share < 1 and limit <= longest:
                     self.optimiser.discard()
                     cause = str(error).splitlines()[0]
                     raise out_of_memory(self.policy.model, longest=longest, cause=cause) from None
             # outside the handler, whose traceback holds the tensors of the failed attempt
             self.optimiser.discard()
-            self.policy.max_tokens_per_microbatch = max(
-                min(limit, total_tokens(rows)) // 2, longest
-            )
-            report.microbatch_halvings += 1
+            if self.chunk_share == 1:
+                self.chunk_share = 0.5
+                report.chunk_halvings += 1
+            else:
+                half = min(limit, total_tokens(rows)) // 2
+                self.policy.max_tokens_per_microbatch = max(half, longest)
+                report.microbatch_halvings += 1
             if self.policy.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -318,6 +326,7 @@ class Learner:
             "optimiser": self.optimiser.state_dict(),
             "reference": reference,
             "microbatch": [self.asked_microbatch, self.policy.max_tokens_per_microbatch],
+            "chunk_share": self.chunk_share,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -325,6 +334,7 @@ class Learner:
         asked, fitting = state["microbatch"]
         if asked == self.asked_microbatch:  # else the user has set another size since
             self.policy.max_tokens_per_microbatch = fitting
+            self.chunk_share = state["chunk_share"]
         if self.reference and state["reference"]:
             self.reference.load_state_dict(state["reference"])
 

@@ -55,7 +55,9 @@ class UpdateReport:
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
     guided: list[GuidedTokens] = field(default_factory=list)  # per micro-batch
     refused: list[RefusedUpdate] = field(default_factory=list)
-    microbatch_halvings: int = 0  # times that memory ran out and the batch was done again
+    # times that memory ran out and the batch was done again
+    chunk_halvings: int = 0
+    microbatch_halvings: int = 0
 
     @property
     def loss(self) -> float:
