@@ -1,6 +1,7 @@
 """make chaos: everything is done to tiny runs that a machine, a disk or a person may do to a run.
 
     python tests/chaos/suite.py [--short] [--seed N] [--out FILE]
+    python tests/chaos/suite.py --markdown    the table of docs/reliability.md, from FILE
 
 Prints a table (number in the catalogue of docs/reliability.md, what, figure, goal) and writes the
 figures as JSON. The exit code is 1 where a goal is missed.
@@ -261,7 +262,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="these scenarios; in --out the others stay as they are")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu/chaos.json")
+    parser.add_argument("--markdown", action="store_true", help="run nothing, print the table")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.out.read_text())))
+        return 0
     rng = random.Random(arguments.seed)
     found: dict[str, Figures] = {}
     if arguments.only:
@@ -299,6 +304,18 @@ def surroundings() -> Figures:
 def line_of(entry: Entry) -> str:
     word = {True: "ok", False: "MISSED", None: "not tried"}[entry.reached]
     return f"{entry.number:8} {word:9} {entry.what}: {entry.figure} (goal {entry.goal})"
+
+
+def markdown(found: Figures) -> str:
+    rows = [entry for part in found.values() for entry in part["table"]]
+    rows.sort(key=lambda entry: int(entry["number"].split()[0].removeprefix("F")))
+    lines = ["| | what is done | figure | goal |", "|---|---|---|---|"]
+    for entry in rows:
+        missed = " **missed**" if entry["reached"] is False else ""
+        lines.append(
+            f"| {entry['number']} | {entry['what']} | {entry['figure']}{missed} | {entry['goal']} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -35,5 +35,5 @@ def test_every_goal_is_reached(result) -> None:
 def test_the_figures_are_those_of_as_many_tries_as_are_claimed(result) -> None:
     kills, damage = result["kills"]["figures"], result["corruptions"]["figures"]
     assert kills["kills"] == sum(kills["phases"].values()) == 4 and kills["steps"] > 0
-    assert damage["damages"] == sum(damage["by_kind"].values()) == 60
+    assert damage["damages"] == sum(damage["by_kind"].values()) == 80
     assert result["signals"]["figures"]["signals"] == 2
