@@ -9,5 +9,5 @@ more positions before it.
     interface.py    the way in: what transformers' layers call
     sdpa.py  flash.py  varlen.py  flex.py      one back end each
     query_runs.py   the indices that flash and varlen share
-    recompute.py    one block of sequences after the other, at the memory of one
+    blocks.py       one block of sequences after the other, at the memory of one
 """

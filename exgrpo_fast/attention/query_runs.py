@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exgrpo_fast.attention.blocks import Block, greedy_blocks
 from exgrpo_fast.attention.layout import AttentionLayout
-from exgrpo_fast.attention.recompute import greedy_blocks
 
 # Keys and values of twice the pack are what the side-by-side back end holds, whose queries and
 # outputs are gathered as well: no back end takes more than the memory plan knows of.
@@ -23,11 +23,9 @@ GATHERED_KEYS = 2
 
 
 @dataclass(frozen=True)
-class QueryRun:
+class QueryRun(Block):
     """Neighbouring sequences of a pack, for one call of a kernel."""
 
-    queries: slice  # of the rows of the pack
-    key_rows: Tensor  # int64 [K], the rows of the pack, sequence after sequence
     cu_seqlens_q: Tensor  # int32 [sequences + 1], where sequences begin and end among the queries
     cu_seqlens_k: Tensor  # int32 [sequences + 1], and among the keys
     max_seqlen_q: int
@@ -35,30 +33,38 @@ class QueryRun:
 
 
 def query_runs(layout: AttentionLayout, device: torch.device) -> list[QueryRun]:
-    """Runs that gather at most `GATHERED_KEYS` keys for each token of the pack, or one sequence."""
+    """One run, or several where it would gather more than `GATHERED_KEYS` for each token.
+
+    Several gather half as many each: the pack's own keys and values are kept beside them.
+    """
     asking, own, whole = layout.asking, layout.response_lengths, layout.sequence_lengths
     lengths_q = torch.where(layout.is_first, whole, own)[asking]
     lengths_k = whole[asking]
+    most = GATHERED_KEYS * layout.num_tokens
+    capacity = most if int(lengths_k.sum()) <= most else most // 2
     runs, start = [], 0
-    for block in greedy_blocks(lengths_k.tolist(), capacity=GATHERED_KEYS * layout.num_tokens):
-        of_run = asking[block].tolist()
-        run = _run(layout, of_run, lengths_q[block], lengths_k[block], start, device)
-        runs.append(run)
-        start = run.queries.stop
+    for members in greedy_blocks(lengths_k.tolist(), capacity=capacity):
+        sequences, stop = asking[members].tolist(), start + int(lengths_q[members].sum())
+        places = slice(start, stop)
+        runs.append(
+            _run(layout, sequences, places, lengths_q[members], lengths_k[members], device)
+        )
+        start = stop
     return runs
 
 
 def _run(
     layout: AttentionLayout,
     sequences: Sequence[int],
+    places: slice,
     lengths_q: Tensor,
     lengths_k: Tensor,
-    start: int,
     device: torch.device,
 ) -> QueryRun:
     return QueryRun(
-        queries=slice(start, start + int(lengths_q.sum())),
+        query_rows=places,
         key_rows=torch.cat([layout.sequence_places(s) for s in sequences]).to(device),
+        answered=places,
         cu_seqlens_q=_cumulative(lengths_q).to(device),
         cu_seqlens_k=_cumulative(lengths_k).to(device),
         max_seqlen_q=int(lengths_q.max()),

@@ -18,25 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exgrpo_fast.attention.blocks import Block, block_by_block
 from exgrpo_fast.attention.layout import AttentionLayout
-from exgrpo_fast.attention.recompute import block_by_block
 
 
 @dataclass(frozen=True)
-class Block:
-    """Sequences of similar length."""
+class SideBySideBlock(Block):
+    """Sequences of similar length; padding reads row 0 of the pack."""
 
-    source_BC: Tensor  # int64, the row of the pack that each place reads; padding reads row 0
-    taken: Tensor  # int64, the places in [B * C] whose outputs are kept
+    shape: tuple[int, int]  # B, C
+    taken: Tensor  # int64, the places in [B * C] whose outputs are answers
     windows: dict[int, Tensor] = field(default_factory=dict)  # bool [C, C] of each window
 
     def window(self, size: int | None) -> Tensor | None:
         """None where plain causality says the same."""
-        width = self.source_BC.shape[1]
+        width = self.shape[1]
         if size is None or size >= width:
             return None
         if size not in self.windows:
-            columns = torch.arange(width, device=self.source_BC.device)
+            columns = torch.arange(width, device=self.taken.device)
             distance = columns[:, None] - columns
             self.windows[size] = (distance >= 0) & (distance < size)
         return self.windows[size]
@@ -47,11 +47,8 @@ class SideBySide:
 
     def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
         lengths = layout.sequence_lengths[layout.asking]
-        blocks = similar_lengths(lengths, capacity=layout.num_tokens)
-        made = [lay_out(layout, layout.asking[members]) for members in blocks]
-        self.blocks = [Block(source.to(device), taken.to(device)) for source, taken, _ in made]
-        rows = torch.cat([rows for _, _, rows in made])
-        self.back_L = rows.argsort().to(device)
+        members = similar_lengths(lengths, num_tokens=layout.num_tokens)
+        self.blocks = [lay_out(layout, layout.asking[of_block], device) for of_block in members]
 
     def __call__(
         self,
@@ -64,27 +61,27 @@ class SideBySide:
         dropout: float,
     ) -> Tensor:
         """[L, heads, head size]."""
-        attend = partial(_attend, scaling=scaling, window=window, dropout=dropout)
-        out = block_by_block(attend, self.blocks, query, key, value, dropout=dropout)
-        return out.index_select(0, self.back_L)
+        of_block = partial(attend, scaling=scaling, window=window, dropout=dropout)
+        return block_by_block(of_block, self.blocks, query, key, value, dropout=dropout)
 
 
-def _attend(
-    block: Block,
-    query: Tensor,
-    key: Tensor,
+def attend(
+    block: SideBySideBlock,
+    query: Tensor,  # [B * C, heads, head size]
+    key: Tensor,  # [B * C, key heads, head size]
     value: Tensor,
     *,
     scaling: float | None,
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """The kept outputs of one block, [taken, heads, head size]."""
+    """[answered, heads, head size]."""
     mask = block.window(window)
     if mask is not None:  # with a mask the fused kernels want as many key heads as heads
-        key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
+        shared = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     out = F.scaled_dot_product_attention(
-        *(side_by_side(x, block.source_BC) for x in (query, key, value)),
+        *(x.unflatten(0, block.shape).transpose(1, 2) for x in (query, key, value)),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,
@@ -94,36 +91,27 @@ def _attend(
     return out.transpose(1, 2).flatten(0, 1).index_select(0, block.taken)
 
 
-def side_by_side(x: Tensor, source_BC: Tensor) -> Tensor:
-    """[L, heads, head size] -> [B, heads, C, head size]."""
-    rows = x.index_select(0, source_BC.flatten())
-    return rows.unflatten(0, source_BC.shape).transpose(1, 2)
-
-
-def _for_each_head(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
 # --- indices, on the CPU --------------------------------------------------------------------------
 
 
-def similar_lengths(lengths_S: Tensor, *, capacity: int) -> list[Tensor]:
-    """Sequences in blocks, longest first, each of at most `capacity` places, padding included.
+def similar_lengths(lengths_S: Tensor, *, num_tokens: int) -> list[Tensor]:
+    """Sequences in blocks, longest first, with their padding at most as large as the pack.
 
-    A sequence that is longer stands alone.
+    Several blocks are half as large each: the pack's own queries, keys and values are kept beside
+    them. A sequence that is longer stands alone.
     """
     order = lengths_S.argsort(descending=True, stable=True)
+    whole = len(order) * int(lengths_S.max())
+    capacity = num_tokens if whole <= num_tokens else num_tokens // 2
     blocks, start = [], 0
     while start < len(order):
-        longest = int(lengths_S[order[start]])
-        stop = start + max(1, capacity // longest)
+        stop = start + max(1, capacity // int(lengths_S[order[start]]))
         blocks.append(order[start:stop])
         start = stop
     return blocks
 
 
-def lay_out(layout: AttentionLayout, members_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(source [B, C], taken [T], the rows of the pack [T] whose outputs are taken) of one block."""
+def lay_out(layout: AttentionLayout, members_B: Tensor, device: torch.device) -> SideBySideBlock:
     prompt_of = layout.prompt_of[members_B]
     prompts = layout.prompt_lengths[prompt_of][:, None]
     ends = layout.sequence_lengths[members_B][:, None]
@@ -132,5 +120,14 @@ def lay_out(layout: AttentionLayout, members_B: Tensor) -> tuple[Tensor, Tensor,
     in_response = layout.response_starts[members_B][:, None] + columns - prompts
     source_BC = torch.where(columns < prompts, in_prompt, in_response)
     source_BC = torch.where(columns < ends, source_BC, 0)
-    kept_BC = (columns < ends) & ((columns >= prompts) | layout.is_first[members_B][:, None])
-    return source_BC, kept_BC.flatten().nonzero()[:, 0], source_BC[kept_BC]
+    answers_BC = (columns < ends) & ((columns >= prompts) | layout.is_first[members_B][:, None])
+    taken = answers_BC.flatten().nonzero()[:, 0]
+    taken = taken[source_BC.flatten()[taken].argsort()]  # a block that is alone answers in order
+    source = source_BC.flatten().to(device)
+    return SideBySideBlock(
+        query_rows=source,
+        key_rows=source,
+        answered=source_BC.flatten()[taken].to(device),
+        shape=(len(members_B), len(columns)),
+        taken=taken.to(device),
+    )

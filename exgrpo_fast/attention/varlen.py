@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from exgrpo_fast.attention.blocks import block_by_block
 from exgrpo_fast.attention.layout import AttentionLayout
 from exgrpo_fast.attention.query_runs import QueryRun, query_runs
-from exgrpo_fast.attention.recompute import block_by_block
 
 
 def kernel() -> Callable[..., Tensor] | None:
@@ -65,9 +65,9 @@ class Varlen:
         window: int | None,
     ) -> Tensor:
         return self.kernel(
-            query[run.queries],
-            key.index_select(0, run.key_rows),
-            value.index_select(0, run.key_rows),
+            query,
+            key,
+            value,
             run.cu_seqlens_q,
             run.cu_seqlens_k,
             run.max_seqlen_q,

@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, LlamaConfig, Qwen3Config
 
 from exgrpo_fast.attention import backends, flash, query_runs, sdpa, varlen
 from exgrpo_fast.attention.backends import BACKENDS, BackendName, choose, refusal
-from exgrpo_fast.attention.recompute import greedy_blocks
+from exgrpo_fast.attention.blocks import greedy_blocks
 
 CPU, NAMES = torch.device("cpu"), list(BACKENDS)
 # flex_attention is slow where it is not compiled
@@ -78,10 +78,10 @@ def test_prompts_are_gathered_within_bounds(name: BackendName, kernels: Any) -> 
     attention(*inputs[:3], scaling=None, window=None, dropout=0.0)
     keys = kernels[name].keys
     assert sum(keys) == sum(40 + length for length in shape[0][1]) == 335
-    assert len(keys) == 4 and max(keys) <= 2 * layout.num_tokens
+    assert len(keys) == 8 and max(keys) <= layout.num_tokens
     del keys[:]
     outputs_and_gradients(partial(attention, scaling=None, window=None, dropout=0.0), inputs)
-    assert sorted(keys) == sorted(2 * keys[:4]), "each block is made again in the backward pass"
+    assert sorted(keys) == sorted(2 * keys[:8]), "each block is made again in the backward pass"
 
 
 def test_nothing_is_gathered_twice_where_nothing_is_shared() -> None:
@@ -96,8 +96,10 @@ def test_padding_stays_within_the_size_of_the_pack() -> None:
         layout = layout_of(shape)
         blocks = sdpa.SideBySide(layout, CPU).blocks
         longest = int(layout.sequence_lengths.max())
-        assert all(b.source_BC.numel() <= max(layout.num_tokens, longest) for b in blocks)
-        assert sum(len(block.taken) for block in blocks) == layout.num_tokens
+        room = layout.num_tokens // min(len(blocks), 2)
+        assert all(len(b.query_rows) <= max(room, longest) for b in blocks)  # pyright: ignore
+        answered = torch.cat([torch.as_tensor(block.answered) for block in blocks])
+        assert answered.sort().values.tolist() == list(range(layout.num_tokens))
     assert greedy_blocks([5, 1, 2, 9, 3, 3], capacity=6) == [[0, 1], [2], [3], [4, 5]]
 
 
