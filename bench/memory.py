@@ -79,7 +79,7 @@ CASES = [
     ("llama 80M", 160, "float32", "float32", False, None),
     ("llama 80M", 160, "bfloat16", "bfloat16", True, None),
 ]
-PROMPT, SEQUENCES = 32, 4  # a pack
+PROMPT, SEQUENCES = 64, 4  # a pack: pairs behind one prompt
 
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     shape, response, weights_name, compute_name, checkpointing, lora = case
     weights, compute = getattr(torch, weights_name), getattr(torch, compute_name)
     config = SHAPES[shape]
-    tokens = SEQUENCES // 2 * (PROMPT + 2 * (response - 1))  # pairs behind one prompt
+    tokens = SEQUENCES // 2 * (PROMPT + 2 * (response - 1))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=weights)
     if lora is not None:

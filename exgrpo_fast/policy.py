@@ -216,6 +216,9 @@ def _attention(
     return name
 
 
+_KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a sequence's end
+
+
 def _check_supported(model: PreTrainedModel) -> None:
     config = model.config
     if getattr(config, "attn_logit_softcapping", None):
@@ -223,6 +226,8 @@ def _check_supported(model: PreTrainedModel) -> None:
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
+    for kind in set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS:
+        raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
     if model.get_output_embeddings() is None:
         raise PolicyError(f"{config.model_type}: the model has no language-model head")
 
