@@ -131,7 +131,7 @@ def fill(
     prompt_lengths_S: Tensor, lengths_S: Tensor, prompt_of_S: Tensor, *, max_tokens: int
 ) -> list[Tensor]:
     """The sequences of each pack, int64, in the order in which they are read."""
-    prompt_lengths, prompt_of = prompt_lengths_S.tolist(), prompt_of_S.tolist()
+    prompt_of = prompt_of_S.tolist()
     read_lengths = (lengths_S - 1).tolist()
     sizes = (prompt_lengths_S + lengths_S - 1).tolist()
     longest = [0] * len(sizes)  # sequence behind each prompt

@@ -230,4 +230,3 @@ def _check_supported(model: PreTrainedModel) -> None:
         raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
     if model.get_output_embeddings() is None:
         raise PolicyError(f"{config.model_type}: the model has no language-model head")
-

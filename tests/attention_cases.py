@@ -129,9 +129,7 @@ class VarlenAttn(FlashAttn):
         assert enable_gqa or query.shape[1] == key.shape[1]
         self.keys.append(len(key))
         lengths = (max_q, max_k)
-        return sequences(
-            (query, key, value), (cu_seq_q, cu_seq_k), lengths, scale, window_size[0]
-        )
+        return sequences((query, key, value), (cu_seq_q, cu_seq_k), lengths, scale, window_size[0])
 
 
 def sequences(
@@ -147,9 +145,7 @@ def sequences(
     assert all(cu.dtype == torch.int32 and cu[0] == 0 for cu in cu_seqlens)
     assert (sum(lengths_q), sum(lengths_k)) == (len(query), len(key))
     assert (max(lengths_q), max(lengths_k)) == longest and min(lengths_q) > 0
-    parts = zip(
-        query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True
-    )
+    parts = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
     return torch.cat(
         [dense(q, k, v, scaling, bottom_right(len(q), len(k), left)) for q, k, v in parts]
     )

@@ -64,8 +64,6 @@ def same(a: dict, b: dict) -> bool:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test_trainer) -> None:
     """Groups of 8 in packs of everything, against one sequence in each pack."""
     trainer = make_test_trainer(
@@ -96,6 +94,8 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test
     assert alone.read.metrics() == {"padding_frac": 0.0, "prompt_tokens_shared_frac": 0.0}
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_packing_changes_neither_loss_nor_gradients(
     tokenizer, make_test_trainer, aggregation: str, minibatches: int
 ) -> None:

@@ -46,9 +46,7 @@ def query_runs(layout: AttentionLayout, device: torch.device) -> list[QueryRun]:
     for members in greedy_blocks(lengths_k.tolist(), capacity=capacity):
         sequences, stop = asking[members].tolist(), start + int(lengths_q[members].sum())
         places = slice(start, stop)
-        runs.append(
-            _run(layout, sequences, places, lengths_q[members], lengths_k[members], device)
-        )
+        runs.append(_run(layout, sequences, places, lengths_q[members], lengths_k[members], device))
         start = stop
     return runs
 

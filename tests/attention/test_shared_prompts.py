@@ -50,9 +50,7 @@ MODELS: dict[str, Any] = {
 ASKED = [(5, 6, 7, 8, 9, 3, 2), (11,), (20, 21, 22)]
 PROMPTS = [ASKED[0], ASKED[1], ASKED[0], ASKED[2], ASKED[0], ASKED[1], tuple(list(ASKED[0]))]
 LENGTHS = [4, 9, 1, 6, 7, 1, 2]
-RESPONSES = [
-    torch.randint(80, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS
-]
+RESPONSES = [torch.randint(80, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -178,7 +176,10 @@ def test_a_group_that_does_not_fit_reads_its_prompt_again() -> None:
 
 
 def test_a_sequence_that_is_too_long_stands_alone() -> None:
-    prompts, responses = [(1, 2, 3), (1, 2, 3), (4,)], [torch.arange(30), torch.arange(2), torch.arange(3)]
+    prompts, responses = (
+        [(1, 2, 3), (1, 2, 3), (4,)],
+        [torch.arange(30), torch.arange(2), torch.arange(3)],
+    )
     packs = pack(Ragged.of(prompts), Ragged.of(responses), max_tokens=10)
     assert [(p.index, len(p.input_ids)) for p in packs] == [((0,), 32), ((1, 2), 7)]
 
