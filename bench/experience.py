@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from inputs import DTYPES
 from loss import machine, resident
 from torch import Tensor
 
+from exgrpo_fast.attention.layout import AttentionLayout
 from exgrpo_fast.buffer.plan import StorePlan
 from exgrpo_fast.buffer.selectors import (
     allocate,
@@ -265,38 +267,55 @@ class Plain:
         self, rows: list[tuple[int, Tensor, Tensor]], prompts: list[Tensor]
     ) -> tuple[list[Pack], Tensor]:
         sizes = [len(prompts[question]) + len(tokens) - 1 for question, tokens, _ in rows]
-        packs, members, used = [], [], 0
-        for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
-            if members and used + sizes[i] > PACK_TOKENS:
-                packs.append(self._join(rows, prompts, members))
-                members, used = [], 0
-            members.append(i)
-            used += sizes[i]
-        packs.append(self._join(rows, prompts, members))
-        return packs, torch.cat([logprobs for _, _, logprobs in rows]).to(self.device)
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # rows of the same prompt
+        for i, (question, _, _) in enumerate(rows):
+            alike[tuple(prompts[question].tolist())].append(i)
+        packs: list[list[list[int]]] = []  # of each, the rows behind each of its prompts
+        used = 0
+        for members in sorted(alike.values(), key=lambda of_one: -max(sizes[i] for i in of_one)):
+            is_read = False
+            for i in sorted(members, key=lambda i: -sizes[i]):
+                added = len(rows[i][1]) - 1 if is_read else sizes[i]
+                if not packs or used + added > PACK_TOKENS:
+                    packs.append([])
+                    used, added, is_read = 0, sizes[i], False
+                if not is_read:
+                    packs[-1].append([])
+                packs[-1][-1].append(i)
+                used, is_read = used + added, True
+        joined = [self._join(rows, prompts, groups) for groups in packs]
+        return joined, torch.cat([logprobs for _, _, logprobs in rows]).to(self.device)
 
     def _join(
-        self, rows: list[tuple[int, Tensor, Tensor]], prompts: list[Tensor], members: list[int]
+        self, rows: list[tuple[int, Tensor, Tensor]], prompts: list[Tensor], groups: list[list[int]]
     ) -> Pack:
-        read, positions, places, ends = [], [], [], [0]
-        for i in members:
-            question, tokens, _ = rows[i]
-            prompt = prompts[question]
-            size, first = len(prompt) + len(tokens) - 1, ends[-1] + len(prompt) - 1
-            read += [prompt, tokens[:-1]]
-            positions.append(torch.arange(size))
-            places.append(torch.arange(first, first + len(tokens)))
-            ends.append(ends[-1] + size)
-        targets = [rows[i][1] for i in members]
+        read, positions, places, end = [], [], [], 0
+        for members in groups:
+            prompt = prompts[rows[members[0]][0]]
+            read.append(prompt)
+            positions.append(torch.arange(len(prompt)))
+            last = end + len(prompt) - 1
+            end += len(prompt)
+            for i in members:
+                tokens = rows[i][1]
+                read.append(tokens[:-1])
+                positions.append(torch.arange(len(prompt), len(prompt) + len(tokens) - 1))
+                places += [torch.tensor([last]), torch.arange(end, end + len(tokens) - 1)]
+                end += len(tokens) - 1
+        index = [i for members in groups for i in members]
+        targets = [rows[i][1] for i in index]
         return Pack(
             input_ids=torch.cat(read).to(self.device),
             position_ids=torch.cat(positions).to(self.device),
-            cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=self.device),
-            max_length=max(len(position) for position in positions),
+            layout=AttentionLayout(
+                torch.tensor([len(prompts[rows[members[0]][0]]) for members in groups]),
+                torch.tensor([len(target) - 1 for target in targets]),
+                torch.tensor([g for g, members in enumerate(groups) for _ in members]),
+            ),
             rows=torch.cat(places).to(self.device),
             targets=torch.cat(targets).to(self.device),
             lengths=tuple(len(target) for target in targets),
-            index=tuple(members),
+            index=tuple(index),
         )
 
     def choose(self, keys: Tensor) -> list[int]:
@@ -437,7 +456,7 @@ def measure_gather(ours: Ours, plain: Plain, workload: Workload, arguments) -> l
 def same_packs(ours: tuple[list[Pack], Tensor], plain: tuple[list[Pack], Tensor]) -> None:
     assert torch.equal(ours[1], plain[1]), "the log-probs differ"
     for a, b in zip(ours[0], plain[0], strict=True):
-        for name in ("input_ids", "position_ids", "cu_seqlens", "rows", "targets"):
+        for name in ("input_ids", "position_ids", "rows", "targets"):
             assert torch.equal(getattr(a, name), getattr(b, name)), f"{name} differ"
 
 

@@ -79,7 +79,7 @@ CASES = [
     ("llama 80M", 160, "float32", "float32", False, None),
     ("llama 80M", 160, "bfloat16", "bfloat16", True, None),
 ]
-PROMPT, SEQUENCES = 32, 4  # a pack
+PROMPT, SEQUENCES = 64, 4  # a pack: pairs behind one prompt
 
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     shape, response, weights_name, compute_name, checkpointing, lora = case
     weights, compute = getattr(torch, weights_name), getattr(torch, compute_name)
     config = SHAPES[shape]
-    tokens = SEQUENCES * (PROMPT + response - 1)
+    tokens = SEQUENCES // 2 * (PROMPT + 2 * (response - 1))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=weights)
     if lora is not None:
@@ -107,7 +107,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         max_completion_tokens=response,
     )
     groups = worst_groups(
-        SEQUENCES, prompt_tokens=PROMPT, completion_tokens=response, vocabulary=config.vocab_size
+        SEQUENCES, 2, prompt_tokens=PROMPT, completion_tokens=response, vocabulary=config.vocab_size
     )
     trajectories = [t for group in groups for t in group.trajectories]
     prompts = Ragged.of([t.question.prompt_ids for t in trajectories])

@@ -134,6 +134,7 @@ class Learner:
             return
         metrics.join(sums.metrics)
         report.tokens_trained += sums.num_tokens
+        report.read.join(sums.read)
         report.replay_ratios += sums.replay_ratios
         report.guided += sums.guided
         outcome = self.optimiser.step()
@@ -292,6 +293,7 @@ class Learner:
                 weights=[row.weight for row in rows],
                 ref_logprobs=references,
             )
+            sums.read.add(packed)
             hidden_ND = self.policy.hidden_states(packed)
             weight, bias, softcap = self.policy.head_for(hidden_ND)
             result = linear_policy_loss(
@@ -356,8 +358,9 @@ def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
 
 
 def total_tokens(rows: Sequence[Row]) -> int:
-    """Of the prompts, too."""
-    return sum(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
+    """Of the prompts, too, each of which is read once where all of them go into one pack."""
+    prompts = {row.trajectory.question.prompt_ids for row in rows}
+    return sum(map(len, prompts)) + sum(row.trajectory.num_tokens for row in rows)
 
 
 def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

@@ -1,9 +1,12 @@
 """Sequences -> padding-free micro-batches, and trajectories -> TokenColumns.
 
+Responses to the same prompt that meet in a pack share one reading of it.
+
 Legend of shapes
-    S   sequences
-    L   tokens the model reads: all sequences end to end, each prompt + response without its last
-        token (nothing is predicted from it)
+    S   sequences, each a response behind its prompt
+    G   prompts that are read, each once
+    L   tokens the model reads: each prompt, then its responses, each without its last token
+        (nothing is predicted from it)
     N   response tokens, the rows of the loss
 """
 
@@ -16,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from exgrpo_fast.attention.layout import AttentionLayout
 from exgrpo_fast.experience import TokenColumns, Trajectory
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -79,10 +83,10 @@ class Pack:
     """What one forward pass reads. `index[s]` is the place of sequence s in the caller's list."""
 
     input_ids: Tensor  # int64 [L]
-    position_ids: Tensor  # int64 [L], from 0 in every sequence
-    cu_seqlens: Tensor  # int32 [S + 1], where sequences begin and end in [L]
-    max_length: int  # longest sequence
-    rows: Tensor  # int64 [N], the positions in [L] whose hidden state predicts `targets`
+    position_ids: Tensor  # int64 [L], from 0 in every prompt, on from its length in every response
+    layout: AttentionLayout  # where prompts and responses lie in [L]
+    rows: Tensor  # int64 [N], the positions in [L] whose hidden state predicts `targets`; the last
+    # token of a prompt predicts the first one of each of its responses
     targets: Tensor  # int64 [N]
     lengths: tuple[int, ...]  # response tokens of each sequence, sum N
     index: tuple[int, ...]
@@ -106,51 +110,83 @@ def pack(
     """Fill packs of at most `max_tokens` read tokens, longest sequences first.
 
     Longest first keeps similar lengths together and shows an out-of-memory in the first pack.
-    A sequence longer than `max_tokens` gets a pack of its own.
+    Responses to one prompt stand together; where they do not all fit, the next pack reads the
+    prompt again. A sequence longer than `max_tokens` gets a pack of its own.
     """
+    prompt_of = same_prompts(prompts)
+    members = fill(prompts.lengths, responses.lengths, prompt_of, max_tokens=max_tokens)
     prompts, responses = prompts.to(device), responses.to(device)
-    sizes = prompts.lengths + responses.lengths - 1
-    order = sizes.argsort(descending=True, stable=True)
-    ends = sizes[order].cumsum(0)
-    packs, start, used = [], 0, 0
-    while start < len(order):
-        stop = int(torch.searchsorted(ends, used + max_tokens, right=True))
-        stop = max(stop, start + 1)
-        packs.append(_join(prompts, responses, order[start:stop]))
-        start, used = stop, int(ends[stop - 1])
-    return packs
+    tokens = torch.cat([prompts.values, responses.values]).long()
+    return [_join(prompts, responses, prompt_of, tokens, of_pack) for of_pack in members]
 
 
-def _join(prompts: Ragged, responses: Ragged, members: Tensor) -> Pack:
-    device = responses.values.device
-    prompt_lengths, lengths = prompts.lengths[members], responses.lengths[members]
-    read_lengths = prompt_lengths + lengths - 1
-    read_starts = starts_of(read_lengths)
+def same_prompts(prompts: Ragged) -> Tensor:
+    """int64 [S]: equal numbers for prompts of equal tokens, counted as they first appear."""
+    known: dict[bytes, int] = {}
+    tokens = Ragged(prompts.values.cpu(), prompts.lengths).split()
+    return torch.tensor([known.setdefault(t.numpy().tobytes(), len(known)) for t in tokens])
 
-    def on_device(values: Tensor) -> Tensor:
-        return values.to(device, non_blocking=True)
 
-    def spread(values_S: Tensor, of_element: Tensor) -> Tensor:
-        return on_device(values_S).index_select(0, of_element)
-
-    of_sequence, position_ids = places(read_lengths, device)
-    offset = position_ids - spread(prompt_lengths, of_sequence)  # into the response, from 0
-    in_prompt = spread(prompts.starts[members], of_sequence) + position_ids
-    in_response = spread(responses.starts[members], of_sequence) + offset
-    input_ids = torch.where(
-        offset < 0,
-        prompts.values.index_select(0, in_prompt.clamp(max=len(prompts.values) - 1)),
-        responses.values.index_select(0, in_response.clamp(min=0)),
+def fill(
+    prompt_lengths_S: Tensor, lengths_S: Tensor, prompt_of_S: Tensor, *, max_tokens: int
+) -> list[Tensor]:
+    """The sequences of each pack, int64, in the order in which they are read."""
+    prompt_of = prompt_of_S.tolist()
+    read_lengths = (lengths_S - 1).tolist()
+    sizes = (prompt_lengths_S + lengths_S - 1).tolist()
+    longest = [0] * len(sizes)  # sequence behind each prompt
+    for prompt, size in zip(prompt_of, sizes, strict=True):
+        longest[prompt] = max(longest[prompt], size)
+    order = sorted(
+        range(len(sizes)), key=lambda s: (-longest[prompt_of[s]], prompt_of[s], -sizes[s])
     )
-    of_row, place = places(lengths, device)
-    in_responses = spread(responses.starts[members], of_row) + place
+    packs: list[list[int]] = []
+    used, prompt_at_hand = 0, None
+    for s in order:
+        is_read = prompt_of[s] == prompt_at_hand
+        added = read_lengths[s] if is_read else sizes[s]
+        if not packs or used + added > max_tokens:
+            packs.append([])
+            used, added = 0, sizes[s]
+        packs[-1].append(s)
+        used, prompt_at_hand = used + added, prompt_of[s]
+    return [torch.tensor(members) for members in packs]
+
+
+def _join(
+    prompts: Ragged, responses: Ragged, prompt_of: Tensor, tokens: Tensor, members: Tensor
+) -> Pack:
+    """`tokens`: all prompts and responses end to end, on the device."""
+    device = tokens.device
+    lengths = responses.lengths[members]
+    _, group_of, sizes = prompt_of[members].unique_consecutive(
+        return_inverse=True, return_counts=True
+    )
+    readers = members[starts_of(sizes)]  # the first sequence of each prompt
+    prompt_lengths = prompts.lengths[readers]
+    layout = AttentionLayout(prompt_lengths, lengths - 1, group_of)
+    prompt_sources = prompts.starts[readers]
+    response_sources = responses.starts[members] + len(prompts.values)
+
+    def spread(values: Tensor, of_element: Tensor) -> Tensor:
+        return values.to(device, non_blocking=True).index_select(0, of_element)
+
+    # prompts and responses as segments, in reading order
+    order = torch.cat([layout.prompt_starts, layout.response_starts]).argsort(stable=True)
+    segment_lengths = torch.cat([prompt_lengths, lengths - 1])[order]
+    sources = torch.cat([prompt_sources, response_sources])[order]
+    positions = torch.cat([torch.zeros_like(prompt_lengths), prompt_lengths[group_of]])[order]
+    of_segment, place = places(segment_lengths, device)
+
+    of_row, step = places(lengths, device)
+    prompt_ends = (layout.prompt_starts + prompt_lengths - 1)[group_of]
+    in_response = spread(layout.response_starts, of_row) + step - 1
     return Pack(
-        input_ids=input_ids.long(),
-        position_ids=position_ids,
-        cu_seqlens=on_device(torch.cat([read_starts, read_lengths.sum()[None]]).int()),
-        max_length=int(read_lengths.max()),
-        rows=spread(read_starts + prompt_lengths - 1, of_row) + place,
-        targets=responses.values.index_select(0, in_responses).long(),
+        input_ids=tokens.index_select(0, spread(sources, of_segment) + place),
+        position_ids=spread(positions, of_segment) + place,
+        layout=layout,
+        rows=torch.where(step == 0, spread(prompt_ends, of_row), in_response),
+        targets=tokens.index_select(0, spread(response_sources, of_row) + step),
         lengths=tuple(lengths.tolist()),
         index=tuple(members.tolist()),
     )

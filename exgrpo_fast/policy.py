@@ -1,8 +1,6 @@
 """The model up to its hidden states. Logits are never made here: the kernels take it from there.
 
-Attention is block-diagonal over the packed sequences without a mask: the sequences are laid side
-by side for the attention alone (right-padded, so that plain causality hides the padding) and
-joined again behind it. Everything else in the model sees no padding.
+It reads packs without padding; who sees whom in them is the concern of `attention/`.
 """
 
 from __future__ import annotations
@@ -13,23 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from exgrpo_fast.attention.backends import BACKENDS, BackendName, choose, refusal
+from exgrpo_fast.attention.interface import ATTENTION
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.lora import merged_weights
 from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_kernels import linear_logprob
-
-ATTENTION = "exgrpo_packed"
 
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
 Tokenizer = Any
@@ -81,6 +71,7 @@ class Policy:
 
     `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
+    `attention`: the back end; PolicyError where it cannot run on this device or with this model.
     """
 
     def __init__(
@@ -91,6 +82,7 @@ class Policy:
         compute_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
+        attention: BackendName | Literal["auto"] = "auto",
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
@@ -101,6 +93,7 @@ class Policy:
         self.temperature = temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         _check_supported(model)
+        self.attention = _attention(attention, self.device, compute_dtype, model.config)
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,13 +111,13 @@ class Policy:
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
+        attention = BACKENDS[self.attention](packed.layout, self.device)
         with self.autocast(), self._offloading():
             output = self.model.base_model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
                 use_cache=False,
-                cu_seq_lens_q=packed.cu_seqlens,
-                max_length_q=packed.max_length,
+                packed=attention,
             )
         return output.last_hidden_state[0].to(self.compute_dtype).index_select(0, packed.rows)
 
@@ -213,6 +206,19 @@ def load_model(
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
 
 
+def _attention(
+    asked: BackendName | Literal["auto"], device: torch.device, dtype: torch.dtype, model: Any
+) -> BackendName:
+    name = choose(asked, device=device, dtype=dtype, model=model)
+    refused = refusal(name, device=device, dtype=dtype, model=model)
+    if refused is not None:
+        raise PolicyError(f"model.attention {name} {refused}")
+    return name
+
+
+_KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a sequence's end
+
+
 def _check_supported(model: PreTrainedModel) -> None:
     config = model.config
     if getattr(config, "attn_logit_softcapping", None):
@@ -220,74 +226,7 @@ def _check_supported(model: PreTrainedModel) -> None:
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
+    for kind in set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS:
+        raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
     if model.get_output_embeddings() is None:
         raise PolicyError(f"{config.model_type}: the model has no language-model head")
-
-
-# --- packed attention -----------------------------------------------------------------------------
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,  # [1, heads, L, head size]
-    key: Tensor,  # [1, key heads, L, head size]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sequence; generation (no `cu_seq_lens_q`) goes to SDPA.
-
-    Takes and returns what transformers' attention interface asks for: [1, L, heads, head size].
-    """
-    if cu_seq_lens_q is None or max_length_q is None:
-        return sdpa_attention_forward(  # pyright: ignore[reportReturnType]
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
-    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
-    columns = torch.arange(max_length_q, device=query.device)
-    inside_SC = columns < lengths[:, None]
-    # Padding reads token 0 of the pack: finite, behind every real token, and dropped below.
-    source_SC = torch.where(inside_SC, starts[:, None] + columns, 0)
-
-    def side_by_side(x: Tensor) -> Tensor:  # [1, heads, L, d] -> [S, heads, C, d]
-        return x[0].transpose(0, 1)[source_SC].transpose(1, 2)
-
-    window = None
-    if sliding_window is not None and sliding_window < max_length_q:
-        distance = columns[:, None] - columns
-        window = (distance >= 0) & (distance < sliding_window)
-    out = F.scaled_dot_product_attention(
-        side_by_side(query),
-        side_by_side(key),
-        side_by_side(value),
-        attn_mask=window,
-        is_causal=window is None,
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2)[inside_SC][None], None
-
-
-def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Generation brings a 2-D mask and gets SDPA's; a packed forward brings none and needs none."""
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, packed_mask)

@@ -1,7 +1,7 @@
 """The worst step a run can bring, rehearsed before the first one.
 
-Responses at their greatest length, two full packs of them: what would run out of memory at step 120
-does so in the first minute. Weights, moments and random state stay what they are, bit for bit: no
+Responses at their greatest length, two full packs of them behind one prompt: what would run out of
+memory at step 120 does so in the first minute. Weights, moments and random state stay what they are, bit for bit: no
 update is made. Where the optimiser has no moments yet, a placeholder of their size stands in.
 """
 
@@ -53,9 +53,11 @@ def rehearse(
     """
     policy = learner.policy
     length = prompt_tokens + completion_tokens - 1  # the last token is not read
-    sequences = 2 * max(1, policy.max_tokens_per_microbatch // length)
+    room = policy.max_tokens_per_microbatch - prompt_tokens
+    sequences = 2 * max(1, room // max(1, completion_tokens - 1))
     groups = worst_groups(
-        sequences // 2,
+        1,
+        sequences,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         vocabulary=policy.head.weight.shape[0],
@@ -90,9 +92,14 @@ def rehearse(
 
 
 def worst_groups(
-    num_groups: int, *, prompt_tokens: int, completion_tokens: int, vocabulary: int
+    num_groups: int,
+    group_size: int,
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    vocabulary: int,
 ) -> list[Group]:
-    """Pairs of a right and a wrong response of random tokens, as long as they may be."""
+    """Right and wrong responses in turn, of random tokens, as long as they may be."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> torch.Tensor:
@@ -101,16 +108,16 @@ def worst_groups(
     groups = []
     for number in range(num_groups):
         question = Question(f"preflight {number}", tuple(draw(prompt_tokens).tolist()), "", "")
-        pair = tuple(
+        responses = tuple(
             Trajectory(
                 question,
                 token_ids=draw(completion_tokens),
                 behaviour_logprobs=torch.full((completion_tokens,), -1.0),
                 entropies=torch.zeros(completion_tokens),
                 truncated=False,
-                verdict=Verdict(reward),
+                verdict=Verdict(float(place % 2 == 0)),
             )
-            for reward in (1.0, 0.0)
+            for place in range(group_size)
         )
-        groups.append(Group(question, pair))
+        groups.append(Group(question, responses))
     return groups

@@ -62,6 +62,7 @@ def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) ->
         **batch.mismatch.metrics(),
         "grad_norm": max(update.grad_norms, default=None),
         "lr": update.lr,
+        **update.read.metrics(),
         "chunk_halvings": update.chunk_halvings,
         "microbatch_halvings": update.microbatch_halvings,
         **(batch.hindsight.metrics() if batch.hindsight else {}),

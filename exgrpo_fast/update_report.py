@@ -43,6 +43,41 @@ class GuidedTokens(NamedTuple):
 
 
 @dataclass
+class TokensRead:
+    """What the forward passes of an update read."""
+
+    forwarded: int = 0  # input tokens, padding included
+    prompts: int = 0  # of them prompt tokens
+    responses: int = 0  # and response tokens
+    prompts_shared: int = 0  # prompt tokens more, had every response read its own
+
+    def add(self, packed: Pack) -> None:
+        layout = packed.layout
+        prompts = int(layout.prompt_lengths.sum())
+        self.join(
+            TokensRead(
+                forwarded=packed.input_ids.numel(),
+                prompts=prompts,
+                responses=int(layout.response_lengths.sum()),
+                prompts_shared=int(layout.prompt_lengths[layout.prompt_of].sum()) - prompts,
+            )
+        )
+
+    def join(self, other: TokensRead) -> None:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def metrics(self) -> dict[str, float | None]:
+        """None where nothing was read."""
+        padding = self.forwarded - self.prompts - self.responses
+        prompts = self.prompts + self.prompts_shared
+        return {
+            "padding_frac": padding / self.forwarded if self.forwarded else None,
+            "prompt_tokens_shared_frac": self.prompts_shared / prompts if prompts else None,
+        }
+
+
+@dataclass
 class UpdateReport:
     """Means over the optimiser updates of one step."""
 
@@ -50,6 +85,7 @@ class UpdateReport:
     grad_norms: list[float] = field(default_factory=list)
     lr: float = 0.0
     tokens_trained: int = 0
+    read: TokensRead = field(default_factory=TokensRead)
     skipped: Counter[str] = field(default_factory=Counter)
     kernel_metrics: dict[str, float | None] = field(default_factory=dict)
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
@@ -121,6 +157,7 @@ class BatchSums:
 
     loss: float = 0.0
     num_tokens: int = 0
+    read: TokensRead = field(default_factory=TokensRead)
     metrics: MetricSums = field(default_factory=MetricSums)
     replay_ratios: list[Tensor] = field(default_factory=list)
     guided: list[GuidedTokens] = field(default_factory=list)

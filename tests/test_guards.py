@@ -102,7 +102,7 @@ def make(tokenizer, make_test_trainer):
     return make_one
 
 
-@pytest.mark.parametrize("limit", [200, 60, 31])
+@pytest.mark.parametrize("limit", [150, 60, 31])
 def test_out_of_memory_does_the_same_batch_again_in_smaller_pieces(make, limit: int) -> None:
     plain = make()
     expected = [plain.step()[1] for _ in range(3)]
@@ -125,7 +125,7 @@ def test_out_of_memory_does_the_same_batch_again_in_smaller_pieces(make, limit: 
 
 def test_memory_that_runs_out_in_the_middle_leaves_no_gradient_behind(make) -> None:
     """Half of the batch is in the gradients when the second pack does not fit."""
-    plain, trainer = (make(max_tokens_per_microbatch=256) for _ in range(2))
+    plain, trainer = (make(max_tokens_per_microbatch=128) for _ in range(2))
     groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(plain)]
     policy = trainer.learner.policy
     forward, calls = policy.hidden_states, []

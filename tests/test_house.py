@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ground floor first. A room is a file, or a folder of files that may import each other.
 FLOORS = [
     ["exgrpo_kernels"],
-    ["errors", "experience", "heartbeat"],
+    ["errors", "experience", "heartbeat", "attention"],
     [
         *("config", "advantages", "packing", "metrics", "adamw", "lora"),
         *("run_folder", "checkpoint", "data", "endpoint", "random_state"),

@@ -64,6 +64,36 @@ def same(a: dict, b: dict) -> bool:
 # --- the loss -------------------------------------------------------------------------------------
 
 
+def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test_trainer) -> None:
+    """Groups of 8 in packs of everything, against one sequence in each pack."""
+    trainer = make_test_trainer(
+        questions_of(tokenizer),
+        function="even_length",
+        rollout={"group_size": 8},
+        algorithm={"entropy_coef": 0.01},
+    )
+    groups, learner = collect(trainer), trainer.learner
+    reports, gradients = [], []
+    for limit in (10_000, 1):
+        learner.policy.max_tokens_per_microbatch = limit
+        learner.optimiser = GradientRecorder(learner.policy)
+        reports.append(learner.update(groups, trainer.objective))
+        gradients += learner.optimiser.found
+    shared, alone = reports
+    assert shared.losses == pytest.approx(alone.losses, rel=1e-6, abs=1e-9)
+    for name, expected in gradients[1].items():
+        assert (gradients[0][name] - expected).norm() <= 1e-6 * expected.norm(), name
+    trained = [row for row in learner.rows(groups) if carries_gradient(row, trainer.objective)]
+    own = sum(len(row.trajectory.question.prompt_ids) for row in trained)
+    read = sum(map(len, {row.trajectory.question.prompt_ids for row in trained}))
+    assert own > 4 * read
+    assert shared.read.metrics() == {
+        "padding_frac": 0.0,
+        "prompt_tokens_shared_frac": pytest.approx(1 - read / own),
+    }
+    assert alone.read.metrics() == {"padding_frac": 0.0, "prompt_tokens_shared_frac": 0.0}
+
+
 @pytest.mark.parametrize("minibatches", [1, 2])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_packing_changes_neither_loss_nor_gradients(

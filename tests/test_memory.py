@@ -152,14 +152,15 @@ def test_an_update_takes_what_was_planned(
     tokenizer: PreTrainedTokenizerFast, make_test_trainer: Any
 ) -> None:
     """Every byte that `Learner.update` allocates, as the profiler records them."""
+    tokens = 51 + 4 * 199  # a prompt and its responses: two such packs
     trainer = make_test_trainer(
         make_questions(tokenizer, ["a"]),
         model={"gradient_checkpointing": True},
         rollout={"max_completion_tokens": 200},
-        train={"max_tokens_per_microbatch": 1000},
+        train={"max_tokens_per_microbatch": tokens},
     )
     learner, policy = trainer.learner, trainer.learner.policy
-    groups = worst_groups(4, prompt_tokens=51, completion_tokens=200, vocabulary=200)
+    groups = worst_groups(2, 4, prompt_tokens=51, completion_tokens=200, vocabulary=200)
     learner.update(groups, trainer.objective)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         learner.update(groups, trainer.objective)
@@ -171,11 +172,11 @@ def test_an_update_takes_what_was_planned(
 
     setting = Setting(torch.float32, torch.float32, checkpointing=True)
     config = policy.model.config
-    passes = Tracer(config, setting)(1000)
+    passes = Tracer(config, setting)(tokens)
     head = Head(config.vocab_size, config.hidden_size, is_trained=True)
     same: dict[str, Any] = {"weights": torch.float32, "compute": torch.float32, "device": "cpu"}
     held = states(passes, weights=torch.float32, optimiser="adamw", references=0, is_nf4=False)
-    planned = held.gradients + update(passes, head, tokens=1000, **same).peak
+    planned = held.gradients + update(passes, head, tokens=tokens, **same).peak
     assert planned == pytest.approx(peak, rel=0.05)
     assert held.gradients == sum(4 * p.numel() for p in policy.model.parameters())
 
@@ -320,9 +321,10 @@ def test_the_preflight_changes_nothing(
     assert torch.equal(noise, torch.get_rng_state())
     assert all(p.grad is None for p in policy.model.parameters())
     assert trainer.learner.optimiser.num_updates == steps
-    # 256 tokens a pack: 5 sequences of 43; two packs with gradients, scoring in packs of 512
-    assert (found.sequences, found.tokens) == (10, 43)
-    assert seen == [430, 430, 215, 215]  # the second: of the reference
+    # 256 tokens a pack: a prompt of 32 and 20 responses of 11; two packs with gradients, scoring in
+    # packs of 512
+    assert (found.sequences, found.tokens) == (40, 43)
+    assert seen == [472, 472, 252, 252]  # the second: of the reference
     assert found.peak_gib > 0
 
 
@@ -369,7 +371,7 @@ def test_offloaded_activations_give_the_same_gradients(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.autograd.graph.save_on_cpu, "__init__", count)
             learner.rehearse(
-                worst_groups(2, prompt_tokens=8, completion_tokens=12, vocabulary=200),
+                worst_groups(2, 2, prompt_tokens=8, completion_tokens=12, vocabulary=200),
                 trainer.objective,
             )
         return made, len(packed)

@@ -112,7 +112,7 @@ def test_packs_hold_their_budget_and_every_sequence_once() -> None:
         assert p.targets.tolist() == [t for i in p.index for t in RESPONSES[i].tolist()]
         for place, row in zip(p.rows.tolist(), p.targets.tolist(), strict=True):
             follower = place + 1  # what comes next in the pack, unless the sequence ends there
-            if follower not in p.cu_seqlens.tolist():
+            if follower not in p.layout.prompt_starts.tolist() + [len(p.input_ids)]:
                 assert p.input_ids[follower] == row
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from exgrpo_fast.attention.backends import choose, refusal
 from exgrpo_fast.checkpoint import read_manifest
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
@@ -71,6 +72,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
 
 def make_policy(config: Config, name: str, *, device: str, adapter: Path | None = None) -> Policy:
     """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
+    refuse_impossible_attention(config, device)
     lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
     quantization = nf4(dtype, device=device) if config.model.quantization else None
     model = load_model(name, dtype=getattr(torch, config.model.weights), quantization=quantization)
@@ -81,6 +83,14 @@ def make_policy(config: Config, name: str, *, device: str, adapter: Path | None 
     return wrap(config, model, device=device)
 
 
+def refuse_impossible_attention(config: Config, device: str) -> None:
+    """ConfigError where the back end cannot run here, whatever the model."""
+    asked, dtype = config.model.attention, getattr(torch, config.model.compute_dtype(device))
+    refused = refusal(choose(asked, device=device, dtype=dtype), device=device, dtype=dtype)
+    if refused is not None:
+        raise ConfigError(f"model.attention {asked} {refused}")
+
+
 def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) -> Policy:
     return Policy(
         model,
@@ -88,6 +98,7 @@ def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) ->
         compute_dtype=getattr(torch, config.model.compute_dtype(device)),
         gradient_checkpointing=config.model.gradient_checkpointing,
         offload_activations=config.model.offload_activations,
+        attention=config.model.attention,
         temperature=config.rollout.temperature,
         max_tokens_per_microbatch=config.microbatch_tokens,
     )

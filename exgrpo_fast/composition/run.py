@@ -18,6 +18,7 @@ from exgrpo_fast.composition.models import (
     make_policy,
     make_reference,
     refuse_broken_weights,
+    refuse_impossible_attention,
     refuse_other_tokenizer,
     start_folder,
 )
@@ -59,6 +60,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Build a training run; leaving the block ends its reward workers and metric sinks."""
     quiet_libraries()
+    refuse_impossible_attention(config, device)
     with contextlib.ExitStack() as stack:
         start = start_folder(config, folder, screen, device=device)
         tokenizer = load_tokenizer(start)

@@ -87,6 +87,11 @@ class ModelConfig(Section):
         default=None, description="of the frozen weights under model.lora (QLoRA), CUDA only"
     )
     lora: LoraConfig | None = Field(default=None, description="null = all weights are trained")
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = Field(
+        default="auto",
+        description="back end: flash-attn, torch's varlen or flex_attention on CUDA, sdpa anywhere; "
+        "auto = flash, varlen or sdpa, the first that can run",
+    )
     gradient_checkpointing: bool = True
     offload_activations: bool = Field(
         default=False, description="checkpointed activations wait in host memory"

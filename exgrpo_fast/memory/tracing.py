@@ -17,13 +17,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+from exgrpo_fast.attention.sdpa import SideBySideBlock, attend
 from exgrpo_fast.lora import add_adapter
 
 ATTENTION = "exgrpo_memory_plan"
@@ -238,21 +238,13 @@ def _one_sequence(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`policy.packed_attention` of a pack of one sequence, shapes known beforehand."""
+    """The side-by-side attention of a pack of one sequence, which no back end and no sharing of
+    prompts exceeds: what `attention/` gathers at a time is bounded by it."""
     columns = torch.arange(query.shape[2], device=query.device)
-
-    def side_by_side(x: Tensor) -> Tensor:
-        return x[0].transpose(0, 1)[columns[None]].transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(
-        side_by_side(query),
-        side_by_side(key),
-        side_by_side(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2)[torch.zeros_like(columns), columns][None], None
+    block = SideBySideBlock(columns, columns, columns, shape=(1, len(columns)), taken=columns)
+    gathered = block.gather(*(x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)))
+    out = attend(block, *gathered, scaling=scaling, window=None, dropout=0.0)
+    return out[None], None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> Iterator[Tensor] | None:

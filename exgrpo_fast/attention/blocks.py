@@ -1,0 +1,112 @@
+"""Block after block of a pack, at the memory of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one call of a kernel reads, as rows of the pack, and the rows that it answers."""
+
+    query_rows: Tensor | slice  # int64
+    key_rows: Tensor  # int64, of the values as well
+    answered: Tensor | slice  # int64, one for each output
+
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        return [
+            _rows(query, self.query_rows),
+            _rows(key, self.key_rows),
+            _rows(value, self.key_rows),
+        ]
+
+
+OneBlock = TypeVar("OneBlock", bound=Block)
+# (block, its queries, its keys, its values) -> its outputs, [answered, heads, head size]
+Attend = Callable[[OneBlock, Tensor, Tensor, Tensor], Tensor]
+
+
+def block_by_block(
+    attend: Attend[OneBlock],
+    blocks: Sequence[OneBlock],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float,
+) -> Tensor:
+    """The outputs of all blocks, in the order of the pack.
+
+    Several blocks are made again in the backward pass, one at a time, so that what they gather is
+    held for one of them alone. With dropout, whose noise would be another, they are kept.
+    """
+    if len(blocks) > 1 and not dropout:
+        return _Remade.apply(attend, blocks, query, key, value)  # pyright: ignore
+    made = [attend(block, *block.gather(query, key, value)) for block in blocks]
+    if len(blocks) == 1:
+        return made[0]
+    places = torch.arange(len(query), device=query.device)
+    answered = torch.cat([_rows(places, block.answered) for block in blocks])
+    return torch.cat(made).index_select(0, answered.argsort())
+
+
+class _Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attend: Attend[OneBlock],
+        blocks: Sequence[OneBlock],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        ctx.attend, ctx.blocks = attend, blocks
+        ctx.save_for_backward(query, key, value)
+        out = value.new_empty(*query.shape[:2], value.shape[2])
+        for block in blocks:
+            out[block.answered] = attend(block, *block.gather(query, key, value))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        saved = ctx.saved_tensors  # asked for once: a checkpoint around this gives them once
+        totals = [torch.zeros_like(x) for x in saved]
+        for block in ctx.blocks:
+            inputs = [x.detach().requires_grad_() for x in block.gather(*saved)]
+            with torch.enable_grad():
+                out = ctx.attend(block, *inputs)
+            found = torch.autograd.grad(out, inputs, _rows(grads[0], block.answered))
+            del out, inputs
+            rows = (block.query_rows, block.key_rows, block.key_rows)
+            for total, part, of_part in zip(totals, found, rows, strict=True):
+                _add_rows(total, of_part, part)
+        return None, None, *totals
+
+
+def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _add_rows(total: Tensor, rows: Tensor | slice, part: Tensor) -> None:
+    if isinstance(rows, slice):
+        total[rows] += part
+    else:
+        total.index_add_(0, rows, part)
+
+
+def greedy_blocks(sizes: Sequence[int], *, capacity: int) -> list[list[int]]:
+    """The places of `sizes` in runs whose sum is at most `capacity`; a larger one stands alone."""
+    blocks: list[list[int]] = []
+    used = 0
+    for place, size in enumerate(sizes):
+        if not blocks or used + size > capacity:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(place)
+        used += size
+    return blocks

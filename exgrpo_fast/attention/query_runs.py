@@ -1,0 +1,74 @@
+"""What kernels for sequences of varying length are given: queries that are shorter than their keys.
+
+A sequence is a response. Its keys and values are those of its prompt and its own; its queries are
+its own, and the first response of a prompt brings the prompt's along. So the queries of all
+sequences, one behind the other, are the pack as it stands, and keys and values alone are gathered.
+The last query stands beside the last key: causality is aligned to the bottom right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.attention.blocks import Block, greedy_blocks
+from exgrpo_fast.attention.layout import AttentionLayout
+
+# Keys and values of twice the pack are what the side-by-side back end holds, whose queries and
+# outputs are gathered as well: no back end takes more than the memory plan knows of.
+GATHERED_KEYS = 2
+
+
+@dataclass(frozen=True)
+class QueryRun(Block):
+    """Neighbouring sequences of a pack, for one call of a kernel."""
+
+    cu_seqlens_q: Tensor  # int32 [sequences + 1], where sequences begin and end among the queries
+    cu_seqlens_k: Tensor  # int32 [sequences + 1], and among the keys
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def query_runs(layout: AttentionLayout, device: torch.device) -> list[QueryRun]:
+    """One run, or several where it would gather more than `GATHERED_KEYS` for each token.
+
+    Several gather half as many each: the pack's own keys and values are kept beside them.
+    """
+    asking, own, whole = layout.asking, layout.response_lengths, layout.sequence_lengths
+    lengths_q = torch.where(layout.is_first, whole, own)[asking]
+    lengths_k = whole[asking]
+    most = GATHERED_KEYS * layout.num_tokens
+    capacity = most if int(lengths_k.sum()) <= most else most // 2
+    runs, start = [], 0
+    for members in greedy_blocks(lengths_k.tolist(), capacity=capacity):
+        sequences, stop = asking[members].tolist(), start + int(lengths_q[members].sum())
+        places = slice(start, stop)
+        runs.append(_run(layout, sequences, places, lengths_q[members], lengths_k[members], device))
+        start = stop
+    return runs
+
+
+def _run(
+    layout: AttentionLayout,
+    sequences: Sequence[int],
+    places: slice,
+    lengths_q: Tensor,
+    lengths_k: Tensor,
+    device: torch.device,
+) -> QueryRun:
+    return QueryRun(
+        query_rows=places,
+        key_rows=torch.cat([layout.sequence_places(s) for s in sequences]).to(device),
+        answered=places,
+        cu_seqlens_q=_cumulative(lengths_q).to(device),
+        cu_seqlens_k=_cumulative(lengths_k).to(device),
+        max_seqlen_q=int(lengths_q.max()),
+        max_seqlen_k=int(lengths_k.max()),
+    )
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

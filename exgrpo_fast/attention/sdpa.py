@@ -1,0 +1,133 @@
+"""Side by side: torch's scaled_dot_product_attention, on any device and in any dtype.
+
+Each response is laid behind a copy of its prompt's queries, keys and values, right-padded, so that
+plain causality hides the padding. Outputs are taken back from the responses and, once for each
+prompt, from its first response.
+
+Legend of shapes: that of layout.py, and
+    B   sequences of a block
+    C   its longest sequence
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exgrpo_fast.attention.blocks import Block, block_by_block
+from exgrpo_fast.attention.layout import AttentionLayout
+
+
+@dataclass(frozen=True)
+class SideBySideBlock(Block):
+    """Sequences of similar length; padding reads row 0 of the pack."""
+
+    shape: tuple[int, int]  # B, C
+    taken: Tensor  # int64, the places in [B * C] whose outputs are answers
+    windows: dict[int, Tensor] = field(default_factory=dict)  # bool [C, C] of each window
+
+    def window(self, size: int | None) -> Tensor | None:
+        """None where plain causality says the same."""
+        width = self.shape[1]
+        if size is None or size >= width:
+            return None
+        if size not in self.windows:
+            columns = torch.arange(width, device=self.taken.device)
+            distance = columns[:, None] - columns
+            self.windows[size] = (distance >= 0) & (distance < size)
+        return self.windows[size]
+
+
+class SideBySide:
+    """The `sdpa` back end for one pack."""
+
+    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
+        lengths = layout.sequence_lengths[layout.asking]
+        members = similar_lengths(lengths, num_tokens=layout.num_tokens)
+        self.blocks = [lay_out(layout, layout.asking[of_block], device) for of_block in members]
+
+    def __call__(
+        self,
+        query: Tensor,  # [L, heads, head size]
+        key: Tensor,  # [L, key heads, head size]
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+    ) -> Tensor:
+        """[L, heads, head size]."""
+        of_block = partial(attend, scaling=scaling, window=window, dropout=dropout)
+        return block_by_block(of_block, self.blocks, query, key, value, dropout=dropout)
+
+
+def attend(
+    block: SideBySideBlock,
+    query: Tensor,  # [B * C, heads, head size]
+    key: Tensor,  # [B * C, key heads, head size]
+    value: Tensor,
+    *,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """[answered, heads, head size]."""
+    mask = block.window(window)
+    if mask is not None:  # with a mask the fused kernels want as many key heads as heads
+        shared = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(
+        *(x.unflatten(0, block.shape).transpose(1, 2) for x in (query, key, value)),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, block.taken)
+
+
+# --- indices, on the CPU --------------------------------------------------------------------------
+
+
+def similar_lengths(lengths_S: Tensor, *, num_tokens: int) -> list[Tensor]:
+    """Sequences in blocks, longest first, with their padding at most as large as the pack.
+
+    Several blocks are half as large each: the pack's own queries, keys and values are kept beside
+    them. A sequence that is longer stands alone.
+    """
+    order = lengths_S.argsort(descending=True, stable=True)
+    whole = len(order) * int(lengths_S.max())
+    capacity = num_tokens if whole <= num_tokens else num_tokens // 2
+    blocks, start = [], 0
+    while start < len(order):
+        stop = start + max(1, capacity // int(lengths_S[order[start]]))
+        blocks.append(order[start:stop])
+        start = stop
+    return blocks
+
+
+def lay_out(layout: AttentionLayout, members_B: Tensor, device: torch.device) -> SideBySideBlock:
+    prompt_of = layout.prompt_of[members_B]
+    prompts = layout.prompt_lengths[prompt_of][:, None]
+    ends = layout.sequence_lengths[members_B][:, None]
+    columns = torch.arange(int(ends.max()))
+    in_prompt = layout.prompt_starts[prompt_of][:, None] + columns
+    in_response = layout.response_starts[members_B][:, None] + columns - prompts
+    source_BC = torch.where(columns < prompts, in_prompt, in_response)
+    source_BC = torch.where(columns < ends, source_BC, 0)
+    answers_BC = (columns < ends) & ((columns >= prompts) | layout.is_first[members_B][:, None])
+    taken = answers_BC.flatten().nonzero()[:, 0]
+    taken = taken[source_BC.flatten()[taken].argsort()]  # a block that is alone answers in order
+    source = source_BC.flatten().to(device)
+    return SideBySideBlock(
+        query_rows=source,
+        key_rows=source,
+        answered=source_BC.flatten()[taken].to(device),
+        shape=(len(members_B), len(columns)),
+        taken=taken.to(device),
+    )

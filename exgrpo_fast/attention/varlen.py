@@ -1,0 +1,78 @@
+"""torch's own kernel for sequences of varying length: CUDA, bfloat16 or float16, no dropout."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.attention.blocks import block_by_block
+from exgrpo_fast.attention.layout import AttentionLayout
+from exgrpo_fast.attention.query_runs import QueryRun, query_runs
+
+
+def kernel() -> Callable[..., Tensor] | None:
+    """`varlen_attn`, FlashAttention-2 with its causal mask aligned to the bottom right.
+
+    None where this torch has none, or one that takes neither scale nor window.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= takes.keys():
+        return None
+    # torch 2.11 shares key heads without being told, later versions want to be told
+    told = {"enable_gqa": True} if "enable_gqa" in takes else {}
+    return partial(varlen_attn, **told)  # pyright: ignore[reportReturnType, reportCallIssue]
+
+
+class Varlen:
+    """The `varlen` back end for one pack."""
+
+    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
+        found = kernel()
+        assert found is not None, "torch.nn.attention.varlen is missing"
+        self.runs, self.kernel = query_runs(layout, device), found
+
+    def __call__(
+        self,
+        query: Tensor,  # [L, heads, head size]
+        key: Tensor,  # [L, key heads, head size]
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+    ) -> Tensor:
+        """[L, heads, head size]."""
+        assert not dropout, "varlen_attn has no dropout"
+        attend = partial(self._attend, scaling=scaling, window=window)
+        return block_by_block(attend, self.runs, query, key, value, dropout=dropout)
+
+    def _attend(
+        self,
+        run: QueryRun,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        return self.kernel(
+            query,
+            key,
+            value,
+            run.cu_seqlens_q,
+            run.cu_seqlens_k,
+            run.max_seqlen_q,
+            run.max_seqlen_k,
+            scale=scaling,
+            # (-1, 0) is causal; else tokens to the left of the query's own, which is seen as well
+            window_size=(-1 if window is None else window - 1, 0),
+        )
