@@ -127,7 +127,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     held = states(tracer(tokens), weights=weights, optimiser=kind, references=0, is_nf4=False)
     planned = {
         "update": held.gradients + update(tracer(tokens), head, tokens=tokens, **same).peak,
-        "scoring": scoring(tracer(2 * tokens), head, tokens=2 * tokens, **same),
+        "scoring": scoring(tracer(tokens), head, tokens=tokens, **same),
     }
     resident = sum(p.numel() * p.element_size() for p in model.parameters()) + state_bytes(learner)
     return {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.head_gradient import summed_in_place
 from exgrpo_fast.memory.exhausted import out_of_memory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
@@ -286,23 +287,26 @@ class Learner:
             )
             hidden_ND = self.policy.hidden_states(packed)
             weight, bias, softcap = self.policy.head_for(hidden_ND)
-            result = linear_policy_loss(
-                hidden_ND,
-                weight,
-                columns.targets,
-                advantages=columns.advantages,
-                behaviour_logprobs=columns.behaviour_logprobs,
-                weights=columns.weights,
-                shaping=columns.shaping,
-                ref_logprobs=columns.ref_logprobs,
-                sequence_ids=columns.sequence_ids,
-                objective=objective,
-                bias=bias,
-                temperature=self.policy.temperature,
-                softcap=softcap,
-                sparsity=self.sparsity,
-                tail=self.tail,
-            )
+            with summed_in_place(self.policy.head.weight) as head_gradient_VD:
+                result = linear_policy_loss(
+                    hidden_ND,
+                    weight,
+                    columns.targets,
+                    advantages=columns.advantages,
+                    behaviour_logprobs=columns.behaviour_logprobs,
+                    weights=columns.weights,
+                    shaping=columns.shaping,
+                    ref_logprobs=columns.ref_logprobs,
+                    sequence_ids=columns.sequence_ids,
+                    objective=objective,
+                    weight_main_grad=head_gradient_VD,
+                    bias=bias,
+                    temperature=self.policy.temperature,
+                    softcap=softcap,
+                    sparsity=self.sparsity,
+                    tail=self.tail,
+                )
+            del hidden_ND, weight  # the backward pass does without them
             sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
             if any(guided):
                 sums.guided.append(

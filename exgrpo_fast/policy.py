@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.lora import merged_weights
 from exgrpo_fast.packing import Pack, Ragged, pack
+from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob
 
 ATTENTION = "exgrpo_packed"
@@ -80,6 +81,7 @@ class Policy:
     """A causal language model, its head taken apart from its body.
 
     `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
+    `mlp_tile_tokens`: MLPs and norms run over tiles of so many tokens; 0: over the whole pack.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     """
 
@@ -91,6 +93,7 @@ class Policy:
         compute_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
+        mlp_tile_tokens: int = 0,
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
@@ -104,6 +107,9 @@ class Policy:
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if mlp_tile_tokens:
+            _check_tileable(model)
+            run_in_tiles(model, mlp_tile_tokens)
         model.train()
 
     @property
@@ -144,7 +150,7 @@ class Policy:
         num_tokens = len(responses.values)
         logprobs, entropies = torch.empty(2, num_tokens, device=self.device)
         with inference(self.model):
-            limit = 2 * self.max_tokens_per_microbatch  # no gradient: half the memory a token
+            limit = self.max_tokens_per_microbatch
             for packed in pack(prompts, responses, max_tokens=limit, device=self.device):
                 waiting()
                 hidden_ND = self.hidden_states(packed)
@@ -222,6 +228,14 @@ def _check_supported(model: PreTrainedModel) -> None:
             raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
     if model.get_output_embeddings() is None:
         raise PolicyError(f"{config.model_type}: the model has no language-model head")
+
+
+def _check_tileable(model: PreTrainedModel) -> None:
+    if not all(map(dense_mlp, decoder_layers(model))):
+        raise PolicyError(
+            f"model.mlp_tile_tokens: the layers of {model.config.model_type} have no dense MLP to "
+            f"run over tiles; set it to 0"
+        )
 
 
 # --- packed attention -----------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Update:
 
     saved: float  # from the forward pass to the backward pass
     chunk: float  # the buffer of logits
-    head_gradient: float  # dX and dW of the loss, and the head in the compute dtype
+    head_gradient: float  # dX and sum of dW, and the head in the compute dtype
     forward: float
     loss: float
     backward: float
@@ -99,17 +99,15 @@ def update(
     size = head.vocabulary * head.width
     cast = size * compute.itemsize if weights != compute else 0
     rows = tokens * head.width * compute.itemsize
-    total = 4 * size * head.is_trained  # dW is summed in float32, then rounded
-    rounded = compute.itemsize * size * head.is_trained if compute.itemsize < 4 else 0
-    back = 4 * size * head.is_trained if cast and weights.itemsize == 4 else 0
+    # dW is summed in float32: in the gradient itself where that is float32
+    total = 4 * size if head.is_trained and weights.itemsize < 4 else 0
     chunk = chunk_bytes(tokens, head, compute, device)
-    start = passes.saved + cast + BYTES_PER_ROW * tokens
     return Update(
         saved=passes.saved,
         chunk=chunk,
         head_gradient=cast + rows + total,
         forward=passes.forward + BYTES_PER_ROW * tokens,
-        loss=start + rows + max(chunk + total, total + rounded, (rounded or total) + back),
+        loss=passes.saved + cast + rows + total + chunk + BYTES_PER_ROW * tokens,
         backward=passes.backward + BYTES_PER_ROW * tokens,
     )
 
