@@ -4,7 +4,7 @@ The MLPs and norms of a decoder are such functions, and over tiles they are the 
 MLP's intermediate values are the largest of a layer (gate, up, their product, `intermediate_size`
 wide each, and the gradients of all); a norm computes in float32. Here the input alone is kept; in
 the backward pass each tile is made again and differentiated by itself. The gradients of the weights
-are summed over tiles in float32 and rounded once.
+are summed over tiles in float32, those of linear layers inside the product, and rounded once.
 
 A checkpointed layer is made again as far as the input of its MLP, and no further where nothing
 behind that needs the output: the MLP runs forward twice, as with checkpointing alone, and the norms
@@ -20,8 +20,12 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from exgrpo_kernels.runtime import weight_gradient_add
 
 Run = Callable[[Tensor], Tensor]  # [n, D] -> [n, D']
 
@@ -117,39 +121,86 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
         (rows_ND,) = ctx.kept.saved_tensors
-        sums = [_Sum(p) for p in ctx.trained]
+        sums = {p: _Sum(p) for p in ctx.trained}
         grad_rows_ND = torch.empty_like(rows_ND)
-        with ctx.kept.noise.again(), ctx.autocast(), torch.enable_grad():
+        with ctx.kept.noise.again(), ctx.autocast(), torch.enable_grad(), _SummedLinears(sums):
             for start in range(0, len(rows_ND), ctx.tile_tokens):
                 tile = slice(start, start + ctx.tile_tokens)
                 x = rows_ND[tile].detach().requires_grad_()
                 grad_rows_ND[tile], *of_weights = torch.autograd.grad(
                     ctx.run(x), [x, *ctx.trained], grad_ND[tile], allow_unused=True
                 )
-                for total, made in zip(sums, of_weights, strict=True):
-                    total.add(made)
+                for total, made in zip(sums.values(), of_weights, strict=True):
+                    if made is not None:  # not one that `_SummedLinears` has added
+                        total.add(made)
                 del of_weights
-        return None, None, None, grad_rows_ND, *(total.take() for total in sums)
+        return None, None, None, grad_rows_ND, *(total.take() for total in sums.values())
 
 
 class _Sum:
     """The gradient of one weight over tiles: float32 where the weight is coarser, rounded once."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.dtype = weight.dtype
+        self.weight = weight
         self.total: Tensor | None = None
 
-    def add(self, made: Tensor | None) -> None:
-        if made is None:  # an adapter that is switched off
-            return
+    def add(self, made: Tensor) -> None:
         if self.total is None:
-            self.total = made.to(torch.promote_types(self.dtype, torch.float32))
+            self.total = made.to(torch.promote_types(made.dtype, torch.float32))
         else:
             self.total += made
 
+    def add_product(self, grad_NO: Tensor, rows_NI: Tensor) -> None:
+        """+= grad^T rows, never rounded to the dtype of the two."""
+        is_first = self.total is None
+        if self.total is None:
+            dtype = torch.promote_types(grad_NO.dtype, torch.float32)
+            self.total = torch.empty_like(self.weight, dtype=dtype)
+        weight_gradient_add(self.total, grad_NO, rows_NI, overwrite=is_first)
+
     def take(self) -> Tensor | None:
+        """None where no tile has come, as of an adapter that is switched off."""
         total, self.total = self.total, None
-        return None if total is None else total.to(self.dtype)
+        return None if total is None else total.to(self.weight.dtype)
+
+
+class _SummedLinears(TorchFunctionMode):
+    """Linear layers under it add the gradients of their weights to `sums`; autograd gets none."""
+
+    def __init__(self, sums: dict[nn.Parameter, _Sum]) -> None:
+        super().__init__()
+        self.sums = sums
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = self._linear if func is F.linear else func
+        return call(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        if weight not in self.sums:
+            return F.linear(input, weight, bias)
+        out = _SummedLinear.apply(input, weight, self.sums[weight])
+        return out if bias is None else out + bias.to(out.dtype)
+
+
+class _SummedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: _Sum) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight.detach())
+        ctx.total = total
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.total.add_product(grad_NO, x)
+        return grad_NO @ weight, None, None
 
 
 class _Noise:
