@@ -11,7 +11,6 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
-from exgrpo_fast.head_gradient import summed_in_place
 from exgrpo_fast.memory.exhausted import out_of_memory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
@@ -287,7 +286,7 @@ class Learner:
             )
             hidden_ND = self.policy.hidden_states(packed)
             weight, bias, softcap = self.policy.head_for(hidden_ND)
-            with summed_in_place(self.policy.head.weight) as head_gradient_VD:
+            with self.policy.head_gradient() as head_gradient_VD:
                 result = linear_policy_loss(
                     hidden_ND,
                     weight,
@@ -305,6 +304,7 @@ class Learner:
                     softcap=softcap,
                     sparsity=self.sparsity,
                     tail=self.tail,
+                    chunk_rows=self.policy.tile_tokens or None,
                 )
             del hidden_ND, weight  # the backward pass does without them
             sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])

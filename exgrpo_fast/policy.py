@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.head_gradient import summed_in_place
 from exgrpo_fast.lora import merged_weights
 from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
@@ -81,7 +82,8 @@ class Policy:
     """A causal language model, its head taken apart from its body.
 
     `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
-    `mlp_tile_tokens`: MLPs and norms run over tiles of so many tokens; 0: over the whole pack.
+    `tile_tokens`: MLPs, norms and the logits of the loss are made of so many tokens at a time; 0:
+    of the whole pack, the logits of as many as the kernels choose.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     """
 
@@ -93,7 +95,7 @@ class Policy:
         compute_dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
-        mlp_tile_tokens: int = 0,
+        tile_tokens: int = 0,
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
@@ -101,15 +103,16 @@ class Policy:
         self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.compute_dtype = compute_dtype
         self.offload_activations = offload_activations
+        self.tile_tokens = tile_tokens
         self.temperature = temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         _check_supported(model)
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if mlp_tile_tokens:
+        if tile_tokens:
             _check_tileable(model)
-            run_in_tiles(model, mlp_tile_tokens)
+            run_in_tiles(model, tile_tokens)
         model.train()
 
     @property
@@ -138,6 +141,10 @@ class Policy:
         """The head in the dtype of the hidden states (its float32 master keeps the gradient)."""
         weight, bias, softcap = self.head
         return Head(weight.to(hidden_ND.dtype), bias, softcap)
+
+    def head_gradient(self) -> contextlib.AbstractContextManager[Tensor | None]:
+        """Around one loss: where it adds the gradient of the head's weight; None: by autograd."""
+        return summed_in_place(self.head.weight)
 
     @torch.no_grad()
     def score(
@@ -233,7 +240,7 @@ def _check_supported(model: PreTrainedModel) -> None:
 def _check_tileable(model: PreTrainedModel) -> None:
     if not all(map(dense_mlp, decoder_layers(model))):
         raise PolicyError(
-            f"model.mlp_tile_tokens: the layers of {model.config.model_type} have no dense MLP to "
+            f"model.tile_tokens: the layers of {model.config.model_type} have no dense MLP to "
             f"run over tiles; set it to 0"
         )
 

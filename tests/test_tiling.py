@@ -232,17 +232,17 @@ def learned(
 )
 def test_an_update_is_the_same(learned: Any, kind: dict[str, Any], checkpointing: bool) -> None:
     same = {**kind, "gradient_checkpointing": checkpointing}
-    loss, plain = learned(**same, mlp_tile_tokens=0)
+    loss, plain = learned(**same, tile_tokens=0)
     assert len(plain) > 10 and loss != 0
     for tile in (7, 59, 60, 1000):  # packs have 60 and 20 tokens
-        tiled_loss, tiled = learned(**same, mlp_tile_tokens=tile)
+        tiled_loss, tiled = learned(**same, tile_tokens=tile)
         assert tiled_loss == pytest.approx(loss, abs=1e-6)
         assert distance(tiled, plain) < 1e-6
 
 
 def test_no_name_changes(model_folder: Path, tmp_path: Path) -> None:
     plain = Policy(AutoModelForCausalLM.from_pretrained(model_folder))
-    tiled = Policy(AutoModelForCausalLM.from_pretrained(model_folder), mlp_tile_tokens=8)
+    tiled = Policy(AutoModelForCausalLM.from_pretrained(model_folder), tile_tokens=8)
     names = [
         lambda policy: list(policy.model.state_dict()),
         lambda policy: [name for name, _ in policy.model.named_modules()],
@@ -270,7 +270,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
         return make_test_trainer(
             make_questions(tokenizer, [f"q{i}" for i in range(8)]),
             function="even_length",
-            model={"mlp_tile_tokens": 16, "gradient_checkpointing": True},
+            model={"tile_tokens": 16, "gradient_checkpointing": True},
         )
 
     whole = run()
@@ -298,7 +298,7 @@ def rehearsal_peak(tile: int, checkpointing: bool) -> float:
     policy = Policy(
         model,
         gradient_checkpointing=checkpointing,
-        mlp_tile_tokens=tile,
+        tile_tokens=tile,
         max_tokens_per_microbatch=512,
     )
     learner = Learner(
@@ -343,8 +343,8 @@ def test_one_tile_is_alive_at_a_time() -> None:
 def test_a_mixture_of_experts_is_left_alone() -> None:
     config = MixtralConfig(**SMALL, num_local_experts=4)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(PolicyError, match="model.mlp_tile_tokens: the layers of mixtral have no"):
-        Policy(model, mlp_tile_tokens=16)
+    with pytest.raises(PolicyError, match="model.tile_tokens: the layers of mixtral have no"):
+        Policy(model, tile_tokens=16)
     setting = Setting(torch.float32, torch.float32, checkpointing=True)
     assert not Tracer(config, setting).can_tile
     assert Tracer(SHAPES["qwen2"], setting).can_tile

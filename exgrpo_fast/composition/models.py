@@ -88,7 +88,7 @@ def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) ->
         compute_dtype=getattr(torch, config.model.compute_dtype(device)),
         gradient_checkpointing=config.model.gradient_checkpointing,
         offload_activations=config.model.offload_activations,
-        mlp_tile_tokens=config.model.tile_tokens,
+        tile_tokens=config.tile_tokens,
         temperature=config.rollout.temperature,
         max_tokens_per_microbatch=config.microbatch_tokens,
     )

@@ -91,10 +91,10 @@ class ModelConfig(Section):
     offload_activations: bool = Field(
         default=False, description="checkpointed activations wait in host memory"
     )
-    mlp_tile_tokens: NonNegative | Literal["auto"] = Field(
+    tile_tokens: NonNegative | Literal["auto"] = Field(
         default="auto",
-        description="MLPs and norms run over tiles of so many tokens; 0 = the whole pack at once; "
-        "auto = 0, or 4096 where the run would not fit",
+        description="of MLPs, norms and logits; 0 = MLPs and norms of the whole pack at once; "
+        "auto = 0, and less than the pack where the run would not fit",
     )
 
     def compute_dtype(self, device: str) -> Literal["float32", "bfloat16"]:
@@ -103,11 +103,6 @@ class ModelConfig(Section):
             low = device == "cuda" or self.weights == "bfloat16"
             return "bfloat16" if low else "float32"
         return self.dtype
-
-    @property
-    def tile_tokens(self) -> int:
-        """`mlp_tile_tokens`; what `auto` is where no memory plan is made."""
-        return 0 if self.mlp_tile_tokens == "auto" else self.mlp_tile_tokens
 
     @model_validator(mode="after")
     def _weights_can_be_trained(self) -> ModelConfig:

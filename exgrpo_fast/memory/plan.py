@@ -21,10 +21,11 @@ from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, States, Update, scoring, states, update
 
 GIB = 2**30
-# Of `model.mlp_tile_tokens: auto`, where the run would not fit. Each tile adds its part to float32
-# sums of an MLP's gradients: beside 4096 tokens' products that is at most 7 % of the MLP's time on
-# an H100 (12 bytes a weight at 3.35 TB/s, 8 x 4096 operations a weight at 692 TFLOP/s).
-TILE_TOKENS = 4096
+# Of `model.tile_tokens: auto`, where the run would not fit. Each tile adds its part to float32 sums
+# of an MLP's gradients. Beside the products of 4096 tokens that is at most 5 % of the MLP's time on
+# an H100 (8 bytes a weight at 3.35 TB/s; 8 x 4096 operations a weight at 692 TFLOP/s), of 1024
+# tokens 20 %: for where nothing else helps.
+TILE_TOKENS, SMALLEST_TILE_TOKENS = 4096, 1024
 PHASES = ("rollout", "scoring", "update")
 Bytes = dict[str, float]  # by phase
 
@@ -92,14 +93,14 @@ class Planner:
         self.tracers: dict[str, Tracer] = {}
 
     def tracer(self, config: Config) -> Tracer:
-        """`config`: without `auto` in model.mlp_tile_tokens."""
+        """`config`: without `auto` in model.tile_tokens."""
         lora = config.model.lora
         setting = Setting(
             weights=getattr(torch, config.model.weights),
             compute=getattr(torch, config.model.compute_dtype(self.machine.device)),
             checkpointing=config.model.gradient_checkpointing,
             lora=lora.model_dump() if lora else None,
-            mlp_tile_tokens=config.model.tile_tokens,
+            tile_tokens=config.tile_tokens,
         )
         return self.tracers.setdefault(repr(setting), Tracer(self.model, setting))
 
@@ -112,12 +113,15 @@ class Planner:
         return made
 
     def _choices(self, config: Config) -> Iterator[Config]:
-        """Without `auto` in the pack and the tiles; each needs less memory than the one before."""
-        is_auto = config.model.mlp_tile_tokens == "auto" and self.tracer(config).can_tile
+        """Without `auto` in the pack and the tiles, the fastest first."""
+        is_auto = config.model.tile_tokens == "auto" and self.tracer(config).can_tile
+        tokens = config.microbatch_tokens
         for tokens in pack_sizes(config):
-            yield with_sizes(config, tokens, config.model.tile_tokens)
+            yield with_sizes(config, tokens, config.tile_tokens)
             if is_auto and tokens > TILE_TOKENS:
                 yield with_sizes(config, tokens, TILE_TOKENS)
+        if is_auto and tokens > SMALLEST_TILE_TOKENS:
+            yield with_sizes(config, tokens, SMALLEST_TILE_TOKENS)
 
     def _plan(self, config: Config) -> MemoryPlan:
         """`config`: without `auto` in the pack and the tiles."""
@@ -138,7 +142,9 @@ class Planner:
             references=num_references(config),
             is_nf4=config.model.quantization is not None,
         )
-        of_update = update(passes, head, tokens=tokens, **same)
+        of_update = update(
+            passes, head, tokens=tokens, chunk_rows=config.tile_tokens or None, **same
+        )
         if config.model.offload_activations:
             of_update = self._offloaded(of_update, tokens, weights)
         of_scoring = scoring(passes, head, tokens=tokens, **same)
@@ -256,7 +262,7 @@ def pack_sizes(config: Config) -> Iterator[int]:
 
 def with_sizes(config: Config, pack_tokens: int, tile_tokens: int) -> Config:
     train = config.train.model_copy(update={"max_tokens_per_microbatch": pack_tokens})
-    model = config.model.model_copy(update={"mlp_tile_tokens": tile_tokens})
+    model = config.model.model_copy(update={"tile_tokens": tile_tokens})
     return config.model_copy(update={"train": train, "model": model})
 
 
@@ -305,9 +311,8 @@ def _resolved(made: MemoryPlan, asked: Config) -> list[str]:
         f"activations {made.update.saved / tokens / 2**20:.3f} MiB a token, logits in chunks of "
         f"{made.update.chunk / 2**20:.0f} MiB"
     )
-    tiles = "MLPs and norms in tiles" if config.model.tile_tokens else "no tiles"
-    how = _how(asked.model.mlp_tile_tokens)
-    lines.append(f"model.mlp_tile_tokens {config.model.tile_tokens}{how}: {tiles}")
+    tiles = "MLPs, norms and logits in tiles" if config.tile_tokens else "no tiles"
+    lines.append(f"model.tile_tokens {config.tile_tokens}{_how(asked.model.tile_tokens)}: {tiles}")
     if made.engine is not None:
         kv = made.engine.kv_cache_bytes
         given = "" if config.rollout.kv_cache_gib else " (auto)"

@@ -58,7 +58,7 @@ class Setting:
     compute: torch.dtype
     checkpointing: bool
     lora: dict[str, Any] | None = None
-    mlp_tile_tokens: int = 0  # 0: the whole pack at once
+    tile_tokens: int = 0  # 0: the whole pack at once
 
 
 class Tracer:
@@ -144,8 +144,8 @@ def _first_layers(model: Any, setting: Setting, layers: int) -> Any:
             add_adapter(made, **setting.lora)
     if setting.checkpointing:
         made.gradient_checkpointing_enable({"use_reentrant": False})
-    if setting.mlp_tile_tokens:
-        run_in_tiles(made, setting.mlp_tile_tokens)
+    if setting.tile_tokens:
+        run_in_tiles(made, setting.tile_tokens)
     return made.train()
 
 

@@ -94,14 +94,15 @@ def update(
     weights: torch.dtype,
     compute: torch.dtype,
     device: Literal["cpu", "cuda"],
+    chunk_rows: int | None = None,
 ) -> Update:
-    """Of a pack of `tokens`, taken as response tokens all."""
+    """Of a pack of `tokens`, taken as response tokens all; `chunk_rows`: as the loss takes it."""
     size = head.vocabulary * head.width
     cast = size * compute.itemsize if weights != compute else 0
     rows = tokens * head.width * compute.itemsize
     # dW is summed in float32: in the gradient itself where that is float32
     total = 4 * size if head.is_trained and weights.itemsize < 4 else 0
-    chunk = chunk_bytes(tokens, head, compute, device)
+    chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
     return Update(
         saved=passes.saved,
         chunk=chunk,
