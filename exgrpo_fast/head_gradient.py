@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+ROWS = 4096  # at a time: a CPU widens both to add them
+
 
 @contextlib.contextmanager
 def summed_in_place(weight: Tensor) -> Iterator[Tensor | None]:
@@ -31,4 +33,5 @@ def summed_in_place(weight: Tensor) -> Iterator[Tensor | None]:
         return
     total_VD = torch.zeros_like(weight, dtype=torch.float32)
     yield total_VD
-    weight.grad += total_VD
+    for grad, total in zip(weight.grad.split(ROWS), total_VD.split(ROWS), strict=True):
+        grad += total

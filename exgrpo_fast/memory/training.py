@@ -102,7 +102,8 @@ def update(
     rows = tokens * head.width * compute.itemsize
     # dW is summed in float32: in the gradient itself where that is float32
     total = 4 * size if head.is_trained and weights.itemsize < 4 else 0
-    chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
+    rows_at_once = min(tokens, chunk_rows or tokens)
+    chunk = chunk_bytes(rows_at_once, head, compute, device, has_gradient=True)
     return Update(
         saved=passes.saved,
         chunk=chunk,
@@ -130,10 +131,16 @@ def scoring(
 
 
 def chunk_bytes(
-    num_rows: int, head: Head, compute: torch.dtype, device: Literal["cpu", "cuda"]
+    num_rows: int,
+    head: Head,
+    compute: torch.dtype,
+    device: Literal["cpu", "cuda"],
+    *,
+    has_gradient: bool = False,
 ) -> int:
     """The kernels' own choice. On a CPU logits are float32, a block of scratch joins them, and
-    bfloat16 operands are widened: the rows of the chunk, and the head tile by tile."""
+    bfloat16 operands are widened: the rows of the chunk, and the head tile by tile. With a gradient
+    the rows that have one are gathered, and theirs is made in float32."""
     low = compute == torch.bfloat16
     row_bytes = head.vocabulary * (2 if low and device == "cuda" else 4)
     rows = runtime.chunk_rows(num_rows, row_bytes, torch.device(device))
@@ -141,6 +148,9 @@ def chunk_bytes(
         return rows * row_bytes
     scratch = runtime.block_rows(rows, row_bytes) * row_bytes
     if low:
-        tile = min(runtime.TILE_BYTES, 4 * head.vocabulary * head.width)
-        scratch += 2 * tile + 4 * rows * head.width
+        scratch += 2 * min(runtime.TILE_BYTES, 4 * head.vocabulary * head.width)
+    if low or has_gradient:
+        scratch += 4 * rows * head.width
+    if has_gradient:
+        scratch += compute.itemsize * rows * head.width
     return rows * row_bytes + scratch
