@@ -65,26 +65,33 @@ SHAPES: dict[str, Any] = {
     ),
 }
 LORA = {"rank": 16, "alpha": 32.0}
-# shape, response tokens, weights, compute, checkpointing, adapter
+# shape, response tokens, weights, compute, checkpointing, adapter, tokens of a tile
 CASES = [
-    ("qwen3 0.9M", 128, "float32", "float32", True, None),
-    ("qwen3 0.9M", 128, "float32", "float32", False, None),
-    ("qwen2 20M", 256, "float32", "float32", True, None),
-    ("qwen2 20M", 256, "float32", "float32", False, None),
-    ("qwen2 20M", 256, "float32", "bfloat16", True, None),
-    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, None),
-    ("qwen2 20M", 256, "float32", "float32", True, LORA),
-    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, LORA),
-    ("llama 80M", 160, "float32", "float32", True, None),
-    ("llama 80M", 160, "float32", "float32", False, None),
-    ("llama 80M", 160, "bfloat16", "bfloat16", True, None),
+    ("qwen3 0.9M", 128, "float32", "float32", True, None, 0),
+    ("qwen3 0.9M", 128, "float32", "float32", False, None, 0),
+    ("qwen3 0.9M", 128, "float32", "float32", True, None, 100),
+    ("qwen2 20M", 256, "float32", "float32", True, None, 0),
+    ("qwen2 20M", 256, "float32", "float32", False, None, 0),
+    ("qwen2 20M", 256, "float32", "float32", True, None, 256),
+    ("qwen2 20M", 256, "float32", "float32", False, None, 256),
+    ("qwen2 20M", 256, "float32", "bfloat16", True, None, 0),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, None, 0),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, None, 256),
+    ("qwen2 20M", 256, "float32", "float32", True, LORA, 0),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, LORA, 0),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, LORA, 256),
+    ("llama 80M", 160, "float32", "float32", True, None, 0),
+    ("llama 80M", 160, "float32", "float32", False, None, 0),
+    ("llama 80M", 160, "float32", "float32", True, None, 128),
+    ("llama 80M", 160, "bfloat16", "bfloat16", True, None, 0),
+    ("llama 80M", 160, "bfloat16", "bfloat16", True, None, 128),
 ]
 PROMPT, SEQUENCES = 64, 4  # a pack: pairs behind one prompt
 
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     """Bytes of one case: measured, planned, and the relative error of the plan."""
-    shape, response, weights_name, compute_name, checkpointing, lora = case
+    shape, response, weights_name, compute_name, checkpointing, lora, tile = case
     weights, compute = getattr(torch, weights_name), getattr(torch, compute_name)
     config = SHAPES[shape]
     tokens = SEQUENCES // 2 * (PROMPT + 2 * (response - 1))
@@ -96,6 +103,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         model,
         compute_dtype=compute,
         gradient_checkpointing=checkpointing,
+        tile_tokens=tile,
         max_tokens_per_microbatch=tokens,
     )
     kind = "adamw_8bit" if weights == torch.bfloat16 and lora is None else "adamw"
@@ -120,14 +128,15 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         "scoring": peak_bytes(lambda: policy.score(prompts, responses)),
     }
 
-    setting = Setting(weights, compute, checkpointing, lora)
+    setting = Setting(weights, compute, checkpointing, lora, tile)
     tracer = Tracer(config, setting)
     head = Head(config.vocab_size, config.hidden_size, is_trained=lora is None)
     same: dict[str, Any] = {"weights": weights, "compute": compute, "device": "cpu"}
     held = states(tracer(tokens), weights=weights, optimiser=kind, references=0, is_nf4=False)
+    made = update(tracer(tokens), head, tokens=tokens, chunk_rows=tile or None, **same)
     planned = {
-        "update": held.gradients + update(tracer(tokens), head, tokens=tokens, **same).peak,
-        "scoring": scoring(tracer(2 * tokens), head, tokens=2 * tokens, **same),
+        "update": held.gradients + made.peak,
+        "scoring": scoring(tracer(tokens), head, tokens=tokens, **same),
     }
     resident = sum(p.numel() * p.element_size() for p in model.parameters()) + state_bytes(learner)
     return {
@@ -137,6 +146,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         "compute": compute_name,
         "checkpointing": checkpointing,
         "lora": lora is not None,
+        "tile": tile,
         "optimizer": kind,
         "resident_mib": round(resident / 2**20, 3),
         "resident_planned_mib": round(held.resident / 2**20, 3),

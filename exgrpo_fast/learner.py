@@ -27,7 +27,7 @@ from exgrpo_fast.update_report import (
     replay_ratio_metrics,
 )
 from exgrpo_fast.weighting import moved_clip
-from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss, smaller_chunks
+from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ class Learner:
         """
         self.policy = policy
         self.asked_microbatch = policy.max_tokens_per_microbatch
-        self.chunk_share = (
-            1.0  # of the usual size of a chunk of logits; halved when memory runs out
-        )
+        self.asked_chunk_rows = self.chunk_rows = policy.tile_tokens or None
         self.optimiser = optimiser
         self.advantage = advantage
         self.aggregation: Aggregation = aggregation
@@ -164,28 +162,29 @@ class Learner:
         logits of half their size, then in micro-batches of half the size, time and again. The sizes
         that fit stay. OutOfMemory when each sequence has a micro-batch of its own already.
         """
-        longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
         while True:
             try:
-                with smaller_chunks(self.chunk_share):
-                    return self._backward(rows, objective, ref_logprobs, on_tokens)
+                return self._backward(rows, objective, ref_logprobs, on_tokens)
             except torch.OutOfMemoryError as error:
-                limit = self.policy.max_tokens_per_microbatch
-                if self.chunk_share < 1 and limit <= longest:
-                    self.optimiser.discard()
-                    cause = str(error).splitlines()[0]
-                    raise out_of_memory(self.policy.model, longest=longest, cause=cause) from None
+                cause = str(error).splitlines()[0]
             # outside the handler, whose traceback holds the tensors of the failed attempt
             self.optimiser.discard()
-            if self.chunk_share == 1:
-                self.chunk_share = 0.5
-                report.chunk_halvings += 1
-            else:
-                half = min(limit, total_tokens(rows)) // 2
-                self.policy.max_tokens_per_microbatch = max(half, longest)
-                report.microbatch_halvings += 1
+            self._give_way(rows, report, cause)
             if self.policy.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _give_way(self, rows: Sequence[Row], report: UpdateReport, cause: str) -> None:
+        longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
+        limit = self.policy.max_tokens_per_microbatch
+        if self.chunk_rows == self.asked_chunk_rows:
+            self.chunk_rows = max(1, self.policy.chunk_rows(self.asked_chunk_rows) // 2)
+            report.chunk_halvings += 1
+        elif limit > longest:
+            half = min(limit, total_tokens(rows)) // 2
+            self.policy.max_tokens_per_microbatch = max(half, longest)
+            report.microbatch_halvings += 1
+        else:
+            raise out_of_memory(self.policy.model, longest=longest, cause=cause)
 
     def _backward(
         self,
@@ -296,23 +295,27 @@ class Learner:
             sums.read.add(packed)
             hidden_ND = self.policy.hidden_states(packed)
             weight, bias, softcap = self.policy.head_for(hidden_ND)
-            result = linear_policy_loss(
-                hidden_ND,
-                weight,
-                columns.targets,
-                advantages=columns.advantages,
-                behaviour_logprobs=columns.behaviour_logprobs,
-                weights=columns.weights,
-                shaping=columns.shaping,
-                ref_logprobs=columns.ref_logprobs,
-                sequence_ids=columns.sequence_ids,
-                objective=objective,
-                bias=bias,
-                temperature=self.policy.temperature,
-                softcap=softcap,
-                sparsity=self.sparsity,
-                tail=self.tail,
-            )
+            with self.policy.head_gradient() as head_gradient_VD:
+                result = linear_policy_loss(
+                    hidden_ND,
+                    weight,
+                    columns.targets,
+                    advantages=columns.advantages,
+                    behaviour_logprobs=columns.behaviour_logprobs,
+                    weights=columns.weights,
+                    shaping=columns.shaping,
+                    ref_logprobs=columns.ref_logprobs,
+                    sequence_ids=columns.sequence_ids,
+                    objective=objective,
+                    weight_main_grad=head_gradient_VD,
+                    bias=bias,
+                    temperature=self.policy.temperature,
+                    softcap=softcap,
+                    sparsity=self.sparsity,
+                    tail=self.tail,
+                    chunk_rows=self.chunk_rows,
+                )
+            del hidden_ND, weight  # the backward pass does without them
             sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
             if any(guided):
                 sums.guided.append(
@@ -328,7 +331,7 @@ class Learner:
             "optimiser": self.optimiser.state_dict(),
             "reference": reference,
             "microbatch": [self.asked_microbatch, self.policy.max_tokens_per_microbatch],
-            "chunk_share": self.chunk_share,
+            "chunk_rows": [self.asked_chunk_rows, self.chunk_rows],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -336,7 +339,9 @@ class Learner:
         asked, fitting = state["microbatch"]
         if asked == self.asked_microbatch:  # else the user has set another size since
             self.policy.max_tokens_per_microbatch = fitting
-            self.chunk_share = state["chunk_share"]
+        asked, fitting = state["chunk_rows"]
+        if asked == self.asked_chunk_rows:
+            self.chunk_rows = fitting
         if self.reference and state["reference"]:
             self.reference.load_state_dict(state["reference"])
 

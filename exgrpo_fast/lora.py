@@ -3,8 +3,8 @@
     W' = W + (alpha / rank) B A          A [rank, in], B [out, rank], B = 0 at the start
 
 The adapters are injected into the model, whose class, head and names stay what they are. They are
-float32 whatever the frozen weights are; whoever needs plain weights (an engine, a checkpoint) gets
-W' in float32 under its Hugging Face name. Formula: LoRA, arXiv 2106.09685, section 4.1.
+float32 whatever the frozen weights are, and a model of bfloat16 weights runs under autocast; whoever
+needs plain weights (an engine, a checkpoint) gets W' in float32 under its Hugging Face name. Formula: LoRA, arXiv 2106.09685, section 4.1.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ def add_adapter(
         inject(config, model)
     for parameter in trainable(model):
         parameter.data = parameter.data.float()  # bfloat16 would round the updates away
+    for layer in _adapted_layers(model):
+        # peft would make a float32 copy of each layer's input, which autocast makes bfloat16 again
+        layer.cast_input_dtype_enabled = False
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
@@ -105,9 +108,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The frozen model alone, as it was before training."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _adapted_layers(model)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -115,6 +116,12 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 # --- plain weights --------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def plan_run(
         raise NoShapes(f"model.name {folder}: {str(error).splitlines()[0]}") from None
     planner = Planner(model, machine(config, device, memory_gib))
     made = planner.plan(config)
-    text = table(made, was_auto=config.train.max_tokens_per_microbatch == "auto")
+    text = table(made, config)
     if made.fits:
         return Planned(made, text, None)
     return Planned(made, text, refusal(made, cheapest(planner, config)))

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from exgrpo_fast.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.attention.interface import ATTENTION
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.head_gradient import summed_in_place
 from exgrpo_fast.lora import merged_weights
 from exgrpo_fast.packing import Pack, Ragged, pack
-from exgrpo_kernels import linear_logprob
+from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
+from exgrpo_kernels import linear_logprob, runtime
 
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
 Tokenizer = Any
@@ -70,6 +72,8 @@ class Policy:
     """A causal language model, its head taken apart from its body.
 
     `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
+    `tile_tokens`: MLPs, norms and the logits of the loss are made of so many tokens at a time; 0:
+    of the whole pack, the logits of as many as the kernels choose.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     `attention`: the back end; PolicyError where it cannot run on this device or with this model.
     """
@@ -83,6 +87,7 @@ class Policy:
         gradient_checkpointing: bool = False,
         offload_activations: bool = False,
         attention: BackendName | Literal["auto"] = "auto",
+        tile_tokens: int = 0,
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
@@ -90,6 +95,7 @@ class Policy:
         self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.compute_dtype = compute_dtype
         self.offload_activations = offload_activations
+        self.tile_tokens = tile_tokens
         self.temperature = temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         _check_supported(model)
@@ -97,6 +103,9 @@ class Policy:
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if tile_tokens:
+            _check_tileable(model)
+            run_in_tiles(model, tile_tokens)
         model.train()
 
     @property
@@ -126,6 +135,17 @@ class Policy:
         weight, bias, softcap = self.head
         return Head(weight.to(hidden_ND.dtype), bias, softcap)
 
+    def chunk_rows(self, at_most: int | None = None) -> int:
+        """Rows of logits that the fused loss holds at a time, of a whole micro-batch."""
+        weight = self.head.weight
+        row_bytes = len(weight) * self.compute_dtype.itemsize
+        usual = runtime.chunk_rows(self.max_tokens_per_microbatch, row_bytes, weight.device)
+        return min(usual, at_most or usual)
+
+    def head_gradient(self) -> contextlib.AbstractContextManager[Tensor | None]:
+        """Around one loss: where it adds the gradient of the head's weight; None: by autograd."""
+        return summed_in_place(self.head.weight)
+
     @torch.no_grad()
     def score(
         self, prompts: Ragged, responses: Ragged, *, waiting: Callable[[], None] = lambda: None
@@ -137,7 +157,7 @@ class Policy:
         num_tokens = len(responses.values)
         logprobs, entropies = torch.empty(2, num_tokens, device=self.device)
         with inference(self.model):
-            limit = 2 * self.max_tokens_per_microbatch  # no gradient: half the memory a token
+            limit = self.max_tokens_per_microbatch
             for packed in pack(prompts, responses, max_tokens=limit, device=self.device):
                 waiting()
                 hidden_ND = self.hidden_states(packed)
@@ -230,3 +250,11 @@ def _check_supported(model: PreTrainedModel) -> None:
         raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
     if model.get_output_embeddings() is None:
         raise PolicyError(f"{config.model_type}: the model has no language-model head")
+
+
+def _check_tileable(model: PreTrainedModel) -> None:
+    if not all(map(dense_mlp, decoder_layers(model))):
+        raise PolicyError(
+            f"model.tile_tokens: the layers of {model.config.model_type} have no dense MLP to "
+            f"run over tiles; set it to 0"
+        )

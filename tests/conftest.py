@@ -15,6 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from exgrpo_fast.composition import make_policy, make_reference, make_rewards, make_trainer
@@ -63,6 +64,18 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> 
         )
         for i, name in enumerate(names)
     ]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that `work` allocated at a time, as torch's profiler records it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore
+    live = peak = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        live += change
+        peak = max(peak, live)
+    return peak
 
 
 class OwnEngine(LocalEngine):

@@ -167,10 +167,11 @@ def test_the_size_that_fits_is_taken_up_unless_the_user_sets_another(make) -> No
     fitting = first.learner.policy.max_tokens_per_microbatch
     state = first.state_dict()
     assert split_tensors(state)[0]["learner"]["microbatch"] == [4096, fitting]
-    assert state["learner"]["chunk_share"] == 0.5
+    halved = first.learner.chunk_rows
+    assert state["learner"]["chunk_rows"] == [None, halved] and halved > 0
     again, other = make(), make(max_tokens_per_microbatch=2048)
     again.load_state_dict(state)
     other.load_state_dict(state)
     assert again.learner.policy.max_tokens_per_microbatch == fitting < 60
-    assert (again.learner.chunk_share, other.learner.chunk_share) == (0.5, 1.0)
+    assert again.learner.chunk_rows == other.learner.chunk_rows == halved
     assert other.learner.policy.max_tokens_per_microbatch == 2048

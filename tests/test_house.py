@@ -12,7 +12,7 @@ FLOORS = [
     ["exgrpo_kernels"],
     ["errors", "experience", "heartbeat", "attention"],
     [
-        *("config", "advantages", "packing", "metrics", "adamw", "lora"),
+        *("config", "advantages", "packing", "metrics", "adamw", "lora", "tiling", "head_gradient"),
         *("run_folder", "checkpoint", "data", "endpoint", "random_state"),
     ],
     ["display", "policy", "rewards", "optim", "checkpoint_writer", "supervisor"],

@@ -289,3 +289,42 @@ def test_the_transformers_engine_draws_from_the_adapted_model(
     exact = logprobs[start:-1].gather(1, drawn.token_ids[:, None])[:, 0]
     assert (drawn.logprobs - exact).abs().max() < 1e-5
     assert isinstance(trainer.sink, NullSink)
+
+
+def test_inputs_of_adapters_are_not_copied_to_float32(model_folder: Path) -> None:
+    """Beside peft's own cast, which autocast undoes: the same bits, and less is kept."""
+
+    def run(casts: bool) -> tuple[list[torch.Tensor], int]:
+        model = load_model(str(model_folder), dtype=torch.bfloat16)
+        add_adapter(model, rank=4, alpha=8.0)
+        wide = 0
+        for name, module in model.named_modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = casts  # pyright: ignore
+            if name.endswith("lora_A.default"):
+
+                def count(layer: Any, given: Any) -> None:
+                    nonlocal wide
+                    wide += given[0].dtype == torch.float32
+
+                module.register_forward_pre_hook(count)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.base_model(input_ids=torch.arange(20)[None]).last_hidden_state
+        hidden.float().square().sum().backward()
+        return [hidden, *(p.grad for p in trainable(model) if p.grad is not None)], wide
+
+    (ours, none), (pefts, all_of_them) = run(casts=False), run(casts=True)
+    assert (none, all_of_them) == (0, 14)
+    assert len(ours) == len(pefts) == 29
+    assert all(torch.equal(a, b) for a, b in zip(ours, pefts, strict=True))
+    assert all(gradient.dtype == torch.float32 for gradient in ours[1:])
+
+
+def test_the_adapter_of_a_new_run_does_not_cast(model_folder: Path) -> None:
+    model = load_model(str(model_folder), dtype=torch.bfloat16)
+    add_adapter(model, rank=4, alpha=8.0)
+    casts = [getattr(m, "cast_input_dtype_enabled", False) for m in model.modules()]
+    assert not any(casts)

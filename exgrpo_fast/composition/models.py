@@ -99,6 +99,7 @@ def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) ->
         gradient_checkpointing=config.model.gradient_checkpointing,
         offload_activations=config.model.offload_activations,
         attention=config.model.attention,
+        tile_tokens=config.tile_tokens,
         temperature=config.rollout.temperature,
         max_tokens_per_microbatch=config.microbatch_tokens,
     )

@@ -41,7 +41,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 # What does not change what a run has learned so far, nor what its next step would be.
 MAY_CHANGE = (
-    "model.gradient_checkpointing data.check_answers reward.workers reward.timeout_seconds "
+    "model.gradient_checkpointing model.tile_tokens data.check_answers reward.workers reward.timeout_seconds "
     "rollout.engine rollout.max_batch_sequences replay.enabled train.max_steps "
     "train.max_tokens_per_microbatch eval checkpoint log"
 ).split()

@@ -146,6 +146,11 @@ class Config(Section):
         return max(PREFERRED_TOKENS, self.longest_sequence) if tokens == "auto" else tokens
 
     @property
+    def tile_tokens(self) -> int:
+        """`model.tile_tokens`; what `auto` is where no memory plan is made."""
+        return 0 if self.model.tile_tokens == "auto" else self.model.tile_tokens
+
+    @property
     def trains_bfloat16(self) -> bool:
         """The weights that are trained, not those under an adapter, are kept in bfloat16."""
         return self.model.weights == "bfloat16" and self.model.lora is None

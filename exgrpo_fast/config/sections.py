@@ -96,6 +96,11 @@ class ModelConfig(Section):
     offload_activations: bool = Field(
         default=False, description="checkpointed activations wait in host memory"
     )
+    tile_tokens: NonNegative | Literal["auto"] = Field(
+        default="auto",
+        description="of MLPs, norms and logits; 0 = MLPs and norms of the whole pack at once; "
+        "auto = 0, and less than the pack where the run would not fit",
+    )
 
     def compute_dtype(self, device: str) -> Literal["float32", "bfloat16"]:
         """`dtype` with `auto` resolved."""

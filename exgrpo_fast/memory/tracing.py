@@ -14,6 +14,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from exgrpo_fast.attention.sdpa import SideBySideBlock, attend
 from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
 
 ATTENTION = "exgrpo_memory_plan"
 LAYERS = (2, 3)  # of the two small traces
@@ -56,6 +58,7 @@ class Setting:
     compute: torch.dtype
     checkpointing: bool
     lora: dict[str, Any] | None = None
+    tile_tokens: int = 0  # 0: the whole pack at once
 
 
 class Tracer:
@@ -64,6 +67,11 @@ class Tracer:
     def __init__(self, model: Any, setting: Setting) -> None:
         self.model, self.setting = model, setting
         self.known: dict[int, Passes] = {}
+
+    @cached_property
+    def can_tile(self) -> bool:
+        """Whether the layers have MLPs that can run over tiles."""
+        return all(map(dense_mlp, decoder_layers(_first_layers(self.model, self.setting, 1))))
 
     def __call__(self, tokens: int) -> Passes:
         if tokens not in self.known:
@@ -98,8 +106,9 @@ def trace(model: Any, setting: Setting, *, layers: int, tokens: int) -> Passes:
         with ledger, _after_last_layer(made, lambda: tops.append(ledger.take_peak())):
             hidden = _hidden_states(made, setting, tokens)
             forward, saved = ledger.take_peak(), ledger.live
-            hidden.backward(torch.zeros_like(hidden))
+            loss = _Loss.apply(hidden)
             del hidden
+            loss.backward()
             rest = ledger.take_peak()
             made.eval()
             with torch.no_grad():
@@ -135,6 +144,8 @@ def _first_layers(model: Any, setting: Setting, layers: int) -> Any:
             add_adapter(made, **setting.lora)
     if setting.checkpointing:
         made.gradient_checkpointing_enable({"use_reentrant": False})
+    if setting.tile_tokens:
+        run_in_tiles(made, setting.tile_tokens)
     return made.train()
 
 
@@ -157,15 +168,13 @@ def _make_fake(made: nn.Module) -> None:
 @contextlib.contextmanager
 def _after_last_layer(made: nn.Module, heard: Callable[[], None]) -> Iterator[None]:
     """`heard` is called when the backward pass is through the last layer."""
-    count = made.config.num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
-    layers = next(m for m in made.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
     def listen(module: Any, arguments: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: heard())
 
-    handle = layers[-2].register_forward_hook(listen)
+    handle = decoder_layers(made)[-2].register_forward_hook(listen)
     try:
         yield
     finally:
@@ -178,6 +187,20 @@ def _hidden_states(made: Any, setting: Setting, tokens: int) -> Tensor:
     with _autocast(setting.compute):
         output = made.base_model(input_ids=ids, position_ids=rows[None], use_cache=False)
     return output.last_hidden_state[0].to(setting.compute).index_select(0, rows)
+
+
+class _Loss(torch.autograd.Function):
+    """As the fused loss: a number, whose gradient is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.zeros_like(hidden))
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (gradient,) = ctx.saved_tensors
+        return gradient
 
 
 def _autocast(compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:

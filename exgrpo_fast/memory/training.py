@@ -76,7 +76,7 @@ class Update:
 
     saved: float  # from the forward pass to the backward pass
     chunk: float  # the buffer of logits
-    head_gradient: float  # dX and dW of the loss, and the head in the compute dtype
+    head_gradient: float  # dX and sum of dW, and the head in the compute dtype
     forward: float
     loss: float
     backward: float
@@ -94,22 +94,22 @@ def update(
     weights: torch.dtype,
     compute: torch.dtype,
     device: Literal["cpu", "cuda"],
+    chunk_rows: int | None = None,
 ) -> Update:
-    """Of a pack of `tokens`, taken as response tokens all."""
+    """Of a pack of `tokens`, taken as response tokens all; `chunk_rows`: as the loss takes it."""
     size = head.vocabulary * head.width
     cast = size * compute.itemsize if weights != compute else 0
     rows = tokens * head.width * compute.itemsize
-    total = 4 * size * head.is_trained  # dW is summed in float32, then rounded
-    rounded = compute.itemsize * size * head.is_trained if compute.itemsize < 4 else 0
-    back = 4 * size * head.is_trained if cast and weights.itemsize == 4 else 0
-    chunk = chunk_bytes(tokens, head, compute, device)
-    start = passes.saved + cast + BYTES_PER_ROW * tokens
+    # dW is summed in float32: in the gradient itself where that is float32
+    total = 4 * size if head.is_trained and weights.itemsize < 4 else 0
+    rows_at_once = min(tokens, chunk_rows or tokens)
+    chunk = chunk_bytes(rows_at_once, head, compute, device, has_gradient=True)
     return Update(
         saved=passes.saved,
         chunk=chunk,
         head_gradient=cast + rows + total,
         forward=passes.forward + BYTES_PER_ROW * tokens,
-        loss=start + rows + max(chunk + total, total + rounded, (rounded or total) + back),
+        loss=passes.saved + cast + rows + total + chunk + BYTES_PER_ROW * tokens,
         backward=passes.backward + BYTES_PER_ROW * tokens,
     )
 
@@ -131,10 +131,16 @@ def scoring(
 
 
 def chunk_bytes(
-    num_rows: int, head: Head, compute: torch.dtype, device: Literal["cpu", "cuda"]
+    num_rows: int,
+    head: Head,
+    compute: torch.dtype,
+    device: Literal["cpu", "cuda"],
+    *,
+    has_gradient: bool = False,
 ) -> int:
     """The kernels' own choice. On a CPU logits are float32, a block of scratch joins them, and
-    bfloat16 operands are widened: the rows of the chunk, and the head tile by tile."""
+    bfloat16 operands are widened: the rows of the chunk, and the head tile by tile. With a gradient
+    the rows that have one are gathered, and theirs is made in float32."""
     low = compute == torch.bfloat16
     row_bytes = head.vocabulary * (2 if low and device == "cuda" else 4)
     rows = runtime.chunk_rows(num_rows, row_bytes, torch.device(device))
@@ -142,6 +148,9 @@ def chunk_bytes(
         return rows * row_bytes
     scratch = runtime.block_rows(rows, row_bytes) * row_bytes
     if low:
-        tile = min(runtime.TILE_BYTES, 4 * head.vocabulary * head.width)
-        scratch += 2 * tile + 4 * rows * head.width
+        scratch += 2 * min(runtime.TILE_BYTES, 4 * head.vocabulary * head.width)
+    if low or has_gradient:
+        scratch += 4 * rows * head.width
+    if has_gradient:
+        scratch += compute.itemsize * rows * head.width
     return rows * row_bytes + scratch

@@ -5,7 +5,6 @@
     policy_loss         the same objective on vectors of log-probabilities
     policy_loss_from_logits   the same objective where logits exist, gradients in their place
     PolicyObjective     which ratio, clip, surrogate, KL and entropy terms make up that loss
-    smaller_chunks      a context in which chunks of logits take less memory
 
 Beside each function stands a `*_reference` in plain PyTorch that is its specification.
 """
@@ -23,7 +22,6 @@ from exgrpo_kernels.policy_loss import (
     policy_loss,
 )
 from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits
-from exgrpo_kernels.runtime import smaller_chunks
 
 __all__ = [
     "LinearLogprob",
@@ -36,5 +34,4 @@ __all__ = [
     "linear_policy_loss_reference",
     "policy_loss",
     "policy_loss_from_logits",
-    "smaller_chunks",
 ]

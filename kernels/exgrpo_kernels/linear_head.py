@@ -131,6 +131,7 @@ class LinearHead:
     inputs: RowInputs
     logits_dtype: torch.dtype
     backend: str
+    chunk_rows: int | None = None  # at most so many rows of logits at a time
 
     def __len__(self) -> int:
         return self.hidden_ND.shape[0]

@@ -90,7 +90,8 @@ def buffer_dtypes(head: LinearHead) -> tuple[torch.dtype, torch.dtype]:
 def chunk_size(head: LinearHead, num_rows: int) -> int:
     """Rows of one chunk of the logits of `num_rows` rows."""
     row_bytes = len(head.weight_VD) * buffer_dtypes(head)[0].itemsize
-    return runtime.chunk_rows(num_rows, row_bytes, head.hidden_ND.device)
+    rows = runtime.chunk_rows(num_rows, row_bytes, head.hidden_ND.device)
+    return rows if head.chunk_rows is None else min(rows, head.chunk_rows)
 
 
 def chunk_buffer(

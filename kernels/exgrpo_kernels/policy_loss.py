@@ -13,6 +13,7 @@ Legend: N tokens, V vocabulary, D hidden.
 # pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -210,11 +211,13 @@ def linear_policy_loss_operator(
     threshold: float | None,
     tail: str,
     is_auto: bool,
+    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, what sparsity dropped, and dX, dW, db; empty where not wanted."""
     head = LinearHead.from_arguments(
         hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
     )
+    head = replace(head, chunk_rows=chunk_rows)
     columns = LossColumns(
         weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
     )
@@ -241,7 +244,7 @@ def linear_policy_loss_operator(
 
 @linear_policy_loss_operator.register_fake
 def _(hidden, weight, targets, bias, *arguments):
-    *_, needs, main_grad, _, _, _ = arguments
+    *_, needs, main_grad, _, _, _, _ = arguments
     outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:5]))
     wanted = needs[0], needs[1] and main_grad is None, needs[2]
     gradients = (
@@ -397,6 +400,7 @@ def linear_policy_loss(
     weight_main_grad: Tensor | None = None,
     sparsity: str | float = "auto",
     tail: str = "drop",
+    chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """(N, D), (V, D), (N,) -> float32 scalar: sum of weights * loss over tokens, never [N, V].
@@ -420,6 +424,8 @@ def linear_policy_loss(
                          vocabulary, and under torch.use_deterministic_algorithms(True)
     tail                 what becomes of dropped tiles: "drop"; "centroid", one value per tile;
                          "dense_dw", nothing is dropped from dW
+    chunk_rows           at most so many rows of logits at a time; None: by the device. Fewer take
+                         less memory, and add to dW [V, D] more often
 
     A row of weight 0 contributes exactly 0, whatever its inputs hold; a target outside [0, V) is
     legal there and its logprob is reported as 0. The gradients are made here, in the forward, for
@@ -434,6 +440,8 @@ def linear_policy_loss(
     threshold, is_auto = resolve_sparsity(sparsity, len(weight))
     tail_named(tail)
     check_main_grad(weight_main_grad, weight)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     check_vector("weights", weights, len(hidden), hidden.device)
     head = linear_head(
         hidden,
@@ -472,6 +480,7 @@ def linear_policy_loss(
             threshold,
             tail,
             is_auto,
+            chunk_rows,
         )
         result = finished_loss(objective, columns, targets, len(weight), logprobs, entropy)
         names = ("density", "skipped_mass", "rows_skipped")

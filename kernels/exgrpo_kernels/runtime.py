@@ -77,34 +77,13 @@ def is_interpreting() -> bool:
 # ---- sizes ---------------------------------------------------------------------------------------
 
 
-# Of a chunk's usual size; module-wide, since a backward pass may run in another thread.
-_chunk_share = 1.0
-
-
-@contextlib.contextmanager
-def smaller_chunks(share: float) -> Iterator[None]:
-    """Within the block, chunks of logits have `share` (0 < share <= 1) of their usual size.
-
-    For a device that is nearly full; the results differ by the order of float32 sums alone.
-    """
-    global _chunk_share
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    before, _chunk_share = _chunk_share, share
-    try:
-        yield
-    finally:
-        _chunk_share = before
-
-
 def chunk_rows(num_rows: int, row_bytes: int, device: torch.device) -> int:
     """How many rows of logits one chunk holds, given the bytes of one row."""
     if device.type == "cuda":
-        fitting = int(CUDA_CHUNK_BYTES * _chunk_share) // row_bytes
-        most = max(ROW_GRANULE, fitting // ROW_GRANULE * ROW_GRANULE)
+        most = max(ROW_GRANULE, CUDA_CHUNK_BYTES // row_bytes // ROW_GRANULE * ROW_GRANULE)
         return min(most, -(-max(num_rows, 1) // ROW_GRANULE) * ROW_GRANULE)
     fitting = max(CHUNK_BYTES // row_bytes, min(EFFICIENT_ROWS, LARGEST_CHUNK_BYTES // row_bytes))
-    return max(1, min(num_rows, int(fitting * _chunk_share)))
+    return max(1, min(num_rows, fitting))
 
 
 def padded_rows(num_rows: int, chunk_rows: int, device: torch.device) -> int:

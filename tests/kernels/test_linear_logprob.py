@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exgrpo_kernels import linear_logprob, linear_logprob_reference, runtime, smaller_chunks
+from exgrpo_kernels import linear_logprob, linear_logprob_reference, runtime
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -343,24 +343,6 @@ def test_chunks_follow_bytes():
     assert runtime.chunk_rows(10**6, 152_000 * 4, CPU) == 384  # enough rows for an efficient GEMM
     assert runtime.chunk_rows(10**6, 2**31, CPU) == 1  # one row at least
     assert runtime.chunk_rows(7, vocabulary_bytes, CPU) == 7
-
-
-def test_chunks_are_smaller_within_the_block_and_only_there():
-    def sizes():
-        of_cpu = runtime.chunk_rows(10**6, 32768 * 4, CPU)
-        return of_cpu, runtime.chunk_rows(10**6, 152_064 * 2, torch.device("cuda"))
-
-    assert sizes() == (384, 4352)
-    with pytest.raises(RuntimeError), smaller_chunks(0.5):
-        assert sizes() == (192, 2176)
-        with smaller_chunks(0.25):
-            assert sizes() == (96, 1024)
-        assert sizes() == (192, 2176)
-        raise RuntimeError
-    assert sizes() == (384, 4352)
-    for share in (0, -1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="share must be"), smaller_chunks(share):
-            pass
 
 
 # ---- properties ----------------------------------------------------------------------------------

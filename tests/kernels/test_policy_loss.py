@@ -183,6 +183,26 @@ def test_chunk_size_changes_nothing(monkeypatch, name, rows):
     assert_same(chunked, whole, 1e-13)
 
 
+@pytest.mark.parametrize("name", ["clip", "everything", "gspo_everything"])
+def test_fewer_rows_at_a_time_change_nothing(monkeypatch, name):
+    tensors, targets, columns = make_batch()
+    arguments = {"objective": PolicyObjective(**OBJECTIVES[name])}
+    whole = gradients_of(linear_policy_loss, tensors, targets, columns, **arguments)
+    sizes = []
+    new = runtime.empty_logits
+    monkeypatch.setattr(
+        runtime, "empty_logits", lambda rows, *others: (sizes.append(rows), new(rows, *others))[1]
+    )
+    for rows in (1, 3, 1000):
+        arguments["chunk_rows"] = rows
+        chunked = gradients_of(linear_policy_loss, tensors, targets, columns, **arguments)
+        assert_same(chunked, whole, 1e-13)
+        assert max(sizes) == min(rows, 41)
+        sizes.clear()
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+        linear_policy_loss(*tensors[:2], targets, chunk_rows=0, **columns)
+
+
 @pytest.mark.parametrize("name", ["clip", "entropy", "gspo"])
 def test_upstream_gradient_scales(name):
     tensors, targets, columns = make_batch()
