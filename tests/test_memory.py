@@ -191,6 +191,7 @@ def test_seven_billion_on_80_gib(seven_billion: Path) -> None:
         "memory plan: 7.616 billion parameters, 7.616 trained, on 80 GiB",
         "weights (bfloat16)",
         "train.max_tokens_per_microbatch 16384 (auto); 8.12 bytes a parameter",
+        "model.tile_tokens 0 (auto): no tiles",
         "rollout.sleep auto: vLLM sleeps during the update",
     ):
         assert line in planned.text
@@ -223,12 +224,16 @@ def test_every_change_that_is_proposed_makes_it_fit(
         assert made.fits and made.totals["update"] == change.update_bytes
 
 
-def test_a_smaller_card_gets_smaller_packs(
+def test_a_smaller_card_gets_tiles_and_then_smaller_packs(
     seven_billion: Path, planner_for: Callable[..., Planner]
 ) -> None:
-    planner = planner_for(74)
-    made = planner.plan(exgrpo(seven_billion, model__weights="bfloat16"))
-    assert made.fits and made.config.microbatch_tokens == 8192
+    found = []
+    for gib in (80, 74, 73):
+        planner = planner_for(gib)
+        made = planner.plan(exgrpo(seven_billion, model__weights="bfloat16"))
+        assert made.fits
+        found.append((made.config.microbatch_tokens, made.config.tile_tokens))
+    assert found == [(16384, 0), (16384, 4096), (8192, 0)]
     with_more = exgrpo(
         seven_billion, model__weights="bfloat16", train__max_tokens_per_microbatch="65536"
     )

@@ -106,10 +106,14 @@ class Planner:
 
     def plan(self, config: Config) -> MemoryPlan:
         """The largest pack that fits, and no tiles where it does without, as `auto` allows."""
-        choices = self._choices(config)
-        made = self._plan(next(choices))
-        while not (made.fits or made.is_hopeless) and (smaller := next(choices, None)):
-            made = self._plan(smaller)
+        first, *smaller = self._choices(config)
+        made = self._plan(first)
+        if made.is_hopeless:
+            smaller = smaller[-1:]
+        for choice in smaller:
+            if made.fits:
+                break
+            made = self._plan(choice)
         return made
 
     def _choices(self, config: Config) -> Iterator[Config]:
