@@ -32,7 +32,8 @@ class Case:
     """Shape of a model and of its steps."""
 
     vocab: int
-    completion_tokens: int
+    completion_tokens: int  # the limit
+    mean_tokens: int | None = None  # one draw in so many ends a completion; None: only the limit
     prompts: int = 4  # in a step
     group_size: int = 8
     prompt_tokens: int = 32
@@ -44,6 +45,12 @@ class Case:
     @property
     def sequences(self) -> int:
         return self.prompts * self.group_size
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokenizer's own stands behind the vocabulary and is never drawn."""
+        drawn = self.vocab // self.mean_tokens if self.mean_tokens else 0
+        return [self.vocab, *range(2, 2 + drawn)]
 
 
 @dataclass
@@ -106,7 +113,9 @@ class Probe:
             "phase_seconds": {name: value / len(walls) for name, value in self.phases.items()},
             "resident_before_mib": self.resident_before / MIB,
             "resident_peak_mib": (resident("VmHWM") - self.resident_before) / MIB,
-            "allocated_peak_mib": None if self.peak_allocated is None else self.peak_allocated / MIB,
+            "allocated_peak_mib": None
+            if self.peak_allocated is None
+            else self.peak_allocated / MIB,
         }
 
 
@@ -189,10 +198,10 @@ def run_ours(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> d
         probe.made()
         trainer.train(stop_after=probe.warmup + steps)
     lines = [json.loads(line) for line in run_folder.metrics.read_text().splitlines()]
+    counted = lines[probe.warmup :]
     return {
-        "tokens": lines[-1]["tokens_generated"],
+        "tokens": sum(line["tokens_generated"] for line in counted) / len(counted),
         "learnable_frac": lines[-1]["learnable_frac"],
-        "grad_norm": lines[-1]["grad_norm"],
     }
 
 
@@ -210,9 +219,16 @@ def run_trl(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> di
         def on_step_begin(self, *arguments: Any, **named: Any) -> None:
             probe.mark()
 
+        def on_step_end(self, *arguments: Any, **named: Any) -> None:
+            figures = trainer._metrics["train"]  # emptied by each log line
+            lengths.append(figures["completions/mean_length"][-1])
+            silent.append(figures["frac_reward_zero_std"][-1])
+
         def on_train_end(self, *arguments: Any, **named: Any) -> None:
             probe.mark()
 
+    lengths: list[float] = []
+    silent: list[float] = []
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     trainer: Any = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
@@ -253,13 +269,10 @@ def run_trl(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> di
     prepared = phases.pop("prepared")
     phases["update"] -= prepared
     phases["score"] = prepared - phases["rollout"] - phases["reward"]
-    figures = trainer._metrics["train"] or {}
-    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
-    lengths = figures.get("completions/mean_length") or [logged.get("completions/mean_length", 0)]
+    counted = lengths[probe.warmup :]
     return {
-        "tokens": lengths[-1] * case.sequences,
-        "learnable_frac": 1.0 - (figures.get("frac_reward_zero_std") or [0.0])[-1],
-        "grad_norm": logged.get("grad_norm", float("nan")),
+        "tokens": sum(counted) / len(counted) * case.sequences,
+        "learnable_frac": 1.0 - silent[-1],
     }
 
 

@@ -5,8 +5,8 @@ import torch
 
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, load_model
-from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.drawing import hash_uniform, invert_cdf, keep_nucleus
+from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (20, 21)]
