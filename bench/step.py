@@ -237,6 +237,7 @@ def main() -> None:
         "ratios": {},
         "rows": [],
     }
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.cases:
         rows = measure(name, sides, arguments)
         print_rows(rows)
@@ -244,9 +245,8 @@ def main() -> None:
         if len(rows) == 2:
             results["ratios"][name] = compared(rows)
             print("  ours over TRL:", {k: round(v, 2) for k, v in compared(rows).items()})
-    results["load_average"].append(round(os.getloadavg()[1], 2))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "step.json").write_text(json.dumps(results, indent=1) + "\n")
+        results["load_average"].append(round(os.getloadavg()[1], 2))
+        (arguments.out / "step.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

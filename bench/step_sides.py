@@ -149,7 +149,9 @@ def peak_of(recorded: Any) -> int:
 
 
 def run_ours(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> dict[str, float]:
-    import pyarrow.parquet  # noqa: F401, the first step would load it: imports are not counted
+    # What the first step's completion table would load, and TRL has loaded: imports do not count.
+    import pandas  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
 
     from exgrpo_fast.composition import open_run
     from exgrpo_fast.config import validate
