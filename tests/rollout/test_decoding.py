@@ -78,13 +78,14 @@ def test_a_row_at_its_limit_leaves_the_batch(policy) -> None:
         torch.testing.assert_close(together.logprobs, alone.logprobs, atol=1e-6, rtol=0)
 
 
-def test_one_row_of_many_stays_until_an_eighth_has_ended(policy) -> None:
-    first, *others = requests(4)
-    sizes = batch_sizes(policy)
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [3, 7, 7]), (9, [3, 9, 9])])
+def test_rows_leave_once_an_eighth_has_ended(policy, rows: int, sizes: list[int]) -> None:
+    first, *others = requests(4)[::4] + requests(2)  # all three prompts
+    seen = batch_sizes(policy)
     limited = Request(first.prompt_ids, first.seed, max_completion_tokens=1)
-    completions = engine(policy).generate([limited, *others], Sampling(3))
-    assert sizes == [3, 12, 12], "1 of 12 is less than an eighth"
-    assert [len(c.token_ids) for c in completions] == [1] + [3] * 11
+    completions = engine(policy).generate([limited, *others][:rows], Sampling(3))
+    assert seen == sizes
+    assert [len(c.token_ids) for c in completions] == [1] + [3] * (rows - 1)
 
 
 def test_a_device_that_works_ahead_is_asked_every_sixteen_tokens() -> None:
