@@ -7,7 +7,7 @@ SEED ?= 0
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-all test-vllm chaos lint bench clean
+.PHONY: demo test test-all test-vllm chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
@@ -32,6 +32,11 @@ lint: $(VENV)/.dev ## ruff and pyright
 
 bench: $(VENV)/.dev ## the fused loss against its peers on this machine
 	$(BIN)/python bench/loss.py
+
+regress: $(VENV)/.dev ## memory and time of a step beside the committed measurements
+	$(BIN)/python bench/memory.py --out runs/bench/memory.json
+	$(BIN)/python bench/step.py --out runs/bench
+	$(BIN)/python bench/regress.py runs/bench
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache

@@ -24,8 +24,8 @@ import xxhash
 from exgrpo_fast.experience import Completion, Guidance
 from exgrpo_fast.resampling.protocols import Draft, Drafter, Prefix, PriorScorer, Reply, Scores, T
 from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.rollout.drawing import hash_uniform, signed
 from exgrpo_fast.rollout.engine import Request
-from exgrpo_fast.rollout.transformers_engine import hash_uniform, signed
 
 NO_TOKEN = -1
 

@@ -25,7 +25,7 @@ from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, PolicyError, inference
 from exgrpo_fast.resampling.exact_law import known_ids, pad_logprobs, response_logprobs
 from exgrpo_fast.resampling.protocols import Draft, Drawn, Prefix, Ready, Scores
-from exgrpo_fast.rollout.transformers_engine import hash_uniform, invert_cdf, signed
+from exgrpo_fast.rollout.drawing import hash_uniform, invert_cdf, signed
 
 
 class HoledCache:
@@ -203,7 +203,7 @@ def _chosen(logprobs_mV: Tensor, tokens: Sequence[int]) -> Tensor:
 def _draw(logprobs_AV: Tensor, seeds: Sequence[int], position: int) -> tuple[Tensor, Tensor]:
     """(tokens [A], their log-probs [A])."""
     seeds_A = torch.tensor([signed(seed) for seed in seeds], device=logprobs_AV.device)
-    drawn_A = invert_cdf(logprobs_AV, hash_uniform(seeds_A, position))
+    drawn_A, _ = invert_cdf(logprobs_AV.exp(), hash_uniform(seeds_A, position))
     return drawn_A, logprobs_AV.gather(1, drawn_A[:, None])[:, 0]
 
 

@@ -1,8 +1,8 @@
 """Rollouts by transformers' `generate` with the trainer's own weights: no copy, no sync.
 
 Continuous batching is not used: it has one seed per engine and draws from the process-wide random
-state, while a request here owns its seed. Sampling is done inside a logits processor by inverse
-CDF with a counter-based hash, so a completion depends on its own seed only, not on its neighbours.
+state, while a request here owns its seed. Tokens are drawn by inverse CDF with a counter-based hash
+(`drawing.py`), so a completion depends on its own seed only, not on its neighbours.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from exgrpo_fast.experience import Completion
 from exgrpo_fast.policy import Policy, inference
+from exgrpo_fast.rollout.decoding import Decoding
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 
 
@@ -64,28 +65,37 @@ class TransformersEngine(LocalEngine):
         self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
     ) -> list[Completion]:
         device = self.policy.device
-        width = max(len(request.prompt_ids) for request in requests)
-        prompts = torch.full((len(requests), width), self.pad_token_id, device=device)
-        mask = torch.zeros_like(prompts)
-        for row, request in enumerate(requests):  # left padding: generation goes on at the right
-            prompts[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
+        prompts = {request.prompt_ids: None for request in requests}
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for prompt, row in row_of.items():  # left padding: generation goes on at the right
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         limits = [r.max_completion_tokens or sampling.max_completion_tokens for r in requests]
-        sampler = SeededSampler([r.seed for r in requests], sampling, width, device, waiting)
+        decoding = Decoding(
+            prompt_of=[row_of[request.prompt_ids] for request in requests],
+            seeds=[request.seed for request in requests],
+            limits=limits,
+            sampling=sampling,
+            eos_token_ids=self.eos_token_ids,
+            device=device,
+            waiting=waiting,
+        )
         model: Any = self.policy.model
-        output = model.generate(
-            input_ids=prompts,
-            attention_mask=mask,
-            logits_processor=LogitsProcessorList([sampler]),
+        model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            custom_generate=decoding,
             generation_config=GenerationConfig(
                 max_new_tokens=max(limits),
-                do_sample=False,  # the processor has drawn; what is left is to take the maximum
+                do_sample=False,  # drawing is ours
                 eos_token_id=self.eos_token_ids,
                 pad_token_id=self.pad_token_id,
             ),
         )
-        tokens = output[:, width:].cpu()
-        logprobs = torch.stack(sampler.logprobs, dim=1).cpu()
+        tokens, logprobs = decoding.tokens_RT.cpu(), decoding.logprobs_RT.cpu()
         return [
             self._cut(row[:limit], row_logprobs[:limit])
             for row, row_logprobs, limit in zip(tokens, logprobs, limits, strict=True)
@@ -99,84 +109,3 @@ class TransformersEngine(LocalEngine):
             logprobs=logprobs[:length].clone(),
             truncated=not len(ends),
         )
-
-
-class SeededSampler(LogitsProcessor):
-    """Draws one token per row from softmax(logits / temperature) and leaves only that token.
-
-    The uniform number of row b at position t is a hash of (seed_b, t). `logprobs` collects the
-    log-probability of what was drawn, under the distribution it was drawn from.
-    """
-
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        prompt_width: int,
-        device: torch.device,
-        waiting: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`waiting` is called once a token."""
-        self.seeds_B = torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device)
-        self.sampling = sampling
-        self.prompt_width = prompt_width
-        self.logprobs: list[Tensor] = []  # one float32 [B] per position
-        self.waiting = waiting
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.waiting()
-        greedy = self.sampling.temperature == 0.0
-        logprobs_BV = (scores.float() / (1.0 if greedy else self.sampling.temperature)).log_softmax(
-            dim=-1
-        )
-        if greedy:
-            drawn_B = logprobs_BV.argmax(dim=-1)
-        else:
-            logprobs_BV = keep_nucleus(logprobs_BV, self.sampling.top_p)
-            position = input_ids.shape[1] - self.prompt_width
-            drawn_B = invert_cdf(logprobs_BV, hash_uniform(self.seeds_B, position))
-        self.logprobs.append(logprobs_BV.gather(1, drawn_B[:, None])[:, 0])
-        only_drawn = torch.full_like(scores, -torch.inf)
-        return only_drawn.scatter_(1, drawn_B[:, None], 0.0)
-
-
-def invert_cdf(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """First token whose cumulated probability exceeds u x total; never one of probability 0."""
-    cdf_BV = logprobs_BV.exp().cumsum(dim=-1)
-    total_B = cdf_BV[:, -1]
-    # u < 1, but u x total may round up to total, behind which only zeros come.
-    point_B = torch.minimum(
-        uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B))
-    )
-    drawn_B = torch.searchsorted(cdf_BV, point_B[:, None], right=True)[:, 0]
-    return drawn_B.clamp(max=logprobs_BV.shape[1] - 1)  # NaN sorts behind all; the scores refuse it
-
-
-def keep_nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:
-    """Renormalise over the smallest set of tokens with probability >= top_p."""
-    if top_p >= 1.0:
-        return logprobs_BV
-    sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True)
-    before_BV = sorted_BV.exp().cumsum(dim=-1) - sorted_BV.exp()
-    dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool)
-    dropped_BV.scatter_(1, order_BV, before_BV >= top_p)
-    return logprobs_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(dim=-1)
-
-
-def hash_uniform(seeds_B: Tensor, position: int) -> Tensor:
-    """int64 [B], t -> float32 [B] in (0, 1): SplitMix64 (Steele, Lea, Flood 2014) of seed + t."""
-    z = seeds_B + signed((position + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
-    z = (z ^ _shift(z, 30)) * signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * signed(0x94D049BB133111EB)
-    z = z ^ _shift(z, 31)
-    return (_shift(z, 41).float() + 0.5) / (1 << 23)  # 23 bits and a half are exact in float32
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift right (torch's is arithmetic)."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def signed(word: int) -> int:
-    """An unsigned 64-bit word as the int64 with the same bits."""
-    return word - (1 << 64) if word >= 1 << 63 else word
