@@ -47,8 +47,9 @@ def batch_of(name: str, dtype: torch.dtype, parts: list[slice]) -> Batch:
         }
     if name == "absent_part":  # the second process holds padding alone
         assert batch.bias is not None
-        batch.bias[parts[1]] = -torch.inf
         batch.targets.clamp_(max=parts[0].stop - 1)
+        batch.bias[batch.targets] = 0.5
+        batch.bias[parts[1]] = -torch.inf
     return batch
 
 
