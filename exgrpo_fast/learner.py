@@ -157,7 +157,8 @@ class Learner:
         """The gradient of the batch, in the parameters.
 
         Where the device's memory runs out, the same batch is done again in micro-batches of half
-        the size, which stays; OutOfMemory when each sequence has one of its own already.
+        the size, which stays; OutOfMemory when each sequence has one of its own already, and where
+        other processes have not run out: they are in the middle of theirs.
         """
         longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
         while True:
@@ -165,7 +166,7 @@ class Learner:
                 return self._backward(rows, objective, ref_logprobs, on_tokens)
             except torch.OutOfMemoryError as error:
                 limit = self.policy.max_tokens_per_microbatch
-                if limit <= longest:
+                if limit <= longest or self.policy.processes.count > 1:
                     self.optimiser.discard()
                     cause = str(error).splitlines()[0]
                     raise out_of_memory(self.policy.model, longest=longest, cause=cause) from None
@@ -186,15 +187,16 @@ class Learner:
         on_tokens: Callable[[int], None],
     ) -> BatchSums:
         sums = BatchSums()
-        for loss, kernel_metrics, num_tokens in self._micro_batches(
-            rows, objective, ref_logprobs, sums
-        ):
-            loss.backward()
-            sums.loss += float(loss.detach())
-            sums.metrics.add(kernel_metrics)
-            sums.num_tokens += num_tokens
-            on_tokens(num_tokens)
-        return sums
+        with self.policy.passes():
+            for loss, kernel_metrics, num_tokens in self._micro_batches(
+                rows, objective, ref_logprobs, sums
+            ):
+                loss.backward()
+                sums.loss += float(loss.detach())
+                sums.metrics.add(kernel_metrics)
+                sums.num_tokens += num_tokens
+                on_tokens(num_tokens)
+        return sums.over(self.policy.processes)
 
     def rehearse(self, groups: Sequence[Group], objective: PolicyObjective) -> None:
         """The passes of one update and nothing of its effect: gradients are made and dropped."""
@@ -204,8 +206,9 @@ class Learner:
             scored = self.reference.logprobs(trajectories)
             references = {id(t): r for t, r in zip(trajectories, scored, strict=True)}
         rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
-        for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
-            loss.backward()
+        with self.policy.passes():
+            for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
+                loss.backward()
         self.optimiser.discard()
 
     def rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -275,13 +278,14 @@ class Learner:
             references = [ref_logprobs[id(t)] for t in trajectories]
         terms = [token_terms(row, objective) for row in rows]
         limit = self.policy.max_tokens_per_microbatch
-        for packed in pack(prompts, responses, max_tokens=limit, device=self.policy.device):
+        packs = pack(prompts, responses, max_tokens=limit, device=self.policy.device)
+        for packed, counts in self.policy.deal(packs):
             columns = fill_columns(
                 packed,
                 trajectories,
                 behaviour_logprobs=[logprobs for logprobs, _ in terms],
                 advantages=[advantages for _, advantages in terms],
-                weights=[row.weight for row in rows],
+                weights=[row.weight if counts else 0.0 for row in rows],
                 ref_logprobs=references,
             )
             hidden_ND = self.policy.hidden_states(packed)
@@ -300,9 +304,13 @@ class Learner:
                 bias=bias,
                 temperature=self.policy.temperature,
                 softcap=softcap,
+                weight_main_grad=self.policy.head_main_grad,
                 sparsity=self.sparsity,
                 tail=self.tail,
             )
+            if not counts:
+                yield result.loss, {}, 0
+                continue
             sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
             if any(guided):
                 sums.guided.append(

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ground floor first. A room is a file, or a folder of files that may import each other.
 FLOORS = [
     ["exgrpo_kernels"],
-    ["errors", "experience", "heartbeat"],
+    ["errors", "experience", "heartbeat", "torchrun"],
+    ["processes"],
     [
         *("config", "advantages", "packing", "metrics", "adamw", "lora"),
         *("run_folder", "checkpoint", "data", "endpoint", "random_state"),
@@ -19,7 +20,7 @@ FLOORS = [
     ["buffer", "rollout", "report", "model_folder"],
     [
         *("weighting", "mismatch", "reference", "quantization", "verify", "memory"),
-        *("training_data", "resampling"),
+        *("training_data", "resampling", "distributed"),
     ],
     ["sources", "doctor", "update_report"],
     ["collect", "learner", "quickstart", "evaluate"],
@@ -34,7 +35,7 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may be loaded before torch, so that a mistake is answered at once.
 LIGHT = ["errors", "endpoint", "config", "cli", "scaffold", "rewards", "display", "report"]
-LIGHT += ["heartbeat", "run_folder", "supervisor"]
+LIGHT += ["heartbeat", "run_folder", "supervisor", "torchrun"]
 
 
 def room_of(path: Path) -> str:
