@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from exgrpo_fast.torchrun import Place
+from exgrpo_fast.torchrun import ONLY, Place
 
 # A collective that waits longer than this ends its process. It has to outlast a whole rollout, for
 # which all but the first process wait.
@@ -36,7 +36,7 @@ class OutOfStep(Exception):
 class Processes:
     """All processes of a run, or one alone, which talks to nobody."""
 
-    def __init__(self, place: Place = Place(), device: torch.device | str = "cpu") -> None:
+    def __init__(self, place: Place = ONLY, device: torch.device | str = "cpu") -> None:
         self.place = place
         self.device = torch.device(device)
 

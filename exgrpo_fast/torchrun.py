@@ -20,9 +20,12 @@ class Place:
         return self.rank == 0
 
 
+ONLY = Place()
+
+
 def place_of(environment: Mapping[str, str] = os.environ) -> Place:
     """Of this process; one of one where torchrun did not start it."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return Place()
+        return ONLY
     rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     return Place(rank, count, int(environment.get("LOCAL_RANK", rank)))

@@ -8,11 +8,13 @@ saving     the first process writes what all of them put together
 """
 
 from exgrpo_fast.distributed.policy import ShardedPolicy
-from exgrpo_fast.distributed.rollouts import SharedEngine
+from exgrpo_fast.distributed.rollouts import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.distributed.saving import CheckpointFollower, NoBadBatches, NoCompletionLog
 
 __all__ = [
+    "AnnouncedPolicy",
     "CheckpointFollower",
+    "CopiedEngine",
     "NoBadBatches",
     "NoCompletionLog",
     "ShardedPolicy",

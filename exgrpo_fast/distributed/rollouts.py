@@ -33,9 +33,7 @@ from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 class SharedEngine(RolloutEngine):
     """The engine of the first process, for all of them; the others have none of their own."""
 
-    def __init__(
-        self, engine: RolloutEngine | None, policy: Policy, processes: Processes
-    ) -> None:
+    def __init__(self, engine: RolloutEngine | None, policy: Policy, processes: Processes) -> None:
         """`engine`: made with an `AnnouncedPolicy`; None in all processes but the first."""
         assert (engine is not None) == processes.is_first
         self.engine = engine

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.checkpoint import State, split_tensors
 from exgrpo_fast.checkpoint_writer import CheckpointWriter, gathered
 from exgrpo_fast.metrics import CompletionLog
@@ -18,6 +19,7 @@ class CheckpointFollower(CheckpointWriter):
         _, tensors = split_tensors({"model": self.model.tensors(), "state": state})
         for _ in gathered(tensors):
             pass
+        self.committed = step
 
 
 class NoCompletionLog(CompletionLog):
@@ -30,8 +32,11 @@ class NoCompletionLog(CompletionLog):
         pass
 
 
-class NoBadBatches:
+class NoBadBatches(BadBatches):
     """The first process has the same batch and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
 
     def write(self, step: int, refused: Sequence[Any]) -> None:
         pass
