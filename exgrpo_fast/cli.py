@@ -76,9 +76,9 @@ def train(arguments: argparse.Namespace) -> int:
         config = config.model_copy(
             update={"train": config.train.model_copy(update={"max_steps": arguments.max_steps})}
         )
-    check_inputs(config)
     place = place_of()
     refuse_with_several(config, place.count)
+    check_inputs(config)
     if arguments.dry_run:
         print(dump_yaml(config), end="")
         print(derived_numbers(config))

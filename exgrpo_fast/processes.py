@@ -29,6 +29,10 @@ class FirstFailed(Exception):
     """The first process has failed in what it does for all; it says why itself."""
 
 
+class PeersLost(Exception):
+    """Another process of the run has died, or has kept this one waiting beyond the deadline."""
+
+
 class OutOfStep(Exception):
     """The processes no longer do the same, in one line."""
 
@@ -135,6 +139,7 @@ class Processes:
 
 
 ALONE = Processes()
+LOST = ("gloo", "Gloo", "NCCL", "onnection", "Broken pipe")  # in the errors of a collective
 
 
 def any_differs(values: Sequence[Any]) -> bool:
@@ -148,7 +153,7 @@ def joined(
 ) -> Iterator[Processes]:
     """Meet the other processes; leave them at the end. `store`: where, by torchrun's environment.
 
-    Tensors on the CPU travel by gloo, those on GPUs by NCCL.
+    PeersLost where a collective of the block fails. Tensors on the CPU travel by gloo, those on GPUs by NCCL.
     """
     if place.count == 1:
         yield ALONE
@@ -164,6 +169,10 @@ def joined(
     )
     try:
         yield Processes(place, device)
+    except RuntimeError as error:
+        if any(word in str(error) for word in LOST):
+            raise PeersLost(str(error).splitlines()[0]) from error
+        raise
     finally:
         dist.destroy_process_group()
 

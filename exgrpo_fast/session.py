@@ -36,7 +36,7 @@ from exgrpo_fast.heartbeat import Heartbeat
 from exgrpo_fast.memory.exhausted import OutOfMemory
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.policy import Tokenizer
-from exgrpo_fast.processes import FirstFailed, OutOfStep, Processes, joined
+from exgrpo_fast.processes import FirstFailed, OutOfStep, PeersLost, Processes, joined
 from exgrpo_fast.report import write_report
 from exgrpo_fast.rollout.canary import OutOfSync
 from exgrpo_fast.rollout.engine import EngineLost, RolloutEngine
@@ -49,7 +49,7 @@ from exgrpo_fast.verify import Verifier
 log = logging.getLogger(__name__)
 
 EXIT_ENGINE_LOST, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 69, 70, 74, 128
-EXIT_FIRST_FAILED = 1  # of the others, when the first process ends with a code of its own
+EXIT_OTHERS_FAILED = 1  # where another process has the code that says why
 
 
 def train_session(
@@ -91,7 +91,11 @@ def train_session(
                 started=started,
             )
     except FirstFailed:
-        return EXIT_FIRST_FAILED
+        return EXIT_OTHERS_FAILED
+    except PeersLost as error:
+        log.error("%s", error)
+        screen.note(f"stopped: a process of the run is lost ({error}); --resume auto goes on")
+        return EXIT_OTHERS_FAILED
     except OutOfMemory as error:
         log.error("%s\n%s", error, error.table)
         screen.note(error.table)

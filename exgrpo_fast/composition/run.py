@@ -184,7 +184,7 @@ def attach(
         return prepared.attach(announced, prompt_ids)
     copy = make_policy(config, folder, device=device)
     copy.model.requires_grad_(False)
-    return CopiedEngine(prepared.attach(copy, prompt_ids), announced)
+    return CopiedEngine(prepared.attach(copy, prompt_ids), copy, announced)
 
 
 def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:

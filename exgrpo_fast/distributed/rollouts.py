@@ -7,7 +7,7 @@ that says what it is about to do, and the others do it along until they hear tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from exgrpo_fast.rollout.engine import (
     RolloutEngine,
     Sampling,
 )
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 
 
@@ -100,10 +99,11 @@ def unpack_all(entries: Sequence[dict[str, Any]]) -> list[Completion]:
 # --- weights on their way to the engine -----------------------------------------------------------
 
 
-class AnnouncedPolicy:
+class AnnouncedPolicy(Policy):
     """What an engine needs of a sharded policy; it tells the other processes to do the same."""
 
     def __init__(self, policy: Policy, processes: Processes) -> None:
+        self.model = policy.model
         self.policy = policy
         self.processes = processes
         self.temperature = policy.temperature
@@ -113,10 +113,12 @@ class AnnouncedPolicy:
         self.processes.of_first({"do": "weights"})
         yield from self.policy.named_weights()
 
-    def score(self, prompts: Ragged, responses: Ragged) -> Scores:
+    def score(
+        self, prompts: Ragged, responses: Ragged, *, waiting: Callable[[], None] = lambda: None
+    ) -> Scores:
         parts = [prompts.values, prompts.lengths, responses.values, responses.lengths]
         self.processes.of_first({"do": "score", "of": [part.tolist() for part in parts]})
-        return self.policy.score(prompts, responses)
+        return self.policy.score(prompts, responses, waiting=waiting)
 
 
 def help_along(policy: Policy, processes: Processes) -> dict[str, float]:
@@ -138,9 +140,10 @@ def help_along(policy: Policy, processes: Processes) -> dict[str, float]:
 class CopiedEngine(LocalEngine):
     """Transformers' `generate` by a whole copy of the model, which the first process keeps."""
 
-    def __init__(self, engine: TransformersEngine, source: AnnouncedPolicy) -> None:
-        """`engine`: with the copy for its policy."""
+    def __init__(self, engine: RolloutEngine, copy: Policy, source: AnnouncedPolicy) -> None:
+        """`engine`: whose policy is `copy`."""
         self.engine = engine
+        self.copy = copy
         self.source = source
 
     def generate(
@@ -153,7 +156,7 @@ class CopiedEngine(LocalEngine):
 
     @torch.no_grad()
     def sync(self, version: int) -> dict[str, float]:
-        ours = self.engine.policy.model.state_dict()
+        ours = self.copy.model.state_dict()
         for name, weight in self.source.named_weights():
             ours[name].copy_(weight)
         return {}

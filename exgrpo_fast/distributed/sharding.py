@@ -58,10 +58,10 @@ class GatheredHead:
         self.gradient_VD: Tensor | None = None  # float32
 
     def gather(self, *, with_gradient: bool) -> None:
-        self.weight_VD = self.layer.weight.detach().to(self.dtype).full_tensor()
+        weight_VD: Tensor = self.layer.weight.detach().to(self.dtype).full_tensor()
+        self.weight_VD = weight_VD.requires_grad_(with_gradient)
         if with_gradient:
-            self.weight_VD.requires_grad_()
-            self.gradient_VD = torch.zeros_like(self.weight_VD, dtype=torch.float32)
+            self.gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
 
     def scatter(self) -> None:
         """Add the gradient, summed over the processes, to that of the parameter's parts."""

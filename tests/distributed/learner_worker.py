@@ -16,13 +16,21 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from exgrpo_fast.advantages import ADVANTAGES
-from exgrpo_fast.distributed import ShardedPolicy
+from exgrpo_fast.distributed import (
+    AnnouncedPolicy,
+    CopiedEngine,
+    ShardedPolicy,
+    SharedEngine,
+)
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learner import Learner
 from exgrpo_fast.optim import Optimiser, UpdateOutcome
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.processes import Processes, whole
+from exgrpo_fast.rollout.canary import VerifiedEngine
+from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.rollout.transformers_engine import TransformersEngine
 from exgrpo_fast.torchrun import Place
 from exgrpo_kernels import PolicyObjective
 
@@ -191,6 +199,35 @@ def few_packs(processes: Processes) -> dict[str, Any]:
     return {"loss": abs(reports[0].loss - reports[1].loss), "tokens": reports[0].tokens_trained}
 
 
+def synced(processes: Processes) -> dict[str, Any]:
+    """An engine whose weights are verified: it takes weights and scores from the parts."""
+    model = make_model(tied=True)
+    copied = Policy(copy.deepcopy(model))
+    policy = ShardedPolicy(model, processes=processes)
+    learner, _ = make_learner(policy)
+    engine = None
+    if processes.is_first:
+        announced: Any = AnnouncedPolicy(policy, processes)
+        own = CopiedEngine(
+            TransformersEngine(copied, eos_token_ids=[0], pad_token_id=0), copied, announced
+        )
+        engine = VerifiedEngine(
+            own, announced, prompt_ids=[5, 6, 7], max_model_len=400, tolerance=1e-4
+        )
+    shared = SharedEngine(engine, policy, processes)
+    learner.update(make_groups(0), PolicyObjective())
+    figures = shared.sync(1)
+    requests = [Request((5, 6, 7), seed) for seed in range(3)]
+    drawn = shared.generate(requests, Sampling(6))
+    weights = dict(policy.named_weights())
+    same = all(torch.equal(weights[n], w) for n, w in copied.named_weights())
+    return {
+        "gap": figures["sync_gap"],
+        "tokens": [completion.token_ids.tolist() for completion in drawn],
+        "same": same or not processes.is_first,
+    }
+
+
 def main(arguments: list[str]) -> None:
     rank, count, _ = join_group(arguments)
     processes = Processes(Place(rank, count, rank))
@@ -204,6 +241,7 @@ def main(arguments: list[str]) -> None:
         "bfloat16": compare(processes, tied=False, dtype=torch.bfloat16),
         "broken": broken(processes),
         "few": few_packs(processes),
+        "synced": synced(processes),
     }
     print(json.dumps(report))
 

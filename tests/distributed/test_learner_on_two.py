@@ -44,3 +44,9 @@ def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:
 def test_a_process_without_a_pack_keeps_company(reports) -> None:
     for report in reports:
         assert report["few"]["loss"] <= 1e-6 and report["few"]["tokens"] > 0
+
+
+def test_the_engine_of_the_first_process_follows_the_weights_in_parts(reports) -> None:
+    first, second = (report["synced"] for report in reports)
+    assert first["same"] and 0.0 < first["gap"] == second["gap"] < 1e-4
+    assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 3
