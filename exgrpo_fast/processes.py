@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from exgrpo_fast.torchrun import ONLY, Place
+
+T = TypeVar("T")
 
 # A collective that waits longer than this ends its process. It has to outlast a whole rollout, for
 # which all but the first process wait.
@@ -95,6 +97,17 @@ class Processes:
             raise
         self.of_first(told)
         return value
+
+    def in_turns(self, make: Callable[[], T]) -> T:
+        """What `make` returns here. On each machine one process after the other calls it, so that
+        the memory it takes meanwhile is taken once; it must not talk to other processes."""
+        made = None
+        for turn in range(int(self.greatest(self.place.local)) + 1):
+            if turn == self.place.local:
+                made = [make()]
+            self.greatest(turn)
+        assert made is not None
+        return made[0]
 
     # --- what all of them know ----------------------------------------------------------------
 

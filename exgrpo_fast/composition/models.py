@@ -16,7 +16,7 @@ from exgrpo_fast.checkpoint import read_manifest
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
-from exgrpo_fast.distributed import ShardedPolicy
+from exgrpo_fast.distributed import ShardedPolicy, mesh_of
 from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
@@ -83,21 +83,27 @@ def make_policy(
     """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
     lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
     quantization = nf4(dtype, device=device) if config.model.quantization else None
-    model = load_model(name, dtype=getattr(torch, config.model.weights), quantization=quantization)
-    if lora is not None:
-        add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
-        if adapter is not None:
-            load_adapter(model, adapter)
-    return wrap(config, model, device=device, processes=processes)
+
+    def load() -> transformers.PreTrainedModel:
+        weights = getattr(torch, config.model.weights)
+        model = load_model(name, dtype=weights, quantization=quantization)
+        if lora is not None:
+            add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
+            if adapter is not None:
+                load_adapter(model, adapter)
+        return model
+
+    return wrap(config, load, device=device, processes=processes)
 
 
 def wrap(
     config: Config,
-    model: transformers.PreTrainedModel,
+    load: Callable[[], transformers.PreTrainedModel],
     *,
     device: str,
     processes: Processes = ALONE,
 ) -> Policy:
+    """`load` is called by one process of a machine after the other: each keeps a part alone."""
     settings: dict[str, Any] = {
         "compute_dtype": getattr(torch, config.model.compute_dtype(device)),
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -105,9 +111,12 @@ def wrap(
         "temperature": config.rollout.temperature,
         "max_tokens_per_microbatch": config.microbatch_tokens,
     }
-    if processes.count > 1:
-        return ShardedPolicy(model, processes=processes, **settings)
-    return Policy(model, device=device, **settings)
+    if processes.count == 1:
+        return Policy(load(), device=device, **settings)
+    mesh = mesh_of(processes)
+    return processes.in_turns(
+        lambda: ShardedPolicy(load(), mesh=mesh, processes=processes, **settings)
+    )
 
 
 def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
@@ -117,8 +126,13 @@ def make_reference(config: Config, name: str, policy: Policy, *, device: str) ->
         return None
 
     def frozen() -> Policy:
-        model = load_model(name, dtype=getattr(torch, config.model.weights))
-        return wrap(config, model, device=device, processes=policy.processes)
+        weights = getattr(torch, config.model.weights)
+        return wrap(
+            config,
+            lambda: load_model(name, dtype=weights),
+            device=device,
+            processes=policy.processes,
+        )
 
     keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(

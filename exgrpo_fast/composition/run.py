@@ -154,6 +154,13 @@ def prepare_rollouts(
             f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
             f"with {processes.count} processes; vllm_server or transformers does"
         )
+    server = config.rollout.server
+    unnamed = server.gpus is None and not server.urls
+    if kind == "vllm_server" and processes.count > 1 and device == "cuda" and unnamed:
+        raise ConfigError(
+            f"rollout.server.gpus is not set: with {processes.count} processes, name GPUs that "
+            f"none of them trains on, or rollout.server.urls"
+        )
     if not processes.is_first:
         return None
     return prepare_engine(

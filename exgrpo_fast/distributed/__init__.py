@@ -7,7 +7,7 @@ rollouts   the first process generates for all; the others help it to send the w
 saving     the first process writes what all of them put together
 """
 
-from exgrpo_fast.distributed.policy import ShardedPolicy
+from exgrpo_fast.distributed.policy import ShardedPolicy, mesh_of
 from exgrpo_fast.distributed.rollouts import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.distributed.saving import CheckpointFollower, NoBadBatches, NoCompletionLog
 
@@ -19,4 +19,5 @@ __all__ = [
     "NoCompletionLog",
     "ShardedPolicy",
     "SharedEngine",
+    "mesh_of",
 ]

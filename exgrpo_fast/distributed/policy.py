@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from exgrpo_fast.distributed.dealing import deal
@@ -19,16 +19,24 @@ from exgrpo_fast.processes import Processes, whole
 from exgrpo_kernels import NonFiniteHidden
 
 
+def mesh_of(processes: Processes) -> DeviceMesh:
+    """All processes in a row."""
+    return init_device_mesh(processes.device.type, (processes.count,))
+
+
 class ShardedPolicy(Policy):
     """Every pass, and every look at the weights, is one that all processes take part in."""
 
-    def __init__(self, model: PreTrainedModel, *, processes: Processes, **settings: Any) -> None:
-        """`model`: whole, and the same on every process; `settings`: those of a Policy."""
-        device = processes.device
+    def __init__(
+        self, model: PreTrainedModel, *, mesh: DeviceMesh, processes: Processes, **settings: Any
+    ) -> None:
+        """`model`: whole, and the same on every process; `settings`: those of a Policy.
+
+        Nothing is sent here: each process keeps its part and drops the rest.
+        """
         dtype = settings.get("compute_dtype", torch.float32)
-        mesh = init_device_mesh(device.type, (processes.count,))
         shard(model, mesh, compute_dtype=dtype)
-        super().__init__(model, device=device, **settings)
+        super().__init__(model, device=processes.device, **settings)
         self.processes = processes
         self._gathered = GatheredHead(super()._head_layer(), dtype)
 

@@ -21,6 +21,7 @@ from exgrpo_fast.distributed import (
     CopiedEngine,
     ShardedPolicy,
     SharedEngine,
+    mesh_of,
 )
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learner import Learner
@@ -135,7 +136,7 @@ def compare(processes: Processes, *, tied: bool, dtype: torch.dtype, **more: Any
     model = make_model(tied=tied)
     minibatches = settings.pop("minibatches", 1)
     alone = Policy(copy.deepcopy(model), **settings)
-    together = ShardedPolicy(model, processes=processes, **settings)
+    together = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes, **settings)
     learners = [make_learner(policy, minibatches=minibatches) for policy in (together, alone)]
     report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
     for step in range(UPDATES):
@@ -173,7 +174,12 @@ def compare(processes: Processes, *, tied: bool, dtype: torch.dtype, **more: Any
 
 def broken(processes: Processes) -> dict[str, Any]:
     """A batch that is not finite on one process leaves the weights of all alone."""
-    policy = ShardedPolicy(make_model(tied=True), processes=processes, max_tokens_per_microbatch=60)
+    policy = ShardedPolicy(
+        make_model(tied=True),
+        mesh=mesh_of(processes),
+        processes=processes,
+        max_tokens_per_microbatch=60,
+    )
     learner, _ = make_learner(policy)
     before = {name: weight.clone() for name, weight in policy.named_weights()}
     norm = policy.model.model.norm
@@ -191,7 +197,9 @@ def few_packs(processes: Processes) -> dict[str, Any]:
     """One group in one pack: all processes but one work for the company alone."""
     model = make_model(tied=False)
     alone = Policy(copy.deepcopy(model), max_tokens_per_microbatch=1000)
-    together = ShardedPolicy(model, processes=processes, max_tokens_per_microbatch=1000)
+    together = ShardedPolicy(
+        model, mesh=mesh_of(processes), processes=processes, max_tokens_per_microbatch=1000
+    )
     groups = [replace(group) for group in make_groups(0, count=1)]
     reports = [
         make_learner(policy)[0].update(groups, PolicyObjective()) for policy in (together, alone)
@@ -203,7 +211,7 @@ def synced(processes: Processes) -> dict[str, Any]:
     """An engine whose weights are verified: it takes weights and scores from the parts."""
     model = make_model(tied=True)
     copied = Policy(copy.deepcopy(model))
-    policy = ShardedPolicy(model, processes=processes)
+    policy = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes)
     learner, _ = make_learner(policy)
     engine = None
     if processes.is_first:
