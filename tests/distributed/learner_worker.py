@@ -22,6 +22,7 @@ from exgrpo_fast.distributed import (
     ShardedPolicy,
     SharedEngine,
     mesh_of,
+    mesh_of,
 )
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learner import Learner
