@@ -22,7 +22,6 @@ from exgrpo_fast.distributed import (
     ShardedPolicy,
     SharedEngine,
     mesh_of,
-    mesh_of,
 )
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learner import Learner
