@@ -75,8 +75,9 @@ def open_run(
         check_prior(config, start, tokenizer)
         rewards = stack.enter_context(make_rewards(config)) if processes.is_first else None
         train, held_out = load_data(config, tokenizer, screen)
-        if config.data.check_answers and rewards is not None:
-            refuse_bad_golds([*train, *held_out], rewards, screen)
+        if config.data.check_answers:
+            questions = [*train, *held_out]
+            processes.from_first(lambda: refuse_bad_golds(questions, rewards, screen))
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
@@ -161,17 +162,19 @@ def prepare_rollouts(
             f"rollout.server.gpus is not set: with {processes.count} processes, name GPUs that "
             f"none of them trains on, or rollout.server.urls"
         )
-    if not processes.is_first:
-        return None
-    return prepare_engine(
-        config,
-        folder,
-        tokenizer,
-        device=device,
-        stack=stack,
-        log_folder=run_folder.path,
-        note=screen.note,
-    )
+
+    def prepare() -> PreparedEngine:
+        return prepare_engine(
+            config,
+            folder,
+            tokenizer,
+            device=device,
+            stack=stack,
+            log_folder=run_folder.path,
+            note=screen.note,
+        )
+
+    return processes.from_first(prepare, pack=lambda made: None)
 
 
 def attach(

@@ -29,6 +29,7 @@ from exgrpo_fast.optim import Optimiser, UpdateOutcome
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.processes import Processes, whole
+from exgrpo_fast.reference import Reference
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
@@ -39,8 +40,8 @@ VOCABULARY = 131  # odd: the parts of the head differ in size
 UPDATES = 3
 
 
-def make_model(*, tied: bool) -> Any:
-    torch.manual_seed(0)
+def make_model(*, tied: bool, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCABULARY,
@@ -130,14 +131,24 @@ def furthest(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((ours[n] - expected[n]).abs().max()) for n in expected) / greatest
 
 
-def compare(processes: Processes, *, tied: bool, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
-    objective = PolicyObjective(entropy_coef=0.01)
+def compare(
+    processes: Processes, *, tied: bool, dtype: torch.dtype, kl: float = 0.0, **more: Any
+) -> dict[str, Any]:
+    objective = PolicyObjective(entropy_coef=0.01, kl_coef=kl)
     settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
     model = make_model(tied=tied)
     minibatches = settings.pop("minibatches", 1)
     alone = Policy(copy.deepcopy(model), **settings)
-    together = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes, **settings)
-    learners = [make_learner(policy, minibatches=minibatches) for policy in (together, alone)]
+    mesh = mesh_of(processes)
+    together = ShardedPolicy(model, mesh=mesh, processes=processes, **settings)
+    frozen = [
+        ShardedPolicy(make_model(tied=tied, seed=1), mesh=mesh, processes=processes),
+        Policy(make_model(tied=tied, seed=1)),
+    ]
+    learners = [
+        make_learner(policy, minibatches=minibatches, reference=Reference(base) if kl else None)
+        for policy, base in zip((together, alone), frozen, strict=True)
+    ]
     report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
     for step in range(UPDATES):
         groups = make_groups(step)
@@ -240,7 +251,7 @@ def main(arguments: list[str]) -> None:
     rank, count, _ = join_group(arguments)
     processes = Processes(Place(rank, count, rank))
     report = {
-        "tied": compare(processes, tied=True, dtype=torch.float32),
+        "tied": compare(processes, tied=True, dtype=torch.float32, kl=0.1),
         "untied": compare(processes, tied=False, dtype=torch.float32),
         "checkpointing": compare(
             processes, tied=True, dtype=torch.float32, gradient_checkpointing=True, minibatches=2
