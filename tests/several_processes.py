@@ -62,6 +62,6 @@ def join_group(arguments: Sequence[str]) -> tuple[int, int, list[str]]:
         init_method=f"file://{store}",
         rank=int(rank),
         world_size=int(count),
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=SECONDS),
     )
     return int(rank), int(count), words
