@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.processes import parted_like
 
 Kind = Literal["adamw", "flash_adamw", "adamw_8bit"]
 _PACKAGES = {"flash_adamw": "flashoptim", "adamw_8bit": "torchao"}
@@ -100,10 +102,10 @@ def repeatable(optimiser: torch.optim.Optimizer, update: int):
 
 
 def flatten(state: Any) -> Any:
-    """A nested state in which every tensor is a plain one."""
+    """A nested state in which every tensor is a plain one, or in parts."""
     if isinstance(state, Mapping):
         return {str(key): flatten(value) for key, value in state.items()}
-    if isinstance(state, Tensor) and type(state) is not Tensor:
+    if isinstance(state, Tensor) and type(state) not in (Tensor, DTensor):
         parts, _ = state.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
         return {"quantised": {part: getattr(state, part) for part in parts}}
     return state
@@ -127,6 +129,8 @@ def restore(
 def _unflatten(
     optimiser: torch.optim.Optimizer, key: str, value: Any, parameter: nn.Parameter
 ) -> Any:
+    if isinstance(value, Tensor):
+        return parted_like(value, parameter)
     if not (isinstance(value, Mapping) and value.keys() == {"quantised"}):
         return value
     maker: Any = optimiser

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, State, merge_tensors, split_tensors
 from exgrpo_fast.errors import NumericalStop
+from exgrpo_fast.processes import own_part, whole
 
 MAX_FAILED_SAVES = 3  # in a row, before the run ends
 
@@ -155,12 +156,9 @@ class HostCopies:
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """name -> copy; the last call's copies are overwritten. Tied weights stay tied."""
         copies: dict[str, Tensor] = {}
-        copy_of: dict[tuple[Any, ...], Tensor] = {}
-        for name, tensor in tensors.items():
-            place = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
-            if place not in copy_of:
-                copy_of[place] = self._memory(name, tensor).copy_(tensor, non_blocking=True)
-            copies[name] = copy_of[place]
+        for names, tensor in gathered(tensors):
+            copy = self._memory(names[0], tensor).copy_(tensor, non_blocking=True)
+            copies |= dict.fromkeys(names, copy)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self._kept = copies
@@ -171,6 +169,17 @@ class HostCopies:
         if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
             return kept
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
+    """Each tensor once with all its names; one in parts is put together, by all processes."""
+    names_of: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        own = own_part(tensor)
+        place = (own.data_ptr() or name, own.shape, own.stride(), own.dtype, tensor.shape)
+        names_of.setdefault(place, []).append(name)
+    for names in names_of.values():
+        yield names, whole(tensors[names[0]])
 
 
 def _refuse_what_is_not_finite(step: int, frozen: Mapping[str, Any]) -> None:

@@ -160,7 +160,8 @@ class Learner:
 
         Where the device's memory runs out, the same batch is done again: first with chunks of
         logits of half their size, then in micro-batches of half the size, time and again. The sizes
-        that fit stay. OutOfMemory when each sequence has a micro-batch of its own already.
+        that fit stay. OutOfMemory when each sequence has a micro-batch of its own already, and where
+        other processes have not run out: they are in the middle of theirs.
         """
         while True:
             try:
@@ -176,10 +177,11 @@ class Learner:
     def _give_way(self, rows: Sequence[Row], report: UpdateReport, cause: str) -> None:
         longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
         limit = self.policy.max_tokens_per_microbatch
-        if self.chunk_rows == self.asked_chunk_rows:
+        alone = self.policy.processes.count == 1
+        if alone and self.chunk_rows == self.asked_chunk_rows:
             self.chunk_rows = max(1, self.policy.chunk_rows(self.asked_chunk_rows) // 2)
             report.chunk_halvings += 1
-        elif limit > longest:
+        elif alone and limit > longest:
             half = min(limit, total_tokens(rows)) // 2
             self.policy.max_tokens_per_microbatch = max(half, longest)
             report.microbatch_halvings += 1
@@ -194,15 +196,16 @@ class Learner:
         on_tokens: Callable[[int], None],
     ) -> BatchSums:
         sums = BatchSums()
-        for loss, kernel_metrics, num_tokens in self._micro_batches(
-            rows, objective, ref_logprobs, sums
-        ):
-            loss.backward()
-            sums.loss += float(loss.detach())
-            sums.metrics.add(kernel_metrics)
-            sums.num_tokens += num_tokens
-            on_tokens(num_tokens)
-        return sums
+        with self.policy.passes():
+            for loss, kernel_metrics, num_tokens in self._micro_batches(
+                rows, objective, ref_logprobs, sums
+            ):
+                loss.backward()
+                sums.loss += float(loss.detach())
+                sums.metrics.add(kernel_metrics)
+                sums.num_tokens += num_tokens
+                on_tokens(num_tokens)
+        return sums.over(self.policy.processes)
 
     def rehearse(self, groups: Sequence[Group], objective: PolicyObjective) -> None:
         """The passes of one update and nothing of its effect: gradients are made and dropped."""
@@ -212,8 +215,9 @@ class Learner:
             scored = self.reference.logprobs(trajectories)
             references = {id(t): r for t, r in zip(trajectories, scored, strict=True)}
         rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
-        for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
-            loss.backward()
+        with self.policy.passes():
+            for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
+                loss.backward()
         self.optimiser.discard()
 
     def rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -283,16 +287,16 @@ class Learner:
             references = [ref_logprobs[id(t)] for t in trajectories]
         terms = [token_terms(row, objective) for row in rows]
         limit = self.policy.max_tokens_per_microbatch
-        for packed in pack(prompts, responses, max_tokens=limit, device=self.policy.device):
+        packs = pack(prompts, responses, max_tokens=limit, device=self.policy.device)
+        for packed, counts in self.policy.deal(packs):
             columns = fill_columns(
                 packed,
                 trajectories,
                 behaviour_logprobs=[logprobs for logprobs, _ in terms],
                 advantages=[advantages for _, advantages in terms],
-                weights=[row.weight for row in rows],
+                weights=[row.weight if counts else 0.0 for row in rows],
                 ref_logprobs=references,
             )
-            sums.read.add(packed)
             hidden_ND = self.policy.hidden_states(packed)
             weight, bias, softcap = self.policy.head_for(hidden_ND)
             with self.policy.head_gradient() as head_gradient_VD:
@@ -316,6 +320,10 @@ class Learner:
                     chunk_rows=self.chunk_rows,
                 )
             del hidden_ND, weight  # the backward pass does without them
+            if not counts:
+                yield result.loss, {}, 0
+                continue
+            sums.read.add(packed)
             sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
             if any(guided):
                 sums.guided.append(

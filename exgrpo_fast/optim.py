@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from exgrpo_fast.adamw import Kind, flatten, make_adamw, repeatable, restore, set_learning_rate
+from exgrpo_fast.processes import whole
 
 Schedule = Callable[[int], float]  # finished updates -> factor on the learning rate
 
@@ -68,7 +69,7 @@ class Optimiser:
 
     def step(self) -> UpdateOutcome:
         """Apply the accumulated gradients and clear them."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)))
         lr = self.lr * self.schedule(self.num_updates)
         skipped = None
         if not math.isfinite(norm):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,14 @@ class Pack:
         members, lengths = torch.tensor(self.index), torch.tensor(self.lengths)
         of_row, place = places(lengths, self.targets.device)
         return responses.starts[members].to(self.targets.device)[of_row] + place
+
+
+class Dealt(NamedTuple):
+    """A pack that a process works on. One that does not count is gone through for the company of
+    others alone: its tokens weigh nothing."""
+
+    pack: Pack
+    counts: bool
 
 
 def pack(

@@ -6,7 +6,7 @@ It reads packs without padding; who sees whom in them is the concern of `attenti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,8 @@ from exgrpo_fast.attention.interface import ATTENTION
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.head_gradient import summed_in_place
 from exgrpo_fast.lora import merged_weights
-from exgrpo_fast.packing import Pack, Ragged, pack
+from exgrpo_fast.packing import Dealt, Pack, Ragged, pack
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob, runtime
 
@@ -91,6 +92,7 @@ class Policy:
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
+        self.processes: Processes = ALONE
         self.device = torch.device(device)
         self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.compute_dtype = compute_dtype
@@ -110,13 +112,24 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        layer: Any = self.model.get_output_embeddings()
+        layer = self._head_layer()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
+
+    def _head_layer(self) -> Any:
+        return self.model.get_output_embeddings()
 
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def deal(self, packs: Sequence[Pack]) -> list[Dealt]:
+        """Those of this process: all of them, where it is alone."""
+        return [Dealt(pack, True) for pack in packs]
+
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes with the same weights: what they share is made once."""
+        return contextlib.nullcontext()
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
@@ -154,13 +167,16 @@ class Policy:
 
         `waiting` is called once for each pack of sequences.
         """
-        num_tokens = len(responses.values)
-        logprobs, entropies = torch.empty(2, num_tokens, device=self.device)
-        with inference(self.model):
+        found = torch.zeros(2, len(responses.values), device=self.device)
+        logprobs, entropies = found
+        with inference(self.model), self.passes():
             limit = self.max_tokens_per_microbatch
-            for packed in pack(prompts, responses, max_tokens=limit, device=self.device):
+            packs = pack(prompts, responses, max_tokens=limit, device=self.device)
+            for packed, counts in self.deal(packs):
                 waiting()
                 hidden_ND = self.hidden_states(packed)
+                if not counts:
+                    continue
                 weight, bias, softcap = self.head_for(hidden_ND)
                 out = linear_logprob(
                     hidden_ND,
@@ -172,6 +188,7 @@ class Policy:
                 )
                 rows = packed.places_in(responses)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
+        self.processes.sum_(found)  # each is 0 in all processes but one
         return Scores(logprobs, entropies, responses.lengths)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

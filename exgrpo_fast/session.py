@@ -28,7 +28,7 @@ from exgrpo_fast.composition import (
 )
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.data import question_from_text
-from exgrpo_fast.display import Screen, WatchedScreen, make_screen
+from exgrpo_fast.display import NullScreen, Screen, WatchedScreen, make_screen
 from exgrpo_fast.engines import make_endpoint_engine, prepare_engine
 from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.experience import Question
@@ -36,10 +36,12 @@ from exgrpo_fast.heartbeat import Heartbeat
 from exgrpo_fast.memory.exhausted import OutOfMemory
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
 from exgrpo_fast.policy import Tokenizer
+from exgrpo_fast.processes import FirstFailed, OutOfStep, PeersLost, Processes, joined
 from exgrpo_fast.report import write_report
 from exgrpo_fast.rollout.canary import OutOfSync
 from exgrpo_fast.rollout.engine import EngineLost, RolloutEngine
 from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.torchrun import ONLY, Place
 from exgrpo_fast.trainer import Trainer
 from exgrpo_fast.training_data import read_questions
 from exgrpo_fast.verify import Verifier
@@ -47,6 +49,7 @@ from exgrpo_fast.verify import Verifier
 log = logging.getLogger(__name__)
 
 EXIT_ENGINE_LOST, EXIT_NUMERICAL, EXIT_CANNOT_SAVE, EXIT_SIGNAL = 69, 70, 74, 128
+EXIT_OTHERS_FAILED = 1  # where another process has the code that says why
 
 
 def train_session(
@@ -58,11 +61,17 @@ def train_session(
     stop_after: int | None = None,
     deterministic: bool = False,
     heartbeat: Heartbeat | None = None,
+    place: Place = ONLY,
+    deadline: float | None = None,
 ) -> int:
-    """Train into the run directory; returns the exit code. The caller closes `folder`."""
+    """Train into the run directory; returns the exit code. The caller closes `folder`.
+
+    `place`: among the processes that torchrun has started; `deadline`: in seconds, of what they
+    wait for together.
+    """
     started = time.perf_counter()
     folder.start_log()
-    screen = make_screen()
+    screen = make_screen() if place.is_first else NullScreen()
     if heartbeat:
         screen = WatchedScreen(screen, heartbeat)
         # What the supervisor's SIGABRT leaves behind: the stacks of all threads.
@@ -70,22 +79,28 @@ def train_session(
     try:
         if deterministic:
             torch.use_deterministic_algorithms(True)
-        resume_from = find_checkpoint(folder, resume, screen)
-        folder.write_text("config.yaml", dump_yaml(config))
-        folder.write_json("env.json", environment(device))
-        prior = config.prior_resampling
-        if prior.enabled and prior.model is None:
-            made = train_prior(config, folder, screen, device=device, stop_after=stop_after)
-            if made.model is None:  # ended early, by a signal or as --stop-after asked
-                return made.code
-            config = with_section(config, "prior_resampling", model=str(made.model))
-        with open_run(config, folder, screen, device=device, resume_from=resume_from) as run:
-            return _train(config, run.trainer, folder, screen, stop_after, started)
+        with joined(place, device, deadline=deadline) as processes:
+            return _run(
+                config,
+                folder,
+                screen,
+                device=device,
+                resume=resume,
+                stop_after=stop_after,
+                processes=processes,
+                started=started,
+            )
+    except FirstFailed:
+        return EXIT_OTHERS_FAILED
+    except PeersLost as error:
+        log.error("%s", error)
+        screen.note(f"stopped: a process of the run is lost ({error}); --resume auto goes on")
+        return EXIT_OTHERS_FAILED
     except OutOfMemory as error:
         log.error("%s\n%s", error, error.table)
         screen.note(error.table)
         raise
-    except (NumericalStop, OutOfSync) as error:
+    except (NumericalStop, OutOfSync, OutOfStep) as error:
         log.error("%s", error)
         screen.note(f"stopped: {error}")
         return EXIT_NUMERICAL
@@ -101,6 +116,42 @@ def train_session(
         screen.close()
 
 
+def _run(
+    config: Config,
+    folder: RunFolder,
+    screen: Screen,
+    *,
+    device: str,
+    resume: str,
+    stop_after: int | None,
+    processes: Processes,
+    started: float,
+) -> int:
+    resume_from = processes.from_first(
+        lambda: find_checkpoint(folder, resume, screen), pack=as_text, unpack=as_path
+    )
+    folder.write_text("config.yaml", dump_yaml(config))
+    folder.write_json("env.json", environment(device) | {"processes": processes.count})
+    prior = config.prior_resampling
+    if prior.enabled and prior.model is None:
+        made = train_prior(config, folder, screen, device=device, stop_after=stop_after)
+        if made.model is None:  # ended early, by a signal or as --stop-after asked
+            return made.code
+        config = with_section(config, "prior_resampling", model=str(made.model))
+    with open_run(
+        config, folder, screen, device=device, resume_from=resume_from, processes=processes
+    ) as run:
+        return _train(config, run.trainer, folder, screen, stop_after, started)
+
+
+def as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def as_path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
 def _train(
     config: Config,
     trainer: Trainer,
@@ -109,8 +160,9 @@ def _train(
     stop_after: int | None,
     started: float,
 ) -> int:
+    processes = trainer.processes
     summary: dict[str, Any] = {"eval_before": None, "eval_after": None}
-    summary |= folder.read_json("summary.json")
+    summary |= processes.from_first(lambda: folder.read_json("summary.json"))
     if trainer.num_steps:
         screen.note(f"resumed after step {trainer.num_steps}")
     if trainer.eval_questions and summary["eval_before"] is None:
@@ -131,7 +183,8 @@ def _train(
     }
     try:
         folder.write_json("summary.json", summary)
-        screen.note(f"report: {write_report(folder.path)}")
+        if processes.is_first:
+            screen.note(f"report: {write_report(folder.path)}")
     except OSError as error:  # the checkpoint is what counts, and it is written
         screen.note(f"summary.json and report.html: {error}")
     return 0 if trainer.stop_signal is None else EXIT_SIGNAL + trainer.stop_signal

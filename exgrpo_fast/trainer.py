@@ -19,6 +19,7 @@ from exgrpo_fast.evaluate import Evaluation, Evaluator
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner
 from exgrpo_fast.metrics import CompletionLog, MetricSink, peak_memory_gib
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.random_state import random_state, restore_random_state
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.sources.questions import QuestionStream
@@ -26,6 +27,8 @@ from exgrpo_fast.sources.recall import Replay
 from exgrpo_fast.step_metrics import completion_rows, pass_at_1, step_metrics
 from exgrpo_kernels import PolicyObjective
 
+# Every process comes to these by itself: one that has strayed differs in them.
+REPLICATED = ("loss_hex", "tokens_trained", "reward_mean", "entropy", "completion_len_mean")
 MAX_BAD_UPDATES = 3  # consecutive steps whose gradient was refused, before the run stops
 
 
@@ -53,8 +56,10 @@ class Trainer:
         checkpoint_every: int = 0,
         completions_every: int = 10,
         generate_ahead: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        """`generate_ahead`: the engine generates for a step while the one before is trained on."""
+        """`generate_ahead`: the engine generates for a step while the one before is trained on.
+        `processes`: those that do the same beside this one."""
         self.stream = stream
         self.replay = replay
         self.collector = collector
@@ -73,6 +78,7 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.completions_every = completions_every
         self.generate_ahead = generate_ahead
+        self.processes = processes
         self.num_steps = 0
         self.bad_updates = 0
         self.stop_signal: int | None = None
@@ -106,7 +112,7 @@ class Trainer:
             last = min(last, self.num_steps + stop_after)
         with self._listen_to_signals(), self._until_written():
             with contextlib.suppress(Interrupted):  # the step stays begun
-                while self.num_steps < last and self.stop_signal is None:
+                while self.num_steps < last and not self._is_told_to_stop():
                     batch, metrics = self.step()
                     self._publish(batch, metrics | self._evaluation_due())
                     self._save_beside()
@@ -134,7 +140,7 @@ class Trainer:
         """The folder of a checkpoint of this step, once it is durable."""
         with self.screen.phase("save"):
             self.writer.wait()
-            if self.writer.committed == self.num_steps:
+            if self.processes.of_first(self.writer.committed == self.num_steps):
                 return self.checkpoints.folder / f"step_{self.num_steps}"
             return self.writer.finish(self.num_steps, self.state_dict())
 
@@ -181,7 +187,15 @@ class Trainer:
             shown = next((g for g in batch.groups if g.learnable), batch.generated[0])
             self.screen.completions([r for r in table if r["question_id"] == shown.question.id])
 
+    def _is_told_to_stop(self) -> bool:
+        """By a signal to any of the processes."""
+        told = self.processes.greatest(self.stop_signal or 0)
+        self.stop_signal = int(told) or None
+        return self.stop_signal is not None
+
     def _guard(self, metrics: Mapping[str, Any]) -> None:
+        figures = {name: metrics[name] for name in REPLICATED}
+        self.processes.require_same(f"step {self.num_steps}", figures)
         refused = {"update_not_finite", "update_gradient_too_large"} & metrics["reasons"].keys()
         self.bad_updates = self.bad_updates + 1 if refused else 0
         if self.bad_updates >= MAX_BAD_UPDATES:
@@ -192,7 +206,8 @@ class Trainer:
             )
 
     def _give_up_when_stopped(self) -> None:
-        if self.stop_signal is not None:
+        """Several processes end together, after the step."""
+        if self.stop_signal is not None and self.processes.count == 1:
             raise Interrupted
 
     @contextlib.contextmanager

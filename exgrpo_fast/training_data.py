@@ -71,8 +71,11 @@ def read_questions(
     return loaded
 
 
-def refuse_bad_golds(questions: Sequence[Question], rewards: RewardPool, screen: Screen) -> None:
+def refuse_bad_golds(
+    questions: Sequence[Question], rewards: RewardPool | None, screen: Screen
+) -> None:
     """ConfigError naming the first gold answers that the reward itself does not accept."""
+    assert rewards is not None
     with screen.phase("check gold answers", len(questions)) as advance:
         bad = check_golds(questions, rewards, advance)
     if bad:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exgrpo_fast.experience import TokenColumns, Trajectory
 from exgrpo_fast.packing import Pack
+from exgrpo_fast.processes import Processes
 from exgrpo_kernels import PolicyObjective
 
 
@@ -108,12 +109,16 @@ class MetricSums:
     OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref", "density", "skipped_mass"}
     COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped", "rows_skipped"}
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.rows: dict[str, float] = {}
+    def __init__(
+        self, sums: Mapping[str, float] | None = None, rows: Mapping[str, float] | None = None
+    ) -> None:
+        self.sums = dict(sums or {})
+        self.rows = dict(rows or {})
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Copies all figures of one micro-batch from the device at once."""
+        """Copies all figures of one micro-batch, if it has any, from the device at once."""
+        if not metrics:
+            return
         names = list(metrics)
         values = torch.stack([metrics[name].double() for name in names]).tolist()
         found = dict(zip(names, values, strict=True))
@@ -161,6 +166,23 @@ class BatchSums:
     metrics: MetricSums = field(default_factory=MetricSums)
     replay_ratios: list[Tensor] = field(default_factory=list)
     guided: list[GuidedTokens] = field(default_factory=list)
+
+    def over(self, processes: Processes) -> BatchSums:
+        """What those of all processes add up to, by rank; the same on each."""
+        if processes.count == 1:
+            return self
+        assert not self.guided, "guided tokens stay in one process"
+        total = BatchSums()
+        own = [self.loss, self.num_tokens, self.metrics.sums, self.metrics.rows, vars(self.read)]
+        for loss, num_tokens, sums, rows, read, ratios in processes.gather(
+            [*own, [ratio.tolist() for ratio in self.replay_ratios]]
+        ):
+            total.read.join(TokensRead(**read))
+            total.loss += loss
+            total.num_tokens += num_tokens
+            total.metrics.join(MetricSums(sums, rows))
+            total.replay_ratios += [torch.tensor(ratio) for ratio in ratios]
+        return total
 
 
 def guided_tokens(

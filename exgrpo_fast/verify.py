@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from exgrpo_fast.display import Screen
+from exgrpo_fast.display import Advance, Screen
 from exgrpo_fast.experience import Completion, Question, Trajectory, Verdict
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer, Ticket
 from exgrpo_fast.rollout.engine import Observer
 
@@ -16,7 +19,11 @@ Scorer = RewardPool | RubricScorer
 class Verifier:
     """Asks the rewards about responses; the row's own columns are handed on with them."""
 
-    def __init__(self, rewards: Scorer, decode: Decode, screen: Screen) -> None:
+    def __init__(
+        self, rewards: Scorer | None, decode: Decode, screen: Screen, processes: Processes = ALONE
+    ) -> None:
+        """Of several `processes` the first one judges, for all; the others have no rewards."""
+        self.processes = processes
         self.rewards = rewards
         self.decode = decode
         self.screen = screen
@@ -27,7 +34,16 @@ class Verifier:
         """One verdict each."""
         samples = [self.sample(*pair) for pair in zip(questions, responses, strict=True)]
         with self.screen.phase("reward", len(samples)) as advance:
-            return self.rewards.score(samples, advance)
+            return self.shared(lambda: self.score(samples, advance))
+
+    def score(self, samples: Sequence[RewardSample], advance: Advance) -> list[Verdict]:
+        """In the first process alone."""
+        assert self.rewards is not None
+        return self.rewards.score(samples, advance)
+
+    def shared(self, judge: Callable[[], list[Verdict]]) -> list[Verdict]:
+        """The verdicts that `judge` gives in the first process."""
+        return self.processes.from_first(judge, pack=pack_verdicts, unpack=unpack_verdicts)
 
     def sample(
         self, question: Question, response: Completion | Trajectory, draft: str | None = None
@@ -37,6 +53,17 @@ class Verifier:
             columns["draft"] = draft
         text = self.decode(response.token_ids.tolist())
         return RewardSample(question.prompt, text, question.answer, columns)
+
+
+def pack_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    return [asdict(verdict) for verdict in verdicts]
+
+
+def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    return [
+        Verdict(**{**entry, "checks": tuple((name, met) for name, met in entry["checks"])})
+        for entry in entries
+    ]
 
 
 class Grading(Observer):
@@ -62,7 +89,9 @@ class Grading(Observer):
         self.questions = questions
         self.drafts = drafts
         self.advance = advance
-        self.meanwhile: Callable[[], object] | None = meanwhile
+        # The first of several processes generates while the others wait for it: what is work for
+        # all of them comes after.
+        self.meanwhile = meanwhile if verifier.processes.count == 1 else None
         self.beside = beside
         self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
         self.ticket: Ticket | None = None
@@ -93,10 +122,13 @@ class Grading(Observer):
 
     def verdicts(self) -> list[Verdict]:
         """One for each request, in their order; waits for what is open."""
+        return self.verifier.shared(self._verdicts)
+
+    def _verdicts(self) -> list[Verdict]:
         with self.verifier.screen.phase("reward", len(self.samples)) as advance:
             if self.pool is not None and self.ticket is not None:
                 found = self.pool.verdicts(self.ticket, advance)
             else:
-                found = self.verifier.rewards.score(self.samples, advance)
+                found = self.verifier.score(self.samples, advance)
         by_place = dict(zip(self.places, found, strict=True))
         return [by_place[place] for place in range(len(self.questions))]

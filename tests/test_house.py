@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ground floor first. A room is a file, or a folder of files that may import each other.
 FLOORS = [
     ["exgrpo_kernels"],
-    ["errors", "experience", "heartbeat", "attention"],
+    ["errors", "experience", "heartbeat", "attention", "torchrun"],
+    ["processes"],
     [
         *("config", "advantages", "packing", "metrics", "adamw", "lora", "tiling", "head_gradient"),
         *("run_folder", "checkpoint", "data", "endpoint", "random_state"),
@@ -24,7 +25,7 @@ FLOORS = [
     ["sources", "doctor", "update_report"],
     ["collect", "learner", "quickstart", "evaluate"],
     ["step_metrics", "bad_batches", "preflight"],
-    ["trainer", "engines"],
+    ["trainer", "engines", "distributed"],
     ["planning"],
     ["composition", "scaffold"],
     ["session", "buffer_session", "export"],
@@ -34,7 +35,7 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may be loaded before torch, so that a mistake is answered at once.
 LIGHT = ["errors", "endpoint", "config", "cli", "scaffold", "rewards", "display", "report"]
-LIGHT += ["heartbeat", "run_folder", "supervisor"]
+LIGHT += ["heartbeat", "run_folder", "supervisor", "torchrun"]
 
 
 def room_of(path: Path) -> str:

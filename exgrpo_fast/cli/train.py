@@ -21,11 +21,13 @@ from exgrpo_fast.config import (
     load_config,
     recipe_names,
     refuse_other_config,
+    refuse_with_several,
     require,
 )
 from exgrpo_fast.heartbeat import Supervised
 from exgrpo_fast.metrics import clean_line
-from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.run_folder import GuestFolder, RunFolder
+from exgrpo_fast.torchrun import place_of
 
 
 def add_train(commands: Any) -> None:
@@ -73,6 +75,8 @@ def train(arguments: argparse.Namespace) -> int:
         config = config.model_copy(
             update={"train": config.train.model_copy(update={"max_steps": arguments.max_steps})}
         )
+    place = place_of()
+    refuse_with_several(config, place.count)
     check_inputs(config)
     if arguments.dry_run:
         print(dump_yaml(config), end="")
@@ -87,11 +91,15 @@ def train(arguments: argparse.Namespace) -> int:
     told: Supervised | None = arguments.supervised
     heartbeat = told.take_over() if told else None
     resumes = arguments.resume != "never"
-    folder = RunFolder(out, resume=resumes, lock=told.lock if told else None)
+    if place.is_first:
+        folder = RunFolder(out, resume=resumes, lock=told.lock if told else None)
+    else:
+        folder = GuestFolder(out)
     with contextlib.closing(folder):
         if resumes:
             refuse_other_config(folder.config, config)
-        if arguments.supervise and not told:
+        # Of several processes torchrun is the supervisor.
+        if arguments.supervise and not told and place.count == 1:
             return supervise(arguments, folder)
         from exgrpo_fast.session import train_session
 
@@ -103,6 +111,8 @@ def train(arguments: argparse.Namespace) -> int:
             stop_after=arguments.stop_after,
             deterministic=arguments.deterministic,
             heartbeat=heartbeat,
+            place=place,
+            deadline=arguments.deadline if place.count > 1 else None,
         )
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,9 +17,11 @@ from exgrpo_fast.checkpoint import read_manifest
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
+from exgrpo_fast.distributed import ShardedPolicy, mesh_of
 from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.processes import ALONE, Processes, own_part
 from exgrpo_fast.quantization import nf4
 from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.resampling.compatibility import (
@@ -70,17 +73,29 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
     return fingerprint(tokenizer.get_vocab())
 
 
-def make_policy(config: Config, name: str, *, device: str, adapter: Path | None = None) -> Policy:
+def make_policy(
+    config: Config,
+    name: str,
+    *,
+    device: str,
+    adapter: Path | None = None,
+    processes: Processes = ALONE,
+) -> Policy:
     """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
     refuse_impossible_attention(config, device)
     lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
     quantization = nf4(dtype, device=device) if config.model.quantization else None
-    model = load_model(name, dtype=getattr(torch, config.model.weights), quantization=quantization)
-    if lora is not None:
-        add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
-        if adapter is not None:
-            load_adapter(model, adapter)
-    return wrap(config, model, device=device)
+
+    def load() -> transformers.PreTrainedModel:
+        weights = getattr(torch, config.model.weights)
+        model = load_model(name, dtype=weights, quantization=quantization)
+        if lora is not None:
+            add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
+            if adapter is not None:
+                load_adapter(model, adapter)
+        return model
+
+    return wrap(config, load, device=device, processes=processes)
 
 
 def refuse_impossible_attention(config: Config, device: str) -> None:
@@ -91,17 +106,28 @@ def refuse_impossible_attention(config: Config, device: str) -> None:
         raise ConfigError(f"model.attention {asked} {refused}")
 
 
-def wrap(config: Config, model: transformers.PreTrainedModel, *, device: str) -> Policy:
-    return Policy(
-        model,
-        device=device,
-        compute_dtype=getattr(torch, config.model.compute_dtype(device)),
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        offload_activations=config.model.offload_activations,
-        attention=config.model.attention,
-        tile_tokens=config.tile_tokens,
-        temperature=config.rollout.temperature,
-        max_tokens_per_microbatch=config.microbatch_tokens,
+def wrap(
+    config: Config,
+    load: Callable[[], transformers.PreTrainedModel],
+    *,
+    device: str,
+    processes: Processes = ALONE,
+) -> Policy:
+    """`load` is called by one process of a machine after the other: each keeps a part alone."""
+    settings: dict[str, Any] = {
+        "compute_dtype": getattr(torch, config.model.compute_dtype(device)),
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "offload_activations": config.model.offload_activations,
+        "attention": config.model.attention,
+        "tile_tokens": config.tile_tokens,
+        "temperature": config.rollout.temperature,
+        "max_tokens_per_microbatch": config.microbatch_tokens,
+    }
+    if processes.count == 1:
+        return Policy(load(), device=device, **settings)
+    mesh = mesh_of(processes)
+    return processes.in_turns(
+        lambda: ShardedPolicy(load(), mesh=mesh, processes=processes, **settings)
     )
 
 
@@ -112,8 +138,13 @@ def make_reference(config: Config, name: str, policy: Policy, *, device: str) ->
         return None
 
     def frozen() -> Policy:
-        model = load_model(name, dtype=getattr(torch, config.model.weights))
-        return wrap(config, model, device=device)
+        weights = getattr(torch, config.model.weights)
+        return wrap(
+            config,
+            lambda: load_model(name, dtype=weights),
+            device=device,
+            processes=policy.processes,
+        )
 
     keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(
@@ -147,5 +178,5 @@ def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
 def refuse_broken_weights(policy: Policy, path: str) -> None:
     """NumericalStop: nothing can be sampled from weights that are not finite."""
     for name, parameter in policy.model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        if parameter.is_floating_point() and not own_part(parameter).isfinite().all():
             raise NumericalStop(f"{path}: {name} holds a value that is not finite")

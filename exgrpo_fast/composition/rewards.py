@@ -7,10 +7,11 @@ from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
 from exgrpo_fast.evaluate import Evaluator
 from exgrpo_fast.policy import Tokenizer
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.rewards import RewardPool, RubricScorer
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.sources.hindsight_prompt import HindsightPrompt
-from exgrpo_fast.verify import Verifier
+from exgrpo_fast.verify import Scorer, Verifier
 
 
 def make_rewards(config: Config) -> RewardPool:
@@ -24,9 +25,21 @@ def make_rewards(config: Config) -> RewardPool:
 
 
 def make_verifier(
-    config: Config, rewards: RewardPool, tokenizer: Tokenizer, screen: Screen
+    config: Config,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+    screen: Screen,
+    processes: Processes = ALONE,
 ) -> Verifier:
-    """JudgeError, in one line, where a judge is configured that does not answer."""
+    """JudgeError, in one line, where a judge is configured that does not answer.
+
+    `rewards`: None in all processes but the first.
+    """
+    scorer = make_scorer(config, rewards) if rewards is not None else None
+    return Verifier(scorer, make_decode(tokenizer), screen, processes)
+
+
+def make_scorer(config: Config, rewards: RewardPool) -> Scorer:
     scorer: RewardPool | RubricScorer = rewards
     if config.reward.judge is not None:
         from exgrpo_fast.rewards.judge import Judge
@@ -37,7 +50,7 @@ def make_verifier(
         raise ConfigError(
             f"reward.judge is not set, and only a judge can decide the rubrics {', '.join(judged)}"
         )
-    return Verifier(scorer, make_decode(tokenizer), screen)
+    return scorer
 
 
 def make_evaluator(

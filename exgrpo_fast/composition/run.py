@@ -6,7 +6,7 @@ What can fail by a user's mistake (files, rewards, golds) is tried before the we
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,15 @@ from exgrpo_fast.composition.surroundings import config_digest, quiet_libraries
 from exgrpo_fast.composition.trainer import forget_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
-from exgrpo_fast.engines import (
-    prepare_engine,
-)
+from exgrpo_fast.distributed import AnnouncedPolicy, CopiedEngine, SharedEngine
+from exgrpo_fast.engines import PreparedEngine, engine_kind, prepare_engine
 from exgrpo_fast.memory.plan import MemoryPlan
 from exgrpo_fast.memory.store import store_note
+from exgrpo_fast.metrics import NullSink
 from exgrpo_fast.planning import fitted, wants_preflight
 from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.preflight import rehearse
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.random_state import seed_everything
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.journal import JournalledEngine
@@ -56,47 +57,61 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, folder: RunFolder, screen: Screen, *, device: str, resume_from: Path | None
+    config: Config,
+    folder: RunFolder,
+    screen: Screen,
+    *,
+    device: str,
+    resume_from: Path | None,
+    processes: Processes = ALONE,
 ) -> Iterator[Run]:
-    """Build a training run; leaving the block ends its reward workers and metric sinks."""
+    """Build a training run; leaving the block ends its reward workers and metric sinks.
+
+    Of several `processes` the first one has rewards, an engine and the files.
+    """
     quiet_libraries()
     refuse_impossible_attention(config, device)
     with contextlib.ExitStack() as stack:
-        start = start_folder(config, folder, screen, device=device)
+        start = processes.from_first(lambda: start_folder(config, folder, screen, device=device))
         tokenizer = load_tokenizer(start)
         check_prior(config, start, tokenizer)
-        rewards = stack.enter_context(make_rewards(config))
+        rewards = stack.enter_context(make_rewards(config)) if processes.is_first else None
         train, held_out = load_data(config, tokenizer, screen)
         if config.data.check_answers:
-            refuse_bad_golds([*train, *held_out], rewards, screen)
+            questions = [*train, *held_out]
+            processes.from_first(lambda: refuse_bad_golds(questions, rewards, screen))
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
-        config, plan = fitted(config, start, device=device, note=screen.note)
+        plan = None
+        if processes.count == 1:  # the plan is one of a whole model
+            config, plan = fitted(config, start, device=device, note=screen.note)
         model_path = str(resume_from / "hf") if resume_from else start
-        prepared = prepare_engine(
-            config,
-            model_path,
-            tokenizer,
-            device=device,
-            stack=stack,
-            log_folder=folder.path,
-            note=screen.note,
+        prepared = prepare_rollouts(
+            config, model_path, tokenizer, folder, screen, stack, processes, device=device
         )
         adapter = adapter_of(config, resume_from)
         policy = make_policy(
-            config, start if adapter else model_path, device=device, adapter=adapter
+            config,
+            start if adapter else model_path,
+            device=device,
+            adapter=adapter,
+            processes=processes,
         )
         refuse_broken_weights(policy, model_path)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
-        forget_after(state["num_steps"], folder, screen)
-        engine = journalled(
-            prepared.attach(policy, train[0].prompt_ids),
-            config,
-            folder,
-            num_steps=state["num_steps"],
-        )
-        sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
+        engine, sink = None, NullSink()
+        if prepared is not None:
+            forget_after(state["num_steps"], folder, screen)
+            engine = journalled(
+                attach(config, prepared, policy, model_path, train[0].prompt_ids, device=device),
+                config,
+                folder,
+                num_steps=state["num_steps"],
+            )
+            sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
+        if engine is None or processes.count > 1:
+            engine = SharedEngine(engine, policy, processes)
         stack.enter_context(contextlib.closing(sink))
         trainer = make_trainer(
             config,
@@ -111,6 +126,7 @@ def open_run(
             screen=screen,
             sink=sink,
             prepared=prepared,
+            processes=processes,
         )
         if resume_from:
             take_up(trainer, state)
@@ -121,6 +137,66 @@ def open_run(
         if isinstance(trainer.replay, ReplaySource):
             screen.note(store_note(trainer.replay.store.plan, device))
         yield Run(trainer, policy, tokenizer)
+
+
+def prepare_rollouts(
+    config: Config,
+    folder: str,
+    tokenizer: Tokenizer,
+    run_folder: RunFolder,
+    screen: Screen,
+    stack: contextlib.ExitStack,
+    processes: Processes,
+    *,
+    device: str,
+) -> PreparedEngine | None:
+    """The engine of the first process; None in the others. `folder`: of the weights."""
+    kind = engine_kind(config, device)
+    if kind == "vllm" and processes.count > 1:
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
+            f"with {processes.count} processes; vllm_server or transformers does"
+        )
+    server = config.rollout.server
+    unnamed = server.gpus is None and not server.urls
+    if kind == "vllm_server" and processes.count > 1 and device == "cuda" and unnamed:
+        raise ConfigError(
+            f"rollout.server.gpus is not set: with {processes.count} processes, name GPUs that "
+            f"none of them trains on, or rollout.server.urls"
+        )
+
+    def prepare() -> PreparedEngine:
+        return prepare_engine(
+            config,
+            folder,
+            tokenizer,
+            device=device,
+            stack=stack,
+            log_folder=run_folder.path,
+            note=screen.note,
+        )
+
+    return processes.from_first(prepare, pack=lambda made: None)
+
+
+def attach(
+    config: Config,
+    prepared: PreparedEngine,
+    policy: Policy,
+    folder: str,
+    prompt_ids: Sequence[int],
+    *,
+    device: str,
+) -> RolloutEngine:
+    """The engine with the policy whose weights it follows; a sharded one has a whole copy beside."""
+    if policy.processes.count == 1:
+        return prepared.attach(policy, prompt_ids)
+    announced = AnnouncedPolicy(policy, policy.processes)
+    if engine_kind(config, device) != "transformers":
+        return prepared.attach(announced, prompt_ids)
+    copy = make_policy(config, folder, device=device)
+    copy.model.requires_grad_(False)
+    return CopiedEngine(prepared.attach(copy, prompt_ids), copy, announced)
 
 
 def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:

@@ -157,11 +157,12 @@ def make_hindsight(
     config: Config,
     fresh: FreshSource,
     verifier: Verifier,
-    rewards: RewardPool,
+    rewards: RewardPool | None,
     tokenizer: Tokenizer,
 ) -> HindsightSource | None:
     if not config.hindsight.enabled:
         return None
+    assert rewards is not None, "in one process alone"
     settings = config.hindsight.model_dump(exclude={"enabled", "max_prompt_tokens"})
     return HindsightSource(
         fresh,

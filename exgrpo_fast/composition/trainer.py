@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
 from exgrpo_fast.bad_batches import BadBatches
@@ -15,6 +15,12 @@ from exgrpo_fast.composition.sources import make_hindsight, make_prior, make_rep
 from exgrpo_fast.composition.surroundings import config_digest, package_versions
 from exgrpo_fast.config import Config
 from exgrpo_fast.display import Screen
+from exgrpo_fast.distributed import (
+    CheckpointFollower,
+    NoBadBatches,
+    NoCompletionLog,
+    SharedEngine,
+)
 from exgrpo_fast.engines import (
     PreparedEngine,
     mismatch_rule,
@@ -32,6 +38,7 @@ from exgrpo_fast.metrics import (
 from exgrpo_fast.model_folder import HuggingFaceFolder
 from exgrpo_fast.optim import Optimiser, linear_warmup
 from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.reference import Reference
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
@@ -49,7 +56,7 @@ def make_trainer(
     policy: Policy,
     reference: Reference | None,
     engine: RolloutEngine,
-    rewards: RewardPool,
+    rewards: RewardPool | None,
     train: Sequence[Question],
     held_out: Sequence[Question],
     tokenizer: Tokenizer,
@@ -57,8 +64,12 @@ def make_trainer(
     screen: Screen,
     sink: MetricSink,
     prepared: PreparedEngine | None = None,
+    processes: Processes = ALONE,
 ) -> Trainer:
-    """Sources, collector, learner, evaluator and trainer, from the bottom up."""
+    """Sources, collector, learner, evaluator and trainer, from the bottom up.
+
+    `rewards`: None in all processes but the first, which judges and writes for them.
+    """
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
     replay = make_replay(config, policy, train, tokenizer)
@@ -71,7 +82,7 @@ def make_trainer(
         seed=seed,
         mismatch=mismatch_rule(config, policy.device.type),
     )
-    verifier = make_verifier(config, rewards, tokenizer, screen)
+    verifier = make_verifier(config, rewards, tokenizer, screen, processes)
     collector = Collector(
         stream=stream,
         fresh=fresh,
@@ -110,16 +121,19 @@ def make_trainer(
         objective=make_objective(config),
         evaluator=evaluator,
         eval_questions=held_out,
-        writer=make_writer(config, policy, tokenizer, folder, screen, engine),
-        bad_batches=BadBatches(folder.bad_batches),
+        writer=make_writer(config, policy, tokenizer, folder, screen, engine, processes),
+        bad_batches=BadBatches(folder.bad_batches) if processes.is_first else NoBadBatches(),
         sink=sink,
-        completion_log=CompletionLog(folder.completions),
+        completion_log=(
+            CompletionLog(folder.completions) if processes.is_first else NoCompletionLog()
+        ),
         screen=screen,
         max_steps=config.train.max_steps,
         eval_every=config.eval.every,
         checkpoint_every=config.checkpoint.every,
         completions_every=config.log.completions_every,
         generate_ahead=rollout.generate_ahead,
+        processes=processes,
     )
 
 
@@ -165,6 +179,7 @@ def make_writer(
     folder: RunFolder,
     screen: Screen,
     engine: RolloutEngine,
+    processes: Processes = ALONE,
 ) -> CheckpointWriter:
     """Checkpoints that say which config, tokenizer and packages they come from."""
     checkpoints = Checkpoints(
@@ -177,16 +192,20 @@ def make_writer(
             "packages": package_versions(),
         },
     )
-    return CheckpointWriter(
+    kind = CheckpointWriter if processes.is_first else CheckpointFollower
+    return kind(
         checkpoints,
         HuggingFaceFolder(policy, tokenizer),
         warn=screen.note,
-        on_committed=engine.forget_before if isinstance(engine, JournalledEngine) else nothing,
+        on_committed=forgetting(engine),
     )
 
 
-def nothing(step: int) -> None:
-    pass
+def forgetting(engine: RolloutEngine) -> Callable[[int], None]:
+    """What lets go of the rollouts that a checkpoint has made superfluous."""
+    if isinstance(engine, SharedEngine) and engine.engine is not None:
+        engine = engine.engine
+    return engine.forget_before if isinstance(engine, JournalledEngine) else lambda step: None
 
 
 def make_sink(

@@ -2,6 +2,7 @@
 
 sections    which keys exist and which values they accept    schema      what has to fit together
 reading     files, recipes and overrides -> Config           complaints  one line for every mistake
+several     what does not go with several processes
 
 It imports no torch, so that a mistake is reported before anything heavy is loaded.
 """
@@ -20,6 +21,7 @@ from exgrpo_fast.config.reading import (
 )
 from exgrpo_fast.config.schema import Config
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
+from exgrpo_fast.config.several import refuse_with_several
 
 __all__ = [
     "Config",
@@ -35,6 +37,7 @@ __all__ = [
     "read_yaml",
     "recipe_names",
     "refuse_other_config",
+    "refuse_with_several",
     "require",
     "validate",
 ]

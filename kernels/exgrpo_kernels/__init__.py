@@ -4,6 +4,7 @@
     linear_policy_loss  hidden x weight -> the policy loss, gradients made in the forward
     policy_loss         the same objective on vectors of log-probabilities
     policy_loss_from_logits   the same objective where logits exist, gradients in their place
+    vocab_parallel_linear_logprob, vocab_parallel_policy_loss   the first two, of a head in parts
     PolicyObjective     which ratio, clip, surrogate, KL and entropy terms make up that loss
 
 Beside each function stands a `*_reference` in plain PyTorch that is its specification.
@@ -22,6 +23,10 @@ from exgrpo_kernels.policy_loss import (
     policy_loss,
 )
 from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits
+from exgrpo_kernels.vocab_parallel import (
+    vocab_parallel_linear_logprob,
+    vocab_parallel_policy_loss,
+)
 
 __all__ = [
     "LinearLogprob",
@@ -34,4 +39,6 @@ __all__ = [
     "linear_policy_loss_reference",
     "policy_loss",
     "policy_loss_from_logits",
+    "vocab_parallel_linear_logprob",
+    "vocab_parallel_policy_loss",
 ]

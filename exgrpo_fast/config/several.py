@@ -1,0 +1,29 @@
+"""What does not go with several processes; knowable from the config and their number."""
+
+from __future__ import annotations
+
+from exgrpo_fast.config.schema import Config
+from exgrpo_fast.config.sections import ConfigError
+
+
+def refuse_with_several(config: Config, count: int) -> None:
+    """ConfigError naming the first key that `count` processes cannot honour."""
+    if count == 1:
+        return
+    algorithm, rollout = config.algorithm, config.rollout
+    refused = {
+        "model.quantization": config.model.quantization is not None,
+        "model.lora": config.model.lora is not None,
+        "model.tile_tokens": config.tile_tokens > 0,
+        f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
+        "rollout.engine vllm (vllm_server has its own GPUs)": rollout.engine == "vllm",
+        "rollout.generate_ahead": rollout.generate_ahead,
+        "prior_resampling.enabled": config.prior_resampling.enabled,
+        "hindsight.enabled": config.hindsight.enabled,
+        "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
+        "algorithm.kl.rebase_at_step": algorithm.kl.rebase_at_step is not None,
+        "train.preflight always": config.train.preflight == "always",
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(f"{name} does not go with {count} processes; one process can do it")

@@ -1,0 +1,23 @@
+"""One run on several processes, each with a part of the weights and of every batch.
+
+sharding   the model in parts (FSDP2), its head put together once for all passes of an update
+dealing    which process works on which packs
+policy     the policy of one process among several
+rollouts   the first process generates for all; the others help it to send the weights
+saving     the first process writes what all of them put together
+"""
+
+from exgrpo_fast.distributed.policy import ShardedPolicy, mesh_of
+from exgrpo_fast.distributed.rollouts import AnnouncedPolicy, CopiedEngine, SharedEngine
+from exgrpo_fast.distributed.saving import CheckpointFollower, NoBadBatches, NoCompletionLog
+
+__all__ = [
+    "AnnouncedPolicy",
+    "CheckpointFollower",
+    "CopiedEngine",
+    "NoBadBatches",
+    "NoCompletionLog",
+    "ShardedPolicy",
+    "SharedEngine",
+    "mesh_of",
+]

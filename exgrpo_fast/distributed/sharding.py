@@ -1,0 +1,81 @@
+"""A model in parts, by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+Each layer is put together for its own forward and backward pass and let go again; its gradient is
+summed over the processes as it is handed back in parts. Sums, not means: the weights of the loss
+are normalised over the whole batch already.
+
+The head is no part of any forward pass (the fused loss takes its weight), so it is put together
+here, once for all passes of an update, and collects their gradient in float32 before that is summed
+and parted. A tied embedding is the same parameter: both gradients meet in its parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial
+
+from exgrpo_fast.policy import PolicyError
+
+
+def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+    """Part the parameters of a transformers model over the processes of `mesh`, in place.
+
+    In a lower compute dtype that is also how they travel; gradients are summed in float32.
+    PolicyError for a model whose layers are not where transformers has them.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise PolicyError(f"{model.config.model_type}: cannot be sharded, it has no `layers`")
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise PolicyError(f"{model.config.model_type}: cannot be sharded, its head has a bias")
+    tied_to = next(
+        (m for m in model.base_model.modules() if getattr(m, "weight", None) is head.weight), None
+    )
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if compute_dtype != torch.float32:
+        policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    for module in [*layers, model.base_model, *([head] if tied_to is None else [])]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    if tied_to is not None:
+        head.weight = tied_to.weight
+
+
+class GatheredHead:
+    """The weight of the head put together, and its gradient on the way back."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self.layer: Any = layer
+        self.dtype = dtype
+        self.weight_VD: Tensor | None = None
+        self.gradient_VD: Tensor | None = None  # float32
+
+    def gather(self, *, with_gradient: bool) -> None:
+        weight_VD: Tensor = self.layer.weight.detach().to(self.dtype).full_tensor()
+        self.weight_VD = weight_VD.requires_grad_(with_gradient)
+        if with_gradient:
+            self.gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+
+    def scatter(self) -> None:
+        """Add the gradient, summed over the processes, to that of the parameter's parts."""
+        parameter = self.layer.weight
+        assert self.gradient_VD is not None
+        summed = DTensor.from_local(self.gradient_VD, parameter.device_mesh, [Partial()])
+        parted = summed.redistribute(placements=parameter.placements)
+        parameter.grad = parted if parameter.grad is None else parameter.grad + parted
+
+    def release(self) -> None:
+        self.weight_VD = self.gradient_VD = None
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of what a pass without gradients has left put together."""
+    assert isinstance(module, FSDPModule)
+    module.reshard()

@@ -1,0 +1,269 @@
+"""One of several processes that train a tiny model together: losses, gradients and weights of each
+update, beside those of a whole model that learns alone from the same groups."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from several_processes import join_group
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from exgrpo_fast.advantages import ADVANTAGES
+from exgrpo_fast.distributed import (
+    AnnouncedPolicy,
+    CopiedEngine,
+    ShardedPolicy,
+    SharedEngine,
+    mesh_of,
+)
+from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
+from exgrpo_fast.learner import Learner
+from exgrpo_fast.optim import Optimiser, UpdateOutcome
+from exgrpo_fast.packing import Ragged
+from exgrpo_fast.policy import Policy
+from exgrpo_fast.processes import Processes, whole
+from exgrpo_fast.reference import Reference
+from exgrpo_fast.rollout.canary import VerifiedEngine
+from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.torchrun import Place
+from exgrpo_kernels import PolicyObjective
+
+VOCABULARY = 131  # odd: the parts of the head differ in size
+UPDATES = 3
+
+
+def make_model(*, tied: bool, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def make_groups(step: int, count: int = 5) -> list[Group]:
+    """Groups of four responses of different lengths, one of each replayed."""
+    generator = torch.Generator().manual_seed(step)
+
+    def draw(high: int, size: int) -> Tensor:
+        return torch.randint(high, (size,), generator=generator)
+
+    groups = []
+    for number in range(count):
+        question = Question(
+            f"{step}/{number}", tuple(draw(VOCABULARY, 3 + number).tolist()), "", ""
+        )
+        members = []
+        for place in range(4):
+            length = 1 + int(draw(14, 1))
+            members.append(
+                Trajectory(
+                    question,
+                    token_ids=draw(VOCABULARY, length),
+                    behaviour_logprobs=-5.0 + 0.2 * torch.rand(length, generator=generator),
+                    entropies=torch.ones(length),
+                    truncated=False,
+                    source="replay" if place == 0 else "fresh",
+                    shaping=0.1 if place == 0 else 0.0,
+                    verdict=Verdict(float(place % 2)),
+                )
+            )
+        groups.append(Group(question, tuple(members)))
+    return groups
+
+
+class Recording(Optimiser):
+    """Keeps what it is given, before it is clipped."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        self.model = model
+        super().__init__([p for p in model.parameters() if p.requires_grad], **settings)
+        self.found: list[dict[str, Tensor]] = []
+
+    def step(self) -> UpdateOutcome:
+        self.found.append(
+            {
+                name: whole(parameter.grad).clone()
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None
+            }
+        )
+        return super().step()
+
+
+def make_learner(policy: Policy, **settings: Any) -> tuple[Learner, Recording]:
+    optimiser = Recording(policy.model, lr=1e-3, max_grad_norm=0.05, skip_grad_norm=500.0)
+    learner = Learner(
+        policy,
+        optimiser,
+        advantage=ADVANTAGES["grpo"],
+        aggregation="token_mean",
+        max_completion_tokens=16,
+        **settings,
+    )
+    return learner, optimiser
+
+
+def distance(ours: Tensor, expected: Tensor) -> float:
+    assert ours.shape == expected.shape
+    return float((ours - expected).abs().max()) / max(1e-3, float(expected.abs().max()))
+
+
+def furthest(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The greatest distance of any entry, as a share of the greatest entry of all."""
+    assert ours.keys() == expected.keys()
+    greatest = max(float(gradient.abs().max()) for gradient in expected.values())
+    return max(float((ours[n] - expected[n]).abs().max()) for n in expected) / greatest
+
+
+def compare(
+    processes: Processes, *, tied: bool, dtype: torch.dtype, kl: float = 0.0, **more: Any
+) -> dict[str, Any]:
+    objective = PolicyObjective(entropy_coef=0.01, kl_coef=kl)
+    settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
+    model = make_model(tied=tied)
+    minibatches = settings.pop("minibatches", 1)
+    alone = Policy(copy.deepcopy(model), **settings)
+    mesh = mesh_of(processes)
+    together = ShardedPolicy(model, mesh=mesh, processes=processes, **settings)
+    frozen = [
+        ShardedPolicy(make_model(tied=tied, seed=1), mesh=mesh, processes=processes),
+        Policy(make_model(tied=tied, seed=1)),
+    ]
+    learners = [
+        make_learner(policy, minibatches=minibatches, reference=Reference(base) if kl else None)
+        for policy, base in zip((together, alone), frozen, strict=True)
+    ]
+    report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
+    for step in range(UPDATES):
+        groups = make_groups(step)
+        ours, expected = (learner.update(groups, objective) for learner, _ in learners)
+        assert ours.tokens_trained == expected.tokens_trained > 0
+        report["losses"] += [abs(a - b) for a, b in zip(ours.losses, expected.losses, strict=True)]
+        report["norms"] += [
+            abs(a / b - 1) for a, b in zip(ours.grad_norms, expected.grad_norms, strict=True)
+        ]
+        report["clipped"] &= min(expected.grad_norms) > 0.05
+        assert ours.kernel_metrics.keys() == expected.kernel_metrics.keys()
+        for name, value in expected.kernel_metrics.items():
+            ours_value = ours.kernel_metrics[name]
+            assert (ours_value is None) == (value is None), name
+            if value is not None and ours_value is not None:
+                gap = abs(ours_value - value) / max(1.0, abs(value))
+                report["metrics"] = max(report["metrics"], gap)
+    found, expected = (optimiser.found for _, optimiser in learners)
+    assert len(found) == UPDATES * minibatches
+    report["gradients"] = [
+        furthest(update, wanted) for update, wanted in zip(found, expected, strict=True)
+    ]
+    names = dict(alone.named_weights())
+    report["weights"] = max(distance(w, names[name]) for name, w in together.named_weights())
+    assert {name for name, _ in together.named_weights()} == names.keys()
+    prompts = Ragged.of([t.question.prompt_ids for g in make_groups(9) for t in g.trajectories])
+    responses = Ragged.of([t.token_ids for g in make_groups(9) for t in g.trajectories])
+    scores = [policy.score(prompts, responses) for policy in (together, alone)]
+    report["scores"] = max(
+        distance(a, b) for a, b in zip(scores[0][:2], scores[1][:2], strict=True)
+    )
+    return report
+
+
+def broken(processes: Processes) -> dict[str, Any]:
+    """A batch that is not finite on one process leaves the weights of all alone."""
+    policy = ShardedPolicy(
+        make_model(tied=True),
+        mesh=mesh_of(processes),
+        processes=processes,
+        max_tokens_per_microbatch=60,
+    )
+    learner, _ = make_learner(policy)
+    before = {name: weight.clone() for name, weight in policy.named_weights()}
+    norm = policy.model.model.norm
+    if not processes.is_first:
+        norm.register_forward_hook(lambda *_: _[2] * math.nan)
+    report = learner.update(make_groups(0), PolicyObjective())
+    after = dict(policy.named_weights())
+    return {
+        "skipped": dict(report.skipped),
+        "same": all(torch.equal(before[name], after[name]) for name in before),
+    }
+
+
+def few_packs(processes: Processes) -> dict[str, Any]:
+    """One group in one pack: all processes but one work for the company alone."""
+    model = make_model(tied=False)
+    alone = Policy(copy.deepcopy(model), max_tokens_per_microbatch=1000)
+    together = ShardedPolicy(
+        model, mesh=mesh_of(processes), processes=processes, max_tokens_per_microbatch=1000
+    )
+    groups = [replace(group) for group in make_groups(0, count=1)]
+    reports = [
+        make_learner(policy)[0].update(groups, PolicyObjective()) for policy in (together, alone)
+    ]
+    return {"loss": abs(reports[0].loss - reports[1].loss), "tokens": reports[0].tokens_trained}
+
+
+def synced(processes: Processes) -> dict[str, Any]:
+    """An engine whose weights are verified: it takes weights and scores from the parts."""
+    model = make_model(tied=True)
+    copied = Policy(copy.deepcopy(model))
+    policy = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes)
+    learner, _ = make_learner(policy)
+    engine = None
+    if processes.is_first:
+        announced: Any = AnnouncedPolicy(policy, processes)
+        own = CopiedEngine(
+            TransformersEngine(copied, eos_token_ids=[0], pad_token_id=0), copied, announced
+        )
+        engine = VerifiedEngine(
+            own, announced, prompt_ids=[5, 6, 7], max_model_len=400, tolerance=1e-4
+        )
+    shared = SharedEngine(engine, policy, processes)
+    learner.update(make_groups(0), PolicyObjective())
+    figures = shared.sync(1)
+    requests = [Request((5, 6, 7), seed) for seed in range(3)]
+    drawn = shared.generate(requests, Sampling(6))
+    weights = dict(policy.named_weights())
+    same = all(torch.equal(weights[n], w) for n, w in copied.named_weights())
+    return {
+        "gap": figures["sync_gap"],
+        "tokens": [completion.token_ids.tolist() for completion in drawn],
+        "same": same or not processes.is_first,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    rank, count, _ = join_group(arguments)
+    processes = Processes(Place(rank, count, rank))
+    report = {
+        "tied": compare(processes, tied=True, dtype=torch.float32, kl=0.1),
+        "untied": compare(processes, tied=False, dtype=torch.float32),
+        "checkpointing": compare(
+            processes, tied=True, dtype=torch.float32, gradient_checkpointing=True, minibatches=2
+        ),
+        "offloading": compare(processes, tied=False, dtype=torch.float32, offload_activations=True),
+        "bfloat16": compare(processes, tied=False, dtype=torch.bfloat16),
+        "broken": broken(processes),
+        "few": few_packs(processes),
+        "synced": synced(processes),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

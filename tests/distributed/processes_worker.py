@@ -1,0 +1,46 @@
+"""One of several processes that talk to each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from several_processes import join_group
+
+from exgrpo_fast.processes import FirstFailed, OutOfStep, Processes
+from exgrpo_fast.torchrun import Place
+
+
+def main(arguments: list[str]) -> None:
+    rank, count, _ = join_group(arguments)
+    processes = Processes(Place(rank, count, rank))
+    report: dict[str, object] = {}
+    report["of_first"] = processes.of_first({"rank": rank, "text": "ä", "tiny": 1e-300})
+    report["gathered"] = processes.gather("x" * rank)
+    report["greatest"] = processes.greatest(rank)
+    calls: list[int] = []
+
+    def make() -> int:
+        calls.append(rank)
+        return 7
+
+    report["made"] = processes.from_first(make)
+    report["calls"] = calls
+
+    def fail() -> int:
+        raise KeyError("missing")
+
+    try:
+        processes.from_first(fail)
+    except (FirstFailed, KeyError) as error:
+        report["failed"] = type(error).__name__
+    processes.require_same("step 3", {"loss": float("nan"), "tokens": 5})
+    try:
+        processes.require_same("step 3", {"tokens": 5, "loss": rank / 2})
+    except OutOfStep as error:
+        report["strayed"] = str(error)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,91 @@
+"""What processes tell each other, which packs each gets, and what they cannot do together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from several_processes import run_processes
+
+from exgrpo_fast.cli import main
+from exgrpo_fast.config import ConfigError, refuse_with_several, validate
+from exgrpo_fast.distributed.dealing import deal
+from exgrpo_fast.packing import Ragged, pack
+from exgrpo_fast.processes import ALONE
+from exgrpo_fast.torchrun import Place, place_of
+
+
+def test_what_they_tell_each_other() -> None:
+    reports = run_processes(2, Path(__file__).with_name("processes_worker.py"))
+    for rank, report in enumerate(reports):
+        assert report["of_first"] == {"rank": 0, "text": "ä", "tiny": 1e-300}
+        assert report["gathered"] == ["", "x"]
+        assert report["greatest"] == 1.0
+        assert report["made"] == 7
+        assert report["calls"] == ([0] if rank == 0 else [])
+        assert report["failed"] == ("KeyError" if rank == 0 else "FirstFailed")
+        assert report["strayed"].startswith("step 3: the processes differ in loss: 0.0, 0.5;")
+
+
+def test_one_alone_talks_to_nobody() -> None:
+    value = object()
+    assert ALONE.of_first(value) is value and ALONE.from_first(lambda: value) is value
+    assert ALONE.gather(value) == [value] and ALONE.greatest(3.0) == 3.0
+    assert torch.equal(ALONE.sum_(torch.ones(2)), torch.ones(2))
+    ALONE.require_same("step 1", {"loss": 1.0})
+
+
+def test_torchrun_says_which_process_this_is() -> None:
+    assert place_of({}) == Place(0, 1, 0)
+    told = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    assert place_of(told) == Place(9, 16, 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_every_pack_has_one_process_and_all_make_as_many_passes(count: int) -> None:
+    lengths = [3, 9, 14, 2, 7, 30, 1, 1, 5, 12]
+    responses = Ragged.of([torch.ones(length, dtype=torch.int64) for length in lengths])
+    packs = pack(Ragged.of([(1, 2)] * len(lengths)), responses, max_tokens=20)
+    shares = [deal(packs, rank=rank, count=count) for rank in range(count)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [dealt.pack for share in shares for dealt in share if dealt.counts]
+    assert sorted(map(id, counted)) == sorted(map(id, packs))
+    loads = [sum(len(d.pack.input_ids) for d in share if d.counts) for share in shares]
+    if count == 2:
+        assert max(loads) - min(loads) <= 20, "one process has most of the work"
+
+
+def test_nothing_to_deal() -> None:
+    assert deal([], rank=1, count=2) == []
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "model.lora": {"model": {"lora": {}}},
+    "train.optimizer flash_adamw": {"model": {"weights": "bfloat16"}},
+    "rollout.engine vllm": {"rollout": {"engine": "vllm"}},
+    "rollout.generate_ahead": {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
+    "prior_resampling.enabled": {"prior_resampling": {"enabled": True}},
+    "hindsight.enabled": {"hindsight": {"enabled": True}},
+    "algorithm.kl.rebase_at_step": {"algorithm": {"kl": {"coef": 0.1, "rebase_at_step": 3}}},
+    "train.preflight": {"train": {"preflight": "always"}},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> None:
+    config = validate(REFUSED[key])
+    refuse_with_several(config, 1)
+    with pytest.raises(ConfigError, match=key):
+        refuse_with_several(config, 2)
+
+
+def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "herl", "--model.name", "m", "--data.train", "d", "--dry-run"])
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and errors.startswith("exgrpo-fast: hindsight.enabled")
