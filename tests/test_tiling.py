@@ -219,7 +219,7 @@ def learned(
             return step()
 
         learner.optimiser.step = look
-        groups = worst_groups(2, prompt_tokens=9, completion_tokens=12, vocabulary=200)
+        groups = worst_groups(2, 2, prompt_tokens=9, completion_tokens=12, vocabulary=200)
         report = learner.update(groups, trainer.objective)
         return report.losses[0], found
 
@@ -288,7 +288,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 
 # --- less memory ----------------------------------------------------------------------------------
 
-WIDE = Qwen2Config(**(SMALL | {"hidden_size": 128, "intermediate_size": 2048, "vocab_size": 32}))
+LARGE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 2048, "vocab_size": 32}
+WIDE = Qwen2Config(**{**SMALL, **LARGE})
 
 
 def rehearsal_peak(tile: int, checkpointing: bool) -> float:
@@ -306,9 +307,9 @@ def rehearsal_peak(tile: int, checkpointing: bool) -> float:
         Optimiser(policy.trainable_parameters, lr=1e-6),
         advantage=ADVANTAGES["dr_grpo"],
         aggregation="constant",
-        max_completion_tokens=200,
+        max_completion_tokens=228,
     )
-    groups = worst_groups(4, prompt_tokens=57, completion_tokens=200, vocabulary=32)
+    groups = worst_groups(2, 2, prompt_tokens=58, completion_tokens=228, vocabulary=32)
     learner.rehearse(groups, PolicyObjective())
     return peak_bytes(lambda: learner.rehearse(groups, PolicyObjective()))
 

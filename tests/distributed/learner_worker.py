@@ -132,9 +132,16 @@ def furthest(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def compare(
-    processes: Processes, *, tied: bool, dtype: torch.dtype, kl: float = 0.0, **more: Any
+    processes: Processes,
+    *,
+    tied: bool,
+    dtype: torch.dtype,
+    kl: float = 0.0,
+    clip_low: float = 0.2,
+    clip_high: float | None = 0.28,
+    **more: Any,
 ) -> dict[str, Any]:
-    objective = PolicyObjective(entropy_coef=0.01, kl_coef=kl)
+    objective = PolicyObjective(clip_low, clip_high, entropy_coef=0.01, kl_coef=kl)
     settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
     model = make_model(tied=tied)
     minibatches = settings.pop("minibatches", 1)
@@ -257,7 +264,10 @@ def main(arguments: list[str]) -> None:
             processes, tied=True, dtype=torch.float32, gradient_checkpointing=True, minibatches=2
         ),
         "offloading": compare(processes, tied=False, dtype=torch.float32, offload_activations=True),
-        "bfloat16": compare(processes, tied=False, dtype=torch.bfloat16),
+        # without a clip: a ratio at its edge would fall on either side of it
+        "bfloat16": compare(
+            processes, tied=False, dtype=torch.bfloat16, clip_low=1.0, clip_high=None
+        ),
         "broken": broken(processes),
         "few": few_packs(processes),
         "synced": synced(processes),
