@@ -20,6 +20,8 @@ from transformers import (
 
 from exgrpo_fast.attention import flash, varlen
 from exgrpo_fast.attention.backends import BackendName
+from exgrpo_fast.composition.models import make_policy
+from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.lora import add_adapter
 from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_fast.policy import Policy, PolicyError
@@ -191,6 +193,13 @@ def test_prompts_are_told_apart_by_all_their_tokens() -> None:
 
 
 # --- what cannot be ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flash", "varlen", "flex"])
+def test_an_impossible_back_end_is_refused_before_the_model_is_loaded(name: str) -> None:
+    config = validate({"model": {"name": "nowhere", "attention": name}})
+    with pytest.raises(ConfigError, match=f"^model.attention {name} needs a CUDA device, not cpu"):
+        make_policy(config, "nowhere", device="cpu")
 
 
 def test_layers_that_are_no_attention_are_refused() -> None:
