@@ -32,9 +32,9 @@ def dense(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sees_QK: Tensor
 ) -> Tensor:
     """softmax(q k^T) v over what each query sees: [Q, heads, d], [K, key heads, d]."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     weights = scores.masked_fill(~sees_QK, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value)
 

@@ -12,7 +12,7 @@ from exgrpo_fast.attention import flash, flex, sdpa, varlen
 from exgrpo_fast.attention.layout import AttentionLayout
 
 BackendName = Literal["flash", "varlen", "flex", "sdpa"]
-AUTO = ("flash", "varlen", "sdpa")  # in this order, as far as they can run
+AUTO: tuple[BackendName, ...] = ("flash", "varlen", "sdpa")  # in this order, as far as they can run
 
 
 class PackedAttention(Protocol):

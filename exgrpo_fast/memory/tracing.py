@@ -4,7 +4,8 @@ The model's own code runs over fake tensors: they have shapes and no memory, and
 what real ones would take. Two and three layers are enough: everything grows linearly with their
 number.
 
-Attention is one packed sequence through torch's fused kernels, which keep no [T, T].
+Attention is one packed sequence through torch's fused kernels, which keep no [T, T]. No pack whose
+prompts are shared holds more.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import attention_cases
 import pytest
 import torch
 from attention_cases import FlashAttn, VarlenAttn
@@ -20,6 +21,8 @@ from transformers import (
 
 from exgrpo_fast.attention import flash, varlen
 from exgrpo_fast.attention.backends import BackendName
+from exgrpo_fast.composition.models import make_policy
+from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.lora import add_adapter
 from exgrpo_fast.packing import Pack, Ragged, pack
 from exgrpo_fast.policy import Policy, PolicyError
@@ -135,6 +138,25 @@ def test_adapters_get_the_same_gradients(backend: BackendName) -> None:
         torch.testing.assert_close(found[key], theirs, atol=1e-5 * scale, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_under_autocast_a_kernel_is_given_one_dtype(
+    backend: BackendName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotated queries and keys are float32 there, values bfloat16, and the kernels cast nothing."""
+    policy = Policy(make_model("qwen3, grouped"), attention=backend, compute_dtype=torch.bfloat16)
+    (one,) = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=10_000)
+    seen: set[torch.dtype] = set()
+    kernel = attention_cases.sequences
+
+    def look(qkv: Any, *rest: Any) -> torch.Tensor:
+        seen.update(x.dtype for x in qkv)
+        return kernel(qkv, *rest)
+
+    monkeypatch.setattr(attention_cases, "sequences", look)
+    assert policy.hidden_states(one).dtype == torch.bfloat16
+    assert seen == {torch.bfloat16}
+
+
 # --- packs ----------------------------------------------------------------------------------------
 
 
@@ -185,12 +207,19 @@ def test_a_sequence_that_is_too_long_stands_alone() -> None:
 
 
 def test_prompts_are_told_apart_by_all_their_tokens() -> None:
-    prompts = [(1, 2), (1, 2, 3), (12,), (1, 2)]
-    packs = pack(Ragged.of(prompts), Ragged.of([torch.arange(2)] * 4), max_tokens=100)
-    assert len(packs[0].input_ids) == 6 + 4
+    prompts = [(1, 2), (1, 2, 3), (12,), (2, 1), (1, 2)]
+    (one,) = pack(Ragged.of(prompts), Ragged.of([torch.arange(2)] * 5), max_tokens=100)
+    assert len(one.input_ids) == 8 + 5
 
 
 # --- what cannot be ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flash", "varlen", "flex"])
+def test_an_impossible_back_end_is_refused_before_the_model_is_loaded(name: str) -> None:
+    config = validate({"model": {"name": "nowhere", "attention": name}})
+    with pytest.raises(ConfigError, match=f"^model.attention {name} needs a CUDA device, not cpu"):
+        make_policy(config, "nowhere", device="cpu")
 
 
 def test_layers_that_are_no_attention_are_refused() -> None:
