@@ -306,7 +306,7 @@ class Learner:
                     tail=self.tail,
                     chunk_rows=self.policy.tile_tokens or None,
                 )
-            del hidden_ND, weight  # the backward pass does without them
+            del hidden_ND, weight, head_gradient_VD  # the backward pass does without them
             sums.replay_ratios.append(result.ratio[packed.rows_of(replayed)])
             if any(guided):
                 sums.guided.append(

@@ -288,7 +288,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(
 
 # --- less memory ----------------------------------------------------------------------------------
 
-WIDE = Qwen2Config(**(SMALL | {"hidden_size": 128, "intermediate_size": 2048, "vocab_size": 32}))
+WIDE_KEYS: dict[str, Any] = {
+    **SMALL,
+    "hidden_size": 128,
+    "intermediate_size": 2048,
+    "vocab_size": 32,
+}
+WIDE = Qwen2Config(**WIDE_KEYS)
 
 
 def rehearsal_peak(tile: int, checkpointing: bool) -> float:
