@@ -319,7 +319,7 @@ class Learner:
                     tail=self.tail,
                     chunk_rows=self.chunk_rows,
                 )
-            del hidden_ND, weight  # the backward pass does without them
+            del hidden_ND, weight, head_gradient_VD  # the backward pass does without them
             if not counts:
                 yield result.loss, {}, 0
                 continue
