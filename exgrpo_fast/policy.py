@@ -93,7 +93,9 @@ class Policy:
         self.temperature = temperature
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         _check_supported(model)
-        self.attention = _attention(attention, self.device, compute_dtype, model.config)
+        self.attention: BackendName = _attention(
+            attention, self.device, compute_dtype, model.config
+        )
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
