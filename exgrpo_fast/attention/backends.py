@@ -12,7 +12,7 @@ from exgrpo_fast.attention import flash, flex, sdpa, varlen
 from exgrpo_fast.attention.layout import AttentionLayout
 
 BackendName = Literal["flash", "varlen", "flex", "sdpa"]
-AUTO: tuple[BackendName, ...] = ("flash", "varlen", "sdpa")  # in this order, as far as they can run
+AUTO: list[BackendName] = ["flash", "varlen", "sdpa"]  # in this order, as far as they can run
 
 
 class PackedAttention(Protocol):
@@ -60,10 +60,8 @@ def choose(
     """`asked` with `auto` resolved; arguments as for `refusal`."""
     if asked != "auto":
         return asked
-    usable = (
-        name for name in AUTO if refusal(name, device=device, dtype=dtype, model=model) is None
-    )
-    return next(usable)
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "model": model}
+    return next(name for name in AUTO if refusal(name, **where) is None)
 
 
 def refusal(
