@@ -93,7 +93,8 @@ def results(
     outputs["loss"] = loss.detach()
     leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
     names = ["dhidden", "dweight", "dbias"]
-    for name, gradient in zip(names, torch.autograd.grad(loss, leaves), strict=False):
+    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)  # no rows use no weight
+    for name, gradient in zip(names, gradients, strict=False):
         outputs[name] = gradient[rows] if whole and name != "dhidden" else gradient
     return outputs
 
