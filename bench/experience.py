@@ -50,12 +50,7 @@ from torch import Tensor
 
 from exgrpo_fast.attention.layout import AttentionLayout
 from exgrpo_fast.buffer.plan import StorePlan
-from exgrpo_fast.buffer.selectors import (
-    allocate,
-    bucket_probabilities,
-    choose,
-    gaussian_buckets,
-)
+from exgrpo_fast.buffer.selectors import allocate, bucket_probabilities, choose, gaussian_buckets
 from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
 from exgrpo_fast.buffer.store import Experiences, ExperienceStore
 from exgrpo_fast.checkpoint import Checkpoints, load_state

@@ -24,9 +24,7 @@ from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.processes import ALONE, Processes, own_part
 from exgrpo_fast.quantization import nf4
 from exgrpo_fast.reference import AdapterOff, Reference
-from exgrpo_fast.resampling.compatibility import (
-    fingerprint,
-)
+from exgrpo_fast.resampling.compatibility import fingerprint
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.verify import Decode
 

@@ -15,17 +15,11 @@ from exgrpo_fast.buffer.selectors import (
 from exgrpo_fast.buffer.store import ExperienceStore
 from exgrpo_fast.composition.models import load_tokenizer, make_encode, make_policy, vocabulary_of
 from exgrpo_fast.config import Config, ConfigError, require
-from exgrpo_fast.engines import (
-    PreparedEngine,
-    end_of_sequence_ids,
-)
+from exgrpo_fast.engines import PreparedEngine, end_of_sequence_ids
 from exgrpo_fast.experience import Question
 from exgrpo_fast.memory.store import store_plan
 from exgrpo_fast.policy import Policy, Tokenizer
-from exgrpo_fast.resampling.compatibility import (
-    read_vocabulary,
-    refuse_other_vocabulary,
-)
+from exgrpo_fast.resampling.compatibility import read_vocabulary, refuse_other_vocabulary
 from exgrpo_fast.resampling.driver import Resampler
 from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
 from exgrpo_fast.resampling.triggers import Trigger

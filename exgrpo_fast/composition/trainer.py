@@ -15,16 +15,8 @@ from exgrpo_fast.composition.sources import make_hindsight, make_prior, make_rep
 from exgrpo_fast.composition.surroundings import config_digest, package_versions
 from exgrpo_fast.config import Config
 from exgrpo_fast.display import Screen
-from exgrpo_fast.distributed import (
-    CheckpointFollower,
-    NoBadBatches,
-    NoCompletionLog,
-    SharedEngine,
-)
-from exgrpo_fast.engines import (
-    PreparedEngine,
-    mismatch_rule,
-)
+from exgrpo_fast.distributed import CheckpointFollower, NoBadBatches, NoCompletionLog, SharedEngine
+from exgrpo_fast.engines import PreparedEngine, mismatch_rule
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learner import Learner, ReplayTerm
 from exgrpo_fast.metrics import (

@@ -8,10 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from exgrpo_fast.config.schema import Config
 

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from exgrpo_fast.config.complaints import one_line, section_of, suggest
 from exgrpo_fast.config.schema import Config

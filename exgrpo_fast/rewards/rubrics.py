@@ -18,13 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from exgrpo_fast.rewards import extraction
 from exgrpo_fast.rewards.functions import reasoning_gym
-from exgrpo_fast.rewards.judgement import (
-    Judgement,
-    Result,
-    RewardError,
-    RewardFunction,
-    describe,
-)
+from exgrpo_fast.rewards.judgement import Judgement, Result, RewardError, RewardFunction, describe
 from exgrpo_fast.rewards.mathematics import math_verify
 
 Check = Callable[[str, str, Mapping[str, Any]], bool]  # prompt, response, context

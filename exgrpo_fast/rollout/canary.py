@@ -9,13 +9,7 @@ import torch
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
-from exgrpo_fast.rollout.engine import (
-    Generation,
-    Request,
-    RolloutEngine,
-    Sampling,
-    StartedEngine,
-)
+from exgrpo_fast.rollout.engine import Generation, Request, RolloutEngine, Sampling, StartedEngine
 
 NUM_TOKENS = 16
 NUM_DRAWS = 4  # of the one prompt: an end of sequence may come early in some

@@ -22,12 +22,7 @@ from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.resampling.driver import Resampler, Response, Session
 from exgrpo_fast.resampling.exact_law import EmittedLaw, emitted_law
-from exgrpo_fast.resampling.importance import (
-    NEEDS_LAW,
-    Importance,
-    balance_weight,
-    columns_of,
-)
+from exgrpo_fast.resampling.importance import NEEDS_LAW, Importance, balance_weight, columns_of
 from exgrpo_fast.rollout.engine import Request, request_seed
 from exgrpo_fast.sources.prior_metrics import GuidanceCost
 

@@ -11,10 +11,7 @@ Beside each function stands a `*_reference` in plain PyTorch that is its specifi
 """
 
 from exgrpo_kernels.linear_head import LinearLogprob, NonFiniteHidden
-from exgrpo_kernels.linear_logprob import (
-    linear_logprob,
-    linear_logprob_reference,
-)
+from exgrpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from exgrpo_kernels.objective import PolicyObjective
 from exgrpo_kernels.policy_loss import (
     PolicyLoss,
@@ -23,10 +20,7 @@ from exgrpo_kernels.policy_loss import (
     policy_loss,
 )
 from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits
-from exgrpo_kernels.vocab_parallel import (
-    vocab_parallel_linear_logprob,
-    vocab_parallel_policy_loss,
-)
+from exgrpo_kernels.vocab_parallel import vocab_parallel_linear_logprob, vocab_parallel_policy_loss
 
 __all__ = [
     "LinearLogprob",

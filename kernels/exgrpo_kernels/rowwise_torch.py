@@ -14,12 +14,7 @@ from torch import Tensor
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import LinearLogprob, LogitGradient, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import LossColumns, PolicyObjective, row_scalars
-from exgrpo_kernels.sparse_backward import (
-    TileMasses,
-    mean_coefficient,
-    num_tiles,
-    tile_sums,
-)
+from exgrpo_kernels.sparse_backward import TileMasses, mean_coefficient, num_tiles, tile_sums
 
 # exp(-1000) is 0 in float64 too, so replacing -inf by it changes no probability, and 0 * -1000
 # is 0 where 0 * -inf would be NaN.

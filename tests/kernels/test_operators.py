@@ -10,10 +10,7 @@ from cases import Case, make_batch
 
 from exgrpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss, runtime
 from exgrpo_kernels.linear_head import linear_head
-from exgrpo_kernels.linear_logprob import (
-    linear_logprob_backward_operator,
-    linear_logprob_operator,
-)
+from exgrpo_kernels.linear_logprob import linear_logprob_backward_operator, linear_logprob_operator
 from exgrpo_kernels.objective import loss_columns
 from exgrpo_kernels.policy_loss import linear_policy_loss_operator
 from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits_operator

@@ -17,11 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import shuffled_programs
 
-from exgrpo_kernels import (
-    linear_policy_loss,
-    runtime,
-    sparse_backward,
-)
+from exgrpo_kernels import linear_policy_loss, runtime, sparse_backward
 
 F64 = torch.float64
 BACKENDS = ["torch"] + (["triton"] if runtime.is_interpreting() else [])
