@@ -178,6 +178,16 @@ def series(folder, title):
     return dict(json.loads(unescape(figure.split('"')[1]))["s"]), figure
 
 
+def test_groups_of_partial_rewards_are_counted_once(tmp_path):
+    make_run(tmp_path, steps=3)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows[1]["all_fail_frac"] = 0.4  # a tenth of the groups differ in their rewards, none is right
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares, drawn = series(tmp_path, "Groups by outcome")
+    assert [y for _, y in shares["all wrong"]] == pytest.approx([0.3, 0.3, 0.3])
+    assert ">1<" in drawn and ">1.5<" not in drawn
+
+
 def test_replay_figures_hold_the_counts_of_each_step(tmp_path):
     make_run(tmp_path, steps=3)
     buckets, drawn = series(tmp_path, "Replay buckets")

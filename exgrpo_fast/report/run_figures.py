@@ -200,6 +200,9 @@ def _outcomes_figure(run: Run) -> str:
     )
     note = "Only groups whose rewards differ carry a gradient."
     if fail and passed:
+        # with partial rewards a group may be learnable and all wrong: it counts as learnable
+        taken = {step: share + dict(passed).get(step, 0.0) for step, share in learnable}
+        fail = [(step, min(share, max(0.0, 1.0 - taken.get(step, 0.0)))) for step, share in fail]
         layers = [("all wrong", fail, 5), ("learnable", learnable, 3), ("all right", passed, 1)]
         return stacked_figure("Groups by outcome", layers, note=note, top=1.0)
     line = Line("learnable share", learnable, 3)
