@@ -3,7 +3,7 @@
 surroundings  libraries, versions, fingerprints
 models        policy, reference, adapter, tokenizer     rewards  verifiers and evaluation
 sources       replay, prior, hindsight                  trainer  the trainer and its parts
-run           all of it opened for one run, and closed
+rollouts      the engine of a run, its log         run      all of it opened for one run, and closed
 """
 
 from exgrpo_fast.composition.models import (

@@ -6,7 +6,7 @@ What can fail by a user's mistake (files, rewards, golds) is tried before the we
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,20 @@ from exgrpo_fast.composition.models import (
     start_folder,
 )
 from exgrpo_fast.composition.rewards import make_rewards
+from exgrpo_fast.composition.rollouts import make_engine, prepare_rollouts
 from exgrpo_fast.composition.sources import check_prior
-from exgrpo_fast.composition.surroundings import config_digest, quiet_libraries
+from exgrpo_fast.composition.surroundings import quiet_libraries
 from exgrpo_fast.composition.trainer import forget_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
-from exgrpo_fast.distributed import AnnouncedPolicy, CopiedEngine, SharedEngine
-from exgrpo_fast.engines import PreparedEngine, engine_kind, prepare_engine
 from exgrpo_fast.memory.plan import MemoryPlan
 from exgrpo_fast.memory.store import store_note
-from exgrpo_fast.metrics import NullSink
+from exgrpo_fast.metrics import MetricSink, NullSink
 from exgrpo_fast.planning import fitted, wants_preflight
 from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.preflight import rehearse
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.random_state import seed_everything
-from exgrpo_fast.rollout.engine import RolloutEngine
-from exgrpo_fast.rollout.journal import JournalledEngine
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.sources.replay import ReplaySource
 from exgrpo_fast.trainer import Trainer
@@ -100,19 +97,21 @@ def open_run(
         )
         refuse_broken_weights(policy, model_path)
         state = load_state(resume_from) if resume_from else {"num_steps": 0}
-        engine, sink = None, NullSink()
-        if prepared is not None:
+        sink: MetricSink = NullSink()
+        if processes.is_first:
             forget_after(state["num_steps"], folder, screen)
-            engine = journalled(
-                attach(config, prepared, policy, model_path, train[0].prompt_ids, device=device),
-                config,
-                folder,
-                num_steps=state["num_steps"],
-            )
             sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
-        if engine is None or processes.count > 1:
-            engine = SharedEngine(engine, policy, processes)
         stack.enter_context(contextlib.closing(sink))
+        engine = make_engine(
+            config,
+            prepared,
+            policy,
+            folder,
+            model_path=model_path,
+            prompt_ids=train[0].prompt_ids,
+            num_steps=state["num_steps"],
+            device=device,
+        )
         trainer = make_trainer(
             config,
             policy=policy,
@@ -139,66 +138,6 @@ def open_run(
         yield Run(trainer, policy, tokenizer)
 
 
-def prepare_rollouts(
-    config: Config,
-    folder: str,
-    tokenizer: Tokenizer,
-    run_folder: RunFolder,
-    screen: Screen,
-    stack: contextlib.ExitStack,
-    processes: Processes,
-    *,
-    device: str,
-) -> PreparedEngine | None:
-    """The engine of the first process; None in the others. `folder`: of the weights."""
-    kind = engine_kind(config, device)
-    if kind == "vllm" and processes.count > 1:
-        raise ConfigError(
-            f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
-            f"with {processes.count} processes; vllm_server or transformers does"
-        )
-    server = config.rollout.server
-    unnamed = server.gpus is None and not server.urls
-    if kind == "vllm_server" and processes.count > 1 and device == "cuda" and unnamed:
-        raise ConfigError(
-            f"rollout.server.gpus is not set: with {processes.count} processes, name GPUs that "
-            f"none of them trains on, or rollout.server.urls"
-        )
-
-    def prepare() -> PreparedEngine:
-        return prepare_engine(
-            config,
-            folder,
-            tokenizer,
-            device=device,
-            stack=stack,
-            log_folder=run_folder.path,
-            note=screen.note,
-        )
-
-    return processes.from_first(prepare, pack=lambda made: None)
-
-
-def attach(
-    config: Config,
-    prepared: PreparedEngine,
-    policy: Policy,
-    folder: str,
-    prompt_ids: Sequence[int],
-    *,
-    device: str,
-) -> RolloutEngine:
-    """The engine with the policy whose weights it follows; a sharded one has a whole copy beside."""
-    if policy.processes.count == 1:
-        return prepared.attach(policy, prompt_ids)
-    announced = AnnouncedPolicy(policy, policy.processes)
-    if engine_kind(config, device) != "transformers":
-        return prepared.attach(announced, prompt_ids)
-    copy = make_policy(config, folder, device=device)
-    copy.model.requires_grad_(False)
-    return CopiedEngine(prepared.attach(copy, prompt_ids), copy, announced)
-
-
 def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:
     """The largest step a run can bring, once; DoesNotFit where the device is too small."""
     rehearsal = rehearse(
@@ -219,12 +158,3 @@ def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.load_state_dict(state)
     except ValueError as error:
         raise ConfigError(f"--resume: {error}") from None
-
-
-def journalled(
-    engine: RolloutEngine, config: Config, folder: RunFolder, *, num_steps: int
-) -> JournalledEngine:
-    """The engine with a log of what it has finished, so that no life of a run pays for it twice."""
-    return JournalledEngine(
-        engine, folder.rollouts, identity=config_digest(config), version=num_steps
-    )
