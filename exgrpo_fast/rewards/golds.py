@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from exgrpo_fast.rewards.pool import RewardPool
 from exgrpo_fast.rewards.tickets import RewardSample
 
+MORE_TRIES = 3  # of an answer that took too long
+
 
 class HasGold(Protocol):
     """A `Question`, or a row that was read without a tokenizer."""
@@ -45,9 +47,14 @@ def check_golds(
 
     Asks the `check_gold` of each reward function; functions without one (a user's own, as a rule)
     know what they accept and are not asked. Up to 50 ms of a core per answer that is no number.
+    A time-out says as much of a busy machine as of an answer: those are tried again, one at a time.
     """
     samples = [RewardSample("", "", q.answer, q.columns) for q in questions]
     verdicts = pool.run(samples, checking_gold=True, on_finished=on_finished)
+    for _ in range(MORE_TRIES):
+        for index, verdict in enumerate(verdicts):
+            if verdict.reason == "timeout":
+                [verdicts[index]] = pool.run([samples[index]], checking_gold=True)
     usable = ("ok", "any_answer", "unscored")
     return [
         BadGold(index, question.id, question.answer, verdict.reason)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exgrpo_fast.data import CheckedRow, check_data
 from exgrpo_fast.rewards import RewardPool, RewardSample, check_golds
+from exgrpo_fast.rewards.tickets import Scored
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EXGRPO_SHARED", ROOT.parent / "shared")) / "data"
@@ -68,6 +70,27 @@ def test_unusable_golds_are_listed_with_their_reason(pool) -> None:
         (4, "(1, 2", "unparsable"),
         (6, "\\mho(", "unparsable"),
     ]
+
+
+def test_an_answer_that_took_too_long_is_tried_again() -> None:
+    class BusyMachine:
+        """Times out for the first `late[answer]` times."""
+
+        def __init__(self, **late: int) -> None:
+            self.late, self.batches = late, []
+
+        def run(self, samples, **options) -> list[Scored]:
+            self.batches.append([sample.answer for sample in samples])
+            return [self.judge(sample.answer) for sample in samples]
+
+        def judge(self, answer: str) -> Scored:
+            self.late[answer] -= 1
+            return Scored(0.0, "timeout") if self.late[answer] >= 0 else Scored(1.0, "ok")
+
+    pool: Any = BusyMachine(a=0, b=3, c=99)
+    bad = check_golds([gold("a"), gold("b"), gold("c")], pool)
+    assert [(g.index, g.reason) for g in bad] == [(2, "timeout")]
+    assert pool.batches == [["a", "b", "c"], ["b"], ["c"], ["b"], ["c"], ["b"], ["c"]]
 
 
 def test_golds_of_a_reward_that_does_not_judge_answers_are_not_held_against_it(tmp_path) -> None:
