@@ -178,8 +178,9 @@ class Learner:
         longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
         limit = self.policy.max_tokens_per_microbatch
         alone = self.policy.processes.count == 1
-        if alone and self.chunk_rows == self.asked_chunk_rows:
-            self.chunk_rows = max(1, self.policy.chunk_rows(self.asked_chunk_rows) // 2)
+        usual_rows = self.policy.chunk_rows(self.asked_chunk_rows)
+        if alone and usual_rows > 1 and self.chunk_rows == self.asked_chunk_rows:
+            self.chunk_rows = usual_rows // 2
             report.chunk_halvings += 1
         elif alone and limit > longest:
             half = min(limit, total_tokens(rows)) // 2
