@@ -40,7 +40,16 @@ class Columns:
 
 FILES = {
     "memory.json": Columns(
-        case=("model", "tokens", "weights", "compute", "checkpointing", "lora"),
+        case=(
+            "model",
+            "tokens",
+            "weights",
+            "compute",
+            "checkpointing",
+            "lora",
+            "tile",
+            "optimizer",
+        ),
         memory=("resident_mib", "update_mib", "scoring_mib"),
     ),
     "step.json": Columns(
@@ -74,7 +83,7 @@ class Finding:
         told = "missing" if self.growth is None else f"{self.growth:+8.1%}"
         after = "-" if self.after is None else f"{self.after:.3f}"
         mark = "WORSE" if self.is_worse else ""
-        return f"{self.case:44} {self.figure:18} {self.before:12.3f} {after:>12} {told:>8} {mark}"
+        return f"{self.case:58} {self.figure:18} {self.before:12.3f} {after:>12} {told:>8} {mark}"
 
 
 def compare(columns: Columns, before: dict[str, Any], after: dict[str, Any]) -> Iterator[Finding]:
@@ -91,8 +100,10 @@ def compare(columns: Columns, before: dict[str, Any], after: dict[str, Any]) -> 
 
 
 def by_case(columns: Columns, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    ours = (r for r in results["rows"] if all(r[name] == value for name, value in columns.only))
-    return {" ".join(str(row[name]) for name in columns.case): row for row in ours}
+    ours = [r for r in results["rows"] if all(r[name] == value for name, value in columns.only)]
+    cases = {" ".join(str(row[name]) for name in columns.case): row for row in ours}
+    assert len(cases) == len(ours), f"{columns.case} do not tell all cases apart"
+    return cases
 
 
 def same_surroundings(before: dict[str, Any], after: dict[str, Any]) -> bool:

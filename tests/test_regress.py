@@ -93,3 +93,16 @@ def test_what_others_need_is_not_compared(compared) -> None:
     worse = step_results()
     worse["rows"][2]["allocated_mib"] = 1e6  # TRL's
     assert compared(worse)[0] == 0
+
+
+def test_every_committed_case_is_compared() -> None:
+    baseline = PROGRAM.parent / "results" / "cpu"
+    files = {
+        name: json.loads((baseline / name).read_text()) for name in ("memory.json", "step.json")
+    }
+    ours = [row for row in files["step.json"]["rows"] if row["side"] == "exgrpo_fast"]
+    figures = 3 * len(files["memory.json"]["rows"]) + 2 * len(ours)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, baseline, "--baseline", baseline], capture_output=True, text=True
+    )
+    assert f"0 of {figures} figures are worse" in done.stdout
