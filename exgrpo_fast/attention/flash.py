@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.blocks import block_by_block
 from exgrpo_fast.attention.layout import AttentionLayout
-from exgrpo_fast.attention.query_runs import QueryRun, query_runs
+from exgrpo_fast.attention.query_runs import QueryRun, RunByRun
 
 
 def kernel() -> Any:
@@ -20,27 +18,14 @@ def kernel() -> Any:
     return flash_attn_varlen_func
 
 
-class Flash:
+class Flash(RunByRun):
     """The `flash` back end for one pack."""
 
     def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
-        self.runs, self.kernel = query_runs(layout, device), kernel()
+        super().__init__(layout, device)
+        self.kernel = kernel()
 
-    def __call__(
-        self,
-        query: Tensor,  # [L, heads, head size]
-        key: Tensor,  # [L, key heads, head size]
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
-        """[L, heads, head size]."""
-        attend = partial(self._attend, scaling=scaling, window=window, dropout=dropout)
-        return block_by_block(attend, self.runs, query, key, value, dropout=dropout)
-
-    def _attend(
+    def attend(
         self,
         run: QueryRun,
         query: Tensor,

@@ -8,13 +8,15 @@ The last query stands beside the last key: causality is aligned to the bottom ri
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.blocks import Block, greedy_blocks
+from exgrpo_fast.attention.blocks import Block, block_by_block, greedy_blocks
 from exgrpo_fast.attention.layout import AttentionLayout
 
 # Keys and values of twice the pack are what the side-by-side back end holds, whose queries and
@@ -30,6 +32,41 @@ class QueryRun(Block):
     cu_seqlens_k: Tensor  # int32 [sequences + 1], and among the keys
     max_seqlen_q: int
     max_seqlen_k: int
+
+
+class RunByRun(ABC):
+    """One pack's attention by a kernel that is called for each run."""
+
+    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
+        self.runs = query_runs(layout, device)
+
+    def __call__(
+        self,
+        query: Tensor,  # [L, heads, head size]
+        key: Tensor,  # [L, key heads, head size]
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+    ) -> Tensor:
+        """[L, heads, head size]."""
+        attend = partial(self.attend, scaling=scaling, window=window, dropout=dropout)
+        return block_by_block(attend, self.runs, query, key, value, dropout=dropout)
+
+    @abstractmethod
+    def attend(
+        self,
+        run: QueryRun,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        dropout: float,
+    ) -> Tensor:
+        """The outputs of one run, for the rows of the pack that it gathers."""
 
 
 def query_runs(layout: AttentionLayout, device: torch.device) -> list[QueryRun]:

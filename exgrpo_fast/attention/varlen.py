@@ -9,9 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.blocks import block_by_block
 from exgrpo_fast.attention.layout import AttentionLayout
-from exgrpo_fast.attention.query_runs import QueryRun, query_runs
+from exgrpo_fast.attention.query_runs import QueryRun, RunByRun
 
 
 def kernel() -> Callable[..., Tensor] | None:
@@ -31,30 +30,16 @@ def kernel() -> Callable[..., Tensor] | None:
     return partial(varlen_attn, **told)  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
-class Varlen:
+class Varlen(RunByRun):
     """The `varlen` back end for one pack."""
 
     def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
         found = kernel()
         assert found is not None, "torch.nn.attention.varlen is missing"
-        self.runs, self.kernel = query_runs(layout, device), found
+        super().__init__(layout, device)
+        self.kernel = found
 
-    def __call__(
-        self,
-        query: Tensor,  # [L, heads, head size]
-        key: Tensor,  # [L, key heads, head size]
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
-        """[L, heads, head size]."""
-        assert not dropout, "varlen_attn has no dropout"
-        attend = partial(self._attend, scaling=scaling, window=window)
-        return block_by_block(attend, self.runs, query, key, value, dropout=dropout)
-
-    def _attend(
+    def attend(
         self,
         run: QueryRun,
         query: Tensor,
@@ -63,7 +48,9 @@ class Varlen:
         *,
         scaling: float | None,
         window: int | None,
+        dropout: float,
     ) -> Tensor:
+        assert not dropout, "varlen_attn has no dropout"
         return self.kernel(
             query,
             key,

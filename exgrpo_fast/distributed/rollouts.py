@@ -25,11 +25,12 @@ from exgrpo_fast.rollout.engine import (
     Request,
     RolloutEngine,
     Sampling,
+    StartedEngine,
 )
 from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 
 
-class SharedEngine(RolloutEngine):
+class SharedEngine(StartedEngine):
     """The engine of the first process, for all of them; the others have none of their own."""
 
     def __init__(self, engine: RolloutEngine | None, policy: Policy, processes: Processes) -> None:
@@ -42,14 +43,6 @@ class SharedEngine(RolloutEngine):
     def start(self, requests: Sequence[Request], sampling: Sampling) -> SharedGeneration:
         own = self.engine.start(requests, sampling) if self.engine else None
         return SharedGeneration(own, self.processes)
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        observer: Observer = UNOBSERVED,
-    ) -> list[Completion]:
-        return self.start(requests, sampling).wait(observer)
 
     def sync(self, version: int) -> dict[str, float]:
         if self.engine is None:
