@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ T = TypeVar("T")
 # A collective that waits longer than this ends its process. It has to outlast a whole rollout, for
 # which all but the first process wait.
 DEADLINE_SECONDS = 1800.0
+GLOO_SECONDS = 0.2  # its threads have this long to let go at the end
 
 
 class FirstFailed(Exception):
@@ -188,6 +190,9 @@ def joined(
         raise
     finally:
         dist.destroy_process_group()
+        # A thread of gloo's that still holds a tensor of the last collective needs the interpreter
+        # to drop it, and aborts the process where that is being torn down (pytorch/pytorch#179291).
+        time.sleep(GLOO_SECONDS)
 
 
 # --- tensors in parts -----------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from exgrpo_fast.processes import Processes, joined
+from exgrpo_fast.torchrun import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "kernels"]
@@ -23,11 +28,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
-def run_processes(count: int, worker: Path, *words: str) -> list[Any]:
-    """`worker` is called with RANK COUNT STORE WORDS; what each prints last is JSON, rank by rank."""
+def run_processes(count: int, worker: Path) -> list[Any]:
+    """`worker` is called with RANK COUNT STORE; what each prints last is JSON, rank by rank."""
     with tempfile.TemporaryDirectory() as folder:
         commands = [
-            [sys.executable, str(worker), str(rank), str(count), f"{folder}/store", *words]
+            [sys.executable, str(worker), str(rank), str(count), f"{folder}/store"]
             for rank in range(count)
         ]
         processes = [
@@ -50,18 +55,14 @@ def run_processes(count: int, worker: Path, *words: str) -> list[Any]:
     return [json.loads(output.splitlines()[-1]) for output, _ in ended]
 
 
-def join_group(arguments: Sequence[str]) -> tuple[int, int, list[str]]:
-    """In a worker: (rank, count, its own words), once all have met."""
-    import torch
-    import torch.distributed as dist
+@contextlib.contextmanager
+def met(arguments: Sequence[str]) -> Iterator[Processes]:
+    """In a worker, whose words these are: all processes, met as a run under torchrun meets them.
 
-    rank, count, store, *words = arguments
+    They part again as a run does: gloo's threads abort a process that ends without.
+    """
+    rank, count, store = arguments
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=int(rank),
-        world_size=int(count),
-        timeout=timedelta(seconds=SECONDS),
-    )
-    return int(rank), int(count), words
+    place = Place(int(rank), int(count), int(rank))
+    with joined(place, "cpu", deadline=SECONDS, store=f"file://{store}") as processes:
+        yield processes

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from several_processes import join_group
+from several_processes import met
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -33,7 +33,6 @@ from exgrpo_fast.reference import Reference
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
-from exgrpo_fast.torchrun import Place
 from exgrpo_kernels import PolicyObjective
 
 VOCABULARY = 131  # odd: the parts of the head differ in size
@@ -254,10 +253,8 @@ def synced(processes: Processes) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> None:
-    rank, count, _ = join_group(arguments)
-    processes = Processes(Place(rank, count, rank))
-    report = {
+def every_comparison(processes: Processes) -> dict[str, Any]:
+    return {
         "tied": compare(processes, tied=True, dtype=torch.float32, kl=0.1),
         "untied": compare(processes, tied=False, dtype=torch.float32),
         "checkpointing": compare(
@@ -272,8 +269,8 @@ def main(arguments: list[str]) -> None:
         "few": few_packs(processes),
         "synced": synced(processes),
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with met(sys.argv[1:]) as processes:
+        print(json.dumps(every_comparison(processes)))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
-from several_processes import join_group
+from several_processes import met
 
 from exgrpo_fast.processes import FirstFailed, OutOfStep, Processes
-from exgrpo_fast.torchrun import Place
 
 
-def main(arguments: list[str]) -> None:
-    rank, count, _ = join_group(arguments)
-    processes = Processes(Place(rank, count, rank))
+def talk(processes: Processes) -> dict[str, object]:
+    rank = processes.place.rank
     report: dict[str, object] = {}
     report["of_first"] = processes.of_first({"rank": rank, "text": "ä", "tiny": 1e-300})
     report["gathered"] = processes.gather("x" * rank)
@@ -39,8 +37,9 @@ def main(arguments: list[str]) -> None:
         processes.require_same("step 3", {"tokens": 5, "loss": rank / 2})
     except OutOfStep as error:
         report["strayed"] = str(error)
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with met(sys.argv[1:]) as processes:
+        print(json.dumps(talk(processes)))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import F64, OBJECTIVES, Batch, Case, make_batch
-from several_processes import join_group
+from several_processes import met
 from torch import Tensor
 
 from exgrpo_kernels import (
@@ -130,8 +130,7 @@ def refusal(parts: list[slice], rank: int, target: int) -> str:
     return "accepted"
 
 
-def main(arguments: list[str]) -> None:
-    rank, count, _ = join_group(arguments)
+def every_comparison(rank: int, count: int) -> dict[str, Any]:
     runtime.chunk_rows = lambda num_rows, row_bytes, device: 5  # several chunks, the last one short
     cuts = [0, 57, 131] if count == 2 else [0, 1, 90, 131]
     parts = [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
@@ -153,9 +152,9 @@ def main(arguments: list[str]) -> None:
     report["nobody's target"] = refusal(parts, rank, 131)
     overlapping = [slice(0, 131)] * count
     report["everybody's target"] = refusal(overlapping, rank, 5)
-    print(json.dumps(report))
-    dist.destroy_process_group()
+    return report
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with met(sys.argv[1:]) as processes:
+        print(json.dumps(every_comparison(processes.place.rank, processes.count)))
