@@ -20,6 +20,7 @@ from exgrpo_fast.torchrun import Place
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "kernels"]
 SECONDS = 300
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def environment() -> dict[str, str]:

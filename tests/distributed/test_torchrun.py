@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import REWARDS
-from several_processes import environment
+from several_processes import TORCHRUN, environment
 
 SETTINGS = f"""
     --data.train rows.jsonl --data.eval held_out.jsonl --data.check_answers false
@@ -24,7 +24,6 @@ SETTINGS = f"""
     --replay.start_success_rate null --train.lr 1e-3 --train.max_tokens_per_microbatch 1200
     --checkpoint.every 2 --checkpoint.keep 9 --eval.n 2 --eval.k [1,2] --device cpu
 """.split()
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SECONDS = 300
 
 

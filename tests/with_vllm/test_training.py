@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import small_config  # pyright: ignore[reportAttributeAccessIssue]
+from several_processes import TORCHRUN, environment
 
 from exgrpo_fast.config import dump_yaml, load_config
 
@@ -56,6 +57,20 @@ def test_a_run_stays_in_step(folders, tmp_path, engine: str) -> None:
     rows = metrics_of(tmp_path / "run")
     assert_in_step(rows)
     assert all(row["staleness_max"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"), [("untied", "shared_memory"), ("tied", "broadcast")]
+)
+def test_servers_follow_two_processes(folders, tmp_path, model: str, weights: str) -> None:
+    """Under torchrun the weights are in parts; the servers get them whole."""
+    rollout = {"engine": "vllm_server", "server": {"count": 2, "weights": weights}}
+    config = write_inputs(tmp_path, folders[model], rollout=rollout)
+    command = [*TORCHRUN, "-m", "exgrpo_fast", "train", str(config), "--device", "cpu"]
+    out = tmp_path / "run"
+    ended = subprocess.run([*command, "--out", str(out)], env=environment(), timeout=400)
+    assert ended.returncode == 0
+    assert_in_step(metrics_of(out))
 
 
 RECIPES = """
