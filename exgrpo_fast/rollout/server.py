@@ -138,8 +138,7 @@ class EngineLoop:
     def join(self, introduction: dict[str, Any]) -> None:
         self.receiver = make_receiver(introduction, self.device)
 
-    def update(self, announced: dict[str, Any], version: int) -> int:
-        """The number of tensors taken over."""
+    def update(self, announced: dict[str, Any], version: int) -> None:
         if self.receiver is None:
             raise ValueError("POST /join comes before /update")
         if not self.model.tells_versions:
@@ -147,7 +146,6 @@ class EngineLoop:
                 self._step()
         with contextlib.closing(self.receiver.receive(announced)) as weights:
             self.model.load(weights, version)
-        return len(announced.get("names") or announced["tensors"])
 
     def pause(self, paused: bool) -> None:
         self.paused = paused

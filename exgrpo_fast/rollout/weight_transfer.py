@@ -8,10 +8,11 @@ Both ends agree on a checksum of every tensor; nothing is pickled.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from torch import Tensor
 
 NamedWeights = Iterable[tuple[str, Tensor]]
 MEMORY = Path("/dev/shm")  # files here live in memory
+END: dict[str, Any] = {}  # the label behind the last tensor of a broadcast
 
 
 class BrokenTransfer(Exception):
@@ -152,19 +154,17 @@ class BroadcastSender:
     def send(
         self, weights: NamedWeights, announce: Callable[[dict[str, Any]], Callable[[], None]]
     ) -> None:
-        tensors = [
-            (name, tensor.detach().to(self.device, self.dtype).contiguous())
-            for name, tensor in weights
-        ]
-        listing = [
-            {"name": name, "shape": list(tensor.shape), "checksum": checksum(tensor)}
-            for name, tensor in tensors
-        ]
-        answers = announce({"tensors": listing, "dtype": str(self.dtype).removeprefix("torch.")})
+        """One tensor after the other: of weights in parts never more than one is put together."""
+        answers = announce({"dtype": str(self.dtype).removeprefix("torch.")})
         if self.group is None:  # forms when the servers, just told, come to meet
             self.group = make_group(self.store, 0, self.world_size, self.device, self.timeout)
-        for _, tensor in tensors:
+        for name, weight in weights:
+            tensor = weight.detach().to(self.device, self.dtype).contiguous()
+            label = {"name": name, "shape": list(tensor.shape), "checksum": checksum(tensor)}
+            send_label(self.group, label, self.device)
             broadcast(self.group, tensor)
+            del weight, tensor  # before the next one is put together
+        send_label(self.group, END, self.device)
         answers()
 
     def close(self) -> None:
@@ -191,21 +191,20 @@ class BroadcastReceiver:
                 self.store, self.rank, self.world_size, self.device, self.timeout
             )
         dtype = getattr(torch, announced["dtype"])
-        entries = iter(announced["tensors"])
-
-        def take(entry: Mapping[str, Any]) -> Tensor:
-            tensor = torch.empty(entry["shape"], dtype=dtype, device=self.device)
-            broadcast(self.group, tensor)
-            return tensor
-
+        labelled = self._labelled(dtype)
         try:
-            for entry in entries:
-                tensor = take(entry)
-                compare(entry["name"], tensor, entry["checksum"])
-                yield entry["name"], tensor
+            for label, tensor in labelled:
+                compare(label["name"], tensor, label["checksum"])
+                yield label["name"], tensor
         finally:
-            for entry in entries:  # the trainer and the other servers wait for this one
-                take(entry)
+            for _ in labelled:  # the trainer and the other servers wait for this one
+                pass
+
+    def _labelled(self, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        while (label := receive_label(self.group, self.device)) != END:
+            tensor = torch.empty(label["shape"], dtype=dtype, device=self.device)
+            broadcast(self.group, tensor)
+            yield label, tensor
 
     def close(self) -> None:
         self.group = None
@@ -231,6 +230,20 @@ def broadcast(group: Any, tensor: Tensor) -> None:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     group.broadcast([tensor], options).wait()
+
+
+def send_label(group: Any, label: Mapping[str, Any], device: torch.device) -> None:
+    content = torch.frombuffer(bytearray(json.dumps(label).encode()), dtype=torch.uint8)
+    broadcast(group, torch.tensor([len(content)], device=device))
+    broadcast(group, content.to(device))
+
+
+def receive_label(group: Any, device: torch.device) -> dict[str, Any]:
+    size = torch.zeros(1, dtype=torch.int64, device=device)
+    broadcast(group, size)
+    content = torch.empty(int(size), dtype=torch.uint8, device=device)
+    broadcast(group, content)
+    return json.loads(bytes(content.tolist()))
 
 
 def compare(name: str, tensor: Tensor, expected: int) -> None:

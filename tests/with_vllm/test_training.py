@@ -59,9 +59,7 @@ def test_a_run_stays_in_step(folders, tmp_path, engine: str) -> None:
     assert all(row["staleness_max"] == 0 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("model", "weights"), [("untied", "shared_memory"), ("tied", "broadcast")]
-)
+@pytest.mark.parametrize(("model", "weights"), [("untied", "shared_memory"), ("tied", "broadcast")])
 def test_servers_follow_two_processes(folders, tmp_path, model: str, weights: str) -> None:
     """Under torchrun the weights are in parts; the servers get them whole."""
     rollout = {"engine": "vllm_server", "server": {"count": 2, "weights": weights}}
