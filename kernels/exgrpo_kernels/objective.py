@@ -3,7 +3,7 @@
 Everything here acts on vectors of N tokens; nothing knows about hidden states or a vocabulary.
 The loss mathematics of the project is written here, once: each loss in `token_losses`, its
 derivative beside it for `row_scalars`. The Triton row kernel repeats the derivative of the
-token-level losses (`rowwise.policy_coefficient`); the tests hold all three together.
+token-level losses (`row_kernels.policy_coefficient`); the tests hold all three together.
 
 Legend: N tokens, joined end to end; `ratio` is pi_theta / pi_behaviour of the emitted token, or
 of its whole sequence; `shaped` tokens use w / (w + g) in place of the surrogate.

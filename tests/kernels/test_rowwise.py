@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import shuffled_programs
 
-from exgrpo_kernels import PolicyObjective, linear_logprob, rowwise, runtime
+from exgrpo_kernels import PolicyObjective, linear_logprob, row_kernels, rowwise, runtime
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import LossColumns, loss_columns
 
@@ -79,9 +79,9 @@ def test_a_block_of_the_shipped_size(monkeypatch, dtype):
 def scalar_functions_kernel(inputs, tanhs, logs, exps, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(inputs + index)
-    tl.store(tanhs + index, rowwise.hyperbolic_tangent(x))
-    tl.store(logs + index, rowwise.log_of_one_plus(tl.abs(x)))
-    tl.store(exps + index, rowwise.one_minus_exp(-tl.abs(x)))
+    tl.store(tanhs + index, row_kernels.hyperbolic_tangent(x))
+    tl.store(logs + index, row_kernels.log_of_one_plus(tl.abs(x)))
+    tl.store(exps + index, row_kernels.one_minus_exp(-tl.abs(x)))
 
 
 def test_scalar_functions_are_accurate_relative_to_their_value():
@@ -178,7 +178,7 @@ def test_masses_are_the_sums_of_the_gradient_over_tiles():
     buffer = rowwise.TritonRows(some_logits(6, 300), operand_dtype=torch.float32, keeps_masses=True)
     _, gradient = buffer.policy_gradient(row_inputs(6, 300), CLIP, columns)
     padded = torch.nn.functional.pad(gradient.dlogits_LV.abs().double(), (0, 320 - 300))
-    expected = padded.view(6, 5, rowwise.MASS_TILE).sum(-1)
+    expected = padded.view(6, 5, row_kernels.MASS_TILE).sum(-1)
     assert buffer.masses is not None and buffer.masses.shape == (6, 5)
     torch.testing.assert_close(buffer.masses.double(), expected, rtol=1e-5, atol=1e-7)
     assert (buffer.masses[1] == 0).all() and (buffer.masses[0] > 0).all()
@@ -336,20 +336,24 @@ SEEDED_BUGS = {
 
 @pytest.fixture
 def with_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """with_bug(name) puts a broken copy of rowwise.py in the place of the real one."""
+    """with_bug(name) puts a broken copy of row_kernels.py in the place of the real one."""
 
-    def install(name: str) -> types.ModuleType:
-        source = Path(rowwise.__file__).read_text()
-        right, wrong = SEEDED_BUGS[name]
-        assert source.count(right) == 1, f"{name}: the text to break is not there once"
-        path = tmp_path / "rowwise.py"
-        path.write_text(source.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("exgrpo_kernels.rowwise", path)
+    def load(name: str, path: Path) -> types.ModuleType:
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setitem(sys.modules, "exgrpo_kernels.rowwise", module)
+        monkeypatch.setitem(sys.modules, name, module)
         return module
+
+    def install(name: str) -> types.ModuleType:
+        source = Path(row_kernels.__file__).read_text()
+        right, wrong = SEEDED_BUGS[name]
+        assert source.count(right) == 1, f"{name}: the text to break is not there once"
+        path = tmp_path / "row_kernels.py"
+        path.write_text(source.replace(right, wrong))
+        load("exgrpo_kernels.row_kernels", path)
+        return load("exgrpo_kernels.rowwise", Path(rowwise.__file__))
 
     yield install
 
