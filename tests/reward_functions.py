@@ -1,5 +1,7 @@
 """Rewards for the tests, in TRL's signature; run by the reward workers."""
 
+from exgrpo_fast.rewards import Rubric
+
 
 def right(prompts, completions, **columns):
     """1 for completions that begin with 'right'."""
@@ -36,3 +38,10 @@ def graded(prompts, completions, **columns):
 def length_reward(prompts, completions, **columns):
     """Between 0 and 0.9, never full marks."""
     return [0.9 * min(len(completion), 20) / 20 for completion in completions]
+
+
+rubrics = [
+    Rubric("even", 1.0, lambda prompt, response, context: len(response) % 2 == 0, "Even length."),
+    Rubric("third", 1.0, lambda prompt, response, context: len(response) % 3 == 0, "Thirds."),
+    Rubric("short", 1.0, lambda prompt, response, context: len(response) < 20, "Be brief."),
+]

@@ -19,6 +19,7 @@ from exgrpo_fast.engines import PreparedEngine, end_of_sequence_ids
 from exgrpo_fast.experience import Question
 from exgrpo_fast.memory.store import store_plan
 from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.resampling.compatibility import read_vocabulary, refuse_other_vocabulary
 from exgrpo_fast.resampling.driver import Resampler
 from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
@@ -156,22 +157,30 @@ def make_hindsight(
 ) -> HindsightSource | None:
     if not config.hindsight.enabled:
         return None
-    assert rewards is not None, "in one process alone"
     settings = config.hindsight.model_dump(exclude={"enabled", "max_prompt_tokens"})
     return HindsightSource(
         fresh,
         verifier,
-        make_hindsight_prompt(config, rewards, tokenizer),
+        make_hindsight_prompt(config, rewards, tokenizer, verifier.processes),
         HindsightRecipe(**settings),
         seed=config.train.seed,
     )
 
 
 def make_hindsight_prompt(
-    config: Config, rewards: RewardPool, tokenizer: Tokenizer
+    config: Config,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+    processes: Processes = ALONE,
 ) -> HindsightPrompt:
+    """`rewards`: None in all processes but the first, which tells the others the words."""
+
+    def public_texts() -> dict[str, str]:
+        assert rewards is not None
+        return {name: rubric.public_text for name, rubric in rewards.rubrics.items()}
+
     return HindsightPrompt(
         tokenizer,
-        lambda: {name: rubric.public_text for name, rubric in rewards.rubrics.items()},
+        lambda: processes.from_first(public_texts),
         max_prompt_tokens=config.hindsight.max_prompt_tokens,
     )

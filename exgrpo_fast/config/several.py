@@ -19,7 +19,6 @@ def refuse_with_several(config: Config, count: int) -> None:
         "rollout.engine vllm (vllm_server has its own GPUs)": rollout.engine == "vllm",
         "rollout.generate_ahead": rollout.generate_ahead,
         "prior_resampling.enabled": config.prior_resampling.enabled,
-        "hindsight.enabled": config.hindsight.enabled,
         "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
         "algorithm.kl.rebase_at_step": algorithm.kl.rebase_at_step is not None,
         "train.preflight always": config.train.preflight == "always",

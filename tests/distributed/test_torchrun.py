@@ -89,6 +89,25 @@ def test_two_processes_make_the_run_of_one(folder: Path) -> None:
     assert (folder / "two" / "report.html").exists()
 
 
+HINDSIGHT = f"""
+    --hindsight.enabled true --hindsight.max_prompt_tokens 300
+    --reward.functions [{REWARDS}:rubrics] --rollout.max_completion_tokens 12
+""".split()
+
+
+def test_two_processes_revise_what_one_does(folder: Path) -> None:
+    """A hindsight prompt speaks of rubrics that the first process alone has read."""
+    for count, out in ((1, "revised_by_one"), (2, "revised_by_two")):
+        ended = run(folder, count, out, *HINDSIGHT, "--max-steps", "4")
+        assert ended.returncode == 0, ended.stderr[-4000:]
+    ours, expected = folder / "revised_by_two", folder / "revised_by_one"
+    assert_same_course(ours, expected)
+    for found, wanted in zip(steps(ours), steps(expected), strict=True):
+        for name in ("hindsight_revisions", "hindsight_joined", "hindsight_tokens"):
+            assert found[name] == wanted[name], (found["step"], name)
+    assert sum(m["hindsight_joined"] for m in steps(expected)) > 0
+
+
 @pytest.mark.parametrize(("first", "then"), [("two", 1), ("one", 2)])
 def test_a_run_goes_on_with_another_number_of_processes(
     folder: Path, first: str, then: int
