@@ -84,7 +84,7 @@ def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        main(["train", "herl", "--model.name", "m", "--data.train", "d", "--dry-run"])
+        main(["train", "eapo", "--model.name", "m", "--data.train", "d", "--dry-run"])
     assert ended.value.code == 2
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and errors.startswith("exgrpo-fast: hindsight.enabled")
+    assert errors.count("\n") == 1 and errors.startswith("exgrpo-fast: prior_resampling.enabled")
