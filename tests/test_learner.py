@@ -75,7 +75,7 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test
     groups, learner = collect(trainer), trainer.learner
     reports, gradients = [], []
     for limit in (10_000, 1):
-        learner.policy.max_tokens_per_microbatch = limit
+        learner.policy.sizes.max_tokens_per_microbatch = limit
         learner.optimiser = GradientRecorder(learner.policy)
         reports.append(learner.update(groups, trainer.objective))
         gradients += learner.optimiser.found
@@ -108,7 +108,7 @@ def test_packing_changes_neither_loss_nor_gradients(
     groups, learner = collect(trainer), trainer.learner
     reports, gradients = [], []
     for limit in (10_000, 60, 1):  # everything in one pack, several, one sequence each
-        learner.policy.max_tokens_per_microbatch = limit
+        learner.policy.sizes.max_tokens_per_microbatch = limit
         learner.optimiser = GradientRecorder(learner.policy)
         reports.append(learner.update(groups, trainer.objective))
         gradients.append(learner.optimiser.found)

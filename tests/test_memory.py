@@ -341,6 +341,7 @@ def test_a_device_that_is_too_small_is_said(
     config = validate({"data": {"max_prompt_tokens": 32}, "rollout": {"max_completion_tokens": 12}})
     with pytest.raises(DoesNotFit, match="CUDA out of memory.*dry-run.*smaller train.max_tokens"):
         run_preflight(config, trainer, planned.plan(config))
+    assert trainer.learner.policy.sizes.take_halvings() == (0, 0), "a rehearsal keeps its sizes"
 
 
 # --- offload --------------------------------------------------------------------------------------

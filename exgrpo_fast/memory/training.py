@@ -122,11 +122,13 @@ def scoring(
     weights: torch.dtype,
     compute: torch.dtype,
     device: Literal["cpu", "cuda"],
+    chunk_rows: int | None = None,
 ) -> float:
-    """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many."""
+    """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many,
+    `chunk_rows` as for an update."""
     cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
     rows = tokens * head.width * compute.itemsize
-    chunk = chunk_bytes(tokens, head, compute, device)
+    chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
     return BYTES_PER_ROW * tokens + max(passes.scoring, rows + cast + chunk)
 
 

@@ -62,7 +62,7 @@ def test_operators_keep_their_schemas(backend):
     for main_grad in (None, torch.zeros_like(head.weight_VD)):
         torch.library.opcheck(
             linear_policy_loss_operator,
-            (*loss, main_grad, 1e-4, "centroid", False, 2),
+            (*loss, main_grad, 1e-4, "centroid", False),
             test_utils=utilities,
         )
     inputs = head.inputs.arguments()
