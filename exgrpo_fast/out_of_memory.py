@@ -14,10 +14,14 @@ from exgrpo_fast.errors import UserError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+KEYS_OF_PASSES = (
+    "rollout.max_completion_tokens or replay.store.max_gib",
+    "train.max_tokens_per_microbatch",
+)
 
 
 class OutOfMemory(UserError):
-    """Even one sequence by itself does not fit; `table` says what used the memory."""
+    """There is nothing smaller to try; `table` says what used the memory."""
 
     def __init__(self, message: str, table: str) -> None:
         super().__init__(message)
@@ -145,25 +149,36 @@ def in_pieces_that_fit(
         asked = of()
         if is_alone and policy.sizes.give_way(asked, rows_at_once=policy.chunk_rows()):
             return
-        message = f"out of memory in {during}: " + _advice(asked.longest, is_alone)
-        table = _table(policy.model, asked.longest, cause, has_gradients)
-        raise OutOfMemory(message, table)
+        raise nothing_smaller(
+            policy.model,
+            during=during,
+            longest=asked.longest,
+            cause=cause,
+            is_alone=is_alone,
+            keys=KEYS_OF_PASSES,
+            has_gradients=has_gradients,
+        )
 
     return until_it_fits(work, give_way, during=during, device=policy.device)
 
 
-def _advice(longest: int, is_alone: bool) -> str:
-    if not is_alone:
-        return (
-            "with several processes nothing smaller is tried; lower train.max_tokens_per_microbatch"
-        )
-    return (
-        f"not even one sequence of {longest} tokens fits; lower rollout.max_completion_tokens or "
-        f"replay.store.max_gib, or take a smaller model"
+def nothing_smaller(
+    model: Any,
+    *,
+    during: str,
+    longest: int,
+    cause: str,
+    is_alone: bool,
+    keys: tuple[str, str],
+    has_gradients: bool = False,
+) -> OutOfMemory:
+    """For work on `model` whose longest sequence has so many tokens. `keys` of the config to lower:
+    where the process is alone, and among several, which try nothing smaller."""
+    why = (
+        f"not even one sequence of {longest} tokens fits; lower {keys[0]}, or take a smaller model"
+        if is_alone
+        else f"with several processes nothing smaller is tried; lower {keys[1]}"
     )
-
-
-def _table(model: Any, longest: int, cause: str, has_gradients: bool) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     held = {"weights": weights, "gradients": trained, "two AdamW moments": 2 * trained}
@@ -171,4 +186,6 @@ def _table(model: Any, longest: int, cause: str, has_gradients: bool) -> str:
         del held["gradients"]
     lines = [f"{name:<20}{size / 2**30:9.2f} GiB" for name, size in held.items()]
     lines += [f"{'one sequence':<20}{longest:9d} tokens", f"{'the allocator':<20} {cause}"]
-    return "\n".join(["what used the memory", *lines])
+    return OutOfMemory(
+        f"out of memory in {during}: {why}", "\n".join(["what used the memory", *lines])
+    )

@@ -189,6 +189,27 @@ def test_the_reference_of_the_kl_term_gives_way_too(make) -> None:
         assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
 
 
+def test_generation_is_done_again_in_halves(make) -> None:
+    plain, trainer = make(), make()
+    model, refused = trainer.learner.policy.model, []
+
+    def check(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        if len(named["input_ids"]) > 5:
+            refused.append(len(named["input_ids"]))
+            raise torch.OutOfMemoryError("out of memory")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    for step in range(3):
+        (ours, found), (theirs, expected) = trainer.step(), plain.step()
+        assert found["generation_halvings"] == (2 if step == 0 else 0)
+        assert expected["generation_halvings"] == 0
+        for mine, other in zip(trajectories_of(ours), trajectories_of(theirs), strict=True):
+            assert torch.equal(mine.token_ids, other.token_ids)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert len(refused) == 2  # batches of 16 and 8
+    assert found["chunk_halvings"] == found["microbatch_halvings"] == 0
+
+
 def test_memory_that_runs_out_in_the_middle_leaves_no_gradient_behind(make) -> None:
     """Half of the batch is in the gradients when the second pack does not fit."""
     plain, trainer = (make(max_tokens_per_microbatch=128) for _ in range(2))
