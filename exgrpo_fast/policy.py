@@ -109,7 +109,7 @@ class Policy:
         )
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
         if tile_tokens:
             _check_tileable(model)
             run_in_tiles(model, tile_tokens)
@@ -228,6 +228,16 @@ class Policy:
         if not (self.offload_activations and torch.is_grad_enabled()):
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep the input of each layer alone; in the backward pass the layer is made again.
+
+    transformers lets the output of the embeddings require a gradient, for checkpoints of another
+    kind. Behind frozen embeddings it would be a leaf, held with its gradient during the next pack.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 @contextlib.contextmanager

@@ -352,8 +352,10 @@ class HeadGradients:
         """`needs` says whether hidden, weight and bias want a gradient; dW may join `main_grad`."""
         needs_hidden, needs_weight, needs_bias = needs
         hidden, weight, bias, dtype = head.hidden_ND, head.weight_VD, head.inputs.bias_V, head.dtype
-        # the first chunk overwrites, which saves a pass of zeros over [V, D]
-        total = weight.new_empty(weight.shape, dtype=dtype) if main_grad is None else main_grad
+        total = main_grad
+        if needs_weight and main_grad is None:
+            # the first chunk overwrites, which saves a pass of zeros over [V, D]
+            total = weight.new_empty(weight.shape, dtype=dtype)
         return HeadGradients(
             hidden.new_zeros(hidden.shape) if needs_hidden else None,
             total if needs_weight else None,
