@@ -206,6 +206,7 @@ class Policy:
                     softcap=softcap,
                     chunk_rows=self.sizes.chunk_rows,
                 )
+                del hidden_ND, weight  # the next pack needs the room
                 rows = packed.places_in(responses)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         self.processes.sum_(found)  # each is 0 in all processes but one

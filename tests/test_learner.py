@@ -30,6 +30,9 @@ class GradientRecorder:
         self.model.zero_grad(set_to_none=True)
         return UpdateOutcome(0.0, 0.0, None)
 
+    def discard(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
 
 def questions_of(tokenizer):
     return make_questions(tokenizer, [f"q{i}" for i in range(8)])
