@@ -136,7 +136,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     made = update(tracer(tokens), head, tokens=tokens, chunk_rows=tile or None, **same)
     planned = {
         "update": held.gradients + made.peak,
-        "scoring": scoring(tracer(tokens), head, tokens=tokens, **same),
+        "scoring": scoring(tracer(tokens), head, tokens=tokens, chunk_rows=tile or None, **same),
     }
     resident = sum(p.numel() * p.element_size() for p in model.parameters()) + state_bytes(learner)
     return {

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
-from exgrpo_fast.memory.exhausted import out_of_memory
 from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
+from exgrpo_fast.out_of_memory import in_pieces_that_fit
+from exgrpo_fast.packing import Aggregation, Ragged, extent, fill_columns, pack, token_weights
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.reference import Reference
 from exgrpo_fast.update_report import (
@@ -65,8 +65,6 @@ class Learner:
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
         self.policy = policy
-        self.asked_microbatch = policy.max_tokens_per_microbatch
-        self.asked_chunk_rows = self.chunk_rows = policy.tile_tokens or None
         self.optimiser = optimiser
         self.advantage = advantage
         self.aggregation: Aggregation = aggregation
@@ -95,6 +93,7 @@ class Learner:
             report.skipped["update_without_gradient"] += 1
         report.kernel_metrics = metrics.joined() | replay_ratio_metrics(report.replay_ratios)
         report.kernel_metrics |= guided_ratio_metrics(report.guided)
+        report.chunk_halvings, report.microbatch_halvings = self.policy.sizes.take_halvings()
         return report
 
     def _reference_logprobs(
@@ -125,7 +124,7 @@ class Learner:
             report.skipped["update_without_gradient"] += 1
             return
         try:
-            sums = self._accumulate(rows, objective, ref_logprobs, report, on_tokens)
+            sums = self._accumulate(rows, objective, ref_logprobs, on_tokens)
         except NonFiniteHidden:
             self.optimiser.discard()
             self._refuse("update_not_finite", rows, None, report)
@@ -153,41 +152,17 @@ class Learner:
         rows: Sequence[Row],
         objective: PolicyObjective,
         ref_logprobs: dict[int, Tensor] | None,
-        report: UpdateReport,
         on_tokens: Callable[[int], None],
     ) -> BatchSums:
-        """The gradient of the batch, in the parameters.
-
-        Where the device's memory runs out, the same batch is done again: first with chunks of
-        logits of half their size, then in micro-batches of half the size, time and again. The sizes
-        that fit stay. OutOfMemory when each sequence has a micro-batch of its own already, and where
-        other processes have not run out: they are in the middle of theirs.
-        """
-        while True:
-            try:
-                return self._backward(rows, objective, ref_logprobs, on_tokens)
-            except torch.OutOfMemoryError as error:
-                cause = str(error).splitlines()[0]
-            # outside the handler, whose traceback holds the tensors of the failed attempt
-            self.optimiser.discard()
-            self._give_way(rows, report, cause)
-            if self.policy.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _give_way(self, rows: Sequence[Row], report: UpdateReport, cause: str) -> None:
-        longest = max(len(r.trajectory.question.prompt_ids) + r.trajectory.num_tokens for r in rows)
-        limit = self.policy.max_tokens_per_microbatch
-        alone = self.policy.processes.count == 1
-        usual_rows = self.policy.chunk_rows(self.asked_chunk_rows)
-        if alone and usual_rows > 1 and self.chunk_rows == self.asked_chunk_rows:
-            self.chunk_rows = usual_rows // 2
-            report.chunk_halvings += 1
-        elif alone and limit > longest:
-            half = min(limit, total_tokens(rows)) // 2
-            self.policy.max_tokens_per_microbatch = max(half, longest)
-            report.microbatch_halvings += 1
-        else:
-            raise out_of_memory(self.policy.model, longest=longest, cause=cause)
+        """The gradient of the batch, in the parameters; in smaller pieces where memory runs out."""
+        return in_pieces_that_fit(
+            self.policy,
+            lambda: self._backward(rows, objective, ref_logprobs, on_tokens),
+            lambda: extent(*sequences_of([row.trajectory for row in rows])),
+            during="the update",
+            undo=self.optimiser.discard,
+            has_gradients=True,
+        )
 
     def _backward(
         self,
@@ -281,8 +256,7 @@ class Learner:
         trajectories = [row.trajectory for row in rows]
         replayed = [trajectory.source == "replay" for trajectory in trajectories]
         guided = [trajectory.guidance is not None for trajectory in trajectories]
-        prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
-        responses = Ragged.of([t.token_ids for t in trajectories])
+        prompts, responses = sequences_of(trajectories)
         references = None
         if ref_logprobs is not None:
             references = [ref_logprobs[id(t)] for t in trajectories]
@@ -318,7 +292,7 @@ class Learner:
                     softcap=softcap,
                     sparsity=self.sparsity,
                     tail=self.tail,
-                    chunk_rows=self.chunk_rows,
+                    chunk_rows=self.policy.sizes.chunk_rows,
                 )
             del hidden_ND, weight, head_gradient_VD  # the backward pass does without them
             if not counts:
@@ -339,18 +313,12 @@ class Learner:
         return {
             "optimiser": self.optimiser.state_dict(),
             "reference": reference,
-            "microbatch": [self.asked_microbatch, self.policy.max_tokens_per_microbatch],
-            "chunk_rows": [self.asked_chunk_rows, self.chunk_rows],
+            **self.policy.sizes.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimiser.load_state_dict(state["optimiser"])
-        asked, fitting = state["microbatch"]
-        if asked == self.asked_microbatch:  # else the user has set another size since
-            self.policy.max_tokens_per_microbatch = fitting
-        asked, fitting = state["chunk_rows"]
-        if asked == self.asked_chunk_rows:
-            self.chunk_rows = fitting
+        self.policy.sizes.load_state_dict(state)
         if self.reference and state["reference"]:
             self.reference.load_state_dict(state["reference"])
 
@@ -371,10 +339,10 @@ def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
     return row.weight != 0.0 and has_term
 
 
-def total_tokens(rows: Sequence[Row]) -> int:
-    """Of the prompts, too, each of which is read once where all of them go into one pack."""
-    prompts = {row.trajectory.question.prompt_ids for row in rows}
-    return sum(map(len, prompts)) + sum(row.trajectory.num_tokens for row in rows)
+def sequences_of(trajectories: Sequence[Trajectory]) -> tuple[Ragged, Ragged]:
+    """(prompts, responses), on the CPU."""
+    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
+    return prompts, Ragged.of([t.token_ids for t in trajectories])
 
 
 def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from exgrpo_fast.attention.layout import AttentionLayout
 from exgrpo_fast.experience import TokenColumns, Trajectory
+from exgrpo_fast.out_of_memory import Extent
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -133,6 +134,14 @@ def same_prompts(prompts: Ragged) -> Tensor:
     known: dict[bytes, int] = {}
     tokens = Ragged(prompts.values.cpu(), prompts.lengths).split()
     return torch.tensor([known.setdefault(t.numpy().tobytes(), len(known)) for t in tokens])
+
+
+def extent(prompts: Ragged, responses: Ragged) -> Extent:
+    """Of sequences, each a response behind its prompt."""
+    prompt_of = same_prompts(prompts).tolist()
+    once = dict(zip(prompt_of, prompts.lengths.tolist(), strict=True))
+    longest = int((prompts.lengths + responses.lengths).max())
+    return Extent(longest, sum(once.values()) + int(responses.lengths.sum()))
 
 
 def fill(

@@ -19,7 +19,8 @@ from exgrpo_fast.attention.interface import ATTENTION
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.head_gradient import summed_in_place
 from exgrpo_fast.lora import merged_weights
-from exgrpo_fast.packing import Dealt, Pack, Ragged, pack
+from exgrpo_fast.out_of_memory import PassSizes, in_pieces_that_fit
+from exgrpo_fast.packing import Dealt, Pack, Ragged, extent, pack
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob, runtime
@@ -73,8 +74,8 @@ class Policy:
     """A causal language model, its head taken apart from its body.
 
     `offload_activations`: what a forward pass saves waits in host memory for the backward pass.
-    `tile_tokens`: MLPs, norms and the logits of the loss are made of so many tokens at a time; 0:
-    of the whole pack, the logits of as many as the kernels choose.
+    `tile_tokens`: MLPs, norms and logits are made of so many tokens at a time; 0: of the whole pack,
+    the logits of as many as the kernels choose.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     `attention`: the back end; PolicyError where it cannot run on this device or with this model.
     """
@@ -99,14 +100,16 @@ class Policy:
         self.offload_activations = offload_activations
         self.tile_tokens = tile_tokens
         self.temperature = temperature
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.sizes = PassSizes(
+            max_tokens_per_microbatch=max_tokens_per_microbatch, chunk_rows=tile_tokens or None
+        )
         _check_supported(model)
         self.attention: BackendName = _attention(
             attention, self.device, compute_dtype, model.config
         )
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
         if tile_tokens:
             _check_tileable(model)
             run_in_tiles(model, tile_tokens)
@@ -117,6 +120,11 @@ class Policy:
         layer = self._head_layer()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
+
+    @property
+    def max_tokens_per_microbatch(self) -> int:
+        """Tokens that one pass reads, as they fit: `sizes` holds them."""
+        return self.sizes.max_tokens_per_microbatch
 
     def _head_layer(self) -> Any:
         return self.model.get_output_embeddings()
@@ -150,12 +158,12 @@ class Policy:
         weight, bias, softcap = self.head
         return Head(weight.to(hidden_ND.dtype), bias, softcap)
 
-    def chunk_rows(self, at_most: int | None = None) -> int:
-        """Rows of logits that the fused loss holds at a time, of a whole micro-batch."""
+    def chunk_rows(self) -> int:
+        """Rows of logits that are held at a time, of a whole micro-batch."""
         weight = self.head.weight
         row_bytes = len(weight) * self.compute_dtype.itemsize
         usual = runtime.chunk_rows(self.max_tokens_per_microbatch, row_bytes, weight.device)
-        return min(usual, at_most or usual)
+        return min(usual, self.sizes.chunk_rows or usual)
 
     def head_gradient(self) -> contextlib.AbstractContextManager[Tensor | None]:
         """Around one loss: where it adds the gradient of the head's weight; None: by autograd."""
@@ -167,8 +175,17 @@ class Policy:
     ) -> Scores:
         """Log-probs and full-vocabulary entropies under the present weights.
 
-        `waiting` is called once for each pack of sequences.
+        `waiting` is called once for each pack of sequences. OutOfMemory where not even one sequence
+        fits.
         """
+        return in_pieces_that_fit(
+            self,
+            lambda: self._score(prompts, responses, waiting),
+            lambda: extent(prompts, responses),
+            during="scoring",
+        )
+
+    def _score(self, prompts: Ragged, responses: Ragged, waiting: Callable[[], None]) -> Scores:
         found = torch.zeros(2, len(responses.values), device=self.device)
         logprobs, entropies = found
         with inference(self.model), self.passes():
@@ -187,7 +204,9 @@ class Policy:
                     bias=bias,
                     temperature=self.temperature,
                     softcap=softcap,
+                    chunk_rows=self.sizes.chunk_rows,
                 )
+                del hidden_ND, weight  # the next pack needs the room
                 rows = packed.places_in(responses)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         self.processes.sum_(found)  # each is 0 in all processes but one
@@ -210,6 +229,16 @@ class Policy:
         if not (self.offload_activations and torch.is_grad_enabled()):
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep the input of each layer alone; in the backward pass the layer is made again.
+
+    transformers lets the output of the embeddings require a gradient, for checkpoints of another
+    kind. Behind frozen embeddings it would be a leaf, held with its gradient during the next pack.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 @contextlib.contextmanager

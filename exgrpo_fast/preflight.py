@@ -67,7 +67,7 @@ def rehearse(
     if devices:
         torch.cuda.reset_peak_memory_stats(policy.device)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), policy.sizes.fixed():
             placeholder = torch.empty(
                 int(state_bytes) if is_new else 0, dtype=torch.uint8, device=policy.device
             )

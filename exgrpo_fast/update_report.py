@@ -92,7 +92,7 @@ class UpdateReport:
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
     guided: list[GuidedTokens] = field(default_factory=list)  # per micro-batch
     refused: list[RefusedUpdate] = field(default_factory=list)
-    # times that memory ran out and the batch was done again
+    # times that memory ran out, in scoring or in the update, and the pass was done again
     chunk_halvings: int = 0
     microbatch_halvings: int = 0
 

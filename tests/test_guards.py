@@ -13,9 +13,13 @@ from conftest import make_questions
 from safetensors.torch import load_file
 from test_learner import collect, moments, questions_of, same, weights, with_rewards
 
+from exgrpo_fast import policy as policy_module
 from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.checkpoint import split_tensors
-from exgrpo_fast.memory.exhausted import OutOfMemory
+from exgrpo_fast.learner import sequences_of
+from exgrpo_fast.out_of_memory import OutOfMemory
+from exgrpo_fast.processes import Processes
+from exgrpo_fast.torchrun import Place
 from exgrpo_fast.update_report import RefusedUpdate
 
 # --- a refused batch is kept for study -----------------------------------------------------------
@@ -79,14 +83,17 @@ def test_a_disk_that_refuses_the_batch_ends_nothing(tmp_path: Path, caplog) -> N
 
 
 class Device:
-    """Stands before the policy's forward and is out of memory for packs above `limit` tokens."""
+    """Stands before the policy's forward and is out of memory for packs above `limit` tokens, in
+    the update or in scoring."""
 
-    def __init__(self, policy, limit: int) -> None:
+    def __init__(self, policy, limit: int, *, scoring: bool = False) -> None:
         self.forward, self.limit, self.refused = policy.hidden_states, limit, 0
+        self.scoring = scoring
         policy.hidden_states = self
 
     def __call__(self, packed) -> Any:
-        if torch.is_grad_enabled() and len(packed.input_ids) > self.limit:
+        is_scoring = not torch.is_grad_enabled()
+        if is_scoring == self.scoring and len(packed.input_ids) > self.limit:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
         return self.forward(packed)
@@ -94,10 +101,11 @@ class Device:
 
 @pytest.fixture
 def make(tokenizer, make_test_trainer):
-    def make_one(**train: Any):
+    def make_one(*, algorithm: dict[str, Any] | None = None, **train: Any):
         questions = make_questions(tokenizer, [f"q{i}" for i in range(8)])
         sizes = {"lr": 1e-3, "max_tokens_per_microbatch": 4096}
-        return make_test_trainer(questions, function="even_length", train=sizes | train)
+        more = {"train": sizes | train, "algorithm": algorithm or {}}
+        return make_test_trainer(questions, function="even_length", **more)
 
     return make_one
 
@@ -123,6 +131,85 @@ def test_out_of_memory_does_the_same_batch_again_in_smaller_pieces(make, limit: 
         assert torch.allclose(weights(trainer)[name], weight, atol=5e-5), name
 
 
+@pytest.mark.parametrize("limit", [150, 60, 31])
+def test_scoring_does_its_sequences_again_in_smaller_pieces(make, limit: int) -> None:
+    plain = make()
+    expected = [plain.step() for _ in range(3)]
+    trainer = make()
+    device = Device(trainer.learner.policy, limit, scoring=True)
+    found = [trainer.step() for _ in range(3)]
+    halvings = [row["microbatch_halvings"] for _, row in found]
+    assert 1 <= halvings[0] <= 4 and halvings[1:] == [0, 0], "the size was not remembered"
+    assert [row["chunk_halvings"] for _, row in found] == [1, 0, 0]
+    assert device.refused == halvings[0] + 1
+    assert trainer.learner.policy.max_tokens_per_microbatch <= limit
+    (ours, _), (theirs, _) = found[0], expected[0]
+    for mine, other in zip(trajectories_of(ours), trajectories_of(theirs), strict=True):
+        assert torch.equal(mine.token_ids, other.token_ids)
+        for name in ("behaviour_logprobs", "entropies"):
+            pair = getattr(mine, name), getattr(other, name)
+            torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-6)
+    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4, abs=1e-6)
+        assert ours["tokens_trained"] == theirs["tokens_trained"] > 0
+
+
+def trajectories_of(batch) -> list[Any]:
+    return [t for group in batch.groups for t in group.trajectories]
+
+
+def test_chunks_of_logits_give_way_before_packs(make, monkeypatch) -> None:
+    """Packs of the asked size fit, only the logits of a whole one do not."""
+    trainer = make()
+    policy, score = trainer.learner.policy, policy_module.linear_logprob
+    most, seen = policy.chunk_rows(), []
+
+    def too_many(*arguments: Any, chunk_rows: int | None, **options: Any) -> Any:
+        seen.append(chunk_rows)
+        if chunk_rows is None or chunk_rows > most // 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return score(*arguments, chunk_rows=chunk_rows, **options)
+
+    monkeypatch.setattr(policy_module, "linear_logprob", too_many)
+    _, metrics = trainer.step()
+    assert seen == [None, most // 2]
+    assert (metrics["chunk_halvings"], metrics["microbatch_halvings"]) == (1, 0)
+    assert policy.max_tokens_per_microbatch == 4096
+
+
+def test_the_reference_of_the_kl_term_gives_way_too(make) -> None:
+    """It is another model on the same device: what fits it is what the policy takes as well."""
+    plain, trainer = (make(algorithm={"kl": {"coef": 0.1}}) for _ in range(2))
+    device = Device(trainer.learner.reference.base, 60, scoring=True)
+    ours, theirs = trainer.step()[1], plain.step()[1]
+    halvings = ours["chunk_halvings"] + ours["microbatch_halvings"]
+    assert device.refused == halvings >= 2
+    assert trainer.learner.policy.max_tokens_per_microbatch <= 60
+    for name in ("loss", "grad_norm", "kl_ref"):
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
+
+
+def test_generation_is_done_again_in_halves(make) -> None:
+    plain, trainer = make(), make()
+    model, refused = trainer.learner.policy.model, []
+
+    def check(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        if len(named["input_ids"]) > 5:
+            refused.append(len(named["input_ids"]))
+            raise torch.OutOfMemoryError("out of memory")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    for step in range(3):
+        (ours, found), (theirs, expected) = trainer.step(), plain.step()
+        assert found["generation_halvings"] == (2 if step == 0 else 0)
+        assert expected["generation_halvings"] == 0
+        for mine, other in zip(trajectories_of(ours), trajectories_of(theirs), strict=True):
+            assert torch.equal(mine.token_ids, other.token_ids)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert len(refused) == 2  # batches of 16 and 8
+    assert found["chunk_halvings"] == found["microbatch_halvings"] == 0
+
+
 def test_memory_that_runs_out_in_the_middle_leaves_no_gradient_behind(make) -> None:
     """Half of the batch is in the gradients when the second pack does not fit."""
     plain, trainer = (make(max_tokens_per_microbatch=128) for _ in range(2))
@@ -145,33 +232,54 @@ def test_memory_that_runs_out_in_the_middle_leaves_no_gradient_behind(make) -> N
     assert report.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
 
 
-def test_where_not_one_sequence_fits_the_run_ends_with_a_table(make) -> None:
+@pytest.mark.parametrize("scoring", [False, True])
+def test_where_not_one_sequence_fits_the_run_ends_with_a_table(make, scoring: bool) -> None:
     trainer = make()
     before = weights(trainer)
-    Device(trainer.learner.policy, 4)
+    Device(trainer.learner.policy, 4, scoring=scoring)
     with pytest.raises(OutOfMemory) as caught:
         trainer.step()
-    assert "not even one sequence of" in str(caught.value)
+    where = "scoring" if scoring else "the update"
+    assert str(caught.value).startswith(f"out of memory in {where}: not even one sequence of")
     assert "rollout.max_completion_tokens" in str(caught.value)
     rows = [line.split() for line in caught.value.table.splitlines()]
-    assert [row[0] for row in rows[1:]] == ["weights", "gradients", "two", "one", "the"]
+    gradients = [] if scoring else ["gradients"]
+    assert [row[0] for row in rows[1:]] == ["weights", *gradients, "two", "one", "the"]
     assert "Tried to allocate 2.00 GiB." in caught.value.table
     assert same(weights(trainer), before)
     assert all(p.grad is None for p in trainer.learner.policy.trainable_parameters)
 
 
-def test_the_size_that_fits_is_taken_up_unless_the_user_sets_another(make) -> None:
+@pytest.mark.parametrize("scoring", [False, True])
+def test_among_several_processes_nothing_smaller_is_tried(make, scoring: bool) -> None:
+    trainer = make()
+    groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
+    policy = trainer.learner.policy
+    device = Device(policy, 4, scoring=scoring)
+    policy.processes = Processes(Place(rank=0, count=2, local=0))
+    with pytest.raises(OutOfMemory, match=r"several processes.*train\.max_tokens_per_microbatch"):
+        if scoring:
+            policy.score(*sequences_of(list(groups[0].trajectories)))
+        else:
+            trainer.learner.update(groups, trainer.objective)
+    assert device.refused == 1
+    assert policy.sizes.take_halvings() == (0, 0)
+    assert policy.max_tokens_per_microbatch == 4096
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_the_size_that_fits_is_taken_up_unless_the_user_sets_another(make, scoring) -> None:
     first = make()
-    Device(first.learner.policy, 60)
+    Device(first.learner.policy, 60, scoring=scoring)
     first.step()
     fitting = first.learner.policy.max_tokens_per_microbatch
     state = first.state_dict()
     assert split_tensors(state)[0]["learner"]["microbatch"] == [4096, fitting]
-    halved = first.learner.chunk_rows
+    halved = first.learner.policy.sizes.chunk_rows
     assert state["learner"]["chunk_rows"] == [None, halved] and halved > 0
     again, other = make(), make(max_tokens_per_microbatch=2048)
     again.load_state_dict(state)
     other.load_state_dict(state)
     assert again.learner.policy.max_tokens_per_microbatch == fitting < 60
-    assert again.learner.chunk_rows == other.learner.chunk_rows == halved
+    assert again.learner.policy.sizes.chunk_rows == other.learner.policy.sizes.chunk_rows == halved
     assert other.learner.policy.max_tokens_per_microbatch == 2048

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["exgrpo_kernels"],
     ["errors", "experience", "heartbeat", "attention", "torchrun"],
-    ["processes"],
+    ["processes", "out_of_memory"],
     [
         *("config", "advantages", "packing", "metrics", "adamw", "lora", "tiling", "head_gradient"),
         *("run_folder", "checkpoint", "data", "endpoint", "random_state"),

@@ -30,6 +30,9 @@ class GradientRecorder:
         self.model.zero_grad(set_to_none=True)
         return UpdateOutcome(0.0, 0.0, None)
 
+    def discard(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
 
 def questions_of(tokenizer):
     return make_questions(tokenizer, [f"q{i}" for i in range(8)])
@@ -75,7 +78,7 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test
     groups, learner = collect(trainer), trainer.learner
     reports, gradients = [], []
     for limit in (10_000, 1):
-        learner.policy.max_tokens_per_microbatch = limit
+        learner.policy.sizes.max_tokens_per_microbatch = limit
         learner.optimiser = GradientRecorder(learner.policy)
         reports.append(learner.update(groups, trainer.objective))
         gradients += learner.optimiser.found
@@ -108,7 +111,7 @@ def test_packing_changes_neither_loss_nor_gradients(
     groups, learner = collect(trainer), trainer.learner
     reports, gradients = [], []
     for limit in (10_000, 60, 1):  # everything in one pack, several, one sequence each
-        learner.policy.max_tokens_per_microbatch = limit
+        learner.policy.sizes.max_tokens_per_microbatch = limit
         learner.optimiser = GradientRecorder(learner.policy)
         reports.append(learner.update(groups, trainer.objective))
         gradients.append(learner.optimiser.found)

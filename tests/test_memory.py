@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from exgrpo_fast.cli import main
 from exgrpo_fast.composition import run_preflight
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
+from exgrpo_fast.learner import sequences_of
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
-from exgrpo_fast.memory.tracing import Setting, Tracer, trace
+from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
 from exgrpo_fast.planning import plan_run
 from exgrpo_fast.preflight import DoesNotFit, rehearse, worst_groups
@@ -172,6 +173,62 @@ def test_an_update_takes_what_was_planned(
     planned = held.gradients + update(passes, head, tokens=tokens, **same).peak
     assert planned == pytest.approx(peak, rel=0.05)
     assert held.gradients == sum(4 * p.numel() for p in policy.model.parameters())
+
+
+# --- what is held ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_nothing_of_a_pack_but_gradients_is_held_during_the_next(
+    tokenizer: PreTrainedTokenizerFast, make_test_trainer: Any, adapter: bool, tile: int
+) -> None:
+    """Frozen embeddings, too: their output must not be a leaf that the graph holds on to."""
+    lora = {"rank": 4, "alpha": 8.0} if adapter else None
+    model = {"gradient_checkpointing": True, "tile_tokens": tile, "lora": lora}
+    trainer = make_test_trainer(make_questions(tokenizer, ["a"]), model=model)
+    policy, learner = trainer.learner.policy, trainer.learner
+    groups = worst_groups(8, 8, prompt_tokens=32, completion_tokens=12, vocabulary=256)
+    ledger = Ledger([*policy.model.parameters(), *policy.model.buffers()])
+    forward, live, tokens = policy.hidden_states, [], []
+
+    def watched(packed: Any) -> torch.Tensor:
+        live.append(ledger.live)
+        tokens.append(len(packed.input_ids))
+        return forward(packed)
+
+    policy.hidden_states = watched
+    with ledger:
+        learner.rehearse(groups, trainer.objective)
+    assert len(live) > 2
+    gradients = sum(p.numel() * p.element_size() for p in policy.trainable_parameters)
+    one_layer = min(tokens) * policy.model.config.hidden_size * 4
+    for held in live[1:]:
+        assert 0 <= held - live[0] - gradients < one_layer / 2
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_scoring_holds_one_pack_at_a_time(
+    tokenizer: PreTrainedTokenizerFast, make_test_trainer: Any, in_bfloat16: bool
+) -> None:
+    """Neither the hidden states nor the head in the compute dtype stay for the next pack."""
+    model = {"dtype": "bfloat16" if in_bfloat16 else "float32"}
+    policy = make_test_trainer(make_questions(tokenizer, ["a"]), model=model).learner.policy
+    ledger = Ledger([*policy.model.parameters(), *policy.model.buffers()])
+    forward, live, rows = policy.hidden_states, [], []
+
+    def watched(packed: Any) -> torch.Tensor:
+        live.append(ledger.live)
+        rows.append(len(packed.targets))
+        return forward(packed)
+
+    policy.hidden_states = watched
+    groups = worst_groups(8, 8, prompt_tokens=32, completion_tokens=12, vocabulary=256)
+    with ledger:
+        policy.score(*sequences_of([t for group in groups for t in group.trajectories]))
+    assert len(live) > 2
+    hidden = min(rows) * policy.model.config.hidden_size * policy.compute_dtype.itemsize
+    assert max(live) - live[0] < hidden / 2
 
 
 # --- the plan of a run ----------------------------------------------------------------------------
@@ -341,6 +398,7 @@ def test_a_device_that_is_too_small_is_said(
     config = validate({"data": {"max_prompt_tokens": 32}, "rollout": {"max_completion_tokens": 12}})
     with pytest.raises(DoesNotFit, match="CUDA out of memory.*dry-run.*smaller train.max_tokens"):
         run_preflight(config, trainer, planned.plan(config))
+    assert trainer.learner.policy.sizes.take_halvings() == (0, 0), "a rehearsal keeps its sizes"
 
 
 # --- offload --------------------------------------------------------------------------------------

@@ -137,12 +137,14 @@ def make_reference(config: Config, name: str, policy: Policy, *, device: str) ->
 
     def frozen() -> Policy:
         weights = getattr(torch, config.model.weights)
-        return wrap(
+        made = wrap(
             config,
             lambda: load_model(name, dtype=weights),
             device=device,
             processes=policy.processes,
         )
+        made.sizes = policy.sizes  # on one device, what fits the one fits the other
+        return made
 
     keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(

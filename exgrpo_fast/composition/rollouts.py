@@ -100,4 +100,5 @@ def attach(
         return prepared.attach(announced, prompt_ids)
     copy = make_policy(config, folder, device=device)
     copy.model.requires_grad_(False)
+    copy.sizes.are_fixed = True  # the other processes wait: nothing is done twice
     return CopiedEngine(prepared.attach(copy, prompt_ids), copy, announced)

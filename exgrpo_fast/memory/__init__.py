@@ -4,6 +4,5 @@ tracing    the passes of a model over fake tensors: what they hold, nothing allo
 training   weights, gradients, optimiser, activations, loss chunk
 engine     vLLM's weights, keys and values          store   the experience store
 plan       all of it beside the size of the device, as a table; what `auto` comes to
-exhausted  what held it all the same
 advice     what to change where it does not fit
 """

@@ -146,12 +146,11 @@ class Planner:
             references=num_references(config),
             is_nf4=config.model.quantization is not None,
         )
-        of_update = update(
-            passes, head, tokens=tokens, chunk_rows=config.tile_tokens or None, **same
-        )
+        chunk_rows = config.tile_tokens or None
+        of_update = update(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
         if config.model.offload_activations:
             of_update = self._offloaded(of_update, tokens, weights)
-        of_scoring = scoring(passes, head, tokens=tokens, **same)
+        of_scoring = scoring(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
         store = store_plan(config, num_questions=0).num_bytes if config.replay.enabled else 0
         rows: dict[str, Bytes] = {
             f"weights ({kept_as(config)})": everywhere(held.weights),

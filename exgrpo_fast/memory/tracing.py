@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from exgrpo_fast.attention.sdpa import SideBySideBlock, attend
 from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.policy import recompute_layers
 from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
 
 ATTENTION = "exgrpo_memory_plan"
@@ -144,7 +145,7 @@ def _first_layers(model: Any, setting: Setting, layers: int) -> Any:
         if setting.lora is not None:
             add_adapter(made, **setting.lora)
     if setting.checkpointing:
-        made.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(made)
     if setting.tile_tokens:
         run_in_tiles(made, setting.tile_tokens)
     return made.train()

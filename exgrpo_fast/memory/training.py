@@ -14,6 +14,7 @@ import torch
 
 from exgrpo_fast.memory.tracing import Passes
 from exgrpo_kernels import runtime
+from exgrpo_kernels.sparse_backward import num_tiles
 
 # Of a trained weight, between two updates: exgrpo_fast/adamw.py. flashoptim keeps a 16-bit residual
 # and two moments of 8 bits with a 16-bit scale for each 32; torchao two moments of 8 bits with a
@@ -122,11 +123,13 @@ def scoring(
     weights: torch.dtype,
     compute: torch.dtype,
     device: Literal["cpu", "cuda"],
+    chunk_rows: int | None = None,
 ) -> float:
-    """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many."""
+    """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many,
+    `chunk_rows` as for an update."""
     cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
     rows = tokens * head.width * compute.itemsize
-    chunk = chunk_bytes(tokens, head, compute, device)
+    chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
     return BYTES_PER_ROW * tokens + max(passes.scoring, rows + cast + chunk)
 
 
@@ -140,7 +143,8 @@ def chunk_bytes(
 ) -> int:
     """The kernels' own choice. On a CPU logits are float32, a block of scratch joins them, and
     bfloat16 operands are widened: the rows of the chunk, and the head tile by tile. With a gradient
-    the rows that have one are gathered, and theirs is made in float32."""
+    the rows that have one are gathered, and theirs is made in float32; where the backward pass may be
+    sparse, the rows of the chunk are gathered as well, and the masses of its tiles are kept."""
     low = compute == torch.bfloat16
     row_bytes = head.vocabulary * (2 if low and device == "cuda" else 4)
     rows = runtime.chunk_rows(num_rows, row_bytes, torch.device(device))
@@ -153,4 +157,6 @@ def chunk_bytes(
         scratch += 4 * rows * head.width
     if has_gradient:
         scratch += compute.itemsize * rows * head.width
+        if head.vocabulary >= runtime.SPARSE_VOCABULARY:
+            scratch += compute.itemsize * rows * head.width + 4 * rows * num_tiles(head.vocabulary)
     return rows * row_bytes + scratch

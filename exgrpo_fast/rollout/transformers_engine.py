@@ -2,7 +2,8 @@
 
 Continuous batching is not used: it has one seed per engine and draws from the process-wide random
 state, while a request here owns its seed. Tokens are drawn by inverse CDF with a counter-based hash
-(`drawing.py`), so a completion depends on its own seed only, not on its neighbours.
+(`drawing.py`), so a completion depends on its own seed only, not on its neighbours. That lets a batch
+that the device has no memory for be generated in halves.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from exgrpo_fast.experience import Completion
+from exgrpo_fast.out_of_memory import nothing_smaller, until_it_fits
 from exgrpo_fast.policy import Policy, inference
 from exgrpo_fast.rollout.decoding import Decoding
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 
+KEYS = ("rollout.max_completion_tokens or data.max_prompt_tokens", "rollout.max_batch_sequences")
+
 
 class TransformersEngine(LocalEngine):
-    """Batched generation of at most `max_batch_sequences` sequences side by side."""
+    """Batched generation of at most `max_batch_sequences` sequences side by side.
+
+    Keys and values of all of them are held. Where the device's memory runs out, the batch is
+    generated again with half as many, time and again; the number that fits stays.
+    """
 
     def __init__(
         self,
@@ -35,10 +43,13 @@ class TransformersEngine(LocalEngine):
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.max_batch_sequences = max_batch_sequences
+        self.halvings = 0
 
     def sync(self, version: int) -> dict[str, float]:
-        """Nothing to do: these are the trainer's parameters."""
-        return {}
+        """Nothing to send: these are the trainer's parameters. How often memory ran out since the
+        last call."""
+        halvings, self.halvings = self.halvings, 0
+        return {"generation_halvings": halvings}
 
     @torch.no_grad()
     def generate(
@@ -51,15 +62,43 @@ class TransformersEngine(LocalEngine):
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         with inference(self.policy.model), self.policy.autocast():
-            for start in range(0, len(order), self.max_batch_sequences):
-                members = order[start : start + self.max_batch_sequences]
-                batch = self._generate_batch(
-                    [requests[i] for i in members], sampling, observer.waiting
-                )
+            while order:
+                batch = self._first_batch([requests[i] for i in order], sampling, observer.waiting)
+                members, order = order[: len(batch)], order[len(batch) :]
                 for i, completion in zip(members, batch, strict=True):
                     completions[i] = completion
                 observer.finished(members, batch)
         return [completion for completion in completions if completion is not None]
+
+    def _first_batch(
+        self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
+    ) -> list[Completion]:
+        """Of as many of the first requests as fit side by side."""
+
+        def generate() -> list[Completion]:
+            return self._generate_batch(requests[: self.max_batch_sequences], sampling, waiting)
+
+        def give_way(cause: str) -> None:
+            count = min(self.max_batch_sequences, len(requests))
+            is_alone = not self.policy.sizes.are_fixed
+            if count == 1 or not is_alone:
+                lengths = (len(r.prompt_ids) + self._limit(r, sampling) for r in requests[:count])
+                raise nothing_smaller(
+                    self.policy.model,
+                    during="generation",
+                    longest=max(lengths),
+                    cause=cause,
+                    is_alone=is_alone,
+                    keys=KEYS,
+                )
+            self.max_batch_sequences = count // 2
+            self.halvings += 1
+
+        return until_it_fits(generate, give_way, during="generation", device=self.policy.device)
+
+    @staticmethod
+    def _limit(request: Request, sampling: Sampling) -> int:
+        return request.max_completion_tokens or sampling.max_completion_tokens
 
     def _generate_batch(
         self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
@@ -73,7 +112,7 @@ class TransformersEngine(LocalEngine):
         for prompt, row in row_of.items():  # left padding: generation goes on at the right
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        limits = [r.max_completion_tokens or sampling.max_completion_tokens for r in requests]
+        limits = [self._limit(request, sampling) for request in requests]
         decoding = Decoding(
             prompt_of=[row_of[request.prompt_ids] for request in requests],
             seeds=[request.seed for request in requests],

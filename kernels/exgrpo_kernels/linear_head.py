@@ -152,12 +152,13 @@ class LinearHead:
             *self.inputs.arguments(),
             self.logits_dtype,
             self.backend,
+            self.chunk_rows,
         )
 
     @staticmethod
     def from_arguments(hidden: Tensor, weight: Tensor, *arguments) -> "LinearHead":
-        *inputs, logits_dtype, backend = arguments
-        return LinearHead(hidden, weight, RowInputs(*inputs), logits_dtype, backend)
+        *inputs, logits_dtype, backend, chunk_rows = arguments
+        return LinearHead(hidden, weight, RowInputs(*inputs), logits_dtype, backend, chunk_rows)
 
     def with_checked_values(self, trained_N: Tensor | None = None) -> "LinearHead":
         """Check what only the values tell; rows that are not trained may hold anything.
@@ -192,6 +193,7 @@ def linear_head(
     softcap: float | None,
     logits_dtype: torch.dtype | None,
     backend: str,
+    chunk_rows: int | None = None,
 ) -> LinearHead:
     """Check everything that shapes, dtypes and devices tell; ValueError names the argument."""
     for name, value, shape in (("hidden", hidden, "[N, D]"), ("weight", weight, "[V, D]")):
@@ -210,6 +212,8 @@ def linear_head(
         raise ValueError(f"weight must hold at least one token, got shape {list(weight.shape)}")
     if weight.device != hidden.device:
         raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     dtype = compute_dtype(hidden, weight)
     if logits_dtype not in (None, dtype, torch.bfloat16):
         raise ValueError(f"logits_dtype must be {dtype}, torch.bfloat16 or None: {logits_dtype}")
@@ -224,7 +228,7 @@ def linear_head(
         softcap=softcap,
     )
     backend = runtime.resolve_backend(backend, hidden.device, dtype)
-    return LinearHead(hidden, weight, inputs, logits_dtype or dtype, backend)
+    return LinearHead(hidden, weight, inputs, logits_dtype or dtype, backend, chunk_rows)
 
 
 # ---- what a backend does -------------------------------------------------------------------------
@@ -348,8 +352,10 @@ class HeadGradients:
         """`needs` says whether hidden, weight and bias want a gradient; dW may join `main_grad`."""
         needs_hidden, needs_weight, needs_bias = needs
         hidden, weight, bias, dtype = head.hidden_ND, head.weight_VD, head.inputs.bias_V, head.dtype
-        # the first chunk overwrites, which saves a pass of zeros over [V, D]
-        total = weight.new_empty(weight.shape, dtype=dtype) if main_grad is None else main_grad
+        total = main_grad
+        if needs_weight and main_grad is None:
+            # the first chunk overwrites, which saves a pass of zeros over [V, D]
+            total = weight.new_empty(weight.shape, dtype=dtype)
         return HeadGradients(
             hidden.new_zeros(hidden.shape) if needs_hidden else None,
             total if needs_weight else None,

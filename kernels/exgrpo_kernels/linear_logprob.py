@@ -187,10 +187,20 @@ def linear_logprob_operator(
     softcap: float | None,
     logits_dtype: torch.dtype,
     backend: str,
+    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`score_rows` of the fields of a `LinearHead`."""
     head = LinearHead.from_arguments(
-        hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperatures,
+        temperature,
+        softcap,
+        logits_dtype,
+        backend,
+        chunk_rows,
     )
     logprobs, entropy, lse = score_rows(head)
     return logprobs, entropy, lse
@@ -212,6 +222,7 @@ def linear_logprob_backward_operator(
     softcap: float | None,
     logits_dtype: torch.dtype,
     backend: str,
+    chunk_rows: int | None,
     logprobs: Tensor,
     entropy: Tensor,
     lse: Tensor,
@@ -222,7 +233,16 @@ def linear_logprob_backward_operator(
 ) -> list[Tensor]:
     """`recompute_gradients`, of which only the wanted gradients come back, in order."""
     head = LinearHead.from_arguments(
-        hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperatures,
+        temperature,
+        softcap,
+        logits_dtype,
+        backend,
+        chunk_rows,
     )
     outputs, coefficients = LinearLogprob(logprobs, entropy, lse), RowCoefficients(c1, c2, c3)
     wanted = needs[0], needs[1], needs[2]
@@ -241,9 +261,8 @@ def _(hidden, weight, targets, bias, *arguments):
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, temperature, softcap, logits_dtype, backend = inputs
+    tensors, ctx.settings = inputs[:5], inputs[5:]  # the settings: from the temperature on
     ctx.save_for_backward(*tensors, *output)
-    ctx.settings = temperature, softcap, logits_dtype, backend
     ctx.set_materialize_grads(False)
 
 
@@ -266,7 +285,7 @@ def _backward(ctx, logprob_gradient, entropy_gradient, lse_gradient):
         )
     )
     hidden, weight, bias = (next(gradients) if needed else None for needed in needs)
-    return hidden, weight, None, bias, None, None, None, None, None
+    return hidden, weight, None, bias, *[None] * (1 + len(ctx.settings))
 
 
 linear_logprob_operator.register_autograd(_backward, setup_context=_save_for_backward)
@@ -285,6 +304,7 @@ def linear_logprob(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    chunk_rows: int | None = None,
 ) -> LinearLogprob:
     """(N, D), (V, D), (N,) -> (N,) float32 x 3: logprobs, entropy, lse, differentiable.
 
@@ -297,6 +317,7 @@ def linear_logprob(
                      an engine might that is to be matched (up to 0.12 in a log-probability)
     backend          "auto" (Triton on CUDA, else PyTorch), "triton" or "torch"; "triton" runs on
                      a CPU when TRITON_INTERPRET=1 was set before the import
+    chunk_rows       at most so many rows of logits at a time; None: by the device
 
     Gradients reach hidden, weight and bias through all three outputs, and are not differentiable
     again. Without gradients this is the scoring pass: one GEMM and one sweep over each chunk.
@@ -313,5 +334,6 @@ def linear_logprob(
         softcap=softcap,
         logits_dtype=logits_dtype,
         backend=backend,
+        chunk_rows=chunk_rows,
     ).with_checked_values()
     return LinearLogprob(*linear_logprob_operator(*head.arguments()))

@@ -13,7 +13,6 @@ Legend: N tokens, V vocabulary, D hidden.
 # pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -198,6 +197,7 @@ def linear_policy_loss_operator(
     softcap: float | None,
     logits_dtype: torch.dtype,
     backend: str,
+    chunk_rows: int | None,
     weights: Tensor,
     trained: Tensor,
     advantages: Tensor,
@@ -211,13 +211,20 @@ def linear_policy_loss_operator(
     threshold: float | None,
     tail: str,
     is_auto: bool,
-    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, what sparsity dropped, and dX, dW, db; empty where not wanted."""
     head = LinearHead.from_arguments(
-        hidden, weight, targets, bias, temperatures, temperature, softcap, logits_dtype, backend
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperatures,
+        temperature,
+        softcap,
+        logits_dtype,
+        backend,
+        chunk_rows,
     )
-    head = replace(head, chunk_rows=chunk_rows)
     columns = LossColumns(
         weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
     )
@@ -244,8 +251,8 @@ def linear_policy_loss_operator(
 
 @linear_policy_loss_operator.register_fake
 def _(hidden, weight, targets, bias, *arguments):
-    *_, needs, main_grad, _, _, _, _ = arguments
-    outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:5]))
+    *_, needs, main_grad, _, _, _ = arguments
+    outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:6]))
     wanted = needs[0], needs[1] and main_grad is None, needs[2]
     gradients = (
         torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -440,8 +447,6 @@ def linear_policy_loss(
     threshold, is_auto = resolve_sparsity(sparsity, len(weight))
     tail_named(tail)
     check_main_grad(weight_main_grad, weight)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     check_vector("weights", weights, len(hidden), hidden.device)
     head = linear_head(
         hidden,
@@ -452,6 +457,7 @@ def linear_policy_loss(
         softcap=softcap,
         logits_dtype=logits_dtype,
         backend=backend,
+        chunk_rows=chunk_rows,
     ).with_checked_values(weights.detach() != 0)
     columns = loss_columns(
         objective,
@@ -480,7 +486,6 @@ def linear_policy_loss(
             threshold,
             tail,
             is_auto,
-            chunk_rows,
         )
         result = finished_loss(objective, columns, targets, len(weight), logprobs, entropy)
         names = ("density", "skipped_mass", "rows_skipped")

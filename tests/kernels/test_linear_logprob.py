@@ -100,6 +100,32 @@ def test_chunk_size_changes_nothing(small_chunks, softcap):
     assert_same(chunked[1], whole[1], 1e-13)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_fewer_rows_at_a_time_change_nothing(monkeypatch, rows):
+    sizes = []
+    new = runtime.empty_logits
+    monkeypatch.setattr(
+        runtime,
+        "empty_logits",
+        lambda count, *others: (sizes.append(count), new(count, *others))[1],
+    )
+    hidden, weight = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (41, 67))
+    targets = torch.randint(67, (41,))
+
+    def made(**options):
+        out = linear_logprob(hidden, weight, targets, **options)
+        total = out.logprobs.sum() + (out.entropy * out.lse).sum()
+        return *out, *torch.autograd.grad(total, [hidden, weight])
+
+    whole = made()
+    assert sizes == [41, 41]
+    for ours, expected in zip(made(chunk_rows=rows), whole, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-13, rtol=1e-13)
+    assert sizes[2:] == [min(rows, 41)] * 2
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+        made(chunk_rows=0)
+
+
 def test_entropy_of_a_uniform_and_of_a_certain_row():
     weight = torch.tensor([[0.0], [0.0], [0.0], [50.0]])
     out = linear_logprob(torch.tensor([[0.0], [1.0]]), weight, torch.tensor([1, 3]))

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from cases import Case, make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exgrpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss, runtime
-from exgrpo_kernels.linear_head import linear_head
+from exgrpo_kernels.linear_head import HeadGradients, linear_head
 from exgrpo_kernels.linear_logprob import linear_logprob_backward_operator, linear_logprob_operator
 from exgrpo_kernels.objective import loss_columns
 from exgrpo_kernels.policy_loss import linear_policy_loss_operator
@@ -62,12 +63,31 @@ def test_operators_keep_their_schemas(backend):
     for main_grad in (None, torch.zeros_like(head.weight_VD)):
         torch.library.opcheck(
             linear_policy_loss_operator,
-            (*loss, main_grad, 1e-4, "centroid", False, 2),
+            (*loss, main_grad, 1e-4, "centroid", False),
             test_utils=utilities,
         )
     inputs = head.inputs.arguments()
     from_logits = (torch.randn(6, 70), *inputs, backend, *columns.arguments(), objective)
     torch.library.opcheck(policy_loss_from_logits_operator, from_logits, test_utils=utilities)
+
+
+def test_a_weight_without_a_gradient_takes_no_room():
+    """No [V, D] is made for the gradient of a frozen head."""
+    head, _ = example("torch")
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.append(tuple(out.shape))
+            return out
+
+    for needs_weight in (False, True):
+        made.clear()
+        with Watch():
+            gradients = HeadGradients.like(head, (True, needs_weight, False))
+        assert ((70, 8) in made) == needs_weight == (gradients.weight_VD is not None)
+        assert (6, 8) in made
 
 
 def policy_step(hidden, weight, targets, columns, backend):

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from exgrpo_fast.composition import rollouts
+from exgrpo_fast.config import validate
+from exgrpo_fast.out_of_memory import OutOfMemory
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.processes import Processes
 from exgrpo_fast.rollout.drawing import hash_uniform, invert_cdf, keep_nucleus
-from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
+from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.torchrun import Place
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (20, 21)]
 REQUESTS = [Request(p, request_seed(0, 1, str(p), i)) for i in range(5) for p in PROMPTS]
@@ -51,6 +59,71 @@ def test_a_completion_depends_on_its_own_seed_only(policy) -> None:
     for a, b, c in zip(together, in_threes, alone, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist() == c.token_ids.tolist()
     assert len({tuple(c.token_ids.tolist()) for c in together}) == len(REQUESTS)
+
+
+# --- out of memory --------------------------------------------------------------------------------
+
+
+def out_of_memory_above(policy: Policy, limit: int) -> list[int]:
+    """Filled with the rows of every refused forward pass of a generation from now on."""
+    refused: list[int] = []
+
+    def check(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        if len(named["input_ids"]) > limit:
+            refused.append(len(named["input_ids"]))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore")
+
+    policy.model.register_forward_pre_hook(check, with_kwargs=True)
+    return refused
+
+
+@pytest.mark.parametrize(("limit", "fitting", "refused"), [(10, 10, 1), (9, 5, 2), (1, 1, 4)])
+def test_a_batch_that_does_not_fit_is_generated_in_halves(
+    policy, limit: int, fitting: int, refused: int
+) -> None:
+    expected = engine(policy).generate(REQUESTS, Sampling(10))
+    halving, told = engine(policy), []
+    observer = Observer()
+    observer.finished = lambda places, completions: told.extend(places)
+    found = out_of_memory_above(policy, limit)
+    completions = halving.generate(REQUESTS, Sampling(10), observer)
+    for ours, theirs in zip(completions, expected, strict=True):
+        assert torch.equal(ours.token_ids, theirs.token_ids)
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-6, rtol=0)
+    assert halving.max_batch_sequences == fitting and len(found) == refused
+    assert sorted(told) == list(range(len(REQUESTS)))
+    halving.generate(REQUESTS, Sampling(10))
+    assert len(found) == refused, "the number was not remembered"
+    assert halving.sync(1) == {"generation_halvings": refused}
+    assert halving.sync(2) == {"generation_halvings": 0}
+    assert policy.model.training
+
+
+def test_where_not_one_sequence_can_be_generated_the_keys_are_named(policy) -> None:
+    refused = out_of_memory_above(policy, 0)
+    with pytest.raises(OutOfMemory) as caught:
+        engine(policy, 4).generate(REQUESTS[:6], Sampling(10))
+    assert str(caught.value) == (
+        "out of memory in generation: not even one sequence of 16 tokens fits; lower "
+        "rollout.max_completion_tokens or data.max_prompt_tokens, or take a smaller model"
+    )
+    assert "Tried to allocate 3.00 GiB." in caught.value.table
+    assert len(refused) == 3  # of 4, 2, 1 sequences
+
+
+def test_among_several_processes_a_batch_is_not_generated_again(policy, monkeypatch) -> None:
+    """The copy that the first process generates with."""
+    monkeypatch.setattr(rollouts, "make_policy", lambda *arguments, **options: policy)
+    source: Any = SimpleNamespace(
+        processes=Processes(Place(count=2)), model=None, temperature=1.0, device="cpu"
+    )
+    prepared: Any = SimpleNamespace(attach=lambda copy, prompt_ids: engine(copy))
+    config = validate({"rollout": {"engine": "transformers"}})
+    made = rollouts.attach(config, prepared, source, "folder", (5,), device="cpu")
+    refused = out_of_memory_above(policy, 1)
+    with pytest.raises(OutOfMemory, match=r"several processes.*lower rollout\.max_batch_sequences"):
+        made.generate(REQUESTS, Sampling(10))
+    assert len(refused) == 1
 
 
 def test_the_random_state_of_the_process_is_untouched(policy) -> None:
