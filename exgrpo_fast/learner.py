@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.gradient_release import require_one_pack
 from exgrpo_fast.memory.exhausted import out_of_memory
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Aggregation, Ragged, fill_columns, pack, token_weights
@@ -160,8 +161,9 @@ class Learner:
 
         Where the device's memory runs out, the same batch is done again: first with chunks of
         logits of half their size, then in micro-batches of half the size, time and again. The sizes
-        that fit stay. OutOfMemory when each sequence has a micro-batch of its own already, and where
-        other processes have not run out: they are in the middle of theirs.
+        that fit stay. OutOfMemory when each sequence has a micro-batch of its own already, where an
+        update can only be one pack, and where other processes have not run out: they are in the
+        middle of theirs.
         """
         while True:
             try:
@@ -182,12 +184,17 @@ class Learner:
         if alone and usual_rows > 1 and self.chunk_rows == self.asked_chunk_rows:
             self.chunk_rows = usual_rows // 2
             report.chunk_halvings += 1
-        elif alone and limit > longest:
+        elif alone and limit > longest and self.optimiser.sums_packs:
             half = min(limit, total_tokens(rows)) // 2
             self.policy.max_tokens_per_microbatch = max(half, longest)
             report.microbatch_halvings += 1
         else:
-            raise out_of_memory(self.policy.model, longest=longest, cause=cause)
+            raise out_of_memory(
+                self.policy.model,
+                longest=longest,
+                cause=cause,
+                releases=not self.optimiser.sums_packs,
+            )
 
     def _backward(
         self,
@@ -201,7 +208,7 @@ class Learner:
             for loss, kernel_metrics, num_tokens in self._micro_batches(
                 rows, objective, ref_logprobs, sums
             ):
-                loss.backward()
+                self.optimiser.backward(loss)
                 sums.loss += float(loss.detach())
                 sums.metrics.add(kernel_metrics)
                 sums.num_tokens += num_tokens
@@ -218,7 +225,7 @@ class Learner:
         rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
         with self.policy.passes():
             for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
-                loss.backward()
+                self.optimiser.backward(loss)
         self.optimiser.discard()
 
     def rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -289,6 +296,8 @@ class Learner:
         terms = [token_terms(row, objective) for row in rows]
         limit = self.policy.max_tokens_per_microbatch
         packs = pack(prompts, responses, max_tokens=limit, device=self.policy.device)
+        if not self.optimiser.sums_packs:
+            require_one_pack(len(packs), limit)
         for packed, counts in self.policy.deal(packs):
             columns = fill_columns(
                 packed,
@@ -346,7 +355,8 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimiser.load_state_dict(state["optimiser"])
         asked, fitting = state["microbatch"]
-        if asked == self.asked_microbatch:  # else the user has set another size since
+        # else the user has set another size since, or an update that has to be one pack
+        if asked == self.asked_microbatch and self.optimiser.sums_packs:
             self.policy.max_tokens_per_microbatch = fitting
         asked, fitting = state["chunk_rows"]
         if asked == self.asked_chunk_rows:

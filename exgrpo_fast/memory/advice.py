@@ -11,6 +11,7 @@ from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.memory.plan import GIB, MemoryPlan, Planner
 
 LOW = {"model.weights": "bfloat16", "train.optimizer": "auto"}
+RELEASE = {"train.gradient_release": "true", "train.max_tokens_per_microbatch": "auto"}
 ADAPTER = {"model.lora.rank": 32, "model.weights": "bfloat16"}
 
 
@@ -38,8 +39,10 @@ def changes(config: Config) -> Iterator[Change]:
     if config.replay.enabled and config.replay.store.max_gib > 0.5:
         yield Change({"replay.store.max_gib": 0.5}, "less experience is kept")
     if config.model.lora is None:
+        yield Change(RELEASE, "a backward pass more, one pack an update")
         yield Change(LOW, "float32-equivalent weights, moments of 8 bits")
         yield Change(LOW | small, "the same in smaller packs")
+        yield Change(LOW | RELEASE, "the same, a backward pass more, one pack an update")
         least = {"model.weights": "bfloat16", "train.optimizer": "adamw_8bit"}
         yield Change(least | small, "updates are rounded at random")
         yield Change(ADAPTER, "an adapter is trained, not the weights")

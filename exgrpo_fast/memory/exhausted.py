@@ -15,13 +15,17 @@ class OutOfMemory(UserError):
         self.table = table
 
 
-def out_of_memory(model: Any, *, longest: int, cause: str) -> OutOfMemory:
-    """For a training step on `model` whose longest sequence has so many tokens."""
+def out_of_memory(
+    model: Any, *, longest: int, cause: str, releases: bool = False
+) -> OutOfMemory:
+    """For a training step on `model` whose longest sequence has so many tokens; `releases`:
+    gradients, so that the update was one pack."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings().weight
     rows = [
         ("weights", weights),
-        ("gradients", trained),
+        ("gradients", head.numel() * head.element_size() if releases else trained),
         ("two AdamW moments", 2 * trained),
     ]
     lines = [f"{name:<20}{size / 2**30:9.2f} GiB" for name, size in rows]
@@ -30,4 +34,9 @@ def out_of_memory(model: Any, *, longest: int, cause: str) -> OutOfMemory:
         f"out of memory in the update: not even one sequence of {longest} tokens fits; lower "
         f"rollout.max_completion_tokens or replay.store.max_gib, or take a smaller model"
     )
+    if releases:
+        message = (
+            "out of memory in the update, which train.gradient_release does not let be parted; raise "
+            "train.minibatches, lower model.tile_tokens, or set train.gradient_release to false"
+        )
     return OutOfMemory(message, "what used the memory\n" + "\n".join(lines))
