@@ -89,12 +89,19 @@ def batch(behaviour: float = -5.3) -> list[Group]:
 
 
 def state_of(learner: Learner) -> dict[str, Any]:
-    parameters = learner.policy.model.named_parameters()
-    found = learner.optimiser.state_dict()["moments"]
-    return {
-        "weights": {name: p.detach().clone() for name, p in parameters},
-        "moments": {k: {n: t.clone() for n, t in of_one.items()} for k, of_one in found.items()},
-    }
+    parameters = dict(learner.policy.model.named_parameters())
+    return {"weights": copy_of(parameters), "moments": copy_of(moments_of(learner))}
+
+
+def moments_of(learner: Learner) -> dict[str, Any]:
+    return learner.optimiser.state_dict()["moments"]
+
+
+def copy_of(value: Any) -> Any:
+    """Of tensors in dictionaries, as quantised moments are."""
+    if isinstance(value, dict):
+        return {name: copy_of(inner) for name, inner in value.items()}
+    return value.detach().clone()
 
 
 def assert_same_updates(learners: list[Learner], count: int = 4) -> list[float]:
@@ -215,9 +222,8 @@ def test_an_update_takes_what_was_planned() -> None:
     ours = released(held, head, size)
     assert (ours.resident, ours.gradients) == (held.resident, 4 * VOCABULARY * width)
     made = update(passes, head, tokens=TOKENS, weights=size, compute=size, device="cpu")
-    assert ours.gradients + made.peak == pytest.approx(peaks[ReleasingOptimiser], rel=0.08)
-    saved = held.gradients - ours.gradients
-    assert peaks[Optimiser] - peaks[ReleasingOptimiser] > 0.8 * saved
+    assert ours.gradients + made.peak == pytest.approx(peaks[ReleasingOptimiser], rel=0.05)
+    assert peaks[Optimiser] > 1.5 * peaks[ReleasingOptimiser]
 
 
 # --- what does not move ---------------------------------------------------------------------------

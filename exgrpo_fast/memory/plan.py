@@ -75,9 +75,12 @@ class MemoryPlan:
 
     @property
     def is_hopeless(self) -> bool:
-        """No pack is small enough: weights, gradients and states alone are too much."""
-        usable = self.machine.usable
-        return usable is not None and self.states.resident + self.states.gradients > usable
+        """No pack is small enough: weights, gradients and states alone are too much, or with what
+        the one pack keeps that an update has to be."""
+        usable, kept = self.machine.usable, self.states.resident + self.states.gradients
+        if self.config.train.gradient_release:
+            kept += self.update.saved
+        return usable is not None and kept > usable
 
     @property
     def fits(self) -> bool:
@@ -110,7 +113,7 @@ class Planner:
         first, *smaller = self._choices(config)
         made = self._plan(first)
         if made.is_hopeless:
-            smaller = smaller[-1:]
+            smaller = [] if config.train.gradient_release else smaller[-1:]
         for choice in smaller:
             if made.fits:
                 break
