@@ -130,7 +130,11 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     )
     num_groups = SEQUENCES // 2 if releases else SEQUENCES  # one pack, or two
     groups = worst_groups(
-        num_groups, 2, prompt_tokens=PROMPT, completion_tokens=response, vocabulary=config.vocab_size
+        num_groups,
+        2,
+        prompt_tokens=PROMPT,
+        completion_tokens=response,
+        vocabulary=config.vocab_size,
     )
     trajectories = [t for group in groups for t in group.trajectories]
     prompts = Ragged.of([t.question.prompt_ids for t in trajectories])

@@ -371,7 +371,9 @@ def make(tokenizer, make_test_trainer):
 
 def told(metrics: dict[str, Any]) -> dict[str, Any]:
     """Without what is measured in seconds."""
-    return {k: v for k, v in metrics.items() if "second" not in k and "per_" not in k and k != "time"}
+    return {
+        k: v for k, v in metrics.items() if "second" not in k and "per_" not in k and k != "time"
+    }
 
 
 def test_a_run_with_release_is_the_run_without_and_can_become_it(make) -> None:
@@ -381,7 +383,9 @@ def test_a_run_with_release_is_the_run_without_and_can_become_it(make) -> None:
     for trainer in (usual, ours):
         torch.manual_seed(0)
         trainer.found = [trainer.step()[1] for _ in range(3)]
-        assert any(row["replayed_tokens"] if "replayed_tokens" in row else 1 for row in trainer.found)
+        assert any(
+            row["replayed_tokens"] if "replayed_tokens" in row else 1 for row in trainer.found
+        )
     for theirs, row in zip(usual.found, ours.found, strict=True):
         assert row["grad_norm"] > TRAIN["max_grad_norm"]
         assert told(row) == told(theirs)

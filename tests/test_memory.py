@@ -284,8 +284,9 @@ def test_no_pack_of_a_released_update_is_smaller(
 def test_small_updates_are_offered_release(
     seven_billion: Path, planner_for: Callable[..., Planner]
 ) -> None:
-    planner = planner_for(64)
-    engine = {"rollout__engine": "transformers", "rollout__max_batch_sequences": "16"}
+    planner = planner_for(None)
+    planner.machine = Machine("cuda", 64 * GIB, "transformers")
+    engine = {"rollout__max_batch_sequences": "16"}
     config = small_updates(seven_billion, **engine)
     assert not planner.plan(config).fits
     found = cheapest(planner, config)

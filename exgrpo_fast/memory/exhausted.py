@@ -15,9 +15,7 @@ class OutOfMemory(UserError):
         self.table = table
 
 
-def out_of_memory(
-    model: Any, *, longest: int, cause: str, releases: bool = False
-) -> OutOfMemory:
+def out_of_memory(model: Any, *, longest: int, cause: str, releases: bool = False) -> OutOfMemory:
     """For a training step on `model` whose longest sequence has so many tokens; `releases`:
     gradients, so that the update was one pack."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -328,7 +328,9 @@ def _resolved(made: MemoryPlan, asked: Config) -> list[str]:
         f"{made.update.chunk / 2**20:.0f} MiB"
     )
     if config.train.gradient_release:
-        lines.append("train.gradient_release: one pack an update, each gradient freed when it is made")
+        lines.append(
+            "train.gradient_release: one pack an update, each gradient freed when it is made"
+        )
     tiles = "MLPs, norms and logits in tiles" if config.tile_tokens else "no tiles"
     lines.append(f"model.tile_tokens {config.tile_tokens}{_how(asked.model.tile_tokens)}: {tiles}")
     if made.engine is not None:
