@@ -112,6 +112,8 @@ def trace(model: Any, setting: Setting, *, layers: int, tokens: int) -> Passes:
             del hidden
             loss.backward(retain_graph=setting.gradient_release)
             rest = ledger.take_peak()
+            del loss  # and the graph, where it is still there
+            ledger.take_peak()
             made.eval()
             with torch.no_grad():
                 _hidden_states(made, setting, tokens)
