@@ -267,6 +267,8 @@ def test_released_gradients_are_planned(
     saved = usual.totals["update"] - made.totals["update"]
     above = 16384 * 3584 * (4 + 2 + 2)
     assert saved == pytest.approx(2 * (7_615_616_512 - 152064 * 3584) - above, rel=1e-3)
+    logits = "forward pass, logits"
+    assert made.rows[logits] == usual.rows[logits]
     text = plan_run(made.config, str(seven_billion), device=None, memory_gib=80).text
     assert "gradient of the head            -         -      1.02" in text
     assert "train.gradient_release: one pack an update" in text

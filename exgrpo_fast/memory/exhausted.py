@@ -21,9 +21,12 @@ def out_of_memory(model: Any, *, longest: int, cause: str, releases: bool = Fals
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     head = model.get_output_embeddings().weight
+    gradients = ("gradients", trained)
+    if releases:
+        gradients = ("gradient of the head", head.numel() * head.element_size())
     rows = [
         ("weights", weights),
-        ("gradients", head.numel() * head.element_size() if releases else trained),
+        gradients,
         ("two AdamW moments", 2 * trained),
     ]
     lines = [f"{name:<20}{size / 2**30:9.2f} GiB" for name, size in rows]
