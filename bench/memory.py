@@ -3,7 +3,7 @@
 Real updates on random models of a few shapes, every byte as the allocator recorded it
 (torch.profiler), beside the plan, which sees the config alone. `update` is a whole
 `Learner.update`, the call `Trainer.step` makes, optimiser included (adamw_8bit apart, whose step is
-compiled on a GPU alone); `scoring` is a `Policy.score`.
+compiled on a GPU alone: of released gradients the first of two passes); `scoring` is a `Policy.score`.
 
     python bench/memory.py [--out bench/results/cpu/memory.json]
 """
@@ -24,10 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from exgrpo_fast.advantages import ADVANTAGES
+from exgrpo_fast.gradient_release import ReleasingOptimiser
 from exgrpo_fast.learner import Learner
 from exgrpo_fast.lora import add_adapter
 from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.training import Head, scoring, states, update
+from exgrpo_fast.memory.training import Head, released, scoring, states, update
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
@@ -66,7 +67,7 @@ SHAPES: dict[str, Any] = {
 }
 LORA = {"rank": 16, "alpha": 32.0}
 # shape, response tokens, weights, compute, checkpointing, adapter, tokens of a tile
-CASES = [
+USUAL = [
     ("qwen3 0.9M", 128, "float32", "float32", True, None, 0),
     ("qwen3 0.9M", 128, "float32", "float32", False, None, 0),
     ("qwen3 0.9M", 128, "float32", "float32", True, None, 100),
@@ -86,12 +87,23 @@ CASES = [
     ("llama 80M", 160, "bfloat16", "bfloat16", True, None, 0),
     ("llama 80M", 160, "bfloat16", "bfloat16", True, None, 128),
 ]
+RELEASED = [
+    ("qwen3 0.9M", 128, "float32", "float32", True, None, 0),
+    ("qwen2 20M", 256, "float32", "float32", True, None, 0),
+    ("qwen2 20M", 256, "float32", "float32", False, None, 0),
+    ("qwen2 20M", 256, "bfloat16", "bfloat16", True, None, 256),
+    ("llama 80M", 160, "float32", "float32", True, None, 0),
+    ("llama 80M", 160, "float32", "bfloat16", True, None, 128),
+    ("llama 80M", 160, "bfloat16", "bfloat16", True, None, 0),
+]
+# and whether gradients are released
+CASES = [*((*case, False) for case in USUAL), *((*case, True) for case in RELEASED)]
 PROMPT, SEQUENCES = 64, 4  # a pack: pairs behind one prompt
 
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     """Bytes of one case: measured, planned, and the relative error of the plan."""
-    shape, response, weights_name, compute_name, checkpointing, lora, tile = case
+    shape, response, weights_name, compute_name, checkpointing, lora, tile, releases = case
     weights, compute = getattr(torch, weights_name), getattr(torch, compute_name)
     config = SHAPES[shape]
     tokens = SEQUENCES // 2 * (PROMPT + 2 * (response - 1))
@@ -109,13 +121,20 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     kind = "adamw_8bit" if weights == torch.bfloat16 and lora is None else "adamw"
     learner = Learner(
         policy,
-        Optimiser(policy.trainable_parameters, kind=kind, lr=1e-6),
+        (ReleasingOptimiser if releases else Optimiser)(
+            policy.trainable_parameters, kind=kind, lr=1e-6
+        ),
         advantage=ADVANTAGES["dr_grpo"],
         aggregation="constant",
         max_completion_tokens=response,
     )
+    num_groups = SEQUENCES // 2 if releases else SEQUENCES  # one pack, or two
     groups = worst_groups(
-        SEQUENCES, 2, prompt_tokens=PROMPT, completion_tokens=response, vocabulary=config.vocab_size
+        num_groups,
+        2,
+        prompt_tokens=PROMPT,
+        completion_tokens=response,
+        vocabulary=config.vocab_size,
     )
     trajectories = [t for group in groups for t in group.trajectories]
     prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
@@ -128,11 +147,13 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         "scoring": peak_bytes(lambda: policy.score(prompts, responses)),
     }
 
-    setting = Setting(weights, compute, checkpointing, lora, tile)
+    setting = Setting(weights, compute, checkpointing, lora, tile, releases)
     tracer = Tracer(config, setting)
     head = Head(config.vocab_size, config.hidden_size, is_trained=lora is None)
     same: dict[str, Any] = {"weights": weights, "compute": compute, "device": "cpu"}
     held = states(tracer(tokens), weights=weights, optimiser=kind, references=0, is_nf4=False)
+    if releases:
+        held = released(held, head, weights)
     made = update(tracer(tokens), head, tokens=tokens, chunk_rows=tile or None, **same)
     planned = {
         "update": held.gradients + made.peak,
@@ -147,6 +168,7 @@ def measure(case: tuple[Any, ...]) -> dict[str, Any]:
         "checkpointing": checkpointing,
         "lora": lora is not None,
         "tile": tile,
+        "gradient_release": releases,
         "optimizer": kind,
         "resident_mib": round(resident / 2**20, 3),
         "resident_planned_mib": round(held.resident / 2**20, 3),

@@ -40,6 +40,13 @@ MODELS = {
 }
 LORA = {"model.lora.rank": "32", "model.lora.alpha": "64"}
 EIGHT_BIT = {"train.optimizer": "adamw_8bit"}
+# 8 responses of up to 1984 tokens, behind one prompt, are an update
+RELEASE = {
+    "train.gradient_release": "true",
+    "rollout.prompts_per_step": "32",
+    "train.minibatches": "32",
+    "rollout.max_completion_tokens": "1984",
+}
 # model, tokens of a pack, of a tile, other keys
 CASES: list[tuple[str, int, int, dict[str, str]]] = [
     *(("1.5B", 16384, tile, {}) for tile in (0, 4096, 2048, 1024)),
@@ -47,6 +54,9 @@ CASES: list[tuple[str, int, int, dict[str, str]]] = [
     *(("7B", 16384, tile, {}) for tile in (0, 4096, 1024)),
     ("7B", 8192, 0, {}),
     ("7B", 16384, 4096, EIGHT_BIT),
+    *(("1.5B", 16384, tile, RELEASE) for tile in (0, 4096, 1024)),
+    *(("7B", 16384, tile, RELEASE) for tile in (0, 4096, 1024)),
+    ("7B", 16384, 4096, RELEASE | EIGHT_BIT),
     *(("7B", 65536, tile, LORA) for tile in (0, 4096, 1024)),
     ("7B", 65536, 4096, LORA | {"model.offload_activations": "true"}),
 ]
@@ -84,6 +94,7 @@ def main() -> None:
             "pack": tokens,
             "tile": tile,
             "adapter": "model.lora.rank" in keys,
+            "gradient_release": made.config.train.gradient_release,
             "optimizer": made.config.optimizer,
             "offload": made.config.model.offload_activations,
             "states_gib": gib(made.states.resident),

@@ -48,6 +48,7 @@ FILES = {
             "checkpointing",
             "lora",
             "tile",
+            "gradient_release",
             "optimizer",
         ),
         memory=("resident_mib", "update_mib", "scoring_mib"),

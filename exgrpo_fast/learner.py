@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.gradient_release import require_one_pack
 from exgrpo_fast.optim import Optimiser
 from exgrpo_fast.out_of_memory import in_pieces_that_fit
 from exgrpo_fast.packing import Aggregation, Ragged, extent, fill_columns, pack, token_weights
@@ -65,6 +66,7 @@ class Learner:
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
         self.policy = policy
+        self.policy.sizes.halves_packs = optimiser.sums_packs
         self.optimiser = optimiser
         self.advantage = advantage
         self.aggregation: Aggregation = aggregation
@@ -176,7 +178,7 @@ class Learner:
             for loss, kernel_metrics, num_tokens in self._micro_batches(
                 rows, objective, ref_logprobs, sums
             ):
-                loss.backward()
+                self.optimiser.backward(loss)
                 sums.loss += float(loss.detach())
                 sums.metrics.add(kernel_metrics)
                 sums.num_tokens += num_tokens
@@ -193,7 +195,7 @@ class Learner:
         rows = [row for row in self.rows(groups) if carries_gradient(row, objective)]
         with self.policy.passes():
             for loss, _, _ in self._micro_batches(rows, objective, references, BatchSums()):
-                loss.backward()
+                self.optimiser.backward(loss)
         self.optimiser.discard()
 
     def rows(self, groups: Sequence[Group]) -> list[Row]:
@@ -263,6 +265,8 @@ class Learner:
         terms = [token_terms(row, objective) for row in rows]
         limit = self.policy.max_tokens_per_microbatch
         packs = pack(prompts, responses, max_tokens=limit, device=self.policy.device)
+        if not self.optimiser.sums_packs:
+            require_one_pack(len(packs), limit)
         for packed, counts in self.policy.deal(packs):
             columns = fill_columns(
                 packed,

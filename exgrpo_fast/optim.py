@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from exgrpo_fast.adamw import Kind, flatten, make_adamw, repeatable, restore, set_learning_rate
 from exgrpo_fast.processes import whole
@@ -45,6 +46,8 @@ class Optimiser:
     changes neither weights nor moments.
     """
 
+    sums_packs = True  # an update may be of several
+
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
@@ -67,22 +70,36 @@ class Optimiser:
             kind, self.parameters, lr=lr, betas=betas, weight_decay=weight_decay
         )
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one pack's loss."""
+        loss.backward()
+
     def step(self) -> UpdateOutcome:
         """Apply the accumulated gradients and clear them."""
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)))
-        lr = self.lr * self.schedule(self.num_updates)
+        outcome = self.judge(norm)
+        if outcome.skipped is None:
+            with self.applying(outcome.lr):
+                self.adamw.step()
+        self.discard()
+        return outcome
+
+    def judge(self, norm: float) -> UpdateOutcome:
+        """What becomes of a gradient of this norm, before it is clipped."""
         skipped = None
         if not math.isfinite(norm):
             skipped = "update_not_finite"
         elif norm > self.skip_grad_norm:
             skipped = "update_gradient_too_large"
-        else:
-            set_learning_rate(self.adamw, lr)
-            with repeatable(self.adamw, self.num_updates):
-                self.adamw.step()
-            self.num_updates += 1
-        self.adamw.zero_grad(set_to_none=True)
-        return UpdateOutcome(norm, lr, skipped)
+        return UpdateOutcome(norm, self.lr * self.schedule(self.num_updates), skipped)
+
+    @contextlib.contextmanager
+    def applying(self, lr: float) -> Iterator[None]:
+        """Around the steps of AdamW that make one update."""
+        set_learning_rate(self.adamw, lr)
+        with repeatable(self.adamw, self.num_updates):
+            yield
+        self.num_updates += 1
 
     def discard(self) -> None:
         """Drop the accumulated gradients; weights and moments stay as they are."""

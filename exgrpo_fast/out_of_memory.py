@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -14,9 +14,9 @@ from exgrpo_fast.errors import UserError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-KEYS_OF_PASSES = (
-    "rollout.max_completion_tokens or replay.store.max_gib",
-    "train.max_tokens_per_microbatch",
+ONE_PACK = (
+    "train.gradient_release does not let an update be parted; raise train.minibatches, lower "
+    "model.tile_tokens, or set it to false"
 )
 
 
@@ -64,6 +64,7 @@ class PassSizes:
         self.asked_microbatch = self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.asked_chunk_rows = self.chunk_rows = chunk_rows
         self.chunk_halvings = self.microbatch_halvings = 0
+        self.halves_packs = True  # unless an update has to be one
         self.are_fixed = False
 
     def give_way(self, extent: Extent, *, rows_at_once: int) -> bool:
@@ -72,7 +73,7 @@ class PassSizes:
             self.chunk_rows = rows_at_once // 2
             self.chunk_halvings += 1
             return True
-        if self.max_tokens_per_microbatch > extent.longest:
+        if self.halves_packs and self.max_tokens_per_microbatch > extent.longest:
             half = min(self.max_tokens_per_microbatch, extent.total) // 2
             self.max_tokens_per_microbatch = max(half, extent.longest)
             self.microbatch_halvings += 1
@@ -105,7 +106,7 @@ class PassSizes:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """A size that the user has set to another value since is not taken up."""
         asked, fitting = state["microbatch"]
-        if asked == self.asked_microbatch:
+        if asked == self.asked_microbatch and self.halves_packs:
             self.max_tokens_per_microbatch = fitting
         asked, fitting = state["chunk_rows"]
         if asked == self.asked_chunk_rows:
@@ -146,44 +147,58 @@ def in_pieces_that_fit(
 
     def give_way(cause: str) -> None:
         undo()
-        asked = of()
-        if is_alone and policy.sizes.give_way(asked, rows_at_once=policy.chunk_rows()):
+        asked, sizes = of(), policy.sizes
+        if is_alone and sizes.give_way(asked, rows_at_once=policy.chunk_rows()):
             return
+        if not is_alone:
+            why = among_several("train.max_tokens_per_microbatch")
+        elif sizes.halves_packs:
+            why = not_even_one(
+                asked.longest, "rollout.max_completion_tokens or replay.store.max_gib"
+            )
+        else:
+            why = ONE_PACK
+        held = "none" if not has_gradients else "all" if sizes.halves_packs else "head"
         raise nothing_smaller(
             policy.model,
             during=during,
+            why=why,
             longest=asked.longest,
             cause=cause,
-            is_alone=is_alone,
-            keys=KEYS_OF_PASSES,
-            has_gradients=has_gradients,
+            gradients=held,
         )
 
     return until_it_fits(work, give_way, during=during, device=policy.device)
+
+
+def not_even_one(longest: int, keys: str) -> str:
+    """`keys` of the config to lower."""
+    return f"not even one sequence of {longest} tokens fits; lower {keys}, or take a smaller model"
+
+
+def among_several(key: str) -> str:
+    return f"with several processes nothing smaller is tried; lower {key}"
 
 
 def nothing_smaller(
     model: Any,
     *,
     during: str,
+    why: str,
     longest: int,
     cause: str,
-    is_alone: bool,
-    keys: tuple[str, str],
-    has_gradients: bool = False,
+    gradients: Literal["none", "head", "all"] = "none",
 ) -> OutOfMemory:
-    """For work on `model` whose longest sequence has so many tokens. `keys` of the config to lower:
-    where the process is alone, and among several, which try nothing smaller."""
-    why = (
-        f"not even one sequence of {longest} tokens fits; lower {keys[0]}, or take a smaller model"
-        if is_alone
-        else f"with several processes nothing smaller is tried; lower {keys[1]}"
-    )
+    """For work on `model` whose longest sequence has so many tokens; `gradients`: those it makes."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    held = {"weights": weights, "gradients": trained, "two AdamW moments": 2 * trained}
-    if not has_gradients:
-        del held["gradients"]
+    held = {"weights": weights}
+    if gradients == "all":
+        held["gradients"] = trained
+    elif gradients == "head":
+        weight = model.get_output_embeddings().weight
+        held["gradient of the head"] = weight.numel() * weight.element_size()
+    held["two AdamW moments"] = 2 * trained
     lines = [f"{name:<20}{size / 2**30:9.2f} GiB" for name, size in held.items()]
     lines += [f"{'one sequence':<20}{longest:9d} tokens", f"{'the allocator':<20} {cause}"]
     return OutOfMemory(

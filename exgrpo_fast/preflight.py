@@ -1,7 +1,7 @@
 """The worst step a run can bring, rehearsed before the first one.
 
-Responses at their greatest length, two full packs of them behind one prompt: what would run out of
-memory at step 120 does so in the first minute. Weights, moments and random state stay what they are, bit for bit: no
+Responses at their greatest length, two full packs of them behind one prompt (one, where an update
+can only be one): what would run out of memory at step 120 does so in the first minute. Weights, moments and random state stay what they are, bit for bit: no
 update is made. Where the optimiser has no moments yet, a placeholder of their size stands in.
 """
 
@@ -54,7 +54,8 @@ def rehearse(
     policy = learner.policy
     length = prompt_tokens + completion_tokens - 1  # the last token is not read
     room = policy.max_tokens_per_microbatch - prompt_tokens
-    sequences = 2 * max(1, room // max(1, completion_tokens - 1))
+    packs = 2 if learner.optimiser.sums_packs else 1
+    sequences = packs * max(1, room // max(1, completion_tokens - 1))
     groups = worst_groups(
         1,
         sequences,

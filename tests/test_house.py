@@ -17,7 +17,7 @@ FLOORS = [
         *("run_folder", "checkpoint", "data", "endpoint", "random_state"),
     ],
     ["display", "policy", "rewards", "optim", "checkpoint_writer", "supervisor"],
-    ["buffer", "rollout", "report", "model_folder"],
+    ["buffer", "rollout", "report", "model_folder", "gradient_release"],
     [
         *("weighting", "mismatch", "reference", "quantization", "verify", "memory"),
         *("training_data", "resampling"),

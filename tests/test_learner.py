@@ -12,15 +12,16 @@ from conftest import make_questions
 from exgrpo_fast.collect import Clock
 from exgrpo_fast.experience import Group, Trajectory, Verdict
 from exgrpo_fast.learner import carries_gradient, split_evenly
-from exgrpo_fast.optim import UpdateOutcome
+from exgrpo_fast.optim import Optimiser, UpdateOutcome
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.update_report import MetricSums
 
 
-class GradientRecorder:
+class GradientRecorder(Optimiser):
     """In the optimiser's place: keeps the gradients and leaves the weights alone."""
 
     def __init__(self, policy) -> None:
+        super().__init__(policy.trainable_parameters, lr=0.0)
         self.model = policy.model
         self.found: list[dict[str, torch.Tensor]] = []
 

@@ -297,6 +297,66 @@ def test_a_smaller_card_gets_tiles_and_then_smaller_packs(
     assert not planner.plan(with_more).fits
 
 
+def small_updates(folder: Path, **keys: str) -> Config:
+    """An update is a question with 8 responses: 512 + 8 x 1984 = 16384 tokens at most."""
+    own = {
+        "rollout__prompts_per_step": "32",
+        "rollout__group_size": "8",
+        "rollout__max_completion_tokens": "1984",
+        "train__minibatches": "32",
+        "model__weights": "bfloat16",
+    }
+    return exgrpo(folder, **own | keys)
+
+
+def test_released_gradients_are_planned(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    """Of 14.19 GiB of gradients the head's 1.02 stay. What lies above the last layer stays as well:
+    the final norm keeps 3584 float32 and as many bfloat16 a token, the loss a gradient."""
+    planner = planner_for(80)
+    usual = planner.plan(small_updates(seven_billion))
+    made = planner.plan(small_updates(seven_billion, train__gradient_release="true"))
+    assert made.config.microbatch_tokens == usual.config.microbatch_tokens == 16384
+    assert (usual.config.tile_tokens, made.config.tile_tokens) == (0, 0)
+    assert usual.rows["gradients"]["update"] == 2 * 7_615_616_512
+    assert made.rows["gradient of the head"]["update"] == 2 * 152064 * 3584
+    saved = usual.totals["update"] - made.totals["update"]
+    above = 16384 * 3584 * (4 + 2 + 2)
+    assert saved == pytest.approx(2 * (7_615_616_512 - 152064 * 3584) - above, rel=1e-3)
+    logits = "forward pass, logits"
+    assert made.rows[logits] == usual.rows[logits]
+    text = plan_run(made.config, str(seven_billion), device=None, memory_gib=80).text
+    assert "gradient of the head            -         -      1.02" in text
+    assert "train.gradient_release: one pack an update" in text
+
+
+def test_no_pack_of_a_released_update_is_smaller(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    """What does not fit stays whole, and the proposals make fewer responses of it."""
+    keys = {"train__gradient_release": "true", "train__minibatches": "4"}
+    made = planner_for(80).plan(small_updates(seven_billion, **keys))
+    assert made.is_hopeless and made.config.microbatch_tokens == 8 * 16384
+
+
+def test_small_updates_are_offered_release(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    planner = planner_for(None)
+    planner.machine = Machine("cuda", 64 * GIB, "transformers")
+    engine = {"rollout__max_batch_sequences": "16"}
+    config = small_updates(seven_billion, **engine)
+    assert not planner.plan(config).fits
+    found = cheapest(planner, config)
+    assert found[0].keys == {
+        "train.gradient_release": "true",
+        "train.max_tokens_per_microbatch": "auto",
+    }
+    words = {key.replace(".", "__"): value for key, value in found[0].keys.items()}
+    assert planner.plan(small_updates(seven_billion, **engine | words)).fits
+
+
 def test_a_kl_term_costs_a_copy_and_an_adapter_saves_it(
     seven_billion: Path, planner_for: Callable[..., Planner]
 ) -> None:

@@ -18,6 +18,7 @@ from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import CheckpointFollower, NoBadBatches, NoCompletionLog, SharedEngine
 from exgrpo_fast.engines import PreparedEngine, mismatch_rule
 from exgrpo_fast.experience import Question
+from exgrpo_fast.gradient_release import ReleasingOptimiser
 from exgrpo_fast.learner import Learner, ReplayTerm
 from exgrpo_fast.metrics import (
     CompletionLog,
@@ -152,7 +153,8 @@ def make_objective(config: Config) -> PolicyObjective:
 
 def make_optimiser(config: Config, policy: Policy) -> Optimiser:
     train = config.train
-    return Optimiser(
+    kind = ReleasingOptimiser if train.gradient_release else Optimiser
+    return kind(
         policy.trainable_parameters,
         lr=train.lr,
         kind=config.optimizer,

@@ -40,7 +40,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
 MAY_CHANGE = (
     "model.gradient_checkpointing model.tile_tokens data.check_answers reward.workers reward.timeout_seconds "
     "rollout.engine rollout.max_batch_sequences replay.enabled train.max_steps "
-    "train.max_tokens_per_microbatch eval checkpoint log"
+    "train.max_tokens_per_microbatch train.gradient_release eval checkpoint log"
 ).split()
 
 

@@ -103,7 +103,30 @@ class Config(Section):
                 f"{name}.max_prompt_tokens + rollout.max_completion_tokens = "
                 f"{self.longest_sequence}"
             )
+        self._one_pack_holds_an_update()
         return self
+
+    def _one_pack_holds_an_update(self) -> None:
+        """Where gradients are released, nothing is left to sum over packs."""
+        train, tokens = self.train, self.train.max_tokens_per_microbatch
+        if not train.gradient_release:
+            return
+        if self.model.lora is not None:
+            raise ValueError(
+                "train.gradient_release is for runs that train all weights; under model.lora "
+                "gradients are small"
+            )
+        if self.replay.enabled and self.replay.select == "all":
+            raise ValueError(
+                "train.gradient_release needs a bound on what an update reads, and replay.select "
+                "all has none; give replay.count with another choice"
+            )
+        if tokens != "auto" and tokens < self.update_tokens:
+            raise ValueError(
+                f"train.max_tokens_per_microbatch ({tokens}) is below the {self.update_tokens} "
+                f"tokens that an update can read, and train.gradient_release wants them in one "
+                f"pack; raise it or train.minibatches ({train.minibatches})"
+            )
 
     def _prior_fits(self) -> None:
         prior, rollout, replay = self.prior_resampling, self.rollout, self.replay
@@ -137,10 +160,23 @@ class Config(Section):
         return self.longest_prompt + self.rollout.max_completion_tokens
 
     @property
+    def update_tokens(self) -> int:
+        """The most that one optimiser update reads: every prompt and response at its longest."""
+        rollout, replay = self.rollout, self.replay
+        appended = replay.count if replay.enabled and replay.mixer == "append" else 0
+        responses = (rollout.group_size + appended) * rollout.max_completion_tokens
+        revision = self.longest_sequence if self.hindsight.enabled else 0
+        of_group = self.data.max_prompt_tokens + responses + revision
+        return rollout.prompts_per_step // self.train.minibatches * of_group
+
+    @property
     def microbatch_tokens(self) -> int:
         """`train.max_tokens_per_microbatch`; what `auto` is where no memory plan is made."""
         tokens = self.train.max_tokens_per_microbatch
-        return max(PREFERRED_TOKENS, self.longest_sequence) if tokens == "auto" else tokens
+        if tokens != "auto":
+            return tokens
+        preferred = self.update_tokens if self.train.gradient_release else PREFERRED_TOKENS
+        return max(preferred, self.longest_sequence)
 
     @property
     def tile_tokens(self) -> int:

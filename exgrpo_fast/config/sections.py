@@ -468,6 +468,10 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: Positive | Literal["auto"] = Field(
         default="auto", description="packed tokens per forward; auto = by the memory plan"
     )
+    gradient_release: bool = Field(
+        default=False,
+        description="never hold all gradients: one pack an update, two backward passes",
+    )
     preflight: Literal["auto", "always", "never"] = Field(
         default="auto", description="rehearse the largest step first; auto = on CUDA"
     )

@@ -18,6 +18,7 @@ def refuse_with_several(config: Config, count: int) -> None:
         f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
         "rollout.engine vllm (vllm_server has its own GPUs)": rollout.engine == "vllm",
         "rollout.generate_ahead": rollout.generate_ahead,
+        "train.gradient_release": config.train.gradient_release,
         "prior_resampling.enabled": config.prior_resampling.enabled,
         "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
         "algorithm.kl.rebase_at_step": algorithm.kl.rebase_at_step is not None,

@@ -8,9 +8,13 @@ from itertools import islice
 from typing import Any
 
 from exgrpo_fast.config import Config, ConfigError, validate
+from exgrpo_fast.config.sections import PREFERRED_TOKENS
 from exgrpo_fast.memory.plan import GIB, MemoryPlan, Planner
 
 LOW = {"model.weights": "bfloat16", "train.optimizer": "auto"}
+RELEASE = {"train.gradient_release": "true", "train.max_tokens_per_microbatch": "auto"}
+# Tokens of an update, above which one pack of them keeps more than all gradients take.
+MOST_IN_ONE_PACK = 4 * PREFERRED_TOKENS
 ADAPTER = {"model.lora.rank": 32, "model.weights": "bfloat16"}
 
 
@@ -38,8 +42,13 @@ def changes(config: Config) -> Iterator[Change]:
     if config.replay.enabled and config.replay.store.max_gib > 0.5:
         yield Change({"replay.store.max_gib": 0.5}, "less experience is kept")
     if config.model.lora is None:
+        has_small_updates = config.update_tokens <= MOST_IN_ONE_PACK
+        if has_small_updates:
+            yield Change(RELEASE, "a backward pass more")
         yield Change(LOW, "float32-equivalent weights, moments of 8 bits")
         yield Change(LOW | small, "the same in smaller packs")
+        if has_small_updates:
+            yield Change(LOW | RELEASE, "the same, and a backward pass more")
         least = {"model.weights": "bfloat16", "train.optimizer": "adamw_8bit"}
         yield Change(least | small, "updates are rounded at random")
         yield Change(ADAPTER, "an adapter is trained, not the weights")

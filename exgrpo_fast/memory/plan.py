@@ -18,7 +18,7 @@ from exgrpo_fast.memory.engine import (
 )
 from exgrpo_fast.memory.store import store_plan
 from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.training import Head, States, Update, scoring, states, update
+from exgrpo_fast.memory.training import Head, States, Update, released, scoring, states, update
 
 GIB = 2**30
 # Of `model.tile_tokens: auto`, where the run would not fit. Each tile adds its part to float32 sums
@@ -75,9 +75,12 @@ class MemoryPlan:
 
     @property
     def is_hopeless(self) -> bool:
-        """No pack is small enough: weights, gradients and states alone are too much."""
-        usable = self.machine.usable
-        return usable is not None and self.states.resident + self.states.gradients > usable
+        """No pack is small enough: weights, gradients and states alone are too much, or with what
+        the one pack keeps that an update has to be."""
+        usable, kept = self.machine.usable, self.states.resident + self.states.gradients
+        if self.config.train.gradient_release:
+            kept += self.update.saved
+        return usable is not None and kept > usable
 
     @property
     def fits(self) -> bool:
@@ -101,6 +104,7 @@ class Planner:
             checkpointing=config.model.gradient_checkpointing,
             lora=lora.model_dump() if lora else None,
             tile_tokens=config.tile_tokens,
+            gradient_release=config.train.gradient_release,
         )
         return self.tracers.setdefault(repr(setting), Tracer(self.model, setting))
 
@@ -109,7 +113,7 @@ class Planner:
         first, *smaller = self._choices(config)
         made = self._plan(first)
         if made.is_hopeless:
-            smaller = smaller[-1:]
+            smaller = [] if config.train.gradient_release else smaller[-1:]
         for choice in smaller:
             if made.fits:
                 break
@@ -146,6 +150,8 @@ class Planner:
             references=num_references(config),
             is_nf4=config.model.quantization is not None,
         )
+        if config.train.gradient_release:
+            held = released(held, head, weights)
         chunk_rows = config.tile_tokens or None
         of_update = update(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
         if config.model.offload_activations:
@@ -157,7 +163,7 @@ class Planner:
             f"optimiser ({config.optimizer})": everywhere(held.optimiser),
             "reference policies": everywhere(held.references),
             "experience store": everywhere(store),
-            "gradients": {"update": held.gradients},
+            gradients_row(config): {"update": held.gradients},
             **activation_rows(of_update),
             "forward pass, logits": {"scoring": of_scoring},
         }
@@ -231,6 +237,10 @@ def everywhere(num_bytes: float) -> Bytes:
     return dict.fromkeys(PHASES, num_bytes)
 
 
+def gradients_row(config: Config) -> str:
+    return "gradient of the head" if config.train.gradient_release else "gradients"
+
+
 def activation_rows(made: Update) -> dict[str, Bytes]:
     """The parts of an update's peak; what is saved stands apart from what comes and goes."""
     return {
@@ -254,10 +264,12 @@ def kept_as(config: Config) -> str:
 
 
 def pack_sizes(config: Config) -> Iterator[int]:
-    """Tokens of a pack: halved as long as one sequence of full length goes in, if left to `auto`."""
+    """Tokens of a pack: halved as long as one sequence of full length goes in, if left to `auto`,
+    and an update need not be one pack."""
     tokens = config.microbatch_tokens
     yield tokens
-    if config.train.max_tokens_per_microbatch == "auto":
+    train = config.train
+    if train.max_tokens_per_microbatch == "auto" and not train.gradient_release:
         while tokens > config.longest_sequence:
             tokens = max(tokens // 2, config.longest_sequence)
             yield tokens
@@ -314,6 +326,10 @@ def _resolved(made: MemoryPlan, asked: Config) -> list[str]:
         f"activations {made.update.saved / tokens / 2**20:.3f} MiB a token, logits in chunks of "
         f"{made.update.chunk / 2**20:.0f} MiB"
     )
+    if config.train.gradient_release:
+        lines.append(
+            "train.gradient_release: one pack an update, each gradient freed when it is made"
+        )
     tiles = "MLPs, norms and logits in tiles" if config.tile_tokens else "no tiles"
     lines.append(f"model.tile_tokens {config.tile_tokens}{_how(asked.model.tile_tokens)}: {tiles}")
     if made.engine is not None:

@@ -61,6 +61,7 @@ class Setting:
     checkpointing: bool
     lora: dict[str, Any] | None = None
     tile_tokens: int = 0  # 0: the whole pack at once
+    gradient_release: bool = False  # the graph outlives the backward pass
 
 
 class Tracer:
@@ -110,8 +111,10 @@ def trace(model: Any, setting: Setting, *, layers: int, tokens: int) -> Passes:
             forward, saved = ledger.take_peak(), ledger.live
             loss = _Loss.apply(hidden)
             del hidden
-            loss.backward()
+            loss.backward(retain_graph=setting.gradient_release)
             rest = ledger.take_peak()
+            del loss  # and the graph, where it is still there
+            ledger.take_peak()
             made.eval()
             with torch.no_grad():
                 _hidden_states(made, setting, tokens)

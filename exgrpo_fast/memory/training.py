@@ -2,12 +2,14 @@
 chunk of logits during an update.
 
 The update peaks at the second of several packs, when all gradients are there: in the forward pass,
-in the loss, or in the backward pass, whichever is largest.
+in the loss, or in the backward pass, whichever is largest. Where gradients are released, an update
+is one pack, and of all gradients the head's alone stays; the one being made is among what the
+backward pass holds, with or without release.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,6 +71,11 @@ def states(
         references=references * size * parameters,
         gradients=trained,
     )
+
+
+def released(held: States, head: Head, weights: torch.dtype) -> States:
+    """The same with the gradient of the head alone: exgrpo_fast/gradient_release.py."""
+    return replace(held, gradients=head.vocabulary * head.width * weights.itemsize)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,17 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.out_of_memory import nothing_smaller, until_it_fits
+from exgrpo_fast.out_of_memory import (
+    among_several,
+    not_even_one,
+    nothing_smaller,
+    until_it_fits,
+)
 from exgrpo_fast.policy import Policy, inference
 from exgrpo_fast.rollout.decoding import Decoding
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 
-KEYS = ("rollout.max_completion_tokens or data.max_prompt_tokens", "rollout.max_batch_sequences")
+KEYS = "rollout.max_completion_tokens or data.max_prompt_tokens"
 
 
 class TransformersEngine(LocalEngine):
@@ -83,13 +88,15 @@ class TransformersEngine(LocalEngine):
             is_alone = not self.policy.sizes.are_fixed
             if count == 1 or not is_alone:
                 lengths = (len(r.prompt_ids) + self._limit(r, sampling) for r in requests[:count])
+                longest = max(lengths)
                 raise nothing_smaller(
                     self.policy.model,
                     during="generation",
-                    longest=max(lengths),
+                    why=not_even_one(longest, KEYS)
+                    if is_alone
+                    else among_several("rollout.max_batch_sequences"),
+                    longest=longest,
                     cause=cause,
-                    is_alone=is_alone,
-                    keys=KEYS,
                 )
             self.max_batch_sequences = count // 2
             self.halvings += 1
