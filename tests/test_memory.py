@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ def test_more_layers_are_extrapolated_exactly() -> None:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    for setting in (LOW, Setting(torch.float32, torch.bfloat16, checkpointing=False)):
+    settings = [LOW, Setting(torch.float32, torch.bfloat16, checkpointing=False)]
+    settings += [replace(LOW, lora={"rank": 4, "alpha": 8.0}, tile_tokens=tile) for tile in (0, 64)]
+    for setting in settings:
         whole = trace(small, setting, layers=7, tokens=200)
         assert Tracer(small, setting)(200) == whole
 

@@ -1,8 +1,8 @@
 """What a model holds during its passes, from its shapes alone.
 
 The model's own code runs over fake tensors: they have shapes and no memory, and a ledger adds up
-what real ones would take. Two and three layers are enough: everything grows linearly with their
-number.
+what real ones would take. Three and four layers are enough: from there on everything grows linearly
+with their number. Of two, the first needs no gradient of its input under an adapter, and is less.
 
 Attention is one packed sequence through torch's fused kernels, which keep no [T, T]. No pack whose
 prompts are shared holds more.
@@ -31,7 +31,7 @@ from exgrpo_fast.policy import recompute_layers
 from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
 
 ATTENTION = "exgrpo_memory_plan"
-LAYERS = (2, 3)  # of the two small traces
+LAYERS = (3, 4)  # of the two small traces
 
 
 @dataclass(frozen=True)
