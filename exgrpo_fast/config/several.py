@@ -14,7 +14,6 @@ def refuse_with_several(config: Config, count: int) -> None:
     refused = {
         "model.quantization": config.model.quantization is not None,
         "model.lora": config.model.lora is not None,
-        "model.tile_tokens": config.tile_tokens > 0,
         f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
         "rollout.engine vllm (vllm_server has its own GPUs)": rollout.engine == "vllm",
         "rollout.generate_ahead": rollout.generate_ahead,

@@ -7,7 +7,9 @@ import copy
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,13 +140,16 @@ def compare(
     kl: float = 0.0,
     clip_low: float = 0.2,
     clip_high: float | None = 0.28,
+    updates: int = UPDATES,
+    of_one: Mapping[str, Any] = MappingProxyType({}),
     **more: Any,
 ) -> dict[str, Any]:
+    """`of_one`: settings of the one process that are not those of the several, `more`."""
     objective = PolicyObjective(clip_low, clip_high, entropy_coef=0.01, kl_coef=kl)
     settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
     model = make_model(tied=tied)
     minibatches = settings.pop("minibatches", 1)
-    alone = Policy(copy.deepcopy(model), **settings)
+    alone = Policy(copy.deepcopy(model), **{**settings, **of_one})
     mesh = mesh_of(processes)
     together = ShardedPolicy(model, mesh=mesh, processes=processes, **settings)
     frozen = [
@@ -156,7 +161,7 @@ def compare(
         for policy, base in zip((together, alone), frozen, strict=True)
     ]
     report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
-    for step in range(UPDATES):
+    for step in range(updates):
         groups = make_groups(step)
         ours, expected = (learner.update(groups, objective) for learner, _ in learners)
         assert ours.tokens_trained == expected.tokens_trained > 0
@@ -173,7 +178,7 @@ def compare(
                 gap = abs(ours_value - value) / max(1.0, abs(value))
                 report["metrics"] = max(report["metrics"], gap)
     found, expected = (optimiser.found for _, optimiser in learners)
-    assert len(found) == UPDATES * minibatches
+    assert len(found) == updates * minibatches
     report["gradients"] = [
         furthest(update, wanted) for update, wanted in zip(found, expected, strict=True)
     ]
@@ -261,9 +266,31 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
             processes, tied=True, dtype=torch.float32, gradient_checkpointing=True, minibatches=2
         ),
         "offloading": compare(processes, tied=False, dtype=torch.float32, offload_activations=True),
+        "tiles": compare(processes, tied=True, dtype=torch.float32, tile_tokens=7, kl=0.1),
+        "tiles and checkpointing": compare(
+            processes, tied=False, dtype=torch.float32, tile_tokens=7, gradient_checkpointing=True
+        ),
         # without a clip: a ratio at its edge would fall on either side of it
         "bfloat16": compare(
             processes, tied=False, dtype=torch.bfloat16, clip_low=1.0, clip_high=None
+        ),
+        # once: AdamW makes more of what the order of a sum has changed
+        "tiles beside whole packs": compare(
+            processes,
+            tied=True,
+            dtype=torch.float32,
+            updates=1,
+            tile_tokens=7,
+            of_one={"tile_tokens": 0},
+        ),
+        "bfloat16 tiles": compare(
+            processes,
+            tied=True,
+            dtype=torch.bfloat16,
+            clip_low=1.0,
+            clip_high=None,
+            tile_tokens=7,
+            gradient_checkpointing=True,
         ),
         "broken": broken(processes),
         "few": few_packs(processes),

@@ -9,7 +9,15 @@ import pytest
 from several_processes import run_processes
 
 WORKER = Path(__file__).with_name("learner_worker.py")
-FLOAT32 = ("tied", "untied", "checkpointing", "offloading")
+FLOAT32 = (
+    "tied",
+    "untied",
+    "checkpointing",
+    "offloading",
+    "tiles",
+    "tiles and checkpointing",
+    "tiles beside whole packs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +38,11 @@ def test_losses_gradients_and_weights_are_those_of_one_process(reports, case: st
         assert found["weights"] <= 1e-4
 
 
-def test_in_bfloat16_they_differ_by_its_rounding(reports) -> None:
+@pytest.mark.parametrize("case", ["bfloat16", "bfloat16 tiles"])
+def test_in_bfloat16_they_differ_by_its_rounding(reports, case: str) -> None:
     for report in reports:
-        assert max(report["bfloat16"]["losses"]) <= 1e-2
-        assert max(report["bfloat16"]["gradients"]) <= 0.05
+        assert max(report[case]["losses"]) <= 1e-2
+        assert max(report[case]["gradients"]) <= 0.05
 
 
 def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:

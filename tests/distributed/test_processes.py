@@ -81,6 +81,10 @@ def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> Non
         refuse_with_several(config, 2)
 
 
+def test_tiles_go_with_several_processes() -> None:
+    refuse_with_several(validate({"model": {"tile_tokens": 4096}}), 2)
+
+
 def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
