@@ -129,6 +129,18 @@ def wrap(
     )
 
 
+def make_plain_policy(
+    config: Config,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    processes: Processes = ALONE,
+) -> Policy:
+    """A copy that takes plain weights, whatever adapters the policy has."""
+    return wrap(config, lambda: load_model(name, dtype=dtype), device=device, processes=processes)
+
+
 def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
     """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
     kl = config.algorithm.kl
@@ -137,11 +149,8 @@ def make_reference(config: Config, name: str, policy: Policy, *, device: str) ->
 
     def frozen() -> Policy:
         weights = getattr(torch, config.model.weights)
-        return wrap(
-            config,
-            lambda: load_model(name, dtype=weights),
-            device=device,
-            processes=policy.processes,
+        return make_plain_policy(
+            config, name, dtype=weights, device=device, processes=policy.processes
         )
 
     keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from exgrpo_fast.composition.models import make_policy
+import torch
+
+from exgrpo_fast.composition.models import make_plain_policy
 from exgrpo_fast.composition.surroundings import config_digest
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
@@ -98,6 +100,6 @@ def attach(
     announced = AnnouncedPolicy(policy, policy.processes)
     if engine_kind(config, device) != "transformers":
         return prepared.attach(announced, prompt_ids)
-    copy = make_policy(config, folder, device=device)
+    copy = make_plain_policy(config, folder, dtype=torch.float32, device=device)
     copy.model.requires_grad_(False)
     return CopiedEngine(prepared.attach(copy, prompt_ids), copy, announced)

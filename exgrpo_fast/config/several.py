@@ -13,7 +13,7 @@ def refuse_with_several(config: Config, count: int) -> None:
     algorithm, rollout = config.algorithm, config.rollout
     refused = {
         "model.quantization": config.model.quantization is not None,
-        "model.lora": config.model.lora is not None,
+        "model.lora.dropout": config.model.lora is not None and config.model.lora.dropout > 0,
         f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
         "rollout.engine vllm (vllm_server has its own GPUs)": rollout.engine == "vllm",
         "rollout.generate_ahead": rollout.generate_ahead,
