@@ -9,7 +9,7 @@ import torch
 
 from exgrpo_fast.composition.models import make_plain_policy
 from exgrpo_fast.composition.surroundings import config_digest
-from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
 from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.engines import PreparedEngine, engine_kind, prepare_engine
@@ -33,11 +33,7 @@ def prepare_rollouts(
 ) -> PreparedEngine | None:
     """The engine of the first process; None in the others. `folder`: of the weights."""
     kind = engine_kind(config, device)
-    if kind == "vllm" and processes.count > 1:
-        raise ConfigError(
-            f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
-            f"with {processes.count} processes; vllm_server or transformers does"
-        )
+    refuse_engine_with_several(config, kind, processes.count)
     server = config.rollout.server
     unnamed = server.gpus is None and not server.urls
     if kind == "vllm_server" and processes.count > 1 and device == "cuda" and unnamed:
