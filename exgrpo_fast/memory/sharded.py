@@ -38,7 +38,8 @@ class Gathered:
     head_gradient: float
     embedding: float
     two_layers: float
-    layer_gradients: float
+    layer_gradients: float  # in the compute dtype
+    leaving_gradients: float  # of a layer, float32
     embedding_gradient: float  # float32; the one in the compute dtype is the backward pass's own
 
     @property
@@ -65,19 +66,24 @@ def gathered(
         head_gradient=4 * matrix if head.is_trained else 0,
         embedding=size * matrix,
         two_layers=2 * size * layer,
-        layer_gradients=(size + 4) * trained,
+        layer_gradients=size * trained,
+        leaving_gradients=4 * trained,
         embedding_gradient=4 * matrix if head.is_trained else 0,
     )
 
 
 def with_layers(passes: Passes, whole: Gathered) -> Passes:
-    """What the passes hold while layer after layer is put together for them."""
-    layer = whole.two_layers + whole.layer_gradients
+    """What the passes hold while layer after layer is put together for them.
+
+    A forward pass begins with the embedding twice: as it came, and as it is used. The backward pass
+    of the last layer stands for that of any; what is more than that, behind it, is the embedding's.
+    """
+    layer = whole.two_layers + whole.layer_gradients + whole.leaving_gradients
     end = whole.embedding_gradient - whole.embedding  # let go of before its gradient leaves
     return replace(
         passes,
-        forward=passes.forward + whole.two_layers,
+        forward=max(passes.forward, whole.embedding) + whole.two_layers,
         backward_top=passes.backward_top + layer,
-        backward_rest=passes.backward_rest + max(layer, end),
-        scoring=passes.scoring + whole.two_layers,
+        backward_rest=passes.backward_rest + max(whole.leaving_gradients, end),
+        scoring=max(passes.scoring, whole.embedding) + whole.two_layers,
     )
