@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.processes import replicated
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # peft's format names weights from its own wrapper on
@@ -108,9 +109,12 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The frozen model alone, as it was before training."""
-    layers = _adapted_layers(model)
+    layers, trained = _adapted_layers(model), trainable(model)
     for layer in layers:
         layer.enable_adapters(False)
+    for parameter in trained:
+        # peft freezes them, and FSDP2 would take its first pass for what trains no weight of a layer
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
@@ -142,8 +146,14 @@ def merged_weights(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[str
         if layer_name.endswith(".base_layer"):
             layer: Any = model.get_submodule(layer_name.removesuffix(".base_layer"))
             if leaf == "weight":
-                weight = plain(weight).float() + layer.get_delta_weight("default").float()
+                weight = plain(weight).float() + _delta(layer)
         yield name.replace(".base_layer.", "."), plain(weight).detach()
+
+
+def _delta(layer: Any) -> Tensor:
+    """(alpha / rank) B A in float32; in parts, each process has its rows of B and all of A."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return layer.scaling["default"] * (b @ replicated(a))
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

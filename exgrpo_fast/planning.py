@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from transformers import AutoConfig
 
-from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
 from exgrpo_fast.engines import engine_kind
 from exgrpo_fast.memory.advice import cheapest, refusal
-from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table
+from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table, with_sizes
+from exgrpo_fast.processes import Processes
 
 
 class NoShapes(ConfigError):
@@ -35,9 +36,10 @@ def plan_run(
     device: str | None,
     memory_gib: float | None = None,
     is_local: bool = False,
+    processes: int = 1,
 ) -> Planned:
     """`folder`: of the model, its config.json is enough; `memory_gib`: of a GPU that is not here;
-    `is_local`: nothing is asked of the hub.
+    `is_local`: nothing is asked of the hub; `processes`: that share the weights.
 
     NoShapes where the model's config cannot be read.
     """
@@ -47,7 +49,7 @@ def plan_run(
         )
     except (OSError, ValueError) as error:
         raise NoShapes(f"model.name {folder}: {str(error).splitlines()[0]}") from None
-    planner = Planner(model, machine(config, device, memory_gib))
+    planner = Planner(model, machine(config, device, memory_gib, processes))
     made = planner.plan(config)
     text = table(made, config)
     if made.fits:
@@ -55,16 +57,25 @@ def plan_run(
     return Planned(made, text, refusal(made, cheapest(planner, config)))
 
 
-def machine(config: Config, device: str | None, memory_gib: float | None) -> Machine:
+def machine(
+    config: Config, device: str | None, memory_gib: float | None, processes: int = 1
+) -> Machine:
     """With `memory_gib` a GPU that has vLLM, where `auto` leaves the engine open."""
     kind: Literal["cpu", "cuda"] = "cpu"
     if device == "cuda" or (device is None and (memory_gib or torch.cuda.is_available())):
         kind = "cuda"
     if memory_gib is not None:
-        engine = config.rollout.engine
-        return Machine(kind, int(memory_gib * 2**30), "vllm" if engine == "auto" else engine)
-    num_bytes = torch.cuda.get_device_properties(0).total_memory if kind == "cuda" else None
-    return Machine(kind, num_bytes, engine_kind(config, kind))
+        num_bytes, engine = int(memory_gib * 2**30), config.rollout.engine
+        engine = "vllm" if engine == "auto" else engine
+    else:
+        num_bytes, engine = device_bytes() if kind == "cuda" else None, engine_kind(config, kind)
+    refuse_engine_with_several(config, engine, processes)
+    return Machine(kind, num_bytes, engine, processes)
+
+
+def device_bytes() -> int:
+    """Of this process's GPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def fitted(
@@ -81,6 +92,24 @@ def fitted(
     if planned.refusal is not None:
         raise ConfigError(planned.refusal)
     return planned.plan.config, planned.plan
+
+
+def fitted_together(
+    config: Config, folder: str, *, device: str, note: Callable[[str], None], processes: Processes
+) -> Config:
+    """As `fitted`, for several processes: the first one plans for all, on the smallest GPU."""
+    if device != "cuda":
+        return config
+    gib = -processes.greatest(-device_bytes()) / 2**30
+
+    def sizes() -> list[int]:
+        planned = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
+        note(planned.text)
+        if planned.refusal is not None:
+            raise ConfigError(planned.refusal)
+        return [planned.plan.config.microbatch_tokens, planned.plan.config.tile_tokens]
+
+    return with_sizes(config, *processes.from_first(sizes))
 
 
 def wants_preflight(config: Config, device: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from exgrpo_fast.torchrun import ONLY, Place
 
@@ -201,6 +201,13 @@ def joined(
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in parts put together, on every process, which all have to take part in."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replicated(tensor: Tensor) -> Tensor:
+    """A tensor in parts put together, to be reckoned with beside others in parts."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def own_part(tensor: Tensor) -> Tensor:

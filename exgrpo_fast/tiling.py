@@ -73,20 +73,20 @@ def run_tiled(module: nn.Module, run: Run, tile_tokens: int, x: Tensor) -> Tenso
     trained = [p for p in module.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (x.requires_grad or trained):
         kept_ND = _KeptInput.apply(rows_ND)
-        out_ND = _Tiled.apply(run, tile_tokens, kept_ND.grad_fn, kept_ND, *trained)
-    else:
-        out_ND = _forward(run, tile_tokens, rows_ND)
-    return out_ND.view(*x.shape[:-1], -1)
+        return _Tiled.apply(run, tile_tokens, x.shape, kept_ND.grad_fn, kept_ND, *trained)
+    return _forward(run, tile_tokens, x.shape, rows_ND)
 
 
-def _forward(run: Run, tile_tokens: int, rows_ND: Tensor) -> Tensor:
+def _forward(run: Run, tile_tokens: int, shape: torch.Size, rows_ND: Tensor) -> Tensor:
+    """[..., D'] for the rows of x `shape`, and no view of it: FSDP2 has hooks at its outputs."""
     first = run(rows_ND[:tile_tokens])
-    out_ND = first.new_empty(len(rows_ND), first.shape[-1])
+    out = first.new_empty(*shape[:-1], first.shape[-1])
+    out_ND = out.view(-1, out.shape[-1])
     out_ND[:tile_tokens] = first
     del first
     for start in range(tile_tokens, len(rows_ND), tile_tokens):
         out_ND[start : start + tile_tokens] = run(rows_ND[start : start + tile_tokens])
-    return out_ND
+    return out
 
 
 class _KeptInput(torch.autograd.Function):
@@ -110,17 +110,24 @@ class _KeptInput(torch.autograd.Function):
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, run: Run, tile_tokens: int, kept: Any, rows_ND: Tensor, *trained: nn.Parameter
+        ctx: Any,
+        run: Run,
+        tile_tokens: int,
+        shape: torch.Size,
+        kept: Any,
+        rows_ND: Tensor,
+        *trained: nn.Parameter,
     ) -> Tensor:
         """`kept`: the node of `_KeptInput` that made `rows_ND`."""
         ctx.run, ctx.tile_tokens, ctx.kept, ctx.trained = run, tile_tokens, kept, trained
         ctx.autocast = _autocast_of(rows_ND.device.type)
-        return _forward(run, tile_tokens, rows_ND)
+        return _forward(run, tile_tokens, shape, rows_ND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (rows_ND,) = ctx.kept.saved_tensors
+        grad_ND = grad.reshape(len(rows_ND), -1)
         sums = {p: _Sum(p) for p in ctx.trained}
         grad_rows_ND = torch.empty_like(rows_ND)
         with ctx.kept.noise.again(), ctx.autocast(), torch.enable_grad(), _SummedLinears(sums):
@@ -134,7 +141,7 @@ class _Tiled(torch.autograd.Function):
                     if made is not None:  # not one that `_SummedLinears` has added
                         total.add(made)
                 del of_weights
-        return None, None, None, grad_rows_ND, *(total.take() for total in sums.values())
+        return None, None, None, None, grad_rows_ND, *(total.take() for total in sums.values())
 
 
 class _Sum:

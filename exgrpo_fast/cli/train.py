@@ -78,6 +78,8 @@ def train(arguments: argparse.Namespace) -> int:
     place = place_of()
     refuse_with_several(config, place.count)
     check_inputs(config)
+    if arguments.dry_run and not place.is_first:
+        return 0
     if arguments.dry_run:
         print(dump_yaml(config), end="")
         print(derived_numbers(config))
@@ -86,7 +88,8 @@ def train(arguments: argparse.Namespace) -> int:
 
             device = arguments.device or "the training device"
             print(f"# {store_note(store_plan(config, num_questions=0), device)}")
-        return show_plan(config, arguments.device, arguments.device_memory_gib, prefix="# ")
+        gib = arguments.device_memory_gib
+        return show_plan(config, arguments.device, gib, prefix="# ", processes=place.count)
     out = Path(arguments.out or default_out(arguments.config))
     told: Supervised | None = arguments.supervised
     heartbeat = told.take_over() if told else None
@@ -134,8 +137,15 @@ def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
     return Supervisor(command, folder, deadline=arguments.deadline or DEADLINE_SECONDS).run()
 
 
-def show_plan(config: Config, device: str | None, gib: float | None, *, prefix: str = "") -> int:
-    """The memory plan; ConfigError where the run does not fit. The quickstart's model is not there
+def show_plan(
+    config: Config,
+    device: str | None,
+    gib: float | None,
+    *,
+    prefix: str = "",
+    processes: int = 1,
+) -> int:
+    """The memory plan of one of `processes`; ConfigError where the run does not fit. The quickstart's model is not there
     before it is trained, and fits everywhere."""
     if config.model.name == "quickstart":
         return 0
@@ -143,7 +153,9 @@ def show_plan(config: Config, device: str | None, gib: float | None, *, prefix: 
 
     name = require(config.model.name, "model.name", "a local folder or a hub name")
     try:
-        planned = plan_run(config, name, device=device, memory_gib=gib, is_local=True)
+        planned = plan_run(
+            config, name, device=device, memory_gib=gib, is_local=True, processes=processes
+        )
     except NoShapes as error:
         cause = clean_line(error, max_line=200)
         print(f"{prefix}no memory plan without the model's config.json here ({cause})")

@@ -129,6 +129,18 @@ def wrap(
     )
 
 
+def make_plain_policy(
+    config: Config,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    processes: Processes = ALONE,
+) -> Policy:
+    """A copy that takes plain weights, whatever adapters the policy has."""
+    return wrap(config, lambda: load_model(name, dtype=dtype), device=device, processes=processes)
+
+
 def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
     """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
     kl = config.algorithm.kl
@@ -137,11 +149,8 @@ def make_reference(config: Config, name: str, policy: Policy, *, device: str) ->
 
     def frozen() -> Policy:
         weights = getattr(torch, config.model.weights)
-        made = wrap(
-            config,
-            lambda: load_model(name, dtype=weights),
-            device=device,
-            processes=policy.processes,
+        made = make_plain_policy(
+            config, name, dtype=weights, device=device, processes=policy.processes
         )
         made.sizes = policy.sizes  # on one device, what fits the one fits the other
         return made

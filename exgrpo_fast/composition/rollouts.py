@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from exgrpo_fast.composition.models import make_policy
+import torch
+
+from exgrpo_fast.composition.models import make_plain_policy
 from exgrpo_fast.composition.surroundings import config_digest
-from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
 from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.engines import PreparedEngine, engine_kind, prepare_engine
@@ -31,11 +33,7 @@ def prepare_rollouts(
 ) -> PreparedEngine | None:
     """The engine of the first process; None in the others. `folder`: of the weights."""
     kind = engine_kind(config, device)
-    if kind == "vllm" and processes.count > 1:
-        raise ConfigError(
-            f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
-            f"with {processes.count} processes; vllm_server or transformers does"
-        )
+    refuse_engine_with_several(config, kind, processes.count)
     server = config.rollout.server
     unnamed = server.gpus is None and not server.urls
     if kind == "vllm_server" and processes.count > 1 and device == "cuda" and unnamed:
@@ -98,7 +96,7 @@ def attach(
     announced = AnnouncedPolicy(policy, policy.processes)
     if engine_kind(config, device) != "transformers":
         return prepared.attach(announced, prompt_ids)
-    copy = make_policy(config, folder, device=device)
+    copy = make_plain_policy(config, folder, dtype=torch.float32, device=device)
     copy.model.requires_grad_(False)
     copy.sizes.are_fixed = True  # the other processes wait: nothing is done twice
     return CopiedEngine(prepared.attach(copy, prompt_ids), copy, announced)

@@ -32,7 +32,7 @@ from exgrpo_fast.display import Screen
 from exgrpo_fast.memory.plan import MemoryPlan
 from exgrpo_fast.memory.store import store_note
 from exgrpo_fast.metrics import MetricSink, NullSink
-from exgrpo_fast.planning import fitted, wants_preflight
+from exgrpo_fast.planning import fitted, fitted_together, wants_preflight
 from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.preflight import rehearse
 from exgrpo_fast.processes import ALONE, Processes
@@ -81,8 +81,12 @@ def open_run(
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
         plan = None
-        if processes.count == 1:  # the plan is one of a whole model
+        if processes.count == 1:
             config, plan = fitted(config, start, device=device, note=screen.note)
+        else:
+            config = fitted_together(
+                config, start, device=device, note=screen.note, processes=processes
+            )
         model_path = str(resume_from / "hf") if resume_from else start
         prepared = prepare_rollouts(
             config, model_path, tokenizer, folder, screen, stack, processes, device=device

@@ -21,7 +21,7 @@ from exgrpo_fast.config.reading import (
 )
 from exgrpo_fast.config.schema import Config
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
-from exgrpo_fast.config.several import refuse_with_several
+from exgrpo_fast.config.several import refuse_engine_with_several, refuse_with_several
 
 __all__ = [
     "Config",
@@ -37,6 +37,7 @@ __all__ = [
     "read_yaml",
     "recipe_names",
     "refuse_other_config",
+    "refuse_engine_with_several",
     "refuse_with_several",
     "require",
     "validate",

@@ -10,13 +10,12 @@ def refuse_with_several(config: Config, count: int) -> None:
     """ConfigError naming the first key that `count` processes cannot honour."""
     if count == 1:
         return
+    refuse_engine_with_several(config, config.rollout.engine, count)
     algorithm, rollout = config.algorithm, config.rollout
     refused = {
         "model.quantization": config.model.quantization is not None,
-        "model.lora": config.model.lora is not None,
-        "model.tile_tokens": config.tile_tokens > 0,
+        "model.lora.dropout": config.model.lora is not None and config.model.lora.dropout > 0,
         f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
-        "rollout.engine vllm (vllm_server has its own GPUs)": rollout.engine == "vllm",
         "rollout.generate_ahead": rollout.generate_ahead,
         "train.gradient_release": config.train.gradient_release,
         "prior_resampling.enabled": config.prior_resampling.enabled,
@@ -27,3 +26,12 @@ def refuse_with_several(config: Config, count: int) -> None:
     for name, is_refused in refused.items():
         if is_refused:
             raise ConfigError(f"{name} does not go with {count} processes; one process can do it")
+
+
+def refuse_engine_with_several(config: Config, kind: str, count: int) -> None:
+    """`kind`: what `rollout.engine` comes to."""
+    if kind == "vllm" and count > 1:
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
+            f"with {count} processes; vllm_server or transformers does"
+        )

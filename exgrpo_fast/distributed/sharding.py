@@ -49,7 +49,7 @@ def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
 
 
 class GatheredHead:
-    """The weight of the head put together, and its gradient on the way back."""
+    """The weight of the head put together, and its gradient on the way back, if it is trained."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self.layer: Any = layer
@@ -58,6 +58,7 @@ class GatheredHead:
         self.gradient_VD: Tensor | None = None  # float32
 
     def gather(self, *, with_gradient: bool) -> None:
+        with_gradient &= self.layer.weight.requires_grad
         weight_VD: Tensor = self.layer.weight.detach().to(self.dtype).full_tensor()
         self.weight_VD = weight_VD.requires_grad_(with_gradient)
         if with_gradient:
@@ -66,7 +67,8 @@ class GatheredHead:
     def scatter(self) -> None:
         """Add the gradient, summed over the processes, to that of the parameter's parts."""
         parameter = self.layer.weight
-        assert self.gradient_VD is not None
+        if self.gradient_VD is None:
+            return
         summed = DTensor.from_local(self.gradient_VD, parameter.device_mesh, [Partial()])
         parted = summed.redistribute(placements=parameter.placements)
         parameter.grad = parted if parameter.grad is None else parameter.grad + parted

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from exgrpo_fast.config import Config, ConfigError, validate
+from exgrpo_fast.config import Config, ConfigError, refuse_with_several, validate
 from exgrpo_fast.config.sections import PREFERRED_TOKENS
 from exgrpo_fast.memory.plan import GIB, MemoryPlan, Planner
 
@@ -88,7 +88,9 @@ def _try(planner: Planner, config: Config, keys: Mapping[str, Any]) -> MemoryPla
             branch = branch[parent]
         branch[leaf] = value == "true" if value in ("true", "false") else value
     try:
-        return planner.plan(validate(tree))
+        changed = validate(tree)
+        refuse_with_several(changed, planner.machine.processes)
+        return planner.plan(changed)
     except ConfigError:
         return None
 

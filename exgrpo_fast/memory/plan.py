@@ -16,8 +16,9 @@ from exgrpo_fast.memory.engine import (
     kv_bytes_per_token,
     max_model_len,
 )
+from exgrpo_fast.memory.sharded import gathered, share, with_layers
 from exgrpo_fast.memory.store import store_plan
-from exgrpo_fast.memory.tracing import Setting, Tracer
+from exgrpo_fast.memory.tracing import Passes, Setting, Tracer
 from exgrpo_fast.memory.training import Head, States, Update, released, scoring, states, update
 
 GIB = 2**30
@@ -32,11 +33,15 @@ Bytes = dict[str, float]  # by phase
 
 @dataclass(frozen=True)
 class Machine:
-    """`num_bytes`: of one GPU; None where it does not matter, as on a CPU. `engine`: of rollouts."""
+    """`num_bytes`: of one GPU; None where it does not matter, as on a CPU. `engine`: of rollouts.
+
+    `processes`: that share the weights; the plan is that of the first one.
+    """
 
     device: Literal["cpu", "cuda"]
     num_bytes: int | None
     engine: str
+    processes: int = 1
 
     @property
     def usable(self) -> float | None:
@@ -99,14 +104,23 @@ class Planner:
         """`config`: without `auto` in model.tile_tokens."""
         lora = config.model.lora
         setting = Setting(
-            weights=getattr(torch, config.model.weights),
-            compute=getattr(torch, config.model.compute_dtype(self.machine.device)),
+            weights=self._weights(config),
+            compute=self._compute(config),
             checkpointing=config.model.gradient_checkpointing,
             lora=lora.model_dump() if lora else None,
             tile_tokens=config.tile_tokens,
             gradient_release=config.train.gradient_release,
         )
         return self.tracers.setdefault(repr(setting), Tracer(self.model, setting))
+
+    def _compute(self, config: Config) -> torch.dtype:
+        return getattr(torch, config.model.compute_dtype(self.machine.device))
+
+    def _weights(self, config: Config) -> torch.dtype:
+        """As a pass sees them: those in parts are put together in the compute dtype."""
+        if self.machine.processes > 1:
+            return self._compute(config)
+        return getattr(torch, config.model.weights)
 
     def plan(self, config: Config) -> MemoryPlan:
         """The largest pack that fits, and no tiles where it does without, as `auto` allows."""
@@ -134,24 +148,28 @@ class Planner:
     def _plan(self, config: Config) -> MemoryPlan:
         """`config`: without `auto` in the pack and the tiles."""
         device, tracer, tokens = self.machine.device, self.tracer(config), config.microbatch_tokens
-        weights = getattr(torch, config.model.weights)
+        weights = self._weights(config)
         same: dict[str, Any] = {
             "weights": weights,
-            "compute": getattr(torch, config.model.compute_dtype(device)),
+            "compute": self._compute(config),
             "device": device,
         }
         passes = tracer(tokens)
-        whole = config.model.lora is None
-        head = Head(self.model.vocab_size, self.model.hidden_size, is_trained=whole)
+        is_trained = config.model.lora is None
+        head = Head(self.model.vocab_size, self.model.hidden_size, is_trained)
         held = states(
             passes,
-            weights=weights,
+            weights=getattr(torch, config.model.weights),
             optimiser=config.optimizer,
             references=num_references(config),
             is_nf4=config.model.quantization is not None,
         )
         if config.train.gradient_release:
             held = released(held, head, weights)
+        put_together: Bytes = {}
+        if self.machine.processes > 1:
+            held, put_together, passes = self._in_parts(held, passes, head, config)
+            head = head._replace(is_trained=False)  # its gradient is put together already
         chunk_rows = config.tile_tokens or None
         of_update = update(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
         if config.model.offload_activations:
@@ -164,6 +182,7 @@ class Planner:
             "reference policies": everywhere(held.references),
             "experience store": everywhere(store),
             gradients_row(config): {"update": held.gradients},
+            "head and embedding, put together": put_together,
             **activation_rows(of_update),
             "forward pass, logits": {"scoring": of_scoring},
         }
@@ -183,6 +202,20 @@ class Planner:
         )
         return self._with_engine(made, passes.frozen or passes.trained)
 
+    def _in_parts(
+        self, held: States, passes: Passes, head: Head, config: Config
+    ) -> tuple[States, Bytes, Passes]:
+        """Of one process: its parts, what all passes have put together, the passes with layers."""
+        whole = gathered(
+            passes,
+            head,
+            layers=self.model.num_hidden_layers,
+            is_tied=getattr(self.model, "tie_word_embeddings", False),
+            compute=self._compute(config),
+        )
+        standing = {"scoring": whole.for_scoring, "update": whole.for_update}
+        return share(held, self.machine.processes), standing, with_layers(passes, whole)
+
     def _offloaded(self, made: Update, tokens: int, weights: torch.dtype) -> Update:
         """Without the checkpoints of the layers, which have the embedding's dtype."""
         gone = self.model.num_hidden_layers * tokens * self.model.hidden_size * weights.itemsize
@@ -200,6 +233,8 @@ class Planner:
         dtype = config.model.compute_dtype(machine.device)
         if machine.engine == "transformers":
             rows = made.rows | {"generation": {"rollout": self._generation_bytes(made)}}
+            if machine.processes > 1:
+                rows["whole copy for generation (float32)"] = everywhere(4 * parameters)
             return replace(made, rows=rows)
         if machine.engine != "vllm" or machine.num_bytes is None:
             return made
@@ -305,6 +340,8 @@ def _title(made: MemoryPlan) -> str:
             f"{made.machine.num_bytes / GIB:.4g} GiB, of which {made.machine.usable / GIB:.4g} "
             f"are planned with (the rest: contexts, fragments, libraries)"
         )
+    if made.machine.processes > 1:
+        device += f", the first of {made.machine.processes} processes"
     return (
         f"memory plan: {made.parameters / 1e9:.3f} billion parameters, "
         f"{made.trained / 1e9:.3f} trained, on {device}"

@@ -7,7 +7,9 @@ import copy
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ from exgrpo_fast.distributed import (
 )
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learner import Learner
+from exgrpo_fast.lora import add_adapter
 from exgrpo_fast.optim import Optimiser, UpdateOutcome
 from exgrpo_fast.packing import Ragged
 from exgrpo_fast.policy import Policy
 from exgrpo_fast.processes import Processes, whole
-from exgrpo_fast.reference import Reference
+from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
@@ -39,9 +42,10 @@ VOCABULARY = 131  # odd: the parts of the head differ in size
 UPDATES = 3
 
 
-def make_model(*, tied: bool, seed: int = 0) -> Any:
+def make_model(*, tied: bool, seed: int = 0, lora_rank: int = 0) -> Any:
+    """`lora_rank`: of adapters that have learned something already; 0: none."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=32,
@@ -53,6 +57,18 @@ def make_model(*, tied: bool, seed: int = 0) -> Any:
             tie_word_embeddings=tied,
         )
     )
+    if lora_rank:
+        add_adapter(model, rank=lora_rank, alpha=2.0 * lora_rank)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def adapters_in_float32(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
 
 
 def make_groups(step: int, count: int = 5) -> list[Group]:
@@ -138,25 +154,33 @@ def compare(
     kl: float = 0.0,
     clip_low: float = 0.2,
     clip_high: float | None = 0.28,
+    updates: int = UPDATES,
+    lora_rank: int = 0,
+    weights: torch.dtype = torch.float32,
+    of_one: Mapping[str, Any] = MappingProxyType({}),
     **more: Any,
 ) -> dict[str, Any]:
+    """`of_one`: settings of the one process that are not those of the several, `more`."""
     objective = PolicyObjective(clip_low, clip_high, entropy_coef=0.01, kl_coef=kl)
     settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
-    model = make_model(tied=tied)
+    model = make_model(tied=tied, lora_rank=lora_rank).to(weights)
+    adapters_in_float32(model)
     minibatches = settings.pop("minibatches", 1)
-    alone = Policy(copy.deepcopy(model), **settings)
+    alone = Policy(copy.deepcopy(model), **{**settings, **of_one})
     mesh = mesh_of(processes)
     together = ShardedPolicy(model, mesh=mesh, processes=processes, **settings)
-    frozen = [
+    frozen: list[Any] = [
         ShardedPolicy(make_model(tied=tied, seed=1), mesh=mesh, processes=processes),
         Policy(make_model(tied=tied, seed=1)),
     ]
+    if lora_rank:
+        frozen = [AdapterOff(together), AdapterOff(alone)]
     learners = [
         make_learner(policy, minibatches=minibatches, reference=Reference(base) if kl else None)
         for policy, base in zip((together, alone), frozen, strict=True)
     ]
     report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
-    for step in range(UPDATES):
+    for step in range(updates):
         groups = make_groups(step)
         ours, expected = (learner.update(groups, objective) for learner, _ in learners)
         assert ours.tokens_trained == expected.tokens_trained > 0
@@ -173,7 +197,9 @@ def compare(
                 gap = abs(ours_value - value) / max(1.0, abs(value))
                 report["metrics"] = max(report["metrics"], gap)
     found, expected = (optimiser.found for _, optimiser in learners)
-    assert len(found) == UPDATES * minibatches
+    assert len(found) == updates * minibatches
+    of_all = [gradient for update in found for gradient in update.values()]
+    assert {gradient.dtype for gradient in of_all} == {torch.float32}
     report["gradients"] = [
         furthest(update, wanted) for update, wanted in zip(found, expected, strict=True)
     ]
@@ -224,10 +250,10 @@ def few_packs(processes: Processes) -> dict[str, Any]:
     return {"loss": abs(reports[0].loss - reports[1].loss), "tokens": reports[0].tokens_trained}
 
 
-def synced(processes: Processes) -> dict[str, Any]:
+def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     """An engine whose weights are verified: it takes weights and scores from the parts."""
-    model = make_model(tied=True)
-    copied = Policy(copy.deepcopy(model))
+    model = make_model(tied=True, lora_rank=lora_rank)
+    copied = Policy(make_model(tied=True))
     policy = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes)
     learner, _ = make_learner(policy)
     engine = None
@@ -261,13 +287,54 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
             processes, tied=True, dtype=torch.float32, gradient_checkpointing=True, minibatches=2
         ),
         "offloading": compare(processes, tied=False, dtype=torch.float32, offload_activations=True),
+        "tiles": compare(processes, tied=True, dtype=torch.float32, tile_tokens=7, kl=0.1),
+        "tiles and checkpointing": compare(
+            processes, tied=False, dtype=torch.float32, tile_tokens=7, gradient_checkpointing=True
+        ),
         # without a clip: a ratio at its edge would fall on either side of it
         "bfloat16": compare(
             processes, tied=False, dtype=torch.bfloat16, clip_low=1.0, clip_high=None
         ),
+        # once: AdamW makes more of what the order of a sum has changed
+        "tiles beside whole packs": compare(
+            processes,
+            tied=True,
+            dtype=torch.float32,
+            updates=1,
+            tile_tokens=7,
+            of_one={"tile_tokens": 0},
+        ),
+        "bfloat16 tiles": compare(
+            processes,
+            tied=True,
+            dtype=torch.bfloat16,
+            clip_low=1.0,
+            clip_high=None,
+            tile_tokens=7,
+            gradient_checkpointing=True,
+        ),
+        "adapters": compare(processes, tied=True, dtype=torch.float32, lora_rank=4, kl=0.1),
+        # of a rank below the number of processes one has no rows of A
+        "adapters and checkpointing": compare(
+            processes, tied=False, dtype=torch.float32, lora_rank=1, gradient_checkpointing=True
+        ),
+        "adapters and tiles": compare(
+            processes, tied=False, dtype=torch.float32, lora_rank=3, tile_tokens=7
+        ),
+        "bfloat16 adapters": compare(
+            processes,
+            tied=True,
+            dtype=torch.bfloat16,
+            weights=torch.bfloat16,
+            clip_low=1.0,
+            clip_high=None,
+            lora_rank=4,
+            kl=0.1,
+        ),
         "broken": broken(processes),
         "few": few_packs(processes),
         "synced": synced(processes),
+        "synced adapters": synced(processes, lora_rank=4),
     }
 
 

@@ -9,7 +9,18 @@ import pytest
 from several_processes import run_processes
 
 WORKER = Path(__file__).with_name("learner_worker.py")
-FLOAT32 = ("tied", "untied", "checkpointing", "offloading")
+FLOAT32 = (
+    "tied",
+    "untied",
+    "checkpointing",
+    "offloading",
+    "tiles",
+    "tiles and checkpointing",
+    "tiles beside whole packs",
+    "adapters",
+    "adapters and checkpointing",
+    "adapters and tiles",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +41,11 @@ def test_losses_gradients_and_weights_are_those_of_one_process(reports, case: st
         assert found["weights"] <= 1e-4
 
 
-def test_in_bfloat16_they_differ_by_its_rounding(reports) -> None:
+@pytest.mark.parametrize("case", ["bfloat16", "bfloat16 tiles", "bfloat16 adapters"])
+def test_in_bfloat16_they_differ_by_its_rounding(reports, case: str) -> None:
     for report in reports:
-        assert max(report["bfloat16"]["losses"]) <= 1e-2
-        assert max(report["bfloat16"]["gradients"]) <= 0.05
+        assert max(report[case]["losses"]) <= 1e-2
+        assert max(report[case]["gradients"]) <= 0.05
 
 
 def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:
@@ -46,7 +58,8 @@ def test_a_process_without_a_pack_keeps_company(reports) -> None:
         assert report["few"]["loss"] <= 1e-6 and report["few"]["tokens"] > 0
 
 
-def test_the_engine_of_the_first_process_follows_the_weights_in_parts(reports) -> None:
-    first, second = (report["synced"] for report in reports)
+@pytest.mark.parametrize("case", ["synced", "synced adapters"])
+def test_the_engine_of_the_first_process_follows_the_weights_in_parts(reports, case: str) -> None:
+    first, second = (report[case] for report in reports)
     assert first["same"] and 0.0 < first["gap"] == second["gap"] < 1e-4
     assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 3

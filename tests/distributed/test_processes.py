@@ -62,7 +62,8 @@ def test_nothing_to_deal() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "model.lora": {"model": {"lora": {}}},
+    "model.quantization": {"model": {"lora": {}, "quantization": "nf4"}},
+    "model.lora.dropout": {"model": {"lora": {"dropout": 0.1}}},
     "train.optimizer flash_adamw": {"model": {"weights": "bfloat16"}},
     "rollout.engine vllm": {"rollout": {"engine": "vllm"}},
     "rollout.generate_ahead": {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
@@ -78,6 +79,11 @@ def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> Non
     refuse_with_several(config, 1)
     with pytest.raises(ConfigError, match=key):
         refuse_with_several(config, 2)
+
+
+@pytest.mark.parametrize("model", [{"tile_tokens": 4096}, {"lora": {}, "weights": "bfloat16"}])
+def test_what_goes_with_several_processes(model: dict[str, Any]) -> None:
+    refuse_with_several(validate({"model": model}), 2)
 
 
 def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:

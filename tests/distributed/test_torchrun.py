@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,70 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import REWARDS
-from several_processes import TORCHRUN, environment
-
-SETTINGS = f"""
-    --data.train rows.jsonl --data.eval held_out.jsonl --data.check_answers false
-    --reward.workers 1 --reward.functions [{REWARDS}:even_length] --rollout.engine transformers
-    --rollout.prompts_per_step 4 --rollout.group_size 4 --rollout.max_completion_tokens 8
-    --replay.start_success_rate null --train.lr 1e-3 --train.max_tokens_per_microbatch 1200
-    --checkpoint.every 2 --checkpoint.keep 9 --eval.n 2 --eval.k [1,2] --device cpu
-""".split()
-SECONDS = 300
-
-
-def command(folder: Path, count: int, out: str, *more: str) -> list[str]:
-    start = TORCHRUN if count == 2 else [sys.executable]
-    model = ["--model.name", str(folder / "model")]
-    alone = ["--no-supervise"] if count == 1 else []
-    words = ["train", "exgrpo", "--out", out, *SETTINGS, *model, *alone, *more]
-    return [*start, "-m", "exgrpo_fast", *words]
-
-
-def run(folder: Path, count: int, out: str, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, count, out, *more),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+from several_processes import environment
+from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, steps
 
 
 @pytest.fixture(scope="module")
 def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, questions, and the run `one` and the run `two`, four steps each."""
     path = tmp_path_factory.mktemp("runs")
-    shutil.copytree(model_folder, path / "model")
-    for name, term, count in (("rows", 1, 8), ("held_out", 2, 3)):
-        rows = [{"prompt": f"{i} + {term}?", "answer": "3"} for i in range(count)]
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_inputs(path, model_folder)
     for count, out in ((1, "one"), (2, "two")):
         ended = run(path, count, out, "--max-steps", "4")
         assert ended.returncode == 0, ended.stderr[-4000:]
     return path
-
-
-def steps(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_course(ours: Path, expected: Path) -> None:
-    ours_steps, expected_steps = steps(ours), steps(expected)
-    assert [m["step"] for m in ours_steps] == [m["step"] for m in expected_steps] == [1, 2, 3, 4]
-    for found, wanted in zip(ours_steps, expected_steps, strict=True):
-        for name in ("loss", "entropy", "ratio_mean", "replay_ratio_mean"):
-            gap = abs((found[name] or 0.0) - (wanted[name] or 0.0))
-            assert gap <= 1e-6 * max(1.0, abs(wanted[name] or 0.0)), (found["step"], name)
-        assert math.isclose(found["grad_norm"], wanted["grad_norm"], rel_tol=1e-5)
-        for name in ("reward_mean", "tokens_trained", "tokens_generated", "replay_size"):
-            assert found[name] == wanted[name], (found["step"], name)
-    assert any(m["replay_frac"] > 0 for m in expected_steps), "nothing was replayed"
 
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:

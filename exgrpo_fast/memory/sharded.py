@@ -1,0 +1,89 @@
+"""One process of several: parts of the weights and states, and what FSDP2 puts together for a pass.
+
+    head         weight in the compute dtype, float32 gradient; whole for all passes of an update
+    embedding    weight in the compute dtype; whole from the forward pass to the backward pass
+    layers       two at a time: one that computes, one that is on its way
+    gradients    of one layer in the compute dtype, and of the one before in float32, on the way to
+                 their parts; at the end those of the embedding
+
+A pass sees weights of the compute dtype, whatever their parts are kept in. What the communication
+itself takes is not counted: NCCL's buffers lie outside torch's allocator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from exgrpo_fast.memory.tracing import Passes
+from exgrpo_fast.memory.training import Head, States
+
+
+def share(held: States, count: int) -> States:
+    """Of one process of `count`."""
+    return States(
+        weights=held.weights / count,
+        optimiser=held.optimiser / count,
+        references=held.references / count,
+        gradients=held.gradients / count,
+    )
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes of what is put together, beside the parts."""
+
+    head: float
+    head_gradient: float
+    embedding: float
+    two_layers: float
+    layer_gradients: float  # in the compute dtype
+    leaving_gradients: float  # of a layer, float32
+    embedding_gradient: float  # float32; the one in the compute dtype is the backward pass's own
+
+    @property
+    def for_scoring(self) -> float:
+        """As long as the passes go on."""
+        return self.head + self.embedding
+
+    @property
+    def for_update(self) -> float:
+        """As long as all passes of the update go on."""
+        return self.head + self.head_gradient + self.embedding
+
+
+def gathered(
+    passes: Passes, head: Head, *, layers: int, is_tied: bool, compute: torch.dtype
+) -> Gathered:
+    """`head`: of the model, as large as its embedding; `layers`: how many, alike in size."""
+    size, matrix = compute.itemsize, head.vocabulary * head.width
+    outside = matrix * (1 if is_tied else 2)
+    layer = (passes.frozen + passes.trained - outside) / layers
+    trained = (passes.trained - (outside if head.is_trained else 0)) / layers
+    return Gathered(
+        head=size * matrix,
+        head_gradient=4 * matrix if head.is_trained else 0,
+        embedding=size * matrix,
+        two_layers=2 * size * layer,
+        layer_gradients=size * trained,
+        leaving_gradients=4 * trained,
+        embedding_gradient=4 * matrix if head.is_trained else 0,
+    )
+
+
+def with_layers(passes: Passes, whole: Gathered) -> Passes:
+    """What the passes hold while layer after layer is put together for them.
+
+    A forward pass begins with the embedding twice: as it came, and as it is used. The backward pass
+    of the last layer stands for that of any; what is more than that, behind it, is the embedding's.
+    """
+    layer = whole.two_layers + whole.layer_gradients + whole.leaving_gradients
+    end = whole.embedding_gradient - whole.embedding  # let go of before its gradient leaves
+    return replace(
+        passes,
+        forward=max(passes.forward, whole.embedding) + whole.two_layers,
+        backward_top=passes.backward_top + layer,
+        backward_rest=passes.backward_rest + max(whole.leaving_gradients, end),
+        scoring=max(passes.scoring, whole.embedding) + whole.two_layers,
+    )

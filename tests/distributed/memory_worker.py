@@ -1,0 +1,112 @@
+"""What the first of two processes holds, as the allocator sees it; the other one is not there.
+
+torch's fake process group stands in for it: gloo would count its own copies as the run's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import peak_bytes
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from exgrpo_fast.advantages import ADVANTAGES
+from exgrpo_fast.config import validate
+from exgrpo_fast.distributed import ShardedPolicy, mesh_of
+from exgrpo_fast.learner import Learner
+from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.memory.plan import Machine, Planner
+from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.packing import Ragged
+from exgrpo_fast.preflight import worst_groups
+from exgrpo_fast.processes import Processes, own_part
+from exgrpo_fast.torchrun import Place
+from exgrpo_kernels import PolicyObjective
+
+MODEL = Qwen2Config(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
+COUNT, PROMPT, RESPONSE = 2, 32, 128
+TOKENS = 2 * (PROMPT + 2 * (RESPONSE - 1))  # a pack: two pairs behind one prompt each
+ADAPTER = {"rank": 8, "alpha": 16.0}
+
+
+def measure(**keys: Any) -> dict[str, list[float]]:
+    """[planned, measured] bytes."""
+    config = validate(
+        {
+            "model": keys,
+            "train": {"max_tokens_per_microbatch": TOKENS},
+            "data": {"max_prompt_tokens": PROMPT},
+            "rollout": {"max_completion_tokens": RESPONSE},
+            "replay": {"enabled": False},
+        }
+    )
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(MODEL, dtype=torch.float32)
+    if "lora" in keys:
+        add_adapter(model, **ADAPTER)
+    processes = Processes(Place(0, COUNT, 0))
+    policy = ShardedPolicy(
+        model,
+        mesh=mesh_of(processes),
+        processes=processes,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        tile_tokens=config.tile_tokens,
+        max_tokens_per_microbatch=TOKENS,
+    )
+    learner = Learner(
+        policy,
+        Optimiser(policy.trainable_parameters, lr=1e-6),
+        advantage=ADVANTAGES["dr_grpo"],
+        aggregation="constant",
+        max_completion_tokens=RESPONSE,
+    )
+    groups = worst_groups(
+        8 * COUNT,
+        2,
+        prompt_tokens=PROMPT,
+        completion_tokens=RESPONSE,
+        vocabulary=MODEL.vocab_size,
+    )
+    trajectories = [t for group in groups for t in group.trajectories]
+    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
+    responses = Ragged.of([t.token_ids for t in trajectories])
+    learner.update(groups, PolicyObjective())  # the optimiser makes its states here
+    of_update = peak_bytes(lambda: learner.update(groups, PolicyObjective()))
+    of_scoring = peak_bytes(lambda: policy.score(prompts, responses))
+    moments = [m for state in learner.optimiser.adamw.state.values() for m in state.values()]
+    kept = sum(own_part(t).nbytes for t in [*policy.model.parameters(), *moments])
+    made = Planner(MODEL, Machine("cpu", None, "vllm_server", COUNT)).plan(config)
+    return {
+        "kept": [made.states.resident, kept],
+        "update": [made.totals["update"], kept + of_update],
+        "scoring": [made.totals["scoring"], kept + of_scoring],
+    }
+
+
+def every_case() -> dict[str, Any]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=COUNT)
+    found = {
+        "checkpointing": measure(),
+        "all kept": measure(gradient_checkpointing=False),
+        "tiles": measure(tile_tokens=128),
+        "adapters": measure(lora=ADAPTER),
+    }
+    dist.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(every_case()))
