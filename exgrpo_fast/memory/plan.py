@@ -321,11 +321,11 @@ def with_sizes(config: Config, pack_tokens: int, tile_tokens: int) -> Config:
 
 def table(made: MemoryPlan, asked: Config) -> str:
     """A row for each thing that is held, a column for each phase, GiB; what `asked` left to auto."""
-    width = max(len(name) for name in made.rows)
+    held = {name: row for name, row in made.rows.items() if any(row.values())}
+    width = max(map(len, held))
     lines = [_title(made), "", f"{'GiB':<{width}}" + "".join(f"{p:>10}" for p in PHASES)]
-    for name, row in made.rows.items():
-        if any(row.values()):
-            lines.append(f"{name:<{width}}" + "".join(_cell(row.get(p)) for p in PHASES))
+    for name, row in held.items():
+        lines.append(f"{name:<{width}}" + "".join(_cell(row.get(p)) for p in PHASES))
     lines.append(f"{'total':<{width}}" + "".join(_cell(made.totals[p]) for p in PHASES))
     if made.machine.usable is not None:
         free = {p: made.machine.usable - made.totals[p] for p in PHASES}
