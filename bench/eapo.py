@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from loss import machine
 
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.resampling.driver import Resampler, Session
 from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior

@@ -59,7 +59,7 @@ from torch import Tensor
 
 from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
 from exgrpo_fast.checkpoint import Checkpoints, load_state
-from exgrpo_fast.packing import Pack, pack
+from exgrpo_fast.model.packing import Pack, pack
 
 # ExGRPO at 1.5B on 8 H100, average over its run: arXiv 2510.02245, table 8.
 STEP_SECONDS = 188.9

@@ -11,11 +11,11 @@ import torch
 from inputs import DTYPES
 from torch import Tensor
 
-from exgrpo_fast.attention.layout import AttentionLayout
 from exgrpo_fast.buffer.plan import StorePlan
 from exgrpo_fast.buffer.selectors import allocate, bucket_probabilities, choose, gaussian_buckets
 from exgrpo_fast.buffer.store import Experiences, ExperienceStore
-from exgrpo_fast.packing import Pack, Ragged, pack
+from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.packing import Pack, Ragged, pack
 
 GROUP_SIZE, MEAN, SIGMA = 8, 0.5, 0.125
 PER_STEP, COPIES = 1024, 32

@@ -23,15 +23,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from exgrpo_fast.advantages import ADVANTAGES
-from exgrpo_fast.gradient_release import ReleasingOptimiser
-from exgrpo_fast.learner import Learner
-from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.learning.advantages import ADVANTAGES
+from exgrpo_fast.learning.gradient_release import ReleasingOptimiser
+from exgrpo_fast.learning.learner import Learner
+from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, released, scoring, states, update
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.preflight import worst_groups
 from exgrpo_kernels import PolicyObjective
 

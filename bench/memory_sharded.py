@@ -23,15 +23,15 @@ from memory import LORA, PROMPT, SEQUENCES, SHAPES, error, peak_bytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from exgrpo_fast.advantages import ADVANTAGES
 from exgrpo_fast.distributed import ShardedPolicy, mesh_of
-from exgrpo_fast.learner import Learner
-from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.learning.advantages import ADVANTAGES
+from exgrpo_fast.learning.learner import Learner
+from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.sharded import gathered, share, with_layers
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, scoring, states, update
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.preflight import worst_groups
 from exgrpo_fast.processes import Processes, own_part
 from exgrpo_fast.torchrun import Place

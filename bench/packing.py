@@ -25,12 +25,12 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from exgrpo_fast import packing
-from exgrpo_fast.advantages import ADVANTAGES
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
-from exgrpo_fast.learner import Learner
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.learning.advantages import ADVANTAGES
+from exgrpo_fast.learning.learner import Learner
+from exgrpo_fast.learning.optim import Optimiser
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_kernels import PolicyObjective
 
 MODEL = Qwen3Config(

@@ -19,7 +19,7 @@ from exgrpo_fast.composition import load_tokenizer, make_policy
 from exgrpo_fast.config import load_config
 from exgrpo_fast.display import NullScreen
 from exgrpo_fast.engines import make_transformers_engine
-from exgrpo_fast.packing import Ragged, pack
+from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.training_data import load_data
 from exgrpo_kernels import linear_logprob, linear_policy_loss

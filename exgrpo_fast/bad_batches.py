@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from exgrpo_fast.learning.update_report import RefusedUpdate, Row
 from exgrpo_fast.metrics import strict
-from exgrpo_fast.update_report import RefusedUpdate, Row
 
 log = logging.getLogger(__name__)
 

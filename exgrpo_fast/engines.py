@@ -22,7 +22,7 @@ from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.memory.engine import EnginePlan, engine_plan
 from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.mismatch import MismatchRule
-from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.rollout.canary import TOLERANCE, VerifiedEngine
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine

@@ -13,9 +13,9 @@ import torch
 
 from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
-from exgrpo_fast.learner import Learner
+from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.metrics import peak_memory_gib
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 from exgrpo_kernels import PolicyObjective
 
 

@@ -34,8 +34,8 @@ from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.experience import Question
 from exgrpo_fast.heartbeat import Heartbeat
 from exgrpo_fast.metrics import clean_text, peak_memory_gib
-from exgrpo_fast.out_of_memory import OutOfMemory
-from exgrpo_fast.policy import Tokenizer
+from exgrpo_fast.model.out_of_memory import OutOfMemory
+from exgrpo_fast.model.policy import Tokenizer
 from exgrpo_fast.processes import FirstFailed, OutOfStep, PeersLost, Processes, joined
 from exgrpo_fast.report import write_report
 from exgrpo_fast.rollout.canary import OutOfSync

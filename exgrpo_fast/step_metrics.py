@@ -12,8 +12,8 @@ import torch
 
 from exgrpo_fast.collect import Batch, Clock
 from exgrpo_fast.experience import Group, Trajectory
+from exgrpo_fast.learning.update_report import Row, UpdateReport
 from exgrpo_fast.sources.prior_metrics import guidance_metrics
-from exgrpo_fast.update_report import Row, UpdateReport
 
 
 def pass_at_1(groups: Sequence[Group]) -> float:

@@ -17,7 +17,7 @@ from exgrpo_fast.display import Screen
 from exgrpo_fast.errors import Interrupted, NumericalStop
 from exgrpo_fast.evaluate import Evaluation, Evaluator
 from exgrpo_fast.experience import Question
-from exgrpo_fast.learner import Learner
+from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.metrics import CompletionLog, MetricSink, peak_memory_gib
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.random_state import random_state, restore_random_state

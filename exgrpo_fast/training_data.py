@@ -8,7 +8,7 @@ from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import LoadedQuestions, load_questions
 from exgrpo_fast.display import Screen
 from exgrpo_fast.experience import Question
-from exgrpo_fast.policy import Tokenizer
+from exgrpo_fast.model.policy import Tokenizer
 from exgrpo_fast.rewards import RewardPool, check_golds
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.layout import AttentionLayout
 
 # prompt lengths, and for each the lengths of its responses as they are read
 SHAPES: dict[str, list[tuple[int, list[int]]]] = {

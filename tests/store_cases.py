@@ -11,7 +11,7 @@ import torch
 from exgrpo_fast.buffer.plan import StorePlan
 from exgrpo_fast.buffer.snapshot import stored_rows
 from exgrpo_fast.buffer.store import COLUMNS, Experiences, ExperienceStore
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 POISON = 0x0BAD
 

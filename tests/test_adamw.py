@@ -13,11 +13,11 @@ from conftest import ScriptedEngine, make_questions
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from exgrpo_fast.adamw import OptimiserError, flatten, make_adamw, restore
 from exgrpo_fast.checkpoint import Checkpoints, load_state
 from exgrpo_fast.composition import take_up
 from exgrpo_fast.config import Config, ConfigError, validate
-from exgrpo_fast.optim import Optimiser
+from exgrpo_fast.learning.adamw import OptimiserError, flatten, make_adamw, restore
+from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.trainer import Trainer
 
 

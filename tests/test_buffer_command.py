@@ -19,7 +19,7 @@ from exgrpo_fast.buffer_session import SavedStore
 from exgrpo_fast.checkpoint import load_state, split_tensors, verify, write_checkpoint
 from exgrpo_fast.cli import main
 from exgrpo_fast.metrics import clean_text
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 HOSTILE = "\x1b[2J"  # clears the screen of whoever prints it
 

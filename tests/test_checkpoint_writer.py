@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, load_state, verify
 from exgrpo_fast.checkpoint_writer import CheckpointWriter, HostCopies
 from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.model_folder import HuggingFaceFolder
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.model_folder import HuggingFaceFolder
+from exgrpo_fast.model.policy import Policy, load_model
 
 
 class Model:

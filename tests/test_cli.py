@@ -21,7 +21,7 @@ from exgrpo_fast import __version__
 from exgrpo_fast.checkpoint import verify
 from exgrpo_fast.cli import main
 from exgrpo_fast.collect import Collector
-from exgrpo_fast.learner import Learner
+from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

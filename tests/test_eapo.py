@@ -18,7 +18,7 @@ from exgrpo_fast.collect import Clock
 from exgrpo_fast.composition import load_tokenizer
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.experience import Group, Guidance, Trajectory, Verdict
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.quickstart.model import make_model
 from exgrpo_fast.resampling.compatibility import (
     PriorError,

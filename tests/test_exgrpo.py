@@ -13,7 +13,7 @@ from conftest import ScriptedEngine, make_questions
 from exgrpo_fast.buffer.selectors import TrajectoryKey, choose
 from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.experience import Group, Trajectory, Verdict
-from exgrpo_fast.policy import Scores
+from exgrpo_fast.model.policy import Scores
 from exgrpo_fast.sources.questions import QuestionStream
 from exgrpo_fast.sources.replay import ReplaySource, score_keys
 from exgrpo_kernels import linear_logprob, policy_loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exgrpo_fast.head_gradient import summed_in_place
+from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
 ROWS, WIDTH, VOCABULARY = 24, 16, 40

@@ -10,20 +10,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ground floor first. A room is a file, or a folder of files that may import each other.
 FLOORS = [
     ["exgrpo_kernels"],
-    ["errors", "experience", "heartbeat", "attention", "torchrun"],
-    ["processes", "out_of_memory"],
-    [
-        *("config", "advantages", "packing", "metrics", "adamw", "lora", "tiling", "head_gradient"),
-        *("run_folder", "checkpoint", "data", "endpoint", "random_state"),
-    ],
-    ["display", "policy", "rewards", "optim", "checkpoint_writer", "supervisor"],
-    ["buffer", "rollout", "report", "model_folder", "gradient_release"],
-    [
-        *("weighting", "mismatch", "reference", "quantization", "verify", "memory"),
-        *("training_data", "resampling"),
-    ],
-    ["sources", "doctor", "update_report"],
-    ["collect", "learner", "quickstart", "evaluate"],
+    ["errors", "experience", "heartbeat", "torchrun"],
+    ["processes"],
+    ["config", "metrics", "model", "run_folder", "checkpoint", "data", "endpoint", "random_state"],
+    ["display", "rewards", "checkpoint_writer", "supervisor"],
+    ["buffer", "rollout", "report"],
+    ["mismatch", "verify", "memory", "training_data", "resampling", "learning"],
+    ["sources", "doctor"],
+    ["collect", "quickstart", "evaluate"],
     ["step_metrics", "bad_batches", "preflight"],
     ["trainer", "engines", "distributed"],
     ["planning"],

@@ -11,10 +11,10 @@ from conftest import make_questions
 
 from exgrpo_fast.collect import Clock
 from exgrpo_fast.experience import Group, Trajectory, Verdict
-from exgrpo_fast.learner import carries_gradient, split_evenly
-from exgrpo_fast.optim import Optimiser, UpdateOutcome
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.update_report import MetricSums
+from exgrpo_fast.learning.learner import carries_gradient, split_evenly
+from exgrpo_fast.learning.optim import Optimiser, UpdateOutcome
+from exgrpo_fast.learning.update_report import MetricSums
+from exgrpo_fast.model.packing import Ragged
 
 
 class GradientRecorder(Optimiser):

@@ -16,7 +16,8 @@ from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.composition import adapter_of, take_up
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.export import export_checkpoint
-from exgrpo_fast.lora import (
+from exgrpo_fast.metrics import NullSink
+from exgrpo_fast.model.lora import (
     LoraError,
     add_adapter,
     load_adapter,
@@ -25,8 +26,7 @@ from exgrpo_fast.lora import (
     switched_off,
     trainable,
 )
-from exgrpo_fast.metrics import NullSink
-from exgrpo_fast.policy import load_model
+from exgrpo_fast.model.policy import load_model
 from exgrpo_fast.quickstart.model import make_model
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.trainer import Trainer

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from exgrpo_fast.cli import main
 from exgrpo_fast.composition import run_preflight
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
-from exgrpo_fast.learner import sequences_of
+from exgrpo_fast.learning.learner import sequences_of
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace

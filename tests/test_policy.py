@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
-from exgrpo_fast.packing import Ragged, pack
-from exgrpo_fast.policy import Policy, PolicyError, load_model
+from exgrpo_fast.model.packing import Ragged, pack
+from exgrpo_fast.model.policy import Policy, PolicyError, load_model
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
 PROMPTS = [(5, 6, 7, 8, 9), (11,), (5, 6), tuple(range(20, 60))]

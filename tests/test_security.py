@@ -241,7 +241,7 @@ def test_code_in_a_model_folder_is_not_run(tmp_path: Path, model_folder: Path) -
 
     from exgrpo_fast.composition import load_tokenizer
     from exgrpo_fast.errors import UserError
-    from exgrpo_fast.policy import load_model
+    from exgrpo_fast.model.policy import load_model
 
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
@@ -267,7 +267,7 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, model_folder: Pat
     import shutil
 
     from exgrpo_fast.errors import UserError
-    from exgrpo_fast.policy import load_model
+    from exgrpo_fast.model.policy import load_model
 
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)

@@ -23,16 +23,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from exgrpo_fast.advantages import ADVANTAGES
 from exgrpo_fast.checkpoint import load_state
-from exgrpo_fast.learner import Learner
-from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.learning.advantages import ADVANTAGES
+from exgrpo_fast.learning.learner import Learner
+from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, states, update
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.policy import Policy, PolicyError
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.policy import Policy, PolicyError
+from exgrpo_fast.model.tiling import decoder_layers, run_in_tiles, run_tiled
 from exgrpo_fast.preflight import worst_groups
-from exgrpo_fast.tiling import decoder_layers, run_in_tiles, run_tiled
 from exgrpo_kernels import PolicyObjective
 
 SMALL: dict[str, Any] = {

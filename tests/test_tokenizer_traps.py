@@ -22,7 +22,7 @@ from exgrpo_fast.composition import (
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.engines import make_transformers_engine
 from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.policy import PolicyError
+from exgrpo_fast.model.policy import PolicyError
 from exgrpo_fast.rollout.engine import Request, Sampling
 
 

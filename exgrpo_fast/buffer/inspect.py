@@ -21,7 +21,7 @@ from torch import Tensor
 
 from exgrpo_fast.buffer.store import NOBODY, rank_within
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 Snapshot = Mapping[str, Any]
 SortKey = Literal["bucket", "trajectories", "visits", "entropy", "age"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exgrpo_fast.packing import Ragged, places
+from exgrpo_fast.model.packing import Ragged, places
 
 
 class TokenPages:

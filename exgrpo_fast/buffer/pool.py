@@ -16,7 +16,7 @@ import torch
 
 from exgrpo_fast.buffer.store import Experiences
 from exgrpo_fast.experience import Question
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 EXPORTED = {
     "question_id": pa.string(),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.buffer.store import COLUMNS, Experiences, ExperienceStore
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 FORMAT = 3
 MOVED_AT_ONCE = 1024

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from exgrpo_fast.buffer.pages import TokenPages
 from exgrpo_fast.buffer.plan import StorePlan
-from exgrpo_fast.packing import Ragged, places
+from exgrpo_fast.model.packing import Ragged, places
 
 Evict = Literal["entropy", "oldest"]
 

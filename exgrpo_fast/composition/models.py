@@ -12,18 +12,18 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from exgrpo_fast.attention.backends import choose, refusal
 from exgrpo_fast.checkpoint import read_manifest
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import ShardedPolicy, mesh_of
 from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.lora import add_adapter, has_adapter, load_adapter
-from exgrpo_fast.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.learning.reference import AdapterOff, Reference
+from exgrpo_fast.model.attention.backends import choose, refusal
+from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
+from exgrpo_fast.model.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.model.quantization import nf4
 from exgrpo_fast.processes import ALONE, Processes, own_part
-from exgrpo_fast.quantization import nf4
-from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.resampling.compatibility import fingerprint
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.verify import Decode

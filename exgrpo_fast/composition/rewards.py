@@ -6,7 +6,7 @@ from exgrpo_fast.composition.models import make_decode
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
 from exgrpo_fast.evaluate import Evaluator
-from exgrpo_fast.policy import Tokenizer
+from exgrpo_fast.model.policy import Tokenizer
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.rewards import RewardPool, RubricScorer
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling

@@ -13,7 +13,7 @@ from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
 from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.engines import PreparedEngine, engine_kind, prepare_engine
-from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.processes import Processes
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.journal import JournalledEngine

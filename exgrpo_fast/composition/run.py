@@ -32,8 +32,8 @@ from exgrpo_fast.display import Screen
 from exgrpo_fast.memory.plan import MemoryPlan
 from exgrpo_fast.memory.store import store_note
 from exgrpo_fast.metrics import MetricSink, NullSink
+from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.planning import fitted, fitted_together, wants_preflight
-from exgrpo_fast.policy import Policy, Tokenizer
 from exgrpo_fast.preflight import rehearse
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.random_state import seed_everything

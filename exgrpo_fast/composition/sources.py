@@ -18,7 +18,7 @@ from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.engines import PreparedEngine, end_of_sequence_ids
 from exgrpo_fast.experience import Question
 from exgrpo_fast.memory.store import store_plan
-from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.resampling.compatibility import read_vocabulary, refuse_other_vocabulary
 from exgrpo_fast.resampling.driver import Resampler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from exgrpo_fast.advantages import ADVANTAGES, Advantage, grpo_sample_std
 from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.checkpoint import Checkpoints
 from exgrpo_fast.checkpoint_writer import CheckpointWriter
@@ -18,8 +17,11 @@ from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import CheckpointFollower, NoBadBatches, NoCompletionLog, SharedEngine
 from exgrpo_fast.engines import PreparedEngine, mismatch_rule
 from exgrpo_fast.experience import Question
-from exgrpo_fast.gradient_release import ReleasingOptimiser
-from exgrpo_fast.learner import Learner, ReplayTerm
+from exgrpo_fast.learning.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.learning.gradient_release import ReleasingOptimiser
+from exgrpo_fast.learning.learner import Learner, ReplayTerm
+from exgrpo_fast.learning.optim import Optimiser, linear_warmup
+from exgrpo_fast.learning.reference import Reference
 from exgrpo_fast.metrics import (
     CompletionLog,
     FanOut,
@@ -28,11 +30,9 @@ from exgrpo_fast.metrics import (
     TensorBoardSink,
     WandbSink,
 )
-from exgrpo_fast.model_folder import HuggingFaceFolder
-from exgrpo_fast.optim import Optimiser, linear_warmup
-from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.model.model_folder import HuggingFaceFolder
+from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.processes import ALONE, Processes
-from exgrpo_fast.reference import Reference
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.journal import JournalledEngine

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exgrpo_fast.packing import Dealt, Pack
+from exgrpo_fast.model.packing import Dealt, Pack
 
 
 def deal(packs: Sequence[Pack], *, rank: int, count: int) -> list[Dealt]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, Scores
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, Scores
 from exgrpo_fast.processes import FirstFailed, Processes
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,

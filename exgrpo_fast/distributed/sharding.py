@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
-from exgrpo_fast.policy import PolicyError
+from exgrpo_fast.model.policy import PolicyError
 
 
 def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from exgrpo_fast.attention.sdpa import SideBySideBlock, attend
-from exgrpo_fast.lora import add_adapter
-from exgrpo_fast.policy import recompute_layers
-from exgrpo_fast.tiling import decoder_layers, dense_mlp, run_in_tiles
+from exgrpo_fast.model.attention.sdpa import SideBySideBlock, attend
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.policy import recompute_layers
+from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
 
 ATTENTION = "exgrpo_memory_plan"
 LAYERS = (3, 4)  # of the two small traces

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exgrpo_fast.config import Config, ConfigError, GymTask
 from exgrpo_fast.display import Screen
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.quickstart.solutions import solved_examples
 from exgrpo_fast.quickstart.warm_start import tokenize_examples, warm_start

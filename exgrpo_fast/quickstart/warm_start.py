@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.display import Screen
-from exgrpo_fast.optim import Optimiser, warmup_then_decay
-from exgrpo_fast.packing import Ragged, pack
-from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.learning.optim import Optimiser, warmup_then_decay
+from exgrpo_fast.model.packing import Ragged, pack
+from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
 

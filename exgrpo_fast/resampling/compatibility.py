@@ -15,7 +15,7 @@ import xxhash
 from transformers import AutoConfig, GenerationConfig
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.policy import Tokenizer
+from exgrpo_fast.model.policy import Tokenizer
 
 
 class PriorError(UserError):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exgrpo_fast.packing import Pack, Ragged, pack
-from exgrpo_fast.policy import Policy, inference
+from exgrpo_fast.model.packing import Pack, Ragged, pack
+from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.resampling.triggers import Trigger
 
 ROWS_AT_ONCE = 256  # 256 x 150k float32 logits are 0.15 GB, and five such tensors exist

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, PolicyError, inference
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, PolicyError, inference
 from exgrpo_fast.resampling.exact_law import known_ids, pad_logprobs, response_logprobs
 from exgrpo_fast.resampling.protocols import Draft, Drawn, Prefix, Ready, Scores
 from exgrpo_fast.rollout.drawing import hash_uniform, invert_cdf, signed

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Generation, Request, RolloutEngine, Sampling, StartedEngine
 
 NUM_TOKENS = 16

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     EngineLost,

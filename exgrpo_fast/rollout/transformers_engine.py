@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.out_of_memory import (
+from exgrpo_fast.model.out_of_memory import (
     among_several,
     not_even_one,
     nothing_smaller,
     until_it_fits,
 )
-from exgrpo_fast.policy import Policy, inference
+from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.decoding import Decoding
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 

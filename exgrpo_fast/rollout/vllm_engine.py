@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     EngineLost,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from exgrpo_fast.experience import Completion, Question, Trajectory
 from exgrpo_fast.mismatch import NO_CORRECTION, Mismatch, MismatchRule, measure
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     Generation,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.experience import Question, Trajectory
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.resampling.driver import Resampler, Response, Session
 from exgrpo_fast.resampling.exact_law import EmittedLaw, emitted_law
 from exgrpo_fast.resampling.importance import NEEDS_LAW, Importance, balance_weight, columns_of

@@ -34,10 +34,10 @@ from exgrpo_fast.buffer.selectors import (
 from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
 from exgrpo_fast.buffer.store import Experiences, ExperienceStore, rank_within
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, Scores
+from exgrpo_fast.learning.weighting import UNCLIPPED, Weight, weighted
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, Scores
 from exgrpo_fast.sources.recall import PendingRecall, Plan, Recall
-from exgrpo_fast.weighting import UNCLIPPED, Weight, weighted
 from exgrpo_kernels import PolicyObjective
 
 Keep = Literal["successes", "all", "none"]

@@ -11,9 +11,9 @@ import torch.nn.attention.flex_attention as flex_attention
 from attention_cases import SHAPES, FlashAttn, VarlenAttn, each_alone, layout_of
 from transformers import DeepseekV3Config, LlamaConfig, Qwen3Config
 
-from exgrpo_fast.attention import backends, flash, query_runs, sdpa, varlen
-from exgrpo_fast.attention.backends import BACKENDS, BackendName, choose, refusal
-from exgrpo_fast.attention.blocks import greedy_blocks
+from exgrpo_fast.model.attention import backends, flash, query_runs, sdpa, varlen
+from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
+from exgrpo_fast.model.attention.blocks import greedy_blocks
 
 CPU, NAMES = torch.device("cpu"), list(BACKENDS)
 # flex_attention is slow where it is not compiled

@@ -19,13 +19,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from exgrpo_fast.attention import flash, varlen
-from exgrpo_fast.attention.backends import BackendName
 from exgrpo_fast.composition.models import make_policy
 from exgrpo_fast.config import ConfigError, validate
-from exgrpo_fast.lora import add_adapter
-from exgrpo_fast.packing import Pack, Ragged, pack
-from exgrpo_fast.policy import Policy, PolicyError
+from exgrpo_fast.model.attention import flash, varlen
+from exgrpo_fast.model.attention.backends import BackendName
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.packing import Pack, Ragged, pack
+from exgrpo_fast.model.policy import Policy, PolicyError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 80,
@@ -67,7 +67,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "kernel", FlashAttn)
     told = functools.partial(functools.partial, enable_gqa=True)
     monkeypatch.setattr(varlen, "kernel", lambda: told(VarlenAttn()))
-    monkeypatch.setattr("exgrpo_fast.policy.refusal", lambda name, **where: None)
+    monkeypatch.setattr("exgrpo_fast.model.policy.refusal", lambda name, **where: None)
 
 
 def cotangent(index: int, width: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from exgrpo_fast.buffer.inspect import (
 from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
 from exgrpo_fast.buffer.store import ExperienceStore
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 NAMES = ["apple", "beech", "cedar", "dogwood", "elder", "fir"]
 STORED = [

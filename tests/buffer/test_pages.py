@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exgrpo_fast.buffer.pages import TokenPages
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 
 def random_tokens(lengths: list[int], seed: int) -> tuple[Ragged, torch.Tensor]:

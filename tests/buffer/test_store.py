@@ -26,7 +26,7 @@ from store_cases import (
 
 from exgrpo_fast.buffer.snapshot import stored_rows
 from exgrpo_fast.buffer.store import scramble, token_digests
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.packing import Ragged
 
 INF = float("inf")
 

@@ -17,7 +17,6 @@ from several_processes import met
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from exgrpo_fast.advantages import ADVANTAGES
 from exgrpo_fast.distributed import (
     AnnouncedPolicy,
     CopiedEngine,
@@ -26,13 +25,14 @@ from exgrpo_fast.distributed import (
     mesh_of,
 )
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
-from exgrpo_fast.learner import Learner
-from exgrpo_fast.lora import add_adapter
-from exgrpo_fast.optim import Optimiser, UpdateOutcome
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.learning.advantages import ADVANTAGES
+from exgrpo_fast.learning.learner import Learner
+from exgrpo_fast.learning.optim import Optimiser, UpdateOutcome
+from exgrpo_fast.learning.reference import AdapterOff, Reference
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.processes import Processes, whole
-from exgrpo_fast.reference import AdapterOff, Reference
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine

@@ -14,14 +14,14 @@ from conftest import peak_bytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from exgrpo_fast.advantages import ADVANTAGES
 from exgrpo_fast.config import validate
 from exgrpo_fast.distributed import ShardedPolicy, mesh_of
-from exgrpo_fast.learner import Learner
-from exgrpo_fast.lora import add_adapter
+from exgrpo_fast.learning.advantages import ADVANTAGES
+from exgrpo_fast.learning.learner import Learner
+from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.plan import Machine, Planner
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.packing import Ragged
+from exgrpo_fast.model.lora import add_adapter
+from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.preflight import worst_groups
 from exgrpo_fast.processes import Processes, own_part
 from exgrpo_fast.torchrun import Place

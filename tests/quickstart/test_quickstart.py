@@ -8,8 +8,8 @@ import torch
 
 from exgrpo_fast.config import ConfigError, GymTask, load_config
 from exgrpo_fast.display import NullScreen
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.quickstart.prepare import imitated_pairs, prepare_quickstart
 from exgrpo_fast.quickstart.solutions import guess, solved_examples, worked_solution

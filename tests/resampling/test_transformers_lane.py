@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, PolicyError
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, PolicyError
 from exgrpo_fast.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.resampling.driver import Resampler, Response
 from exgrpo_fast.resampling.exact_law import emitted_law

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.canary import NUM_TOKENS, PROMPT_TOKENS, OutOfSync, VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config
 
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.decoding import ROOM, Decoding, RoomyLayer, give_room
 from exgrpo_fast.rollout.drawing import BLOCK, draw, hash_uniform, invert_cdf
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed

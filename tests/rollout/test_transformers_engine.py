@@ -8,9 +8,9 @@ import torch
 
 from exgrpo_fast.composition import rollouts
 from exgrpo_fast.config import validate
-from exgrpo_fast.out_of_memory import OutOfMemory
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.out_of_memory import OutOfMemory
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.processes import Processes
 from exgrpo_fast.rollout.drawing import hash_uniform, invert_cdf, keep_nucleus
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed

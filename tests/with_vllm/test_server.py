@@ -15,8 +15,8 @@ import pytest
 import torch
 from vllm_cases import ARGUMENTS
 
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import EngineLost, Request, Sampling, request_seed
 from exgrpo_fast.rollout.server_engine import ServerEngine
@@ -197,7 +197,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
 
 TRAINER = """
 import os, sys, time, torch
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.server_engine import ServerEngine
 from exgrpo_fast.rollout.server_process import ServerProcess
 from exgrpo_fast.rollout.weight_transfer import SharedMemorySender

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from exgrpo_fast.lora import add_adapter, trainable
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.lora import add_adapter, trainable
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.canary import OutOfSync, VerifiedEngine
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
 from exgrpo_fast.rollout.vllm_engine import VllmEngine

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from exgrpo_fast.experience import Completion
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, load_model
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.resampling.driver import Resampler, Response
 from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.resampling.vllm_pair import VllmDrafter, VllmPrior

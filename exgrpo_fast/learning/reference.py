@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.experience import Trajectory
-from exgrpo_fast.lora import switched_off
-from exgrpo_fast.packing import Ragged
-from exgrpo_fast.policy import Policy, Scores
+from exgrpo_fast.model.lora import switched_off
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, Scores
 
 
 @dataclass(frozen=True)

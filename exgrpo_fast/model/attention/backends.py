@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention import flash, flex, sdpa, varlen
-from exgrpo_fast.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention import flash, flex, sdpa, varlen
+from exgrpo_fast.model.attention.layout import AttentionLayout
 
 BackendName = Literal["flash", "varlen", "flex", "sdpa"]
 AUTO: list[BackendName] = ["flash", "varlen", "sdpa"]  # in this order, as far as they can run

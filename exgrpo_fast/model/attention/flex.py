@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from exgrpo_fast.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.layout import AttentionLayout
 
 
 class Flex:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.layout import AttentionLayout
-from exgrpo_fast.attention.query_runs import QueryRun, RunByRun
+from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.query_runs import QueryRun, RunByRun
 
 
 def kernel() -> Any:

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.blocks import Block, block_by_block, greedy_blocks
-from exgrpo_fast.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.blocks import Block, block_by_block, greedy_blocks
+from exgrpo_fast.model.attention.layout import AttentionLayout
 
 # Keys and values of twice the pack are what the side-by-side back end holds, whose queries and
 # outputs are gathered as well: no back end takes more than the memory plan knows of.

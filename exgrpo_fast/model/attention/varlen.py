@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from exgrpo_fast.attention.layout import AttentionLayout
-from exgrpo_fast.attention.query_runs import QueryRun, RunByRun
+from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.query_runs import QueryRun, RunByRun
 
 
 def kernel() -> Callable[..., Tensor] | None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from exgrpo_fast.adamw import Kind, flatten, make_adamw, repeatable, restore, set_learning_rate
+from exgrpo_fast.learning.adamw import (
+    Kind,
+    flatten,
+    make_adamw,
+    repeatable,
+    restore,
+    set_learning_rate,
+)
 from exgrpo_fast.processes import whole
 
 Schedule = Callable[[int], float]  # finished updates -> factor on the learning rate

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exgrpo_fast.advantages import Advantage, Baseline, group_advantages
 from exgrpo_fast.experience import Group, Trajectory
-from exgrpo_fast.gradient_release import require_one_pack
-from exgrpo_fast.optim import Optimiser
-from exgrpo_fast.out_of_memory import in_pieces_that_fit
-from exgrpo_fast.packing import Aggregation, Ragged, extent, fill_columns, pack, token_weights
-from exgrpo_fast.policy import Policy
-from exgrpo_fast.reference import Reference
-from exgrpo_fast.update_report import (
+from exgrpo_fast.learning.advantages import Advantage, Baseline, group_advantages
+from exgrpo_fast.learning.gradient_release import require_one_pack
+from exgrpo_fast.learning.optim import Optimiser
+from exgrpo_fast.learning.reference import Reference
+from exgrpo_fast.learning.update_report import (
     BatchSums,
     MetricSums,
     RefusedUpdate,
@@ -27,7 +24,10 @@ from exgrpo_fast.update_report import (
     guided_tokens,
     replay_ratio_metrics,
 )
-from exgrpo_fast.weighting import moved_clip
+from exgrpo_fast.learning.weighting import moved_clip
+from exgrpo_fast.model.out_of_memory import in_pieces_that_fit
+from exgrpo_fast.model.packing import Aggregation, Ragged, extent, fill_columns, pack, token_weights
+from exgrpo_fast.model.policy import Policy
 from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
 
 

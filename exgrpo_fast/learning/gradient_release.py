@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.optim import Optimiser, UpdateOutcome
+from exgrpo_fast.learning.optim import Optimiser, UpdateOutcome
 
 
 class SeveralPacks(UserError):

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from exgrpo_fast.attention.backends import PackedAttention
+from exgrpo_fast.model.attention.backends import PackedAttention
 
 ATTENTION = "exgrpo_packed"
 

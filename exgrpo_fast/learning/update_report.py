@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.experience import TokenColumns, Trajectory
-from exgrpo_fast.packing import Pack
+from exgrpo_fast.model.packing import Pack
 from exgrpo_fast.processes import Processes
 from exgrpo_kernels import PolicyObjective
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exgrpo_fast.attention.blocks import Block, block_by_block
-from exgrpo_fast.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.blocks import Block, block_by_block
+from exgrpo_fast.model.attention.layout import AttentionLayout
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exgrpo_fast.lora import (
+from exgrpo_fast.model.lora import (
     PEFT_PREFIX,
     adapter_weights,
     has_adapter,
@@ -15,7 +15,7 @@ from exgrpo_fast.lora import (
     save_adapter,
     save_plain,
 )
-from exgrpo_fast.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy, Tokenizer
 
 
 class HuggingFaceFolder:
