@@ -113,7 +113,7 @@ def test_where_not_one_sequence_can_be_generated_the_keys_are_named(policy) -> N
 
 def test_among_several_processes_a_batch_is_not_generated_again(policy, monkeypatch) -> None:
     """The copy that the first process generates with."""
-    monkeypatch.setattr(rollouts, "make_policy", lambda *arguments, **options: policy)
+    monkeypatch.setattr(rollouts, "make_plain_policy", lambda *arguments, **options: policy)
     source: Any = SimpleNamespace(
         processes=Processes(Place(count=2)), model=None, temperature=1.0, device="cpu"
     )
