@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -116,6 +118,8 @@ def test_a_bit_that_changes_on_the_way_is_found(channel, monkeypatch) -> None:
     real, calls = module.checksum, []
 
     def lying(tensor: torch.Tensor) -> int:  # the sender's view of the second tensor
+        if threading.current_thread() is not threading.main_thread():
+            return real(tensor)
         calls.append(tensor)
         return real(tensor) + (len(calls) == 2)
 
@@ -123,6 +127,32 @@ def test_a_bit_that_changes_on_the_way_is_found(channel, monkeypatch) -> None:
     sender.send(weights(), servers.announce)
     (error,) = servers.errors
     assert isinstance(error, BrokenTransfer) and "norm arrived changed" in str(error)
+    monkeypatch.undo()
+    sender.send(weights(), servers.announce)
+    assert servers.errors == [error], "nobody was kept waiting: the next update is taken as ever"
+    sender.close()
+
+
+def test_a_broadcast_holds_one_weight_at_a_time() -> None:
+    """Of a policy in parts each is put together on its way, and there is no room for all."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for number in range(6):
+            weight = torch.full((5,), float(number))
+            alive.add(weight)
+            gc.collect()
+            most = max(most, len(alive))
+            yield str(number), weight
+            del weight
+
+    sender = make_sender("broadcast")
+    servers = Servers(sender, 1)
+    sender.send(made(), servers.announce)
+    assert [float(t[0]) for t in servers.received[0].values()] == [0, 1, 2, 3, 4, 5]
+    assert most == 1
     sender.close()
 
 
