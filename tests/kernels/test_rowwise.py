@@ -16,14 +16,31 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import CHECKS, OBJECTIVES, Case, check_policy_loss, make_batch, random_case
+from cases import (
+    CHECKS,
+    F64,
+    OBJECTIVES,
+    Case,
+    check_policy_loss,
+    make_batch,
+    random_case,
+    run_loss,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import shuffled_programs
 
-from exgrpo_kernels import PolicyObjective, linear_logprob, row_kernels, rowwise, runtime
+from exgrpo_kernels import (
+    PolicyObjective,
+    linear_logprob,
+    linear_policy_loss,
+    row_kernels,
+    rowwise,
+    runtime,
+)
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
 from exgrpo_kernels.objective import LossColumns, loss_columns
+from exgrpo_kernels.policy_loss import linear_policy_loss_reference
 
 
 @pytest.fixture
@@ -56,6 +73,32 @@ def test_any_case_keeps_the_rule(check, examples):
         CHECKS[check](random_case(rng, check), "triton")
 
     run()
+
+
+# What random cases have found is kept.
+BEYOND_FLOAT16 = Case(
+    seed=144440,
+    objective="entropy",
+    num_rows=5,
+    num_tokens=31,
+    num_hidden=2,
+    dtype=torch.float16,
+    scale=4.0,
+    temperature=0.6,
+    bias="some",
+    dirty=True,
+    strided=True,
+)
+
+
+def test_a_gradient_that_float16_cannot_hold_is_infinite():
+    case = BEYOND_FLOAT16
+    batch = make_batch(case)
+    truth = run_loss(linear_policy_loss_reference, batch, case, F64)["dhidden"]
+    ours = run_loss(linear_policy_loss, batch, case, None, backend="triton")["dhidden"]
+    assert truth.abs().max() > 1e6
+    assert torch.equal(ours.isfinite(), truth.to(torch.float16).isfinite())
+    CHECKS["policy_loss"](case, "triton")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
