@@ -67,7 +67,8 @@ pytestmark = [
     ("check", "examples"), [("policy_loss", 1000), ("logprob", 500), ("from_logits", 500)]
 )
 def test_any_case_keeps_the_rule(check, examples):
-    @settings(max_examples=examples, deadline=None, database=None)
+    # the same cases in each run: what a commit is blamed for is its own
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
     @given(rng=st.randoms(use_true_random=False))
     def run(rng: random.Random) -> None:
         CHECKS[check](random_case(rng, check), "triton")
