@@ -24,11 +24,11 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from exgrpo_fast import packing
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learning.advantages import ADVANTAGES
 from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.learning.optim import Optimiser
+from exgrpo_fast.model import packing
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
 from exgrpo_kernels import PolicyObjective

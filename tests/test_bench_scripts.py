@@ -1,0 +1,38 @@
+"""The programs of bench/ still find what they measure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def broken() -> dict[str, str]:
+    """script -> the error of importing it; one interpreter for all."""
+    program = (
+        "import importlib, json, sys\n"
+        "broken = {}\n"
+        f"for name in {SCRIPTS}:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except ImportError as error:\n"
+        "        broken[name] = str(error)\n"
+        "json.dump(broken, sys.stdout)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=BENCH, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_can_be_imported(broken: dict[str, str], script: str) -> None:
+    assert script not in broken, broken[script]
