@@ -23,14 +23,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from exgrpo_fast.config import validate
 from exgrpo_fast.learning.advantages import ADVANTAGES
 from exgrpo_fast.learning.gradient_release import ReleasingOptimiser
 from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.learning.optim import Optimiser
-from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.training import Head, released, scoring, states, update
+from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner
 from exgrpo_fast.model.lora import add_adapter
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.preflight import worst_groups
 from exgrpo_kernels import PolicyObjective
@@ -103,81 +103,127 @@ PROMPT, SEQUENCES = 64, 4  # a pack: pairs behind one prompt
 
 def measure(case: tuple[Any, ...]) -> dict[str, Any]:
     """Bytes of one case: measured, planned, and the relative error of the plan."""
-    shape, response, weights_name, compute_name, checkpointing, lora, tile, releases = case
-    weights, compute = getattr(torch, weights_name), getattr(torch, compute_name)
-    config = SHAPES[shape]
-    tokens = SEQUENCES // 2 * (PROMPT + 2 * (response - 1))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=weights)
-    if lora is not None:
-        add_adapter(model, **lora)
+    shape, response, weights, compute, checkpointing, lora, tile, releases = case
+    tokens = pack_tokens(response)
     policy = Policy(
-        model,
-        compute_dtype=compute,
+        make_model(shape, weights, lora),
+        compute_dtype=getattr(torch, compute),
         gradient_checkpointing=checkpointing,
         tile_tokens=tile,
         max_tokens_per_microbatch=tokens,
     )
-    kind = "adamw_8bit" if weights == torch.bfloat16 and lora is None else "adamw"
-    learner = Learner(
-        policy,
-        (ReleasingOptimiser if releases else Optimiser)(
-            policy.trainable_parameters, kind=kind, lr=1e-6
-        ),
-        advantage=ADVANTAGES["dr_grpo"],
-        aggregation="constant",
-        max_completion_tokens=response,
-    )
+    kind = "adamw_8bit" if weights == "bfloat16" and lora is None else "adamw"
+    make = ReleasingOptimiser if releases else Optimiser
+    learner = make_learner(policy, make(policy.trainable_parameters, kind=kind, lr=1e-6), response)
     num_groups = SEQUENCES // 2 if releases else SEQUENCES  # one pack, or two
-    groups = worst_groups(
-        num_groups,
-        2,
-        prompt_tokens=PROMPT,
-        completion_tokens=response,
-        vocabulary=config.vocab_size,
-    )
-    trajectories = [t for group in groups for t in group.trajectories]
-    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
-    responses = Ragged.of([t.token_ids for t in trajectories])
-    learner.update(groups, PolicyObjective())  # the optimiser makes its states here
     # torchao's step, where it is not compiled, makes float32 copies of a weight that a GPU does not
     step = learner.rehearse if kind == "adamw_8bit" else learner.update
-    found = {
-        "update": peak_bytes(lambda: step(groups, PolicyObjective())),
-        "scoring": peak_bytes(lambda: policy.score(prompts, responses)),
+    found = peaks(learner, step, num_groups, response)
+    resident = sum(p.nbytes for p in policy.model.parameters()) + state_bytes(learner)
+    model = {
+        "weights": weights,
+        "dtype": compute,
+        "gradient_checkpointing": checkpointing,
+        "lora": lora,
+        "tile_tokens": tile,
     }
-
-    setting = Setting(weights, compute, checkpointing, lora, tile, releases)
-    tracer = Tracer(config, setting)
-    head = Head(config.vocab_size, config.hidden_size, is_trained=lora is None)
-    same: dict[str, Any] = {"weights": weights, "compute": compute, "device": "cpu"}
-    held = states(tracer(tokens), weights=weights, optimiser=kind, references=0, is_nf4=False)
-    if releases:
-        held = released(held, head, weights)
-    made = update(tracer(tokens), head, tokens=tokens, chunk_rows=tile or None, **same)
-    planned = {
-        "update": held.gradients + made.peak,
-        "scoring": scoring(tracer(tokens), head, tokens=tokens, chunk_rows=tile or None, **same),
-    }
-    resident = sum(p.numel() * p.element_size() for p in model.parameters()) + state_bytes(learner)
+    planned = plan_of(shape, response, model, {"optimizer": kind, "gradient_release": releases})
     return {
         "model": shape,
         "tokens": tokens,
-        "weights": weights_name,
-        "compute": compute_name,
+        "weights": weights,
+        "compute": compute,
         "checkpointing": checkpointing,
         "lora": lora is not None,
         "tile": tile,
         "gradient_release": releases,
         "optimizer": kind,
+        **beside(found, resident, planned),
+    }
+
+
+# --- the same for one process of several (memory_sharded.py) --------------------------------------
+
+
+def pack_tokens(response: int) -> int:
+    return SEQUENCES // 2 * (PROMPT + 2 * (response - 1))
+
+
+def make_model(shape: str, weights: str, lora: dict[str, Any] | None) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=getattr(torch, weights))
+    if lora is not None:
+        add_adapter(model, **lora)
+    return model
+
+
+def make_learner(policy: Policy, optimiser: Optimiser, response: int) -> Learner:
+    return Learner(
+        policy,
+        optimiser,
+        advantage=ADVANTAGES["dr_grpo"],
+        aggregation="constant",
+        max_completion_tokens=response,
+    )
+
+
+def peaks(
+    learner: Learner, step: Callable[..., object], num_groups: int, response: int
+) -> dict[str, int]:
+    """Bytes of an update by `step` and of a scoring pass over pairs of the longest responses."""
+    policy, objective = learner.policy, PolicyObjective()
+    groups = worst_groups(
+        num_groups,
+        2,
+        prompt_tokens=PROMPT,
+        completion_tokens=response,
+        vocabulary=policy.model.config.vocab_size,
+    )
+    prompts, responses = sequences_of([t for group in groups for t in group.trajectories])
+    learner.update(groups, objective)  # the optimiser makes its states here
+    return {
+        "update": peak_bytes(lambda: step(groups, objective)),
+        "scoring": peak_bytes(lambda: policy.score(prompts, responses)),
+    }
+
+
+def plan_of(
+    shape: str,
+    response: int,
+    model: dict[str, Any],
+    train: dict[str, Any],
+    processes: int = 1,
+) -> MemoryPlan:
+    """`model`, `train`: keys of the config."""
+    config = validate(
+        {
+            "model": model,
+            "data": {"max_prompt_tokens": PROMPT},
+            "rollout": {
+                "prompts_per_step": SEQUENCES // 2,
+                "group_size": 2,
+                "max_completion_tokens": response - 1,  # the last token is not read
+            },
+            "train": {"max_tokens_per_microbatch": pack_tokens(response), **train},
+            "replay": {"enabled": False},
+        }
+    )
+    return Planner(SHAPES[shape], Machine("cpu", None, "vllm_server", processes)).plan(config)
+
+
+def beside(found: dict[str, int], resident: int, made: MemoryPlan) -> dict[str, float]:
+    """MiB as measured and as planned, what stays apart from what comes and goes."""
+    held = made.states.resident
+    planned = {name: made.totals[name] - held for name in found}
+    return {
         "resident_mib": round(resident / 2**20, 3),
-        "resident_planned_mib": round(held.resident / 2**20, 3),
+        "resident_planned_mib": round(held / 2**20, 3),
         **{f"{name}_mib": round(value / 2**20, 3) for name, value in found.items()},
         **{f"{name}_planned_mib": round(value / 2**20, 3) for name, value in planned.items()},
-        "resident_error": error(held.resident, resident),
+        "resident_error": error(held, resident),
         "update_error": error(planned["update"], found["update"]),
         "scoring_error": error(planned["scoring"], found["scoring"]),
-        "peak_error": error(held.resident + planned["update"], resident + found["update"]),
+        "peak_error": error(made.totals["update"], resident + found["update"]),
     }
 
 
@@ -210,6 +256,20 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
+def write(rows: list[dict[str, Any]], out: str) -> None:
+    names = ("resident_error", "update_error", "scoring_error", "peak_error")
+    result = {
+        "date": date.today().isoformat(),
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "worst": {name: max(abs(row[name]) for row in rows) for name in names},
+        "rows": rows,
+    }
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["worst"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="bench/results/cpu/memory.json")
@@ -217,21 +277,8 @@ def main() -> None:
     rows = []
     for case in CASES:
         rows.append(measure(case))
-        print(json.dumps(rows[-1]))
-    worst = {
-        name: max(abs(row[name]) for row in rows)
-        for name in ("resident_error", "update_error", "scoring_error", "peak_error")
-    }
-    result = {
-        "date": date.today().isoformat(),
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "worst": worst,
-        "rows": rows,
-    }
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(worst))
+        print(json.dumps(rows[-1]), flush=True)
+    write(rows, arguments.out)
 
 
 if __name__ == "__main__":

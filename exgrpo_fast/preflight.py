@@ -15,7 +15,7 @@ from exgrpo_fast.errors import UserError
 from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
 from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.metrics import peak_memory_gib
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import sequences_of
 from exgrpo_kernels import PolicyObjective
 
 
@@ -73,10 +73,7 @@ def rehearse(
                 int(state_bytes) if is_new else 0, dtype=torch.uint8, device=policy.device
             )
             trajectories = [t for group in groups for t in group.trajectories]
-            policy.score(
-                Ragged.of([t.question.prompt_ids for t in trajectories]),
-                Ragged.of([t.token_ids for t in trajectories]),
-            )
+            policy.score(*sequences_of(trajectories))
             learner.rehearse(groups, objective)
             del placeholder
     except torch.OutOfMemoryError as error:

@@ -15,10 +15,10 @@ from test_learner import collect, moments, questions_of, same, weights, with_rew
 
 from exgrpo_fast.bad_batches import BadBatches
 from exgrpo_fast.checkpoint import split_tensors
-from exgrpo_fast.learning.learner import sequences_of
 from exgrpo_fast.learning.update_report import RefusedUpdate
 from exgrpo_fast.model import policy as policy_module
 from exgrpo_fast.model.out_of_memory import OutOfMemory
+from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.processes import Processes
 from exgrpo_fast.torchrun import Place
 

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from exgrpo_fast.cli import main
 from exgrpo_fast.composition import run_preflight
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
-from exgrpo_fast.learning.learner import sequences_of
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
+from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.planning import plan_run
 from exgrpo_fast.preflight import DoesNotFit, rehearse, worst_groups
 

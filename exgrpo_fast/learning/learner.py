@@ -26,7 +26,14 @@ from exgrpo_fast.learning.update_report import (
 )
 from exgrpo_fast.learning.weighting import moved_clip
 from exgrpo_fast.model.out_of_memory import in_pieces_that_fit
-from exgrpo_fast.model.packing import Aggregation, Ragged, extent, fill_columns, pack, token_weights
+from exgrpo_fast.model.packing import (
+    Aggregation,
+    extent,
+    fill_columns,
+    pack,
+    sequences_of,
+    token_weights,
+)
 from exgrpo_fast.model.policy import Policy
 from exgrpo_kernels import NonFiniteHidden, PolicyObjective, linear_policy_loss
 
@@ -341,12 +348,6 @@ def carries_gradient(row: Row, objective: PolicyObjective) -> bool:
     """Rows that cannot move the weights are not even forwarded; they stay in every denominator."""
     has_term = row.advantage != 0.0 or objective.kl_coef != 0.0 or objective.entropy_coef != 0.0
     return row.weight != 0.0 and has_term
-
-
-def sequences_of(trajectories: Sequence[Trajectory]) -> tuple[Ragged, Ragged]:
-    """(prompts, responses), on the CPU."""
-    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
-    return prompts, Ragged.of([t.token_ids for t in trajectories])
 
 
 def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from exgrpo_fast.experience import Trajectory
 from exgrpo_fast.model.lora import switched_off
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import Ragged, sequences_of
 from exgrpo_fast.model.policy import Policy, Scores
 
 
@@ -61,8 +61,7 @@ class Reference:
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """float32 [T] of each, on the CPU."""
-        prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
-        responses = Ragged.of([t.token_ids for t in trajectories])
+        prompts, responses = sequences_of(trajectories)
         mixed = self.base.score(prompts, responses).logprobs
         if self.previous is not None:
             mixed = mixed.lerp(

@@ -64,6 +64,12 @@ class Ragged:
         return self.values.split(self.lengths.tolist())
 
 
+def sequences_of(trajectories: Sequence[Trajectory]) -> tuple[Ragged, Ragged]:
+    """(prompts, responses), on the CPU."""
+    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
+    return prompts, Ragged.of([t.token_ids for t in trajectories])
+
+
 def starts_of(lengths_S: Tensor) -> Tensor:
     """[S]: where each sequence begins."""
     return lengths_S.cumsum(0) - lengths_S

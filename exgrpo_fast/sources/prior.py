@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.experience import Question, Trajectory
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import Ragged, sequences_of
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.resampling.driver import Resampler, Response, Session
 from exgrpo_fast.resampling.exact_law import EmittedLaw, emitted_law
@@ -161,7 +161,7 @@ class PriorSource:
 
     def _scored(self, found: Sequence[Trajectory]) -> list[Trajectory]:
         """By the trainer's weights: the engine has no log-probs of tokens that it did not draw."""
-        scores = self.policy.score(prompts_of(found), responses_of(found)).split()
+        scores = self.policy.score(*sequences_of(found)).split()
         return [
             replace(t, behaviour_logprobs=old, entropies=entropies)
             for t, (old, entropies) in zip(found, scores, strict=True)
@@ -186,8 +186,7 @@ class PriorSource:
             self.policy,
             self.prior,
             self.resampler.trigger,
-            prompts_of(trajectories),
-            responses_of(trajectories),
+            *sequences_of(trajectories),
             num_tokens=self.num_tokens,
         )
 
@@ -261,11 +260,3 @@ def reweighted(trajectory: Trajectory, factors_T: Tensor) -> Trajectory:
         token_weights=factors_T if before is None else before * factors_T,
         baseline_weight=float(factors_T.mean()),
     )
-
-
-def prompts_of(trajectories: Sequence[Trajectory]) -> Ragged:
-    return Ragged.of([t.question.prompt_ids for t in trajectories])
-
-
-def responses_of(trajectories: Sequence[Trajectory]) -> Ragged:
-    return Ragged.of([t.token_ids for t in trajectories])

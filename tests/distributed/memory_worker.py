@@ -21,7 +21,7 @@ from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.model.lora import add_adapter
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.preflight import worst_groups
 from exgrpo_fast.processes import Processes, own_part
 from exgrpo_fast.torchrun import Place
@@ -79,9 +79,7 @@ def measure(**keys: Any) -> dict[str, list[float]]:
         completion_tokens=RESPONSE,
         vocabulary=MODEL.vocab_size,
     )
-    trajectories = [t for group in groups for t in group.trajectories]
-    prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
-    responses = Ragged.of([t.token_ids for t in trajectories])
+    prompts, responses = sequences_of([t for group in groups for t in group.trajectories])
     learner.update(groups, PolicyObjective())  # the optimiser makes its states here
     of_update = peak_bytes(lambda: learner.update(groups, PolicyObjective()))
     of_scoring = peak_bytes(lambda: policy.score(prompts, responses))
