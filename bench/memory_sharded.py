@@ -31,7 +31,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from exgrpo_fast.distributed import ShardedPolicy, mesh_of
 from exgrpo_fast.learning.optim import Optimiser
-from exgrpo_fast.processes import Processes, own_part
+from exgrpo_fast.parted import own_part
+from exgrpo_fast.processes import Processes
 from exgrpo_fast.torchrun import Place
 
 COUNTS = (2, 8)

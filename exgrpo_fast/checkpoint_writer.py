@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, State, merge_tensors, split_tensors
 from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.processes import own_part, whole
+from exgrpo_fast.parted import own_part, whole
 
 MAX_FAILED_SAVES = 3  # in a row, before the run ends
 

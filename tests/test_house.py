@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["exgrpo_kernels"],
     ["errors", "experience", "heartbeat", "torchrun"],
-    ["processes"],
+    ["processes", "parted"],
     ["config", "metrics", "model", "run_folder", "checkpoint", "data", "endpoint", "random_state"],
     ["display", "rewards", "checkpoint_writer", "supervisor"],
     ["buffer", "rollout", "report"],

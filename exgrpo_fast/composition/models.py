@@ -23,7 +23,8 @@ from exgrpo_fast.model.attention.backends import choose, refusal
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.model.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.model.quantization import nf4
-from exgrpo_fast.processes import ALONE, Processes, own_part
+from exgrpo_fast.parted import own_part
+from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.resampling.compatibility import fingerprint
 from exgrpo_fast.run_folder import RunFolder
 from exgrpo_fast.verify import Decode

@@ -15,7 +15,8 @@ from exgrpo_fast.distributed.dealing import deal
 from exgrpo_fast.distributed.sharding import GatheredHead, reshard, shard
 from exgrpo_fast.model.packing import Dealt, Pack
 from exgrpo_fast.model.policy import Head, Policy
-from exgrpo_fast.processes import Processes, whole
+from exgrpo_fast.parted import whole
+from exgrpo_fast.processes import Processes
 from exgrpo_kernels import NonFiniteHidden
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.processes import parted_like
+from exgrpo_fast.parted import parted_like
 
 Kind = Literal["adamw", "flash_adamw", "adamw_8bit"]
 _PACKAGES = {"flash_adamw": "flashoptim", "adamw_8bit": "torchao"}

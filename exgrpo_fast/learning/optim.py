@@ -18,7 +18,7 @@ from exgrpo_fast.learning.adamw import (
     restore,
     set_learning_rate,
 )
-from exgrpo_fast.processes import whole
+from exgrpo_fast.parted import whole
 
 Schedule = Callable[[int], float]  # finished updates -> factor on the learning rate
 

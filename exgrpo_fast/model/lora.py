@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.processes import replicated
+from exgrpo_fast.parted import replicated
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # peft's format names weights from its own wrapper on

@@ -32,7 +32,8 @@ from exgrpo_fast.learning.reference import AdapterOff, Reference
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.processes import Processes, whole
+from exgrpo_fast.parted import whole
+from exgrpo_fast.processes import Processes
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine

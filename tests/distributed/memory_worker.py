@@ -22,8 +22,9 @@ from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
+from exgrpo_fast.parted import own_part
 from exgrpo_fast.preflight import worst_groups
-from exgrpo_fast.processes import Processes, own_part
+from exgrpo_fast.processes import Processes
 from exgrpo_fast.torchrun import Place
 from exgrpo_kernels import PolicyObjective
 
