@@ -4,8 +4,9 @@
     step_12/hf/             model.safetensors, config.json, tokenizer: loads anywhere
     step_12/adapter/        with model.lora: the adapter in peft's format; hf/ has it merged
     step_12/state/          trainer.json + tensors.safetensors: optimiser, replay, cursors
+    step_12/state/parts/    of several processes: the optimiser's moments, as each one holds them
 
-Nothing is pickled. A folder counts as a checkpoint only when its manifest verifies.
+The files hold no pickle. A folder counts as a checkpoint only when its manifest verifies.
 `checkpoint_writer.py` writes them beside training.
 """
 
@@ -23,13 +24,17 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.errors import UserError
+from exgrpo_fast.parted import read_parts
 
 MANIFEST = "MANIFEST.json"
+PARTS = Path("state/parts")
 SCHEMA = 2
 
-SaveModel = Callable[[Path], None]  # writes the hf/ folder
+WriteFolder = Callable[[Path], None]  # makes the folder and its files
 State = Mapping[str, Any]  # nested; its leaves are plain JSON or tensors
 
 log = logging.getLogger(__name__)
@@ -54,33 +59,40 @@ class Checkpoints:
         self.keep = keep
         self.origin = origin or {}
 
-    def save(self, step: int, save_model: SaveModel, state: State) -> Path:
-        """The folder of the new checkpoint. CannotSave when the disk refuses."""
+    def save(
+        self,
+        step: int,
+        save_model: WriteFolder,
+        state: State,
+        *,
+        save_parts: WriteFolder | None = None,
+    ) -> Path:
+        """The folder of the new checkpoint. CannotSave when the disk refuses.
+
+        `save_model` writes hf/, `save_parts` state/parts/: what `state` names and does not hold.
+        """
+
+        def write(final: Path) -> None:
+            write_checkpoint(final, step, save_model, state, self.origin, save_parts)
+
         try:
-            return self._save(step, save_model, state)
+            return self._save(step, write)
         except (OSError, SafetensorError) as error:
             raise CannotSave(f"checkpoint of step {step} in {self.folder}: {error}") from error
 
-    def _save(self, step: int, save_model: SaveModel, state: State) -> Path:
+    def _save(self, step: int, write: WriteFolder) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clear_leftovers()
         final = self.folder / f"step_{step}"
         try:
-            self._write(final, step, save_model, state)
+            _write_or_nothing(final, write)
         except (OSError, SafetensorError):
             if not self._make_room():
                 raise
-            self._write(final, step, save_model, state)
+            _write_or_nothing(final, write)
         for old in self.steps()[: -self.keep]:
             _discard(self.folder / f"step_{old}")
         return final
-
-    def _write(self, final: Path, step: int, save_model: SaveModel, state: State) -> None:
-        try:
-            write_checkpoint(final, step, save_model, state, self.origin)
-        except (OSError, SafetensorError):  # half a checkpoint makes a full disk no emptier
-            shutil.rmtree(_unfinished(final), ignore_errors=True)
-            raise
 
     def _make_room(self) -> bool:
         """On a full disk only the newest checkpoint stays, if it is whole. True: room was made."""
@@ -129,12 +141,21 @@ class Checkpoints:
         return None
 
 
+def _write_or_nothing(final: Path, write: WriteFolder) -> None:
+    try:
+        write(final)
+    except (OSError, SafetensorError):  # half a checkpoint makes a full disk no emptier
+        shutil.rmtree(_unfinished(final), ignore_errors=True)
+        raise
+
+
 def write_checkpoint(
     final: Path,
     step: int,
-    save_model: SaveModel,
+    save_model: WriteFolder,
     state: State,
     origin: Mapping[str, Any] | None = None,
+    save_parts: WriteFolder | None = None,
 ) -> None:
     """Write everything beside its final name, make it durable, then rename.
 
@@ -148,6 +169,8 @@ def write_checkpoint(
     (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, temporary / "state" / "tensors.safetensors")
+    if save_parts is not None:
+        save_parts(temporary / PARTS)
     _write_manifest(temporary, step, origin or {})
     if final.exists():
         _discard(final)
@@ -159,15 +182,23 @@ def _unfinished(final: Path) -> Path:
     return final.with_name(f".tmp-{final.name}")
 
 
-def load_state(path: Path, *, only: Collection[str] = ()) -> dict[str, Any]:
+def load_state(
+    path: Path, *, only: Collection[str] = (), mesh: DeviceMesh | None = None
+) -> dict[str, Any]:
     """The trainer's state of one verified checkpoint; `only` names the entries to read, the
-    others (the optimiser's are the large ones) then stay on the disk."""
+    others (the optimiser's are the large ones) then stay on the disk.
+
+    What several processes wrote in parts comes whole, or in parts over the processes of `mesh`.
+    """
     plain = json.loads((path / "state" / "trainer.json").read_text())
     if only:
         plain = {name: plain[name] for name in only}
+    wanted = set(tensor_names(plain))
     with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
-        wanted = [name for name in file.keys() if name.split(".")[1] in plain]
-        return merge_tensors(plain, {name: file.get_tensor(name) for name in wanted})
+        tensors = {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    if in_parts := wanted - tensors.keys():
+        tensors |= read_parts(path / PARTS, in_parts, mesh)
+    return merge_tensors(plain, tensors)
 
 
 def find_checkpoint(path: Path, on_bad: Callable[[str], None]) -> Path:
@@ -297,3 +328,21 @@ def merge_tensors(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[plain["__tensor__"]]
         return {k: merge_tensors(v, tensors) for k, v in plain.items()}
     return plain
+
+
+def tensor_names(plain: Any) -> Iterator[str]:
+    """Of the tensors that a state without them names."""
+    if isinstance(plain, dict):
+        if plain.keys() == {"__tensor__"}:
+            yield plain["__tensor__"]
+        else:
+            for value in plain.values():
+                yield from tensor_names(value)
+
+
+def apart(state: Any) -> tuple[Any, dict[str, DTensor]]:
+    """A state without its tensors in parts, which it names; and those."""
+    plain, tensors = split_tensors(state)
+    parts = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    named: dict[str, Any] = {name: {"__tensor__": name} for name in parts}
+    return merge_tensors(plain, {**tensors, **named}), parts

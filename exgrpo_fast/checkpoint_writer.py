@@ -11,8 +11,9 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,22 @@ class ModelFolder(Protocol):
         ...
 
 
+class Copied(NamedTuple):
+    """A checkpoint on the host, before it is written."""
+
+    model: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def learned(self) -> dict[str, Tensor]:
+        """Weights and moments; what replay keeps may hold infinities of its own."""
+        return split_tensors({"model": self.model, "learner": self.state.get("learner", {})})[1]
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [*self.model.values(), *split_tensors(self.state)[1].values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
 class CheckpointWriter:
     """Saves into `checkpoints`, one at a time; its errors reach the caller at the next call."""
 
@@ -57,7 +74,7 @@ class CheckpointWriter:
         self.committed: int | None = None  # the step of the newest one that is durable
         self.num_failures = 0
         self._failures_in_a_row = 0
-        self._copies = HostCopies()
+        self._model_copies, self._state_copies = HostCopies(), HostCopies()
         self._thread: threading.Thread | None = None
         self._step = 0
         self._error: Exception | None = None
@@ -65,13 +82,14 @@ class CheckpointWriter:
     def save(self, step: int, state: State) -> None:
         """Copy everything to the host and begin to write it. The errors of `wait`."""
         self.wait()
-        plain, tensors = split_tensors({"model": self.model.tensors(), "state": state})
-        copies = self._copies.take(tensors)
-        frozen = merge_tensors(json.loads(json.dumps(plain)), copies)
-        self._warn_of_a_full_disk(sum(copy.nbytes for copy in copies.values()))
+        plain, tensors = split_tensors(state)
+        model = self._model_copies.take(self.model.tensors())
+        copies = self._state_copies.take(tensors)
+        copied = Copied(model, merge_tensors(json.loads(json.dumps(plain)), copies))
+        self._warn_of_a_full_disk(copied.num_bytes)
         self._step = step
         self._thread = threading.Thread(
-            target=self._write, args=(frozen,), name="checkpoint", daemon=True
+            target=self._write, args=(copied,), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -123,15 +141,28 @@ class CheckpointWriter:
         self._failures_in_a_row += 1
         return error
 
-    def _write(self, frozen: dict[str, Any]) -> None:
+    def _write(self, copied: Copied) -> None:
         try:
-            _refuse_what_is_not_finite(self._step, frozen)
-            model = frozen["model"]
-            self.checkpoints.save(
-                self._step, lambda folder: self.model.write(folder, model), frozen["state"]
-            )
+            if name := self._not_finite(copied):
+                raise NumericalStop(
+                    f"step {self._step}: {name} holds a value that is not finite; "
+                    f"nothing was saved, the last checkpoint is the one before"
+                )
+            self._commit(copied)
         except Exception as error:  # of the other thread: `wait` raises it in this one
             self._error = error
+
+    def _not_finite(self, copied: Copied) -> str | None:
+        """The name of a weight or a moment that is not finite, if there is one."""
+        for name, tensor in copied.learned().items():
+            part = own_part(tensor)
+            if part.is_floating_point() and not part.isfinite().all():
+                return name.removeprefix("state.")
+        return None
+
+    def _commit(self, copied: Copied) -> None:
+        write_model = partial(self.model.write, tensors=copied.model)
+        self.checkpoints.save(self._step, write_model, copied.state)
 
     def _warn_of_a_full_disk(self, num_bytes: int) -> None:
         folder = self.checkpoints.folder
@@ -180,14 +211,3 @@ def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]
         names_of.setdefault(place, []).append(name)
     for names in names_of.values():
         yield names, whole(tensors[names[0]])
-
-
-def _refuse_what_is_not_finite(step: int, frozen: Mapping[str, Any]) -> None:
-    """Weights and moments; what replay keeps may hold infinities of its own."""
-    learned = {"model": frozen["model"], "learner": frozen["state"].get("learner", {})}
-    for name, tensor in split_tensors(learned)[1].items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NumericalStop(
-                f"step {step}: {name.removeprefix('state.')} holds a value that is not finite; "
-                f"nothing was saved, the last checkpoint is the one before"
-            )

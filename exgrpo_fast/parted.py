@@ -1,9 +1,24 @@
-"""Tensors in parts, of which each process holds its own: together, apart."""
+"""Tensors in parts, of which each process holds its own: together, apart, and on the disk.
+
+Files are written and read by torch.distributed.checkpoint: safetensors, one of each process, that
+any number of processes takes up again, each reading what it holds and no more.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -23,9 +38,64 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def with_part(tensor: DTensor, part: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The same tensor, of which this process holds `part`; `mesh`: the processes, on its device."""
+    return DTensor.from_local(
+        part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
 def parted_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, in parts where `other` is; nothing is sent."""
+    """In parts where `other` is, on its device: a whole tensor, the same on every process, or one
+    that was read in parts. Nothing is sent."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
+    if isinstance(tensor, DTensor):
+        assert tensor.placements == other.placements
+        return with_part(tensor, own_part(tensor).to(other.device), other.device_mesh)
     moved = tensor.to(other.device)
     return distribute_tensor(moved, other.device_mesh, other.placements, src_data_rank=None)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_parts(
+    folder: Path, tensors: Mapping[str, DTensor], group: dist.ProcessGroup | None
+) -> None:
+    """Every process of `group` (gloo) writes its parts, which lie on the host, durably.
+
+    OSError in all of them where one could not.
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        causes = (f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+        raise OSError("; ".join(causes)) from None
+
+
+def read_parts(
+    folder: Path, names: Collection[str], mesh: DeviceMesh | None = None
+) -> dict[str, Tensor]:
+    """name -> the tensor on the host: whole, or in parts over the processes of `mesh`.
+
+    Each process reads on its own, however many wrote. `names` that are not there are left out.
+    """
+    reader: Any = dcp.HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        if name in names:
+            tensors[name] = _room_for(stored, mesh)
+    with warnings.catch_warnings(action="ignore"):  # that it reads on its own
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def _room_for(stored: TensorStorageMetadata, mesh: DeviceMesh | None) -> Tensor:
+    """FSDP2 parts the first dimension of everything."""
+    dtype = stored.properties.dtype
+    if mesh is None:
+        return torch.empty(stored.size, dtype=dtype)
+    return empty(stored.size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])

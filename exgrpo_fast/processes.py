@@ -25,6 +25,7 @@ T = TypeVar("T")
 # A collective that waits longer than this ends its process. It has to outlast a whole rollout, for
 # which all but the first process wait.
 DEADLINE_SECONDS = 1800.0
+BESIDE_SECONDS = 7200.0  # the same, of what is done beside training: a checkpoint that is written
 GLOO_SECONDS = 0.2  # its threads have this long to let go at the end
 
 
@@ -43,9 +44,25 @@ class OutOfStep(Exception):
 class Processes:
     """All processes of a run, or one alone, which talks to nobody."""
 
-    def __init__(self, place: Place = ONLY, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        place: Place = ONLY,
+        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`group`: through which they talk; None for torch's default one."""
         self.place = place
         self.device = torch.device(device)
+        self.group = group
+
+    def beside(self) -> Processes:
+        """The same processes with a way of their own to talk, on the host and from another thread.
+        All of them have to ask."""
+        if self.count == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=BESIDE_SECONDS))
+        assert isinstance(group, dist.ProcessGroup)
+        return Processes(self.place, "cpu", group)
 
     @property
     def count(self) -> int:
@@ -64,12 +81,12 @@ class Processes:
         if self.is_first:
             content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
             size = torch.tensor([len(content)])
-            dist.broadcast(size, 0)
+            dist.broadcast(size, 0, self.group)
         else:
             size = torch.zeros(1, dtype=torch.int64)
-            dist.broadcast(size, 0)
+            dist.broadcast(size, 0, self.group)
             content = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(content, 0)
+        dist.broadcast(content, 0, self.group)
         return json.loads(content.numpy().tobytes())
 
     def from_first(
@@ -115,14 +132,14 @@ class Processes:
     def sum_(self, values: Tensor) -> Tensor:
         """Added up in place over all processes; on the device or the CPU."""
         if self.count > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def greatest(self, value: float) -> float:
         if self.count == 1:
             return value
         found = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
         return float(found)
 
     def any(self, value: bool) -> bool:
@@ -137,7 +154,7 @@ class Processes:
         sent = torch.full((longest,), ord(" "), dtype=torch.uint8)
         sent[: len(content)] = content
         received = [torch.empty_like(sent) for _ in range(self.count)]
-        dist.all_gather(received, sent)
+        dist.all_gather(received, sent, self.group)
         return [json.loads(part.numpy().tobytes()) for part in received]
 
     def require_same(self, what: str, figures: Mapping[str, Any]) -> None:

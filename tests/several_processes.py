@@ -29,11 +29,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
-def run_processes(count: int, worker: Path) -> list[Any]:
-    """`worker` is called with RANK COUNT STORE; what each prints last is JSON, rank by rank."""
+def run_processes(count: int, worker: Path, *words: str) -> list[Any]:
+    """`worker` is called with RANK COUNT STORE and `words`; what each prints last is JSON, rank by rank."""
     with tempfile.TemporaryDirectory() as folder:
         commands = [
-            [sys.executable, str(worker), str(rank), str(count), f"{folder}/store"]
+            [sys.executable, str(worker), str(rank), str(count), f"{folder}/store", *words]
             for rank in range(count)
         ]
         processes = [

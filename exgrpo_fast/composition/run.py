@@ -29,6 +29,7 @@ from exgrpo_fast.composition.surroundings import quiet_libraries
 from exgrpo_fast.composition.trainer import forget_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
+from exgrpo_fast.distributed import host_mesh
 from exgrpo_fast.memory.plan import MemoryPlan
 from exgrpo_fast.memory.store import store_note
 from exgrpo_fast.metrics import MetricSink, NullSink
@@ -100,7 +101,9 @@ def open_run(
             processes=processes,
         )
         refuse_broken_weights(policy, model_path)
-        state = load_state(resume_from) if resume_from else {"num_steps": 0}
+        state: dict[str, Any] = {"num_steps": 0}
+        if resume_from:
+            state = load_state(resume_from, mesh=host_mesh(processes))
         sink: MetricSink = NullSink()
         if processes.is_first:
             forget_after(state["num_steps"], folder, screen)

@@ -14,7 +14,12 @@ from exgrpo_fast.composition.sources import make_hindsight, make_prior, make_rep
 from exgrpo_fast.composition.surroundings import config_digest, package_versions
 from exgrpo_fast.config import Config
 from exgrpo_fast.display import Screen
-from exgrpo_fast.distributed import CheckpointFollower, NoBadBatches, NoCompletionLog, SharedEngine
+from exgrpo_fast.distributed import (
+    NoBadBatches,
+    NoCompletionLog,
+    SharedCheckpointWriter,
+    SharedEngine,
+)
 from exgrpo_fast.engines import PreparedEngine, mismatch_rule
 from exgrpo_fast.experience import Question
 from exgrpo_fast.learning.advantages import ADVANTAGES, Advantage, grpo_sample_std
@@ -186,12 +191,12 @@ def make_writer(
             "packages": package_versions(),
         },
     )
-    kind = CheckpointWriter if processes.is_first else CheckpointFollower
-    return kind(
-        checkpoints,
-        HuggingFaceFolder(policy, tokenizer),
-        warn=screen.note,
-        on_committed=forgetting(engine),
+    model = HuggingFaceFolder(policy, tokenizer)
+    on_committed = forgetting(engine)
+    if processes.count == 1:
+        return CheckpointWriter(checkpoints, model, warn=screen.note, on_committed=on_committed)
+    return SharedCheckpointWriter(
+        checkpoints, model, processes=processes, warn=screen.note, on_committed=on_committed
     )
 
 

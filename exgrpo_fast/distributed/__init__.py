@@ -7,17 +7,18 @@ rollouts   the first process generates for all; the others help it to send the w
 saving     the first process writes what all of them put together
 """
 
-from exgrpo_fast.distributed.policy import ShardedPolicy, mesh_of
+from exgrpo_fast.distributed.policy import ShardedPolicy, host_mesh, mesh_of
 from exgrpo_fast.distributed.rollouts import AnnouncedPolicy, CopiedEngine, SharedEngine
-from exgrpo_fast.distributed.saving import CheckpointFollower, NoBadBatches, NoCompletionLog
+from exgrpo_fast.distributed.saving import NoBadBatches, NoCompletionLog, SharedCheckpointWriter
 
 __all__ = [
     "AnnouncedPolicy",
-    "CheckpointFollower",
+    "SharedCheckpointWriter",
     "CopiedEngine",
     "NoBadBatches",
     "NoCompletionLog",
     "ShardedPolicy",
     "SharedEngine",
+    "host_mesh",
     "mesh_of",
 ]

@@ -25,6 +25,11 @@ def mesh_of(processes: Processes) -> DeviceMesh:
     return init_device_mesh(processes.device.type, (processes.count,))
 
 
+def host_mesh(processes: Processes) -> DeviceMesh | None:
+    """The same, of what lies on their hosts; None for one process, which has no parts."""
+    return init_device_mesh("cpu", (processes.count,)) if processes.count > 1 else None
+
+
 class ShardedPolicy(Policy):
     """Every pass, and every look at the weights, is one that all processes take part in."""
 

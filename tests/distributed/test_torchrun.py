@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import REWARDS
 from several_processes import environment
+from torch import Tensor
 from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, steps
+
+from exgrpo_fast.checkpoint import load_state, split_tensors
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,19 @@ def test_two_processes_make_the_run_of_one(folder: Path) -> None:
         name = path.relative_to(folder / "one")
         assert (folder / "two" / name).exists(), name
     assert not list((folder / "two").rglob("*.pt")) + list((folder / "two").rglob("*.pkl"))
+    ones, twos = (moments(folder / out / "checkpoints" / "step_4") for out in ("one", "two"))
+    assert ones.keys() == twos.keys() and len(ones) > 20
+    for name, moment in ones.items():
+        assert (moment - twos[name]).abs().max() <= 1e-6 * max(1.0, float(moment.abs().max())), name
+    parts = folder / "two" / "checkpoints" / "step_4" / "state" / "parts"
+    assert len(list(parts.iterdir())) == 2
     assert (folder / "two" / "report.html").exists()
+
+
+def moments(checkpoint: Path) -> dict[str, Tensor]:
+    """Of the optimiser, put together."""
+    _, tensors = split_tensors(load_state(checkpoint, only=("learner",)))
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] != "step"}
 
 
 HINDSIGHT = f"""
