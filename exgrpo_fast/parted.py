@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
 
+FILE_BYTES = 2**30
+
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in parts put together, on every process, which all have to take part in."""
@@ -67,12 +69,24 @@ def write_parts(
 
     OSError in all of them where one could not.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder), files_of(tensors, dist.get_world_size(group)), save_distributed=True
+    )
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as error:
         causes = (f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
         raise OSError("; ".join(causes)) from None
+
+
+def files_of(tensors: Mapping[str, Tensor], count: int) -> dict[str, int]:
+    """name -> which file of a process, from 1. torch puts a file together in memory, so none is
+    to be much larger than `FILE_BYTES`."""
+    files, before = {}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + before // (FILE_BYTES * count)
+        before += tensor.nbytes
+    return files
 
 
 def read_parts(

@@ -2,7 +2,7 @@
 
 Every process runs the same trainer with the same seeds on the same batch; the weights are shared
 out among them. What only one can do (generate, judge, write files) the first does, and tells the
-others: as JSON in a tensor of bytes, never as a pickle.
+others: as JSON in a tensor of bytes.
 """
 
 from __future__ import annotations

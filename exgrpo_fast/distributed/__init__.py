@@ -4,7 +4,7 @@ sharding   the model in parts (FSDP2), its head put together once for all passes
 dealing    which process works on which packs
 policy     the policy of one process among several
 rollouts   the first process generates for all; the others help it to send the weights
-saving     the first process writes what all of them put together
+saving     the first process writes the model, which all put together; each its part of the moments
 """
 
 from exgrpo_fast.distributed.policy import ShardedPolicy, host_mesh, mesh_of

@@ -18,6 +18,7 @@ from several_processes import met
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from exgrpo_fast import parted
 from exgrpo_fast.checkpoint import CannotSave, Checkpoints, load_state
 from exgrpo_fast.distributed import SharedCheckpointWriter, host_mesh, mesh_of
 from exgrpo_fast.errors import NumericalStop
@@ -146,6 +147,7 @@ def main() -> None:
         steps = ("written", "refused", "refused_to_the_end", "made_room", "not_finite")
         wanted = steps if what == "fail" else steps[:1]
         found = {}
+        parted.FILE_BYTES = 50  # so that there are two of each process
         for step in wanted:
             found[step] = getattr(saving, step)()
             found[step]["steps"] = processes.of_first(saving.checkpoints.steps())

@@ -32,11 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_process_writes_its_part_and_no_other(folder: Path) -> None:
     verify(folder / "step_1")
     parts = sorted((folder / "step_1" / "state" / "parts").iterdir())
-    assert len(parts) == 3 and all(part.suffix == ".safetensors" for part in parts)
-    name = "state.learner.moments.wide"
-    rows = [load_file(part)[name] for part in parts]
-    assert [len(part) for part in rows] == [3, 3, 1]
-    assert torch.equal(torch.cat(rows), MOMENTS["wide"])
+    assert len(parts) == 3 * 2 and all(part.suffix == ".safetensors" for part in parts)
+    for name, first, rows in (("wide", 0, [3, 3, 1]), ("half", 1, [2, 2, 1])):
+        own = [load_file(part)[f"state.learner.moments.{name}"] for part in parts[first::2]]
+        assert [len(part) for part in own] == rows
+        assert torch.equal(torch.cat(own), MOMENTS[name])
     with safe_open(folder / "step_1" / "state" / "tensors.safetensors", framework="pt") as file:
         assert list(file.keys()) == ["state.cursor"]
     weights = load_file(folder / "step_1" / "hf" / "model.safetensors")
