@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: no graph can hold it
 
 # ---- sizes on a GPU: predictions of the roofline until a GPU has measured them -------------------
 # 4096 rows of bfloat16 logits of a 152k vocabulary: all but the dW accumulator that we hold.
@@ -56,7 +57,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = None
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         reason = "the package triton is not installed"
     elif dtype == torch.float64:
         reason = "its kernels have no float64"

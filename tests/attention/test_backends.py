@@ -155,8 +155,12 @@ def test_varlen_wants_scale_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
     def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False) -> None: ...
     def new(query, key, value, *rest, scale=None, window_size=(-1, -1)) -> None: ...
 
-    told = varlen.kernel()
-    assert told is not None and told.keywords == {"enable_gqa": True}  # pyright: ignore
+    def told(query, key, value, *rest, scale=None, window_size=None, enable_gqa=False) -> None: ...
+
+    assert varlen.kernel() is not None  # of every torch that is supported
+    monkeypatch.setattr(module, "varlen_attn", told)
+    found = varlen.kernel()
+    assert found is not None and found.keywords == {"enable_gqa": True}  # pyright: ignore
     monkeypatch.setattr(module, "varlen_attn", old)
     assert varlen.kernel() is None
     monkeypatch.setattr(module, "varlen_attn", new)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from several_processes import run_processes
 from transformers import Qwen2Config
 
@@ -110,6 +111,10 @@ def found() -> dict[str, dict[str, list[float]]]:
     return run_processes(1, Path(__file__).with_name("memory_worker.py"))[0]
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"),
+    reason="this torch's fake processes leave the gradients they hand out uninitialised",
+)
 @pytest.mark.parametrize("case", ["checkpointing", "all kept", "tiles", "adapters"])
 def test_a_process_takes_what_was_planned(found, case: str) -> None:
     planned, kept = found[case]["kept"]
