@@ -212,6 +212,7 @@ class Planner:
             layers=self.model.num_hidden_layers,
             is_tied=getattr(self.model, "tie_word_embeddings", False),
             compute=self._compute(config),
+            device=self.machine.device,
         )
         standing = {"scoring": whole.for_scoring, "update": whole.for_update}
         return share(held, self.machine.processes), standing, with_layers(passes, whole)

@@ -54,10 +54,19 @@ class Gathered:
 
 
 def gathered(
-    passes: Passes, head: Head, *, layers: int, is_tied: bool, compute: torch.dtype
+    passes: Passes,
+    head: Head,
+    *,
+    layers: int,
+    is_tied: bool,
+    compute: torch.dtype,
+    device: str = "cuda",
 ) -> Gathered:
     """`head`: of the model, as large as its embedding; `layers`: how many, alike in size."""
     size, matrix = compute.itemsize, head.vocabulary * head.width
+    # Gradients become float32 as they are laid out to leave: on a GPU by one kernel, on a CPU in a
+    # second copy (torch's `_chunk_cat`).
+    leaving = 4 if device == "cuda" or compute == torch.float32 else 4 + size
     outside = matrix * (1 if is_tied else 2)
     layer = (passes.frozen + passes.trained - outside) / layers
     trained = (passes.trained - (outside if head.is_trained else 0)) / layers
@@ -67,8 +76,8 @@ def gathered(
         embedding=size * matrix,
         two_layers=2 * size * layer,
         layer_gradients=size * trained,
-        leaving_gradients=4 * trained,
-        embedding_gradient=4 * matrix if head.is_trained else 0,
+        leaving_gradients=leaving * trained,
+        embedding_gradient=leaving * matrix if head.is_trained else 0,
     )
 
 
