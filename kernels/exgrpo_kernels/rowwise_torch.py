@@ -49,7 +49,7 @@ class TorchRows:
         block = runtime.block_rows(len(logits), row_bytes)
         self.block = logits.new_empty(block, logits.shape[1])
         self.slope = torch.empty_like(self.block) if has_softcap else None
-        self.total = logits.new_empty(0)
+        self.shift = self.total = logits.new_empty(0)
 
     def blocks(self, num_rows: int) -> Iterator[slice]:
         step = len(self.block)
@@ -68,13 +68,15 @@ class TorchRows:
     def statistics_beside(self, inputs: RowInputs) -> LinearLogprob:
         """The same, of copies of a few rows: the buffer keeps x."""
         assert self.slope is not None
-        new = self.logits.new_empty
-        statistics = LinearLogprob(*(new(len(inputs)) for _ in range(3)))
+        # an operator returns them: no two may share memory
+        found = [self.logits.new_empty(len(inputs)) for _ in range(5)]
         for rows in self.blocks(len(inputs)):
             x = self.slope[: rows.stop - rows.start].copy_(self.logits[rows])
-            for whole, part in zip(statistics, self.statistics_(x, inputs.rows(rows)), strict=True):
-                whole[rows] = part
-        return statistics
+            part = *self.statistics_(x, inputs.rows(rows)), self.shift, self.total
+            for whole, values in zip(found, part, strict=True):
+                whole[rows] = values
+        *statistics, self.shift, self.total = found
+        return LinearLogprob(*statistics)
 
     def statistics_(
         self, x_RV: Tensor, inputs: RowInputs, *, leaves_exps: bool = False
@@ -100,7 +102,7 @@ class TorchRows:
             else:
                 torch.sum(exps.mul_(z), -1, out=moment[rows])
         log_total = total.log()
-        self.total = total
+        self.shift, self.total = shift, total
         return LinearLogprob(target - log_total, log_total - moment / total, shift + log_total)
 
     # ---- gradient --------------------------------------------------------------------------------
@@ -108,15 +110,13 @@ class TorchRows:
     def policy_gradient(
         self, inputs: RowInputs, objective: PolicyObjective, columns: LossColumns
     ) -> tuple[LinearLogprob, LogitGradient]:
-        has_cap, only_c1 = inputs.softcap is not None, objective.entropy_coef == 0
-        if has_cap:
-            statistics = self.statistics_beside(inputs)
-        else:
+        only_c1 = objective.entropy_coef == 0 and inputs.softcap is None
+        if inputs.softcap is None:
             statistics = self.statistics(inputs, leaves_exps=only_c1)
+        else:
+            statistics = self.statistics_beside(inputs)
         scalars = row_scalars(objective, statistics.logprobs, statistics.entropy, columns)
         coefficients = RowCoefficients(*scalars)
-        if has_cap:
-            return statistics, self.gradient(inputs, statistics, coefficients)
         return statistics, self.live_gradient(inputs, statistics, coefficients, has_exps=only_c1)
 
     def gradient(
@@ -126,7 +126,7 @@ class TorchRows:
             z_RV = scale_(self.logits[: len(inputs)], inputs).sub_(statistics.lse[:, None])
             if inputs.bias_V is not None:
                 z_RV.clamp_(min=LOWEST_SHIFTED_LOGIT)
-        self.total = torch.ones_like(statistics.lse)
+        self.shift, self.total = statistics.lse, torch.ones_like(statistics.lse)
         return self.live_gradient(inputs, statistics, coefficients)
 
     def live_gradient(
@@ -143,7 +143,7 @@ class TorchRows:
         if self.closes_gaps and not bool(alive.all()):
             kept = self.close_gaps_(z_RV, alive)
             z_RV, inputs = z_RV[: len(kept)], inputs.rows(kept)
-            self.total = self.total[kept]
+            self.shift, self.total = self.shift[kept], self.total[kept]
             statistics = LinearLogprob(*(value[kept] for value in statistics))
             coefficients = coefficients.rows(kept)
         scale = self.logits_to_gradient_(z_RV, inputs, statistics, coefficients, has_exps)
@@ -194,7 +194,7 @@ class TorchRows:
         certain.
         """
         (c1, c2, c3), total = coefficients, self.total
-        logprobs, entropy, lse = statistics
+        logprobs, entropy, _ = statistics
         rows_R, targets = torch.arange(len(z_RV), device=z_RV.device), inputs.targets_N
         if c2 is None and c3 is None and inputs.softcap is None:
             if not has_exps:
@@ -217,7 +217,7 @@ class TorchRows:
             z, exps = z_RV[rows], self.block[: rows.stop - rows.start]
             slope = None if self.slope is None else self.slope[: len(z)]
             if slope is not None:
-                scale_(z, inputs.rows(rows), slope).sub_(lse[rows, None])
+                scale_(z, inputs.rows(rows), slope).sub_(self.shift[rows, None])
             torch.exp(z, out=exps)
             if c2 is None:
                 torch.mul(exps, offset[rows, None], out=z)
