@@ -21,7 +21,7 @@ Legend: R rows of a chunk, V vocabulary, T tiles of MASS_TILE columns.
 # Triton's language has no types that a checker knows.
 # pyright: basic, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
