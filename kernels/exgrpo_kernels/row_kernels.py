@@ -21,7 +21,7 @@ Legend: R rows of a chunk, V vocabulary, T tiles of MASS_TILE columns.
 # Triton's language has no types that a checker knows.
 # pyright: basic, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -42,13 +42,18 @@ MINUS_INFINITY = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def hyperbolic_tangent(x):
-    """tanh, by its series near 0, where 1 - exp(-2x) would cancel."""
+def tanh_and_slope(x):
+    """tanh, by its series near 0, where 1 - exp(-2|x|) would cancel, and its derivative.
+
+    That is 1 / cosh^2 x = exp(-2|x|) (1 + |tanh x|)^2; 1 - tanh^2 would cancel where tanh nears 1.
+    """
     square = x * x
-    series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    tail = square * (17.0 / 315.0 - square * (62.0 / 2835.0 - square * (1382.0 / 155925.0)))
+    series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - tail)))
     exps = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - exps) / (1.0 + exps)
-    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0.0, -large, large))
+    tanh = tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -large, large))
+    return tanh, exps * (1.0 + large) * (1.0 + large)
 
 
 @triton.jit
@@ -81,9 +86,9 @@ def load_scaled(row, bias, columns, num_columns, softcap, inverse_temperature):
     if bias is not None:
         x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if softcap is not None:
-        t = hyperbolic_tangent(x / softcap)
-        x = softcap * t
-        slope = inverse_temperature * (1.0 - t * t)
+        tanh, derivative = tanh_and_slope(x / softcap)
+        x = softcap * tanh
+        slope = inverse_temperature * derivative
     return tl.where(inside, x * inverse_temperature, MINUS_INFINITY), slope
 
 

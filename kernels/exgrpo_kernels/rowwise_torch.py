@@ -22,7 +22,10 @@ LOWEST_SHIFTED_LOGIT = -1000.0
 
 
 class TorchRows:
-    """`ChunkRows` in plain PyTorch; between its steps the buffer holds z - shift."""
+    """`ChunkRows` in plain PyTorch; between its steps the buffer holds z - shift.
+
+    Under a softcap it holds x until the gradient: z near the cap does not tell the slope there.
+    """
 
     def __init__(
         self,
@@ -58,25 +61,31 @@ class TorchRows:
 
     # ---- forward ---------------------------------------------------------------------------------
 
-    def scaled_logits(self, inputs: RowInputs) -> Tensor:
-        """z = softcap(x + bias) / temperature, in place of x."""
-        z_RV, tau = self.logits[: len(inputs)], inputs.tau
-        if inputs.bias_V is not None:
-            z_RV.add_(inputs.bias_V.to(z_RV.dtype)[None])
-        if inputs.softcap is not None:
-            z_RV.div_(inputs.softcap).tanh_().mul_(inputs.softcap)
-        if isinstance(tau, Tensor):
-            z_RV.div_(tau[:, None])
-        elif tau != 1.0:
-            z_RV.div_(tau)
-        return z_RV
-
     def statistics(self, inputs: RowInputs, *, leaves_exps: bool = False) -> LinearLogprob:
-        """What needs no scratch runs over the whole chunk: fewer waits for the slowest core.
+        """Of the whole chunk, in place."""
+        return self.statistics_(self.logits[: len(inputs)], inputs, leaves_exps=leaves_exps)
 
-        With `leaves_exps` the buffer then holds exp(z - shift): a copy costs less than a second exp.
+    def statistics_beside(self, inputs: RowInputs) -> LinearLogprob:
+        """The same, of copies of a few rows: the buffer keeps x."""
+        assert self.slope is not None
+        # an operator returns them: no two may share memory
+        found = [self.logits.new_empty(len(inputs)) for _ in range(5)]
+        for rows in self.blocks(len(inputs)):
+            x = self.slope[: rows.stop - rows.start].copy_(self.logits[rows])
+            part = *self.statistics_(x, inputs.rows(rows)), self.shift, self.total
+            for whole, values in zip(found, part, strict=True):
+                whole[rows] = values
+        *statistics, self.shift, self.total = found
+        return LinearLogprob(*statistics)
+
+    def statistics_(
+        self, x_RV: Tensor, inputs: RowInputs, *, leaves_exps: bool = False
+    ) -> LinearLogprob:
+        """What needs no scratch runs over all rows at once: fewer waits for the slowest core.
+
+        With `leaves_exps` exp(z - shift) is left behind: a copy costs less than a second exp.
         """
-        z_RV = self.scaled_logits(inputs)
+        z_RV = scale_(x_RV, inputs)
         shift = torch.amax(z_RV, -1)
         z_RV.sub_(shift[:, None])
         target = z_RV.gather(1, inputs.targets_N[:, None]).squeeze(1)
@@ -102,21 +111,25 @@ class TorchRows:
         self, inputs: RowInputs, objective: PolicyObjective, columns: LossColumns
     ) -> tuple[LinearLogprob, LogitGradient]:
         only_c1 = objective.entropy_coef == 0 and inputs.softcap is None
-        statistics = self.statistics(inputs, leaves_exps=only_c1)
+        if inputs.softcap is None:
+            statistics = self.statistics(inputs, leaves_exps=only_c1)
+        else:
+            statistics = self.statistics_beside(inputs)
         scalars = row_scalars(objective, statistics.logprobs, statistics.entropy, columns)
         coefficients = RowCoefficients(*scalars)
-        return statistics, self.shifted_gradient(inputs, statistics, coefficients, has_exps=only_c1)
+        return statistics, self.live_gradient(inputs, statistics, coefficients, has_exps=only_c1)
 
     def gradient(
         self, inputs: RowInputs, statistics: LinearLogprob, coefficients: RowCoefficients
     ) -> LogitGradient:
-        z_RV = self.scaled_logits(inputs).sub_(statistics.lse[:, None])
-        if inputs.bias_V is not None:
-            z_RV.clamp_(min=LOWEST_SHIFTED_LOGIT)
+        if inputs.softcap is None:
+            z_RV = scale_(self.logits[: len(inputs)], inputs).sub_(statistics.lse[:, None])
+            if inputs.bias_V is not None:
+                z_RV.clamp_(min=LOWEST_SHIFTED_LOGIT)
         self.shift, self.total = statistics.lse, torch.ones_like(statistics.lse)
-        return self.shifted_gradient(inputs, statistics, coefficients)
+        return self.live_gradient(inputs, statistics, coefficients)
 
-    def shifted_gradient(
+    def live_gradient(
         self,
         inputs: RowInputs,
         statistics: LinearLogprob,
@@ -124,7 +137,7 @@ class TorchRows:
         *,
         has_exps: bool = False,
     ) -> LogitGradient:
-        """The gradient where the buffer holds z - shift, or its exp."""
+        """The gradient where the buffer holds z - shift, or its exp, or x under a softcap."""
         z_RV = self.logits[: len(inputs)]
         alive, kept = coefficients.alive(), None
         if self.closes_gaps and not bool(alive.all()):
@@ -175,7 +188,7 @@ class TorchRows:
         coefficients: RowCoefficients,
         has_exps: bool,
     ) -> Tensor:
-        """Turn z - shift, or its exp, into dz up to a factor per row, and return that factor, (R,).
+        """Turn what the buffer holds into dx up to a factor per row, and return that factor, (R,).
 
         The target's entry uses expm1(logprob): p_y - 1 would cancel where the policy is nearly
         certain.
@@ -202,14 +215,10 @@ class TorchRows:
         at_target = at_target * total
         for rows in self.blocks(len(z_RV)):
             z, exps = z_RV[rows], self.block[: rows.stop - rows.start]
+            slope = None if self.slope is None else self.slope[: len(z)]
+            if slope is not None:
+                scale_(z, inputs.rows(rows), slope).sub_(self.shift[rows, None])
             torch.exp(z, out=exps)
-            slope = None
-            if inputs.softcap is not None:
-                assert self.slope is not None
-                slope = torch.add(z, self.shift[rows, None], out=self.slope[: len(z)])
-                tau = inputs.tau
-                tau = tau[rows, None] if isinstance(tau, Tensor) else tau
-                slope.mul_(tau / inputs.softcap).square_().neg_().add_(1.0)
             if c2 is None:
                 torch.mul(exps, offset[rows, None], out=z)
             else:
@@ -219,3 +228,23 @@ class TorchRows:
             if slope is not None:
                 z.mul_(slope)
         return 1.0 / (total * inputs.tau)
+
+
+def scale_(x_RV: Tensor, inputs: RowInputs, slope_RV: Tensor | None = None) -> Tensor:
+    """z = softcap(x + bias) / temperature, in place of x; the softcap's derivative in `slope_RV`.
+
+    It is 1 / cosh^2: as 1 - tanh^2 it would lose its digits where tanh nears 1.
+    """
+    tau = inputs.tau
+    if inputs.bias_V is not None:
+        x_RV.add_(inputs.bias_V.to(x_RV.dtype)[None])
+    if inputs.softcap is not None:
+        x_RV.div_(inputs.softcap)
+        if slope_RV is not None:
+            torch.cosh(x_RV, out=slope_RV).reciprocal_().square_()
+        x_RV.tanh_().mul_(inputs.softcap)
+    if isinstance(tau, Tensor):
+        x_RV.div_(tau[:, None])
+    elif tau != 1.0:
+        x_RV.div_(tau)
+    return x_RV

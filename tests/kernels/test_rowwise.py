@@ -102,6 +102,22 @@ def test_a_gradient_that_float16_cannot_hold_is_infinite():
     CHECKS["policy_loss"](case, "triton")
 
 
+# x / softcap = 4.2, where 1 - tanh^2 has four digits left.
+NEAR_THE_CAP = Case(
+    seed=749662,
+    num_tokens=1,
+    num_hidden=1,
+    scale=0.1,
+    certain=True,
+    softcap=3.0,
+    bias="absent",
+)
+
+
+def test_the_slope_near_the_softcap_keeps_its_digits():
+    CHECKS["logprob"](NEAR_THE_CAP, "triton")
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("check", ["policy_loss", "from_logits"])
 def test_every_loss(objective, check):
@@ -123,7 +139,7 @@ def test_a_block_of_the_shipped_size(monkeypatch, dtype):
 def scalar_functions_kernel(inputs, tanhs, logs, exps, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(inputs + index)
-    tl.store(tanhs + index, row_kernels.hyperbolic_tangent(x))
+    tl.store(tanhs + index, row_kernels.tanh_and_slope(x)[0])
     tl.store(logs + index, row_kernels.log_of_one_plus(tl.abs(x)))
     tl.store(exps + index, row_kernels.one_minus_exp(-tl.abs(x)))
 
@@ -342,8 +358,12 @@ SEEDED_BUGS = {
         "-(advantage + 1e-3) * slope",
     ),
     "softcap_slope_forgotten": (
-        "slope = inverse_temperature * (1.0 - t * t)",
+        "slope = inverse_temperature * derivative",
         "slope = inverse_temperature",
+    ),
+    "softcap_slope_cancels": (
+        "slope = inverse_temperature * derivative",
+        "slope = inverse_temperature * (1.0 - tanh * tanh)",
     ),
     "temperature_slope_forgotten": (
         "slope = inverse_temperature\n    if bias",
@@ -403,7 +423,7 @@ def with_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 def suite_finds_something_wrong(module: types.ModuleType) -> bool:
-    """Guard bands first, then cases as the property test draws them, up to 150."""
+    """Guard bands first, then the kept cases and up to 150 as the property test draws them."""
     rng = random.Random(0)
     try:
         storage = torch.zeros(5, 140, device=DEVICE)
@@ -412,6 +432,8 @@ def suite_finds_something_wrong(module: types.ModuleType) -> bool:
         buffer = module.TritonRows(rows, operand_dtype=torch.float32)
         buffer.policy_gradient(row_inputs(5, 130), CLIP, some_columns(CLIP, 5))
         assert torch.count_nonzero(storage[:, 130:]) == 0
+        CHECKS["policy_loss"](BEYOND_FLOAT16, "triton")
+        CHECKS["logprob"](NEAR_THE_CAP, "triton")
         for _ in range(150):
             check = rng.choice(sorted(CHECKS))
             CHECKS[check](random_case(rng, check), "triton")
