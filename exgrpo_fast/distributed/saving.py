@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.bad_batches import BadBatches
@@ -21,26 +20,27 @@ from exgrpo_fast.checkpoint_writer import (
     ModelFolder,
     gathered,
 )
+from exgrpo_fast.distributed.policy import mesh_of
 from exgrpo_fast.metrics import CompletionLog
 from exgrpo_fast.parted import own_part, with_part, write_parts
 from exgrpo_fast.processes import Processes
 
 
 class SharedCheckpointWriter(CheckpointWriter):
-    """The first process writes the model, put together, and the trainer's state; what the state
-    has in parts, the optimiser's moments, each process copies and writes itself.
+    """Every process has one. The first writes the model, put together, and the trainer's state;
+    what the state has in parts, the optimiser's moments, each copies and writes itself.
 
-    Whether a checkpoint came to be the first one decides, which may write it a second time after
-    making room on a full disk; the others do as they hear.
+    The first decides whether a checkpoint came to be. It may write one again, after making room on
+    a full disk; the others do as they hear.
     """
 
     def __init__(
         self, checkpoints: Checkpoints, model: ModelFolder, *, processes: Processes, **said: Any
     ) -> None:
-        """All processes have to; `said`: `warn` and `on_committed` of a CheckpointWriter."""
+        """`said`: `warn` and `on_committed` of a CheckpointWriter."""
         super().__init__(checkpoints, model, **said)
         self.beside = processes.beside()
-        self._state_copies = HostCopiesInParts(self.beside)
+        self._state_copies = CopiesInParts(self.beside)
         if not processes.is_first:
             self._model_copies = NoCopies()
 
@@ -79,21 +79,22 @@ class SharedCheckpointWriter(CheckpointWriter):
             raise CannotSave(told["why"])
 
 
-class HostCopiesInParts(HostCopies):
-    """What is in parts stays so; each process keeps its own."""
+class CopiesInParts(HostCopies):
+    """Each process copies its parts, the first also what all have alike, of which the others
+    write nothing."""
 
     def __init__(self, processes: Processes) -> None:
         super().__init__()
-        self.mesh = DeviceMesh("cpu", range(processes.count))
+        self.mesh = mesh_of(processes)
+        self.is_first = processes.is_first
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        copies = super().take({name: own_part(tensor) for name, tensor in tensors.items()})
-        return {
-            name: with_part(tensor, copies[name], self.mesh)
-            if isinstance(tensor, DTensor)
-            else copies[name]
-            for name, tensor in tensors.items()
-        }
+        parts = {name: t for name, t in tensors.items() if isinstance(t, DTensor)}
+        alike = {name: t for name, t in tensors.items() if name not in parts}
+        wanted = {name: own_part(t) for name, t in parts.items()}
+        copies = super().take(wanted | alike if self.is_first else wanted)
+        in_parts = {name: with_part(t, copies[name], self.mesh) for name, t in parts.items()}
+        return alike | copies | in_parts
 
 
 class NoCopies(HostCopies):

@@ -66,6 +66,7 @@ class Saving:
             "committed": self.writer.committed,
             "told": self.told,
             "reused": places[0] == places[1],
+            "copied": len(places[1]) - len(MOMENTS),  # beside its parts
         }
 
     def refused(self) -> dict[str, Any]:
