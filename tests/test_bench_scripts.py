@@ -1,12 +1,12 @@
 """The programs of bench/ still find what they measure."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from several_processes import environment
 
 BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py"))
@@ -25,9 +25,9 @@ def broken() -> dict[str, str]:
         "        broken[name] = str(error)\n"
         "json.dump(broken, sys.stdout)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    compiled = {k: v for k, v in environment().items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=BENCH, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program], cwd=BENCH, env=compiled, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
