@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoConfig
@@ -27,6 +27,17 @@ class Planned:
     plan: MemoryPlan
     text: str
     refusal: str | None
+
+
+class Expected(NamedTuple):
+    """What a rehearsal of one process is told, and held against, in bytes."""
+
+    optimiser: float
+    states_and_passes: float
+
+    @staticmethod
+    def of(plan: MemoryPlan) -> Expected:
+        return Expected(plan.states.optimiser, plan.states_and_passes)
 
 
 def plan_run(
@@ -80,8 +91,9 @@ def device_bytes() -> int:
 
 def fitted(
     config: Config, folder: str, *, device: str, note: Callable[[str], None]
-) -> tuple[Config, MemoryPlan | None]:
-    """The config with what `auto` comes to, and the plan; ConfigError where the run cannot fit.
+) -> tuple[Config, Expected | None]:
+    """The config with what `auto` comes to, and what is planned; ConfigError where the run cannot
+    fit.
 
     On a CPU a plan is made only where the preflight asks for it.
     """
@@ -91,25 +103,27 @@ def fitted(
     note(planned.text)
     if planned.refusal is not None:
         raise ConfigError(planned.refusal)
-    return planned.plan.config, planned.plan
+    return planned.plan.config, Expected.of(planned.plan)
 
 
 def fitted_together(
     config: Config, folder: str, *, device: str, note: Callable[[str], None], processes: Processes
-) -> Config:
+) -> tuple[Config, Expected | None]:
     """As `fitted`, for several processes: the first one plans for all, on the smallest GPU."""
-    if device != "cuda":
-        return config
-    gib = -processes.greatest(-device_bytes()) / 2**30
+    if device != "cuda" and not wants_preflight(config, device):
+        return config, None
+    gib = -processes.greatest(-device_bytes()) / 2**30 if device == "cuda" else None
 
-    def sizes() -> list[int]:
-        planned = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
-        note(planned.text)
-        if planned.refusal is not None:
-            raise ConfigError(planned.refusal)
-        return [planned.plan.config.microbatch_tokens, planned.plan.config.tile_tokens]
+    def planned() -> dict[str, Any]:
+        made = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
+        note(made.text)
+        if made.refusal is not None:
+            raise ConfigError(made.refusal)
+        sizes = [made.plan.config.microbatch_tokens, made.plan.config.tile_tokens]
+        return {"sizes": sizes, "expected": Expected.of(made.plan)}
 
-    return with_sizes(config, *processes.from_first(sizes))
+    told = processes.from_first(planned)
+    return with_sizes(config, *told["sizes"]), Expected(*told["expected"])
 
 
 def wants_preflight(config: Config, device: str) -> bool:

@@ -1,8 +1,9 @@
 """The worst step a run can bring, rehearsed before the first one.
 
-Responses at their greatest length, two full packs of them behind one prompt (one, where an update
-can only be one): what would run out of memory at step 120 does so in the first minute. Weights, moments and random state stay what they are, bit for bit: no
-update is made. Where the optimiser has no moments yet, a placeholder of their size stands in.
+Responses at their greatest length, two full packs of them for each process behind one prompt (one,
+where an update can only be one): what would run out of memory at step 120 does so in the first
+minute. Weights, moments and random state stay what they are, bit for bit: no update is made. Where
+the optimiser has no moments yet, a placeholder of their size stands in.
 """
 
 from __future__ import annotations
@@ -46,16 +47,18 @@ def rehearse(
     prompt_tokens: int,
     completion_tokens: int,
     state_bytes: float,
+    processes: int = 1,
 ) -> Rehearsal:
     """Score and train on the worst case. DoesNotFit where the device is too small.
 
-    `state_bytes`: of the optimiser, once it has made its first update.
+    `state_bytes`: of this process's optimiser, once it has made its first update; `processes`: all
+    of which call this.
     """
     policy = learner.policy
     length = prompt_tokens + completion_tokens - 1  # the last token is not read
     room = policy.max_tokens_per_microbatch - prompt_tokens
     packs = 2 if learner.optimiser.sums_packs else 1
-    sequences = packs * max(1, room // max(1, completion_tokens - 1))
+    sequences = processes * packs * max(1, room // max(1, completion_tokens - 1))
     groups = worst_groups(
         1,
         sequences,

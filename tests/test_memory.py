@@ -22,7 +22,7 @@ from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
 from exgrpo_fast.model.packing import sequences_of
-from exgrpo_fast.planning import plan_run
+from exgrpo_fast.planning import Expected, plan_run
 from exgrpo_fast.preflight import DoesNotFit, rehearse, worst_groups
 
 QWEN_7B = {
@@ -460,7 +460,7 @@ def test_a_device_that_is_too_small_is_said(
     planned = Planner(trainer.learner.policy.model.config, Machine("cpu", None, "transformers"))
     config = validate({"data": {"max_prompt_tokens": 32}, "rollout": {"max_completion_tokens": 12}})
     with pytest.raises(DoesNotFit, match="CUDA out of memory.*dry-run.*smaller train.max_tokens"):
-        run_preflight(config, trainer, planned.plan(config))
+        run_preflight(config, trainer, Expected.of(planned.plan(config)))
     assert trainer.learner.policy.sizes.take_halvings() == (0, 0), "a rehearsal keeps its sizes"
 
 

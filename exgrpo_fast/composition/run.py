@@ -30,11 +30,10 @@ from exgrpo_fast.composition.trainer import forget_after, make_sink, make_traine
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.display import Screen
 from exgrpo_fast.distributed import host_mesh
-from exgrpo_fast.memory.plan import MemoryPlan
 from exgrpo_fast.memory.store import store_note
 from exgrpo_fast.metrics import MetricSink, NullSink
 from exgrpo_fast.model.policy import Policy, Tokenizer
-from exgrpo_fast.planning import fitted, fitted_together, wants_preflight
+from exgrpo_fast.planning import Expected, fitted, fitted_together, wants_preflight
 from exgrpo_fast.preflight import rehearse
 from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_fast.random_state import seed_everything
@@ -81,11 +80,10 @@ def open_run(
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
-        plan = None
         if processes.count == 1:
-            config, plan = fitted(config, start, device=device, note=screen.note)
+            config, expected = fitted(config, start, device=device, note=screen.note)
         else:
-            config = fitted_together(
+            config, expected = fitted_together(
                 config, start, device=device, note=screen.note, processes=processes
             )
         model_path = str(resume_from / "hf") if resume_from else start
@@ -137,26 +135,27 @@ def open_run(
         if resume_from:
             take_up(trainer, state)
             trainer.writer.committed = state["num_steps"]
-        if plan is not None and wants_preflight(config, device):
-            screen.note(run_preflight(config, trainer, plan))
+        if expected is not None and wants_preflight(config, device):
+            screen.note(run_preflight(config, trainer, expected))
         engine.sync(state["num_steps"])
         if isinstance(trainer.replay, ReplaySource):
             screen.note(store_note(trainer.replay.store.plan, device))
         yield Run(trainer, policy, tokenizer)
 
 
-def run_preflight(config: Config, trainer: Trainer, plan: MemoryPlan) -> str:
+def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:
     """The largest step a run can bring, once; DoesNotFit where the device is too small."""
     rehearsal = rehearse(
         trainer.learner,
         trainer.objective,
         prompt_tokens=config.longest_prompt,
         completion_tokens=config.rollout.max_completion_tokens,
-        state_bytes=plan.states.optimiser,
+        state_bytes=expected.optimiser,
+        processes=trainer.processes.count,
     )
     if trainer.learner.policy.device.type != "cuda":
         return rehearsal.note()  # of the whole process: not what the plan speaks of
-    return rehearsal.note(plan.states_and_passes)
+    return rehearsal.note(expected.states_and_passes)
 
 
 def take_up(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ def refuse_with_several(config: Config, count: int) -> None:
         "prior_resampling.enabled": config.prior_resampling.enabled,
         "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
         "algorithm.kl.rebase_at_step": algorithm.kl.rebase_at_step is not None,
-        "train.preflight always": config.train.preflight == "always",
     }
     for name, is_refused in refused.items():
         if is_refused:

@@ -30,10 +30,11 @@ from exgrpo_fast.learning.learner import Learner
 from exgrpo_fast.learning.optim import Optimiser, UpdateOutcome
 from exgrpo_fast.learning.reference import AdapterOff, Reference
 from exgrpo_fast.model.lora import add_adapter
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import Pack, Ragged
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.parted import whole
-from exgrpo_fast.processes import Processes
+from exgrpo_fast.preflight import DoesNotFit, rehearse
+from exgrpo_fast.processes import PeersLost, Processes
 from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
@@ -280,6 +281,33 @@ def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     }
 
 
+def rehearsed(processes: Processes) -> str:
+    """The second process has too little memory: it says so, the first one hears that it has gone."""
+    policy = ShardedPolicy(
+        make_model(tied=False),
+        mesh=mesh_of(processes),
+        processes=processes,
+        max_tokens_per_microbatch=100,
+    )
+    hidden_states = policy.hidden_states
+
+    def full(packed: Pack) -> Tensor:
+        if torch.is_grad_enabled() and not processes.is_first:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
+        return hidden_states(packed)
+
+    policy.hidden_states = full  # pyright: ignore[reportAttributeAccessIssue]
+    rehearse(
+        make_learner(policy)[0],
+        PolicyObjective(),
+        prompt_tokens=10,
+        completion_tokens=16,
+        state_bytes=0.0,
+        processes=processes.count,
+    )
+    return "it fits"
+
+
 def every_comparison(processes: Processes) -> dict[str, Any]:
     return {
         "tied": compare(processes, tied=True, dtype=torch.float32, kl=0.1),
@@ -340,5 +368,12 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with met(sys.argv[1:]) as processes:
+    if sys.argv[4:] == ["too little memory"]:
+        try:
+            with met(sys.argv[1:4]) as processes:
+                print(json.dumps(rehearsed(processes)))
+        except (DoesNotFit, PeersLost) as error:
+            print(json.dumps(f"{type(error).__name__}: {error}"))
+        sys.exit()
+    with met(sys.argv[1:4]) as processes:
         print(json.dumps(every_comparison(processes)))

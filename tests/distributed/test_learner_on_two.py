@@ -53,6 +53,12 @@ def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:
         assert report["broken"] == {"skipped": {"update_not_finite": 1}, "same": True}
 
 
+def test_a_device_that_is_too_small_ends_the_rehearsal_of_all() -> None:
+    first, second = run_processes(2, WORKER, "too little memory")
+    assert second.startswith("DoesNotFit: preflight: 24 responses of 16 tokens do not fit (CUDA")
+    assert first.startswith("PeersLost: ")
+
+
 def test_a_process_without_a_pack_keeps_company(reports) -> None:
     for report in reports:
         assert report["few"]["loss"] <= 1e-6 and report["few"]["tokens"] > 0

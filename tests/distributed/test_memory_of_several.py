@@ -75,6 +75,9 @@ def test_two_layers_and_their_gradients_are_ten_bytes_a_weight(planner_for) -> N
     whole = gathered(passes, Head(152064, 3584, is_trained=True), **same)
     found = whole.two_layers + whole.layer_gradients + whole.leaving_gradients
     assert found == pytest.approx(10 * LAYER, rel=1e-4)
+    on_cpu = gathered(passes, Head(152064, 3584, is_trained=True), **same, device="cpu")
+    assert on_cpu.leaving_gradients == pytest.approx(6 * LAYER, rel=1e-4)  # by a copy in bfloat16
+    assert on_cpu.embedding_gradient == 6 * MATRIX
     frozen = planner_for(8).tracer(exgrpo(model__lora__rank="32"))(4096)
     adapter = gathered(frozen, Head(152064, 3584, is_trained=False), **same)
     assert adapter.head_gradient == adapter.embedding_gradient == 0
@@ -174,13 +177,13 @@ class OneOfEight(Processes):
 
 
 def test_a_run_takes_the_sizes_of_the_smallest_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planner_for, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     SEVEN_BILLION.save_pretrained(tmp_path)
     monkeypatch.setattr(planning, "device_bytes", lambda: 80 * GIB)
     config, notes = exgrpo(), []
 
-    def fitted(smallest: int) -> Config:
+    def fitted(smallest: int) -> tuple[Config, planning.Expected | None]:
         return planning.fitted_together(
             config,
             str(tmp_path),
@@ -190,7 +193,11 @@ def test_a_run_takes_the_sizes_of_the_smallest_gpu(
         )
 
     found = [fitted(gib) for gib in (80, 31)]
-    assert [c.train.max_tokens_per_microbatch for c in found] == [16384, 8192]
+    assert [c.train.max_tokens_per_microbatch for c, _ in found] == [16384, 8192]
+    for smallest, (_, expected) in zip((80, 31), found, strict=True):
+        made = planner_for(8, smallest).plan(config)
+        assert expected == planning.Expected.of(made)
+        assert made.states.optimiser == PARAMETERS
     assert all("the first of 8 processes" in note for note in notes)
     with pytest.raises(ConfigError, match="this run does not fit"):
         fitted(16)

@@ -69,7 +69,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rollout.generate_ahead": {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
     "prior_resampling.enabled": {"prior_resampling": {"enabled": True}},
     "algorithm.kl.rebase_at_step": {"algorithm": {"kl": {"coef": 0.1, "rebase_at_step": 3}}},
-    "train.preflight": {"train": {"preflight": "always"}},
 }
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REWARDS
 from several_processes import environment
 from torch import Tensor
@@ -29,6 +30,19 @@ def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ended = run(path, count, out, "--max-steps", "4")
         assert ended.returncode == 0, ended.stderr[-4000:]
     return path
+
+
+def test_a_rehearsal_changes_nothing(folder: Path) -> None:
+    """Two packs for each of two processes; the run that follows is the one without."""
+    ended = run(folder, 2, "rehearsed", "--max-steps", "4", "--train.preflight", "always")
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    (line,) = (line for line in ended.stdout.splitlines() if "preflight:" in line)
+    sequences = 2 * 2 * ((1200 - 512) // (8 - 1))  # of 1200 tokens, the prompt read once
+    assert f"preflight: {sequences} responses at their longest (519 tokens" in line
+    assert_same_course(folder / "rehearsed", folder / "one")
+    assert (folder / "rehearsed" / "metrics.jsonl").exists()
+    ours, twos = (moments(folder / out / "checkpoints" / "step_4") for out in ("rehearsed", "two"))
+    assert all(torch.equal(ours[name], moment) for name, moment in twos.items())
 
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:
