@@ -18,7 +18,7 @@ from several_processes import environment
 from torch import Tensor
 from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, steps
 
-from exgrpo_fast.checkpoint import load_state, split_tensors
+from exgrpo_fast.checkpoint import Checkpoints, load_state, split_tensors
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,8 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
-    words = command(folder, 2, "killed", "--max-steps", "100000")
+    """And the newest checkpoint, perhaps one before the one being written, goes on."""
+    words = command(folder, 2, "killed", "--max-steps", "100000", "--checkpoint.every", "1")
     with subprocess.Popen(
         words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as torchrun:
@@ -126,6 +127,12 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
             torchrun.kill()
     assert torchrun.returncode != 0
     assert [pid for pid in workers if is_alive(pid)] == []
+    newest = Checkpoints(folder / "killed" / "checkpoints").newest_valid(pytest.fail)
+    assert newest is not None
+    step = int(newest.name.removeprefix("step_"))
+    ended = run(folder, 2, "killed", "--max-steps", str(step + 1), "--resume", "auto")
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert f"resumed after step {step}" in ended.stdout
 
 
 def is_alive(pid: int) -> bool:
