@@ -174,12 +174,21 @@ def test_dry_run_shows_what_would_be_trained(run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
-    """`exgrpo-fast train quickstart --dry-run | head -1`"""
-    command = [sys.executable, "-m", "exgrpo_fast", "train", "quickstart", "--dry-run"]
+DRY = "train quickstart --dry-run"
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"), [(DRY, ""), (DRY, "1"), ("--help", ""), ("--version", "")]
+)
+def test_a_reader_that_has_seen_enough_is_no_error(
+    tmp_path: Path, words: str, unbuffered: str
+) -> None:
+    """`exgrpo-fast train quickstart --dry-run | head -1`, whenever Python writes it out."""
+    command = [sys.executable, "-m", "exgrpo_fast", *words.split()]
     reader, writer = os.pipe()
     os.close(reader)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment |= {"PYTHONUNBUFFERED": unbuffered}
     ended = subprocess.run(
         command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
     )

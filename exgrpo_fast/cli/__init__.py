@@ -53,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        code = outcome(argv)
+        sys.stdout.flush()  # while an error of it can still be answered
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_SIGNAL + 13
+    sys.exit(code)
+
+
+def outcome(argv: Sequence[str] | None) -> int | str | None:
+    """The exit code of one command."""
+    try:
         arguments, rest = parser().parse_known_args(argv)
         if rest and arguments.run is not train:
             hint = suggest(rest[0], arguments.options)
@@ -60,16 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.run is train:
             arguments.words = list(sys.argv[1:] if argv is None else argv)
             arguments.overrides = parse_overrides(rest, arguments.options)
-        code = arguments.run(arguments)
+        return arguments.run(arguments)
     except UserError as error:
         print(f"exgrpo-fast: {clean_line(error)}", file=sys.stderr)
-        code = EXIT_USAGE
+        return EXIT_USAGE
     except KeyboardInterrupt:
-        code = EXIT_SIGNAL + 2
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_SIGNAL + 13
-    sys.exit(code)
+        return EXIT_SIGNAL + 2
+    except SystemExit as ended:  # --help, --version
+        return ended.code
 
 
 def parser() -> Parser:
