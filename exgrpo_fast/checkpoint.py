@@ -18,17 +18,17 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.errors import UserError
-from exgrpo_fast.parted import read_parts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MANIFEST = "MANIFEST.json"
 PARTS = Path("state/parts")
@@ -197,6 +197,8 @@ def load_state(
     with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     if in_parts := wanted - tensors.keys():
+        from exgrpo_fast.parted import read_parts  # a second of imports, of which few have need
+
         tensors |= read_parts(path / PARTS, in_parts, mesh)
     return merge_tensors(plain, tensors)
 
@@ -338,11 +340,3 @@ def tensor_names(plain: Any) -> Iterator[str]:
         else:
             for value in plain.values():
                 yield from tensor_names(value)
-
-
-def apart(state: Any) -> tuple[Any, dict[str, DTensor]]:
-    """A state without its tensors in parts, which it names; and those."""
-    plain, tensors = split_tensors(state)
-    parts = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    named: dict[str, Any] = {name: {"__tensor__": name} for name in parts}
-    return merge_tensors(plain, {**tensors, **named}), parts

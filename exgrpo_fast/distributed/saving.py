@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.bad_batches import BadBatches
-from exgrpo_fast.checkpoint import CannotSave, Checkpoints, apart
+from exgrpo_fast.checkpoint import CannotSave, Checkpoints, merge_tensors, split_tensors
 from exgrpo_fast.checkpoint_writer import (
     CheckpointWriter,
     Copied,
@@ -77,6 +77,14 @@ class SharedCheckpointWriter(CheckpointWriter):
                 write_parts(Path(folder), parts, self.beside.group)
         if told["why"] is not None:
             raise CannotSave(told["why"])
+
+
+def apart(state: Any) -> tuple[Any, dict[str, DTensor]]:
+    """A state without its tensors in parts, which it names; and those."""
+    plain, tensors = split_tensors(state)
+    parts = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    named: dict[str, Any] = {name: {"__tensor__": name} for name in parts}
+    return merge_tensors(plain, {**tensors, **named}), parts
 
 
 class CopiesInParts(HostCopies):
