@@ -18,7 +18,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from exgrpo_fast.checkpoint import CannotSave, Checkpoints, State, merge_tensors, split_tensors
+from exgrpo_fast.checkpoint import (
+    CannotSave,
+    Checkpoints,
+    State,
+    WriteFolder,
+    merge_tensors,
+    split_tensors,
+)
 from exgrpo_fast.errors import NumericalStop
 from exgrpo_fast.parted import own_part, whole
 
@@ -160,9 +167,9 @@ class CheckpointWriter:
                 return name.removeprefix("state.")
         return None
 
-    def _commit(self, copied: Copied) -> None:
+    def _commit(self, copied: Copied, save_parts: WriteFolder | None = None) -> None:
         write_model = partial(self.model.write, tensors=copied.model)
-        self.checkpoints.save(self._step, write_model, copied.state)
+        self.checkpoints.save(self._step, write_model, copied.state, save_parts=save_parts)
 
     def _warn_of_a_full_disk(self, num_bytes: int) -> None:
         folder = self.checkpoints.folder

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
 
-FILE_BYTES = 2**30
+FILE_BYTES = 2**30  # at about which a process begins its next file
 
 
 def whole(tensor: Tensor) -> Tensor:

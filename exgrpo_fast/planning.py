@@ -28,6 +28,13 @@ class Planned:
     text: str
     refusal: str | None
 
+    def accepted(self, note: Callable[[str], None]) -> MemoryPlan:
+        """The plan, once its text is noted; ConfigError where the run cannot begin."""
+        note(self.text)
+        if self.refusal is not None:
+            raise ConfigError(self.refusal)
+        return self.plan
+
 
 class Expected(NamedTuple):
     """What a rehearsal of one process is told, and held against, in bytes."""
@@ -99,11 +106,8 @@ def fitted(
     """
     if device != "cuda" and not wants_preflight(config, device):
         return config, None
-    planned = plan_run(config, folder, device=device)
-    note(planned.text)
-    if planned.refusal is not None:
-        raise ConfigError(planned.refusal)
-    return planned.plan.config, Expected.of(planned.plan)
+    made = plan_run(config, folder, device=device).accepted(note)
+    return made.config, Expected.of(made)
 
 
 def fitted_together(
@@ -115,12 +119,10 @@ def fitted_together(
     gib = -processes.greatest(-device_bytes()) / 2**30 if device == "cuda" else None
 
     def planned() -> dict[str, Any]:
-        made = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
-        note(made.text)
-        if made.refusal is not None:
-            raise ConfigError(made.refusal)
-        sizes = [made.plan.config.microbatch_tokens, made.plan.config.tile_tokens]
-        return {"sizes": sizes, "expected": Expected.of(made.plan)}
+        found = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
+        made = found.accepted(note)
+        sizes = [made.config.microbatch_tokens, made.config.tile_tokens]
+        return {"sizes": sizes, "expected": Expected.of(made)}
 
     told = processes.from_first(planned)
     return with_sizes(config, *told["sizes"]), Expected(*told["expected"])

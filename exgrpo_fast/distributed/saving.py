@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from exgrpo_fast.bad_batches import BadBatches
-from exgrpo_fast.checkpoint import CannotSave, Checkpoints, merge_tensors, split_tensors
+from exgrpo_fast.checkpoint import (
+    CannotSave,
+    Checkpoints,
+    WriteFolder,
+    merge_tensors,
+    split_tensors,
+)
 from exgrpo_fast.checkpoint_writer import (
     CheckpointWriter,
     Copied,
@@ -35,10 +41,10 @@ class SharedCheckpointWriter(CheckpointWriter):
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, model: ModelFolder, *, processes: Processes, **said: Any
+        self, checkpoints: Checkpoints, model: ModelFolder, *, processes: Processes, **settings: Any
     ) -> None:
-        """`said`: `warn` and `on_committed` of a CheckpointWriter."""
-        super().__init__(checkpoints, model, **said)
+        """`settings`: those of a CheckpointWriter."""
+        super().__init__(checkpoints, model, **settings)
         self.beside = processes.beside()
         self._state_copies = CopiesInParts(self.beside)
         if not processes.is_first:
@@ -48,18 +54,15 @@ class SharedCheckpointWriter(CheckpointWriter):
         names = self.beside.gather(super()._not_finite(copied))
         return next((name for name in names if name is not None), None)
 
-    def _commit(self, copied: Copied) -> None:
+    def _commit(self, copied: Copied, save_parts: WriteFolder | None = None) -> None:
         state, parts = apart(copied.state)
         if not self.beside.is_first:
             return self._follow(parts)
+        if parts:
+            save_parts = partial(self._lead, parts)
         why: str | None = "the first process has failed"
         try:
-            self.checkpoints.save(
-                self._step,
-                partial(self.model.write, tensors=copied.model),
-                state,
-                save_parts=partial(self._lead, parts) if parts else None,
-            )
+            super()._commit(Copied(copied.model, state), save_parts)
             why = None
         except CannotSave as error:
             why = str(error)
