@@ -1,25 +1,32 @@
-"""The decoding loop that transformers' `generate` is given in place of its own.
+"""The decoding loop of the transformers engine.
 
 A prompt is read once for all of its samples, rows that have ended leave the batch, and keys and
-values are written into room that is there already. transformers' loop reads the prompt of every
-sample, carries ended rows along to the end of the longest one, and copies the cache at each token.
+values are written into memory that is allocated ahead. `generate` of transformers reads the prompt
+of every sample, carries ended rows along to the end of the longest one, and copies the cache at each
+token.
 
-Legend: R requests, B rows that go on, U different prompts, T response tokens, V vocabulary.
+The loop uses transformers' public interfaces alone: the model's `forward`, a `Cache`, and masks and
+position ids that are made here. What `generate` keeps for itself changes between releases.
+
+Legend: R requests, B rows that go on, U different prompts, P prompt width, T completion tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from exgrpo_fast.rollout.drawing import draw, signed
 from exgrpo_fast.rollout.engine import Sampling
 
-ROOM = 64  # tokens that the cache grows by
+GROWTH = 64  # tokens that the cache grows by
 LEAVING_SHARE = 8  # rows leave once they are one in so many: moving the others costs a copy
 TOKENS_UNSEEN = 16  # on a device that works ahead: tokens between two looks at who has ended
 
@@ -39,7 +46,7 @@ class Decoding:
         device: torch.device,
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prompt_of`: the row of each request's prompt in the ids that `generate` is given;
+        """`prompt_of`: the row of each request's prompt in the prompts that `run` is given;
         `limits`: tokens of each request; `waiting` is called once a token."""
         self.prompt_of = torch.tensor(prompt_of, device=device)
         self.seeds_B = torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device)
@@ -54,17 +61,13 @@ class Decoding:
         self.waiting = waiting
         self.looks_every = 1 if device.type == "cpu" else TOKENS_UNSEEN
 
-    def __call__(self, model: Any, input_ids: Tensor, **model_kwargs: Any) -> Tensor:
-        """`generate` calls this with the prompts [U, P] and what it has made ready for its own
-        loop; the model's own settings of how to sample are not ours."""
-        for name in ("logits_processor", "stopping_criteria", "generation_config"):
-            model_kwargs.pop(name)
-        give_room(model_kwargs["past_key_values"])
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=True, **model_kwargs
-        )
-        logits_BV = self._read(model, inputs, model_kwargs)
-        logits_BV = self._select(self.prompt_of, logits_BV, model_kwargs)
+    def run(self, model: Any, prompts_UP: Tensor, mask_UP: Tensor) -> None:
+        """Fill `tokens_RT` and `logprobs_RT`. `prompts_UP` are padded at the left; `mask_UP`, int64,
+        is 0 on padding."""
+        forward = _Forward(model, mask_UP, self.num_tokens)
+        logits_BV = forward(prompts_UP)
+        forward.select(self.prompt_of)
+        logits_BV = logits_BV.index_select(0, self.prompt_of)
         for position in range(self.num_tokens):
             self.waiting()
             drawn_B = self._draw(logits_BV, position)
@@ -72,23 +75,13 @@ class Decoding:
             if kept is not None and not len(kept):
                 break
             if kept is not None:
-                drawn_B = self._select(kept, drawn_B, model_kwargs)
-                self.rows_B, self.seeds_B, self.limits_B, self.going_B = (
-                    of_row[kept]
-                    for of_row in (self.rows_B, self.seeds_B, self.limits_B, self.going_B)
+                forward.select(kept)
+                drawn_B, self.rows_B, self.seeds_B, self.limits_B, self.going_B = (
+                    of_row.index_select(0, kept)
+                    for of_row in (drawn_B, self.rows_B, self.seeds_B, self.limits_B, self.going_B)
                 )
             if position + 1 < self.num_tokens:
-                inputs = model.prepare_inputs_for_generation(
-                    drawn_B[:, None], next_sequence_length=1, **model_kwargs
-                )
-                logits_BV = self._read(model, inputs, model_kwargs)
-        return self.tokens_RT
-
-    def _read(self, model: Any, inputs: dict[str, Any], model_kwargs: dict[str, Any]) -> Tensor:
-        """The logits behind the last token that was read; `model_kwargs` are brought forward."""
-        outputs = model(**inputs, return_dict=True)
-        model_kwargs |= model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        return outputs.logits[:, -1]
+                logits_BV = forward(drawn_B[:, None])
 
     def _draw(self, logits_BV: Tensor, position: int) -> Tensor:
         drawn_B, logprobs_B = draw(logits_BV, self.seeds_B, position, self.sampling)
@@ -107,21 +100,46 @@ class Decoding:
         stay = num_ended * LEAVING_SHARE < len(self.going_B)
         return None if stay else kept
 
-    @staticmethod
-    def _select(rows: Tensor, of_row: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """`of_row`, the cache and the inputs of these rows alone, some maybe several times."""
-        model_kwargs["past_key_values"].reorder_cache(rows)
-        for name in ("attention_mask", "position_ids"):
-            if model_kwargs.get(name) is not None:
-                model_kwargs[name] = model_kwargs[name].index_select(-2, rows)
-        return of_row.index_select(0, rows)
+
+class _Forward:
+    """The model with its cache: tokens that follow what each row has read -> logits."""
+
+    def __init__(self, model: Any, mask_UP: Tensor, num_tokens: int) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        preallocate(self.cache)
+        self.mask_BS = torch.nn.functional.pad(mask_UP, (0, num_tokens), value=1)
+        self.num_read = 0
+        accepted = inspect.signature(model.forward).parameters
+        # Models with ALiBi or learned positions may count positions from the mask themselves.
+        self.takes_positions = "position_ids" in accepted
+        self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if "logits_to_keep" in accepted:
+            self.options["logits_to_keep"] = 1
+
+    def __call__(self, ids_Bn: Tensor) -> Tensor:
+        """int64 [B, n] -> the logits [B, V] behind the last token."""
+        start, self.num_read = self.num_read, self.num_read + ids_Bn.shape[1]
+        mask_BS = self.mask_BS[:, : self.num_read]
+        if self.takes_positions:
+            positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+            self.options["position_ids"] = positions_BS[:, start:]
+        outputs = self.model(
+            input_ids=ids_Bn, attention_mask=mask_BS, past_key_values=self.cache, **self.options
+        )
+        return outputs.logits[:, -1]
+
+    def select(self, rows_B: Tensor) -> None:
+        """Go on with these rows alone, some maybe several times."""
+        self.cache.reorder_cache(rows_B)
+        self.mask_BS = self.mask_BS.index_select(0, rows_B)
 
 
 # --- cache ----------------------------------------------------------------------------------------
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values [B, heads, length, head size], views of a buffer with room behind them."""
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values [B, heads, length, head size], views of a buffer that is longer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +159,7 @@ class RoomyLayer(DynamicLayer):
         length = before + new.shape[-2]
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape[-2] < length:
-            buffer = new.new_empty(*new.shape[:-2], length + ROOM, new.shape[-1])
+            buffer = new.new_empty(*new.shape[:-2], length + GROWTH, new.shape[-1])
             if held is not None and before:
                 buffer[..., :before, :] = held
             self.buffers[name] = buffer
@@ -153,8 +171,6 @@ class RoomyLayer(DynamicLayer):
         super().reorder_cache(beam_idx)
 
 
-def give_room(cache: Cache) -> None:
-    """Layers that keep everything keep it with room; those that forget stay as they are."""
-    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = RoomyLayer
+def preallocate(cache: Cache) -> None:
+    """Layers that keep every token get memory ahead; sliding layers, which drop tokens, stay."""
+    cache.layers = [PreallocatedLayer() if type(x) is DynamicLayer else x for x in cache.layers]

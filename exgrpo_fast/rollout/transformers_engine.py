@@ -1,4 +1,4 @@
-"""Rollouts by transformers' `generate` with the trainer's own weights: no copy, no sync.
+"""Rollouts by the transformers model that is trained: no copy of the weights, no sync.
 
 Continuous batching is not used: it has one seed per engine and draws from the process-wide random
 state, while a request here owns its seed. Tokens are drawn by inverse CDF with a counter-based hash
@@ -9,11 +9,9 @@ that the device has no memory for be generated in halves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from exgrpo_fast.experience import Completion
 from exgrpo_fast.model.out_of_memory import (
@@ -129,18 +127,7 @@ class TransformersEngine(LocalEngine):
             device=device,
             waiting=waiting,
         )
-        model: Any = self.policy.model
-        model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            custom_generate=decoding,
-            generation_config=GenerationConfig(
-                max_new_tokens=max(limits),
-                do_sample=False,  # drawing is ours
-                eos_token_id=self.eos_token_ids,
-                pad_token_id=self.pad_token_id,
-            ),
-        )
+        decoding.run(self.policy.model, ids.to(device), mask.to(device))
         tokens, logprobs = decoding.tokens_RT.cpu(), decoding.logprobs_RT.cpu()
         return [
             self._cut(row[:limit], row_logprobs[:limit])

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config
+from transformers.cache_utils import Cache
 
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.rollout.decoding import ROOM, Decoding, RoomyLayer, give_room
+from exgrpo_fast.rollout.decoding import GROWTH, Decoding, PreallocatedLayer
 from exgrpo_fast.rollout.drawing import BLOCK, draw, hash_uniform, invert_cdf
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.transformers_engine import TransformersEngine
@@ -51,11 +52,14 @@ def engine(policy: Policy) -> TransformersEngine:
 
 
 def test_greedy_tokens_are_those_of_transformers_own_loop(policy) -> None:
-    completions = engine(policy).generate(requests(1), Sampling(ROOM + 20, temperature=0.0))
+    completions = engine(policy).generate(requests(1), Sampling(GROWTH + 20, temperature=0.0))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         with torch.no_grad():
             own: Any = policy.model.eval().generate(  # pyright: ignore[reportCallIssue]
-                torch.tensor([prompt]), max_new_tokens=ROOM + 20, do_sample=False, eos_token_id=EOS
+                torch.tensor([prompt]),
+                max_new_tokens=GROWTH + 20,
+                do_sample=False,
+                eos_token_id=EOS,
             )
         assert completion.token_ids.tolist() == own[0, len(prompt) :].tolist()
 
@@ -120,7 +124,7 @@ def test_layers_that_forget_are_left_as_they_are(window: int) -> None:
         sliding_window=window,
         attn_logit_softcapping=None,
     )
-    policy = Policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+    policy = Policy(AutoModelForCausalLM.from_config(config))
     completions = engine(policy).generate(requests(2), Sampling(12))
     scores = policy.score(
         Ragged.of([r.prompt_ids for r in requests(2)]),
@@ -135,25 +139,24 @@ def test_layers_that_forget_are_left_as_they_are(window: int) -> None:
 
 def test_a_cache_with_room_holds_what_one_without_holds() -> None:
     plain: Any = DynamicCache()
-    roomy: Any = DynamicCache()
-    give_room(roomy)
+    roomy: Any = Cache(layers=[PreallocatedLayer()])
     generator = torch.Generator().manual_seed(0)
-    for length in (5, 1, 1, ROOM, 1, 2 * ROOM, 1):
+    for length in (5, 1, 1, GROWTH, 1, 2 * GROWTH, 1):
         new = torch.randn(2, 3, 2, length, 4, generator=generator).unbind(0)
         pairs = zip(roomy.update(*new, 0), plain.update(*new, 0), strict=True)
         for mine, theirs in pairs:
             assert torch.equal(mine, theirs)
-        if length == ROOM:
+        if length == GROWTH:
             for cache in (plain, roomy):
                 cache.reorder_cache(torch.tensor([2, 0, 0]))
     assert roomy.get_seq_length() == plain.get_seq_length()
-    assert isinstance(roomy.layers[0], RoomyLayer)
+    assert isinstance(roomy.layers[0], PreallocatedLayer)
 
 
 def test_a_token_is_written_in_place() -> None:
-    layer, new = RoomyLayer(), torch.ones(1, 1, 1, 4)
+    layer, new = PreallocatedLayer(), torch.ones(1, 1, 1, 4)
     first, _ = layer.update(new, new)
-    places = {layer.update(new, new)[0].data_ptr() for _ in range(ROOM)}
+    places = {layer.update(new, new)[0].data_ptr() for _ in range(GROWTH)}
     assert places == {first.data_ptr()}
     assert layer.update(new, new)[0].data_ptr() != first.data_ptr()
 

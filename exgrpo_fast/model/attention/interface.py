@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from exgrpo_fast.model.attention.backends import PackedAttention
 
 ATTENTION = "exgrpo_packed"
+# By the public registries: the modules that hold these functions move between releases.
+sdpa_attention_forward = AttentionInterface()["sdpa"]
+sdpa_mask = AttentionMaskInterface()["sdpa"]
 
 
 def packed_attention(
