@@ -1,0 +1,114 @@
+"""Where the code relies on more of a library than its documentation promises.
+
+One test for each place, so that a new release which moves one fails here by name and not in a run.
+vLLM's are exercised in tests/with_vllm, all in rollout/vllm_model.py; datasets and TRL are used by
+their documented interfaces alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.cache_utils import DynamicLayer
+
+SMALL = Qwen3Config(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+
+
+def test_rollout_decoding_extends_a_cache_layer() -> None:
+    """PreallocatedLayer: `keys` and `values` are what get_seq_length and get_mask_sizes read."""
+    layer, new = DynamicLayer(), torch.ones(2, 1, 3, 4)
+    layer.update(new, new)
+    assert layer.is_initialized and layer.keys is not None and layer.values is not None
+    assert layer.keys.shape == layer.values.shape == new.shape
+    layer.keys = layer.keys[..., :2, :]
+    assert layer.get_seq_length() == 2
+    assert "key_states" in inspect.signature(DynamicLayer.lazy_initialization).parameters
+
+
+def test_rollout_decoding_replaces_the_layers_of_a_cache() -> None:
+    layers = DynamicCache(config=SMALL).layers
+    assert [type(layer) for layer in layers] == [DynamicLayer] * 2
+
+
+def test_prior_selects_rows_of_a_cache() -> None:
+    """HoledCache.select."""
+    cache = DynamicCache(config=SMALL)
+    keys = torch.arange(3.0).view(3, 1, 1, 1)
+    cache.update(keys, keys, 0)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert cache.layers[0].keys is not None
+    assert cache.layers[0].keys.flatten().tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("registry", "expected"),
+    [
+        (AttentionInterface, ["module", "query", "key", "value", "attention_mask"]),
+        (AttentionMaskInterface, ["attention_mask"]),
+    ],
+)
+def test_attention_interface_calls_the_registered_sdpa(registry, expected) -> None:
+    parameters = inspect.signature(registry()["sdpa"]).parameters
+    assert set(expected) <= set(parameters)
+
+
+def test_attention_receives_what_the_packed_forward_is_given() -> None:
+    """model/policy.py hands `packed` to the model; the layers pass it on to the attention."""
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.append(kwargs["packed"])
+        return value.repeat_interleave(2, dim=1).transpose(1, 2), None
+
+    AttentionInterface.register("seen_by_a_test", attention)
+    AttentionMaskInterface.register("seen_by_a_test", lambda *args, **kwargs: None)
+    model = Qwen3ForCausalLM(SMALL)
+    model.set_attn_implementation("seen_by_a_test")
+    model.model(input_ids=torch.tensor([[1, 2]]), packed="layout")
+    assert seen == ["layout"] * 2
+
+
+def test_policy_recomputes_layers() -> None:
+    """recompute_layers: enabled with use_reentrant=False, the embeddings' hook taken off again."""
+    model = Qwen3ForCausalLM(SMALL)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(torch.tensor([1])).detach().requires_grad
+    assert isinstance(model, PreTrainedModel)
+
+
+def test_lora_reads_pefts_layers() -> None:
+    """model/lora.py: the class of an adapted layer, its parts, its switch and its cast."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = Qwen3ForCausalLM(SMALL)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"]), model)
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(layers) == 2 and hasattr(model, "peft_config")
+    for layer in layers:
+        assert layer.scaling["default"] == 1.5
+        assert layer.lora_A["default"].weight.shape == (2, 16)
+        assert layer.lora_B["default"].weight.shape == (16, 2)
+        assert isinstance(layer.cast_input_dtype_enabled, bool)
+        assert layer.get_base_layer().weight.shape == (16, 16)
+        layer.enable_adapters(False)
+        assert layer.disable_adapters
