@@ -26,7 +26,8 @@ test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, i
 # rewards and commands, then two steps of the toy.
 CORE := tests/test_trainer.py tests/test_resume.py tests/test_policy.py tests/test_lora.py \
 	tests/test_tiling.py tests/rollout tests/resampling tests/attention tests/rewards \
-	tests/test_cli.py tests/test_data.py tests/test_doctor.py tests/kernels
+	tests/test_cli.py tests/test_doctor.py tests/test_library_internals.py \
+	tests/kernels/test_operators.py tests/kernels/test_softcap.py tests/kernels/test_from_logits.py
 TOY := train quickstart --warm_start.examples 500 --rollout.prompts_per_step 8 \
 	--data.eval_size 20 --stop-after 2 --out
 
