@@ -28,7 +28,7 @@ CORE := tests/test_trainer.py tests/test_resume.py tests/test_policy.py tests/te
 	tests/test_tiling.py tests/rollout tests/resampling tests/attention tests/rewards \
 	tests/test_cli.py tests/test_doctor.py tests/test_library_internals.py \
 	tests/kernels/test_operators.py tests/kernels/test_softcap.py tests/kernels/test_from_logits.py
-TOY := train quickstart --warm_start.examples 500 --rollout.prompts_per_step 8 \
+TOY := train quickstart --warm_start.batches 200 --rollout.prompts_per_step 16 \
 	--data.eval_size 20 --stop-after 2 --out
 
 test-newest: .venv-newest/.dev ## the core suite without constraints: what a plain install brings

@@ -192,3 +192,22 @@ def test_seeds_differ_in_every_part_of_their_place() -> None:
     variants = [(1, 1, "q", 2), (0, 2, "q", 2), (0, 1, "r", 2), (0, 1, "q", 3)]
     assert request_seed(*base) == request_seed(*base)
     assert len({request_seed(*v) for v in [base, *variants]}) == 5
+
+
+def test_the_generation_settings_of_the_folder_have_no_influence(policy) -> None:
+    """`generate` would draw two sequences a prompt, punish repetition, and keep no cache."""
+    expected = engine(policy).generate(REQUESTS, Sampling(12))
+    model: Any = policy.model
+    model.config.use_cache = False
+    for name, value in {
+        "num_return_sequences": 2,
+        "repetition_penalty": 2.0,
+        "top_k": 1,
+        "max_new_tokens": 3,
+        "use_cache": False,
+    }.items():
+        setattr(model.generation_config, name, value)
+    found = engine(policy).generate(REQUESTS, Sampling(12))
+    for one, other in zip(expected, found, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert torch.equal(one.logprobs, other.logprobs)
