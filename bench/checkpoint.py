@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.checkpoint import folder_bytes
-from exgrpo_fast.composition import open_run, package_versions
+from exgrpo_fast.build import open_run, package_versions
 from exgrpo_fast.config import load_config
-from exgrpo_fast.display import NullScreen
-from exgrpo_fast.run_folder import RunFolder
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.run.checkpoint.format import folder_bytes
+from exgrpo_fast.run.directory import RunFolder
+from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.training.trainer import Trainer
 
 # The warm start only makes the responses stop; a short one gives a realistic step.
 SETTINGS = [("warm_start.batches", "150"), ("eval.n", "1"), ("eval.k", "[1]")]

@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from loss import machine
 
+from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.experience.prior.driver import Resampler, Session
+from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
+from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.resampling.driver import Resampler, Session
-from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
-from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.rollout.engine import Request, Sampling
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
 
 NO_END = 1 << 30  # an id that nothing has
 

@@ -2,7 +2,7 @@
 
     python bench/experience.py [--device cuda] [--questions 45000 --trajectories 200000]
 
-The store of `exgrpo_fast/buffer` and `Plain`, dicts of lists of tensors that are handled one
+The store of `exgrpo_fast/experience/replay` and `Plain`, dicts of lists of tensors that are handled one
 trajectory at a time (`experience_sides.py`), are filled with the same steps and answer the same calls, in turns in one
 process. Their answers are compared, too. Trajectories have log-normal lengths; every ninth
 question has 16 of them, the others share the rest. Of the 1,024 of a step 32 are copies: 16 of
@@ -57,9 +57,9 @@ from experience_sides import (
 from loss import machine, resident
 from torch import Tensor
 
-from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
-from exgrpo_fast.checkpoint import Checkpoints, load_state
+from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot
 from exgrpo_fast.model.packing import Pack, pack
+from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state
 
 # ExGRPO at 1.5B on 8 H100, average over its run: arXiv 2510.02245, table 8.
 STEP_SECONDS = 188.9

@@ -11,9 +11,14 @@ import torch
 from inputs import DTYPES
 from torch import Tensor
 
-from exgrpo_fast.buffer.plan import StorePlan
-from exgrpo_fast.buffer.selectors import allocate, bucket_probabilities, choose, gaussian_buckets
-from exgrpo_fast.buffer.store import Experiences, ExperienceStore
+from exgrpo_fast.experience.replay.plan import StorePlan
+from exgrpo_fast.experience.replay.selectors import (
+    allocate,
+    bucket_probabilities,
+    choose,
+    gaussian_buckets,
+)
+from exgrpo_fast.experience.replay.store import Experiences, ExperienceStore
 from exgrpo_fast.model.attention.layout import AttentionLayout
 from exgrpo_fast.model.packing import Pack, Ragged, pack
 

@@ -24,15 +24,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from exgrpo_fast.config import validate
-from exgrpo_fast.learning.advantages import ADVANTAGES
-from exgrpo_fast.learning.gradient_release import ReleasingOptimiser
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.preflight import worst_groups
+from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
+from exgrpo_fast.training.optim.optimiser import Optimiser
+from exgrpo_fast.training.preflight import worst_groups
 from exgrpo_kernels import PolicyObjective
 
 SHAPES: dict[str, Any] = {

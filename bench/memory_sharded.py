@@ -29,11 +29,11 @@ from memory import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from exgrpo_fast.distributed import ShardedPolicy, mesh_of
-from exgrpo_fast.learning.optim import Optimiser
-from exgrpo_fast.parted import own_part
-from exgrpo_fast.processes import Processes
-from exgrpo_fast.torchrun import Place
+from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.process_group import Processes, mesh_of
+from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.model.sharded_policy import ShardedPolicy
+from exgrpo_fast.training.optim.optimiser import Optimiser
 
 COUNTS = (2, 8)
 # shape, response tokens, compute, checkpointing, adapter, tokens of a tile

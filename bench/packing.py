@@ -24,13 +24,13 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
-from exgrpo_fast.learning.advantages import ADVANTAGES
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.learning.optim import Optimiser
+from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.model import packing
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
+from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_kernels import PolicyObjective
 
 MODEL = Qwen3Config(

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.composition import load_tokenizer, make_policy
+from exgrpo_fast.build import load_tokenizer, make_policy
+from exgrpo_fast.build.data import load_data
+from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.config import load_config
-from exgrpo_fast.display import NullScreen
-from exgrpo_fast.engines import make_transformers_engine
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
-from exgrpo_fast.training_data import load_data
+from exgrpo_fast.run.display import NullScreen
 from exgrpo_kernels import linear_logprob, linear_policy_loss
 
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)

@@ -37,8 +37,8 @@ from typing import Any
 from loss import installed, machine
 
 from exgrpo_fast.rewards import RewardPool, RewardSample, Scored, Ticket
-from exgrpo_fast.rewards.mathematics import MATH_SECONDS
-from exgrpo_fast.rewards.nasty import IN_TIME_MS, Nasty, box, nasty_answers
+from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
+from exgrpo_fast.rewards.verifiers.mathematics import MATH_SECONDS
 
 PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime", "gmpy2")
 ROWS_PER_HOSTILE = 100

@@ -35,15 +35,15 @@ from typing import Any
 
 from loss import machine
 
-from exgrpo_fast.composition import load_tokenizer, make_policy, quiet_libraries
+from exgrpo_fast.build import load_tokenizer, make_policy, quiet_libraries
+from exgrpo_fast.build.engines import prepare_engine
+from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.config import Config, validate
-from exgrpo_fast.engines import prepare_engine
-from exgrpo_fast.errors import UserError
-from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.rollout.canary import VerifiedEngine
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
-from exgrpo_fast.rollout.server_engine import ServerEngine
-from exgrpo_fast.rollout.vllm_versions import find_vllm
+from exgrpo_fast.rollout.server.engine import ServerEngine
+from exgrpo_fast.rollout.sync_check import VerifiedEngine
+from exgrpo_fast.rollout.vllm.versions import find_vllm
 
 SAMPLES = 8  # of each prompt
 SETTINGS = ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "VLLM_USE_V2_MODEL_RUNNER")

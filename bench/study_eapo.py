@@ -42,9 +42,9 @@ def warm_start(path: Path, seed: int) -> None:
     """The initial policy of a seed, made once for all arms."""
     if path.exists():
         return
+    from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
     from exgrpo_fast.config import load_config
-    from exgrpo_fast.display import NullScreen
-    from exgrpo_fast.quickstart.prepare import prepare_quickstart
+    from exgrpo_fast.run.display import NullScreen
 
     config = load_config("quickstart-eapo", [("train.seed", str(seed))])
     prepare_quickstart(config, path, NullScreen(), device="cpu")

@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Config": "exgrpo_fast.config",
     "load_config": "exgrpo_fast.config",
-    "Question": "exgrpo_fast.experience",
-    "Trajectory": "exgrpo_fast.experience",
-    "Group": "exgrpo_fast.experience",
-    "TokenColumns": "exgrpo_fast.experience",
-    "Trainer": "exgrpo_fast.trainer",
+    "Question": "exgrpo_fast.core.types",
+    "Trajectory": "exgrpo_fast.core.types",
+    "Group": "exgrpo_fast.core.types",
+    "TokenColumns": "exgrpo_fast.core.types",
+    "Trainer": "exgrpo_fast.training.trainer",
     "RewardPool": "exgrpo_fast.rewards",
     "load_questions": "exgrpo_fast.data",
 }

@@ -18,16 +18,16 @@ if not torch.cuda.is_available():
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
-from exgrpo_fast.composition import make_policy, make_reference, make_rewards, make_trainer
+from exgrpo_fast.build import make_policy, make_reference, make_rewards, make_trainer
+from exgrpo_fast.build.engines import make_transformers_engine
+from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.config import Config, validate
-from exgrpo_fast.display import NullScreen
-from exgrpo_fast.engines import make_transformers_engine
-from exgrpo_fast.experience import Completion, Question
-from exgrpo_fast.metrics import NullSink
-from exgrpo_fast.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.core.types import Completion, Question
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
-from exgrpo_fast.run_folder import RunFolder
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.run.directory import RunFolder
+from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.metrics import NullSink
+from exgrpo_fast.training.trainer import Trainer
 
 REWARDS = Path(__file__).parent / "reward_functions.py"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from exgrpo_fast.processes import Processes, joined
-from exgrpo_fast.torchrun import Place
+from exgrpo_fast.core.process_group import Processes, joined
+from exgrpo_fast.core.torchrun import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "kernels"]

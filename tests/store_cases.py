@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from exgrpo_fast.buffer.plan import StorePlan
-from exgrpo_fast.buffer.snapshot import stored_rows
-from exgrpo_fast.buffer.store import COLUMNS, Experiences, ExperienceStore
+from exgrpo_fast.experience.replay.plan import StorePlan
+from exgrpo_fast.experience.replay.snapshot import stored_rows
+from exgrpo_fast.experience.replay.store import COLUMNS, Experiences, ExperienceStore
 from exgrpo_fast.model.packing import Ragged
 
 POISON = 0x0BAD

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.experience.prior.triggers import Trigger
 
 
 class Path(NamedTuple):

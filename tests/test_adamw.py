@@ -13,12 +13,12 @@ from conftest import ScriptedEngine, make_questions
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from exgrpo_fast.checkpoint import Checkpoints, load_state
-from exgrpo_fast.composition import take_up
+from exgrpo_fast.build import take_up
 from exgrpo_fast.config import Config, ConfigError, validate
-from exgrpo_fast.learning.adamw import OptimiserError, flatten, make_adamw, restore
-from exgrpo_fast.learning.optim import Optimiser
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state
+from exgrpo_fast.training.optim.adamw import OptimiserError, flatten, make_adamw, restore
+from exgrpo_fast.training.optim.optimiser import Optimiser
+from exgrpo_fast.training.trainer import Trainer
 
 
 def needs(package: str) -> pytest.MarkDecorator:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from exgrpo_fast.learning.advantages import dr_grpo, grpo, rloo
+from exgrpo_fast.training.advantages import dr_grpo, grpo, rloo
 
 
 def test_dr_grpo_is_centred_only() -> None:

@@ -13,13 +13,17 @@ import pytest
 import torch
 from conftest import REWARDS
 
-from exgrpo_fast.buffer.inspect import known_questions, stored_questions, stored_trajectories
-from exgrpo_fast.buffer.pool import load_pool
-from exgrpo_fast.buffer_session import SavedStore
-from exgrpo_fast.checkpoint import load_state, split_tensors, verify, write_checkpoint
 from exgrpo_fast.cli import main
-from exgrpo_fast.metrics import clean_text
+from exgrpo_fast.cli.buffer_session import SavedStore
+from exgrpo_fast.core.text import clean_text
+from exgrpo_fast.experience.replay.inspect import (
+    known_questions,
+    stored_questions,
+    stored_trajectories,
+)
+from exgrpo_fast.experience.replay.pool import load_pool
 from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.run.checkpoint.format import load_state, split_tensors, verify, write_checkpoint
 
 HOSTILE = "\x1b[2J"  # clears the screen of whoever prints it
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exgrpo_fast.checkpoint import (
+from exgrpo_fast.run.checkpoint.format import (
     MANIFEST,
     CannotSave,
     CheckpointError,

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from exgrpo_fast.checkpoint import CannotSave, Checkpoints, load_state, verify
-from exgrpo_fast.checkpoint_writer import CheckpointWriter, HostCopies
-from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.model.model_folder import HuggingFaceFolder
+from exgrpo_fast.core.errors import NumericalStop
+from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.model.policy import Policy, load_model
+from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, load_state, verify
+from exgrpo_fast.run.checkpoint.writer import CheckpointWriter, HostCopies
 
 
 class Model:

@@ -18,11 +18,11 @@ import yaml
 from conftest import REWARDS
 
 from exgrpo_fast import __version__
-from exgrpo_fast.checkpoint import verify
 from exgrpo_fast.cli import main
-from exgrpo_fast.collect import Collector
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.run.checkpoint.format import verify
+from exgrpo_fast.run.directory import RunFolder
+from exgrpo_fast.training.collector import Collector
+from exgrpo_fast.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"  # a copy beside the repository
@@ -535,9 +535,7 @@ def test_the_other_recipes_train(train_file, tmp_path: Path, recipe: str) -> Non
 def test_bad_data_is_refused_before_the_model_is_loaded(
     train_file, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(
-        "exgrpo_fast.composition.models.load_model", lambda name: pytest.fail("loaded")
-    )
+    monkeypatch.setattr("exgrpo_fast.build.models.load_model", lambda name: pytest.fail("loaded"))
     good = [json.dumps(row) for row in gsm8k_like(20)]
     broken = '{"question": "?", "answer": '
     golds = json.dumps({"question": "Half?", "answer": "#### \\frac{1"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.collect import Clock, OverlongRule
+from exgrpo_fast.training.collector import Clock, OverlongRule
 
 
 def dynamic(extra: int) -> dict:

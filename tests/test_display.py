@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from exgrpo_fast.display import (
+from exgrpo_fast.run.display import (
     NullScreen,
     PlainScreen,
     RichScreen,
@@ -22,7 +22,7 @@ from exgrpo_fast.display import (
     short,
     sparkline,
 )
-from exgrpo_fast.display.columns import COLUMNS, fitting_columns
+from exgrpo_fast.run.display.columns import COLUMNS, fitting_columns
 
 FULL = {
     "step": 12,

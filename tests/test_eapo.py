@@ -12,23 +12,23 @@ import pytest
 import torch
 from conftest import make_questions
 
-from exgrpo_fast.checkpoint import load_state
+from exgrpo_fast.build import load_tokenizer
+from exgrpo_fast.build.quickstart.model import make_model
 from exgrpo_fast.cli import main
-from exgrpo_fast.collect import Clock
-from exgrpo_fast.composition import load_tokenizer
 from exgrpo_fast.config import ConfigError, validate
-from exgrpo_fast.experience import Group, Guidance, Trajectory, Verdict
-from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.quickstart.model import make_model
-from exgrpo_fast.resampling.compatibility import (
+from exgrpo_fast.core.types import Group, Guidance, Trajectory, Verdict
+from exgrpo_fast.experience.prior.compatibility import (
     PriorError,
     read_vocabulary,
     refuse_other_vocabulary,
 )
-from exgrpo_fast.resampling.importance import columns_of
+from exgrpo_fast.experience.prior.importance import columns_of
+from exgrpo_fast.experience.prior.source import PriorSource
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import UNOBSERVED
-from exgrpo_fast.sources.prior import PriorSource
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.training.collector import Clock
+from exgrpo_fast.training.trainer import Trainer
 from exgrpo_kernels import policy_loss
 
 DAPO = {
@@ -527,7 +527,7 @@ def test_rows_of_padding_are_allowed_and_missing_ones_are_not(
 def test_another_tokenizer_is_refused_even_of_equal_size(
     tokenizer, model_folder: Path, tmp_path: Path
 ) -> None:
-    from exgrpo_fast.quickstart.model import make_tokenizer
+    from exgrpo_fast.build.quickstart.model import make_tokenizer
 
     other = make_tokenizer(
         ["quick brown foxes jump over lazy dogs " * 3] * 3, vocab_size=len(tokenizer)
@@ -553,7 +553,7 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
 ) -> None:
     folder = saved(tmp_path / "ends", tokenizer, eos=[5])
     monkeypatch.setattr(
-        "exgrpo_fast.composition.models.load_model", lambda name: pytest.fail("was loaded")
+        "exgrpo_fast.build.models.load_model", lambda name: pytest.fail("was loaded")
     )
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"prompt": "What is 1 + 2?", "answer": "3"}) + "\n")

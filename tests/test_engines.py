@@ -11,10 +11,10 @@ import torch
 from conftest import small_config
 from transformers import GenerationConfig
 
-import exgrpo_fast.engines as engines
+import exgrpo_fast.build.engines as engines
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.memory.engine import engine_plan, kv_bytes_per_token, max_model_len
-from exgrpo_fast.mismatch import NO_CORRECTION
+from exgrpo_fast.rollout.mismatch import NO_CORRECTION
 
 # Qwen2.5-7B's shapes
 LARGE = SimpleNamespace(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.evaluate import bootstrap_interval, mean_pass_at_k
+from exgrpo_fast.training.evaluate import bootstrap_interval, mean_pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.buffer.selectors import TrajectoryKey, choose
-from exgrpo_fast.checkpoint import load_state
-from exgrpo_fast.experience import Group, Trajectory, Verdict
+from exgrpo_fast.core.types import Group, Trajectory, Verdict
+from exgrpo_fast.experience.question_stream import QuestionStream
+from exgrpo_fast.experience.replay.selectors import TrajectoryKey, choose
+from exgrpo_fast.experience.replay.source import ReplaySource, score_keys
 from exgrpo_fast.model.policy import Scores
-from exgrpo_fast.sources.questions import QuestionStream
-from exgrpo_fast.sources.replay import ReplaySource, score_keys
+from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_kernels import linear_logprob, policy_loss
 
 ON = {"enabled": True, "start_success_rate": None}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from conftest import make_questions
 
-from exgrpo_fast.experience import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.training.trainer import Trainer
 
 
 class Ready:

@@ -17,17 +17,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from exgrpo_fast.config import Config, ConfigError, refuse_with_several
-from exgrpo_fast.experience import Group
-from exgrpo_fast.learning import optim
-from exgrpo_fast.learning.advantages import ADVANTAGES
-from exgrpo_fast.learning.gradient_release import HalfApplied, ReleasingOptimiser, SeveralPacks
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.learning.optim import Optimiser
+from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, released, states, update
-from exgrpo_fast.model.out_of_memory import OutOfMemory
+from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.preflight import rehearse, worst_groups
+from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim import optimiser as optim
+from exgrpo_fast.training.optim.gradient_release import (
+    HalfApplied,
+    ReleasingOptimiser,
+    SeveralPacks,
+)
+from exgrpo_fast.training.optim.optimiser import Optimiser
+from exgrpo_fast.training.preflight import rehearse, worst_groups
 from exgrpo_kernels import PolicyObjective
 
 OBJECTIVE = PolicyObjective()

@@ -13,14 +13,14 @@ from conftest import make_questions
 from safetensors.torch import load_file
 from test_learner import collect, moments, questions_of, same, weights, with_rewards
 
-from exgrpo_fast.bad_batches import BadBatches
-from exgrpo_fast.checkpoint import split_tensors
-from exgrpo_fast.learning.update_report import RefusedUpdate
+from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.torchrun import Place
 from exgrpo_fast.model import policy as policy_module
-from exgrpo_fast.model.out_of_memory import OutOfMemory
+from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.packing import sequences_of
-from exgrpo_fast.processes import Processes
-from exgrpo_fast.torchrun import Place
+from exgrpo_fast.run.checkpoint.format import split_tensors
+from exgrpo_fast.training.bad_batches import BadBatches
+from exgrpo_fast.training.update_stats import RefusedUpdate
 
 # --- a refused batch is kept for study -----------------------------------------------------------
 

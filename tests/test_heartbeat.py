@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from exgrpo_fast import heartbeat as module
-from exgrpo_fast.display import NullScreen, WatchedScreen
-from exgrpo_fast.heartbeat import Heartbeat, Supervised
+from exgrpo_fast.core import heartbeat as module
+from exgrpo_fast.core.heartbeat import Heartbeat, Supervised
+from exgrpo_fast.run.display import NullScreen, WatchedScreen
 
 
 @pytest.fixture

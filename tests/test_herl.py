@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.collect import Clock, NothingScored
-from exgrpo_fast.display import NullScreen
-from exgrpo_fast.evaluate import Evaluator
-from exgrpo_fast.experience import Completion, Group, Trajectory, Verdict
+from exgrpo_fast.core.types import Completion, Group, Trajectory, Verdict
+from exgrpo_fast.experience.hindsight.source import HindsightSource
+from exgrpo_fast.experience.replay.source import ReplaySource
+from exgrpo_fast.experience.scoring import Grading
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
-from exgrpo_fast.sources.hindsight import HindsightSource
-from exgrpo_fast.sources.replay import ReplaySource
-from exgrpo_fast.trainer import Trainer
-from exgrpo_fast.verify import Grading
+from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.training.collector import Clock, NothingScored
+from exgrpo_fast.training.evaluate import Evaluator
+from exgrpo_fast.training.trainer import Trainer
 from exgrpo_kernels import policy_loss
 
 HERL = {"enabled": True, "max_prompt_tokens": 240, "max_revisions": 3}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import make_questions
 
-from exgrpo_fast.collect import Clock
-from exgrpo_fast.experience import Group, Trajectory, Verdict
-from exgrpo_fast.learning.learner import carries_gradient, split_evenly
-from exgrpo_fast.learning.optim import Optimiser, UpdateOutcome
-from exgrpo_fast.learning.update_report import MetricSums
+from exgrpo_fast.core.types import Group, Trajectory, Verdict
 from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.training.collector import Clock
+from exgrpo_fast.training.learner import carries_gradient, split_evenly
+from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
+from exgrpo_fast.training.update_stats import MetricSums
 
 
 class GradientRecorder(Optimiser):

@@ -1,7 +1,7 @@
 """Where the code relies on more of a library than its documentation promises.
 
 One test for each place, so that a new release which moves one fails here by name and not in a run.
-vLLM's are exercised in tests/with_vllm, all in rollout/vllm_model.py; datasets and TRL are used by
+vLLM's are exercised in tests/with_vllm, all in rollout/vllm/model.py; datasets and TRL are used by
 their documented interfaces alone.
 """
 

@@ -12,11 +12,10 @@ import torch
 from conftest import ScriptedEngine, make_questions
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from exgrpo_fast.checkpoint import load_state
-from exgrpo_fast.composition import adapter_of, take_up
+from exgrpo_fast.build import adapter_of, take_up
+from exgrpo_fast.build.quickstart.model import make_model
+from exgrpo_fast.cli.export import export_checkpoint
 from exgrpo_fast.config import ConfigError, validate
-from exgrpo_fast.export import export_checkpoint
-from exgrpo_fast.metrics import NullSink
 from exgrpo_fast.model.lora import (
     LoraError,
     add_adapter,
@@ -27,9 +26,10 @@ from exgrpo_fast.model.lora import (
     trainable,
 )
 from exgrpo_fast.model.policy import load_model
-from exgrpo_fast.quickstart.model import make_model
 from exgrpo_fast.rollout.engine import Request, Sampling
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.metrics import NullSink
+from exgrpo_fast.training.trainer import Trainer
 
 LORA = {"rank": 4, "alpha": 8.0}
 IDS = torch.arange(3, 40)[None]

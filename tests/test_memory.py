@@ -14,16 +14,16 @@ from conftest import make_questions, peak_bytes
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from exgrpo_fast.build import run_preflight
 from exgrpo_fast.cli import main
-from exgrpo_fast.composition import run_preflight
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
 from exgrpo_fast.memory.advice import cheapest, refusal
+from exgrpo_fast.memory.fit import Expected, plan_run
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
 from exgrpo_fast.model.packing import sequences_of
-from exgrpo_fast.planning import Expected, plan_run
-from exgrpo_fast.preflight import DoesNotFit, rehearse, worst_groups
+from exgrpo_fast.training.preflight import DoesNotFit, rehearse, worst_groups
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from exgrpo_fast.metrics import (
+from exgrpo_fast.core.text import clean_line, clean_text
+from exgrpo_fast.run.metrics import (
     COMPLETION_COLUMNS,
     CompletionLog,
     FanOut,
@@ -25,8 +26,6 @@ from exgrpo_fast.metrics import (
     NullSink,
     TensorBoardSink,
     WandbSink,
-    clean_line,
-    clean_text,
     numbers,
     peak_memory_gib,
     strict,

@@ -9,8 +9,8 @@ import torch
 from conftest import ScriptedEngine, make_questions
 
 from exgrpo_fast.config import ConfigError
-from exgrpo_fast.experience import Completion, WeightSpan
-from exgrpo_fast.mismatch import NO_CORRECTION, MismatchRule, measure, staleness
+from exgrpo_fast.core.types import Completion, WeightSpan
+from exgrpo_fast.rollout.mismatch import NO_CORRECTION, MismatchRule, measure, staleness
 
 D = torch.tensor([0.0, math.log(3.0), -math.log(4.0), math.log(1.5)])  # ratios 1, 3, 1/4, 1.5
 

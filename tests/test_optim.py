@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from exgrpo_fast.learning.optim import Optimiser, constant, linear_warmup, warmup_then_decay
+from exgrpo_fast.training.optim.optimiser import (
+    Optimiser,
+    constant,
+    linear_warmup,
+    warmup_then_decay,
+)
 
 
 def matrix_and_vector() -> list[nn.Parameter]:

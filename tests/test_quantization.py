@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from exgrpo_fast.errors import UserError
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.lora import add_adapter, merged_weights, save_plain
 from exgrpo_fast.model.policy import load_model
 from exgrpo_fast.model.quantization import nf4

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.buffer.pool import export_pool
-from exgrpo_fast.buffer.snapshot import snapshot
-from exgrpo_fast.checkpoint import load_state
 from exgrpo_fast.config import load_config
-from exgrpo_fast.experience import Trajectory
-from exgrpo_fast.sources.replay import ReplaySource
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.experience.replay.pool import export_pool
+from exgrpo_fast.experience.replay.snapshot import snapshot
+from exgrpo_fast.experience.replay.source import ReplaySource
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.training.trainer import Trainer
 
 NAMES = [f"q{i}" for i in range(8)]
 

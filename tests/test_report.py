@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 import exgrpo_fast
-from exgrpo_fast.metrics import CompletionLog, JsonlSink
-from exgrpo_fast.report import read_run, write_report
-from exgrpo_fast.report.axes import Axes, tick_label, ticks
-from exgrpo_fast.report.completions import pick_rows
-from exgrpo_fast.report.figures import Line, line_figure, running_mean, stacked_figure, thin
-from exgrpo_fast.report.page import flat
+from exgrpo_fast.run.metrics import CompletionLog, JsonlSink
+from exgrpo_fast.run.report import read_run, write_report
+from exgrpo_fast.run.report.axes import Axes, tick_label, ticks
+from exgrpo_fast.run.report.completions import pick_rows
+from exgrpo_fast.run.report.figures import Line, line_figure, running_mean, stacked_figure, thin
+from exgrpo_fast.run.report.page import flat
 
 
 def step_metrics(step, *, replay=True):
@@ -375,6 +375,6 @@ def test_flat_keeps_order_and_names():
 
 
 def test_the_report_needs_no_torch():
-    code = "import sys, exgrpo_fast.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, exgrpo_fast.run.report; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(exgrpo_fast.__file__).parent.parent)}
     assert subprocess.run([sys.executable, "-c", code], timeout=60, env=environment).returncode == 0

@@ -14,11 +14,11 @@ import torch
 import xxhash
 from conftest import OwnEngine, make_questions
 
-from exgrpo_fast.checkpoint import load_state, split_tensors
-from exgrpo_fast.random_state import random_state, restore_random_state, seed_everything
+from exgrpo_fast.core.rng import random_state, restore_random_state, seed_everything
 from exgrpo_fast.rollout.engine import UNOBSERVED
 from exgrpo_fast.rollout.journal import JournalledEngine
-from exgrpo_fast.trainer import Trainer
+from exgrpo_fast.run.checkpoint.format import load_state, split_tensors
+from exgrpo_fast.training.trainer import Trainer
 
 STEPS = 14
 # 12 questions, 4 a step: epochs end after steps 3, 6, 9, ... when replay asks none of them again.

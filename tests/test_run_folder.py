@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exgrpo_fast.run_folder import RunFolder, RunFolderError
+from exgrpo_fast.run.directory import RunFolder, RunFolderError
 
 
 def test_the_owner_of_the_lock_is_named(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_name_left_by_a_dead_owner_is_not_reported(tmp_path: Path, monkeypatch
         waits.append(seconds)
         (tmp_path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
-    monkeypatch.setattr("exgrpo_fast.run_folder.time.sleep", present_owner_writes)
+    monkeypatch.setattr("exgrpo_fast.run.directory.time.sleep", present_owner_writes)
     with pytest.raises(RunFolderError, match=f"process {os.getpid()} on"):
         RunFolder(tmp_path, resume=True)
     assert len(waits) == 1

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import REWARDS
 
+from exgrpo_fast.build import environment
 from exgrpo_fast.cli import main
-from exgrpo_fast.composition import environment
-from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.run.directory import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*ROOT.glob("exgrpo_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")])
@@ -23,7 +23,7 @@ SOURCES = sorted([*ROOT.glob("exgrpo_fast/**/*.py"), *ROOT.glob("kernels/**/*.py
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 LISTENERS = {"http.server", "socketserver", "xmlrpc.server", "multiprocessing.managers"}
 LISTENING_CALLS = {"bind", "listen", "start_server", "start_unix_server", "create_server"}
-MAY_LISTEN = {"exgrpo_fast/rollout/server.py"}  # on a Unix socket or the loopback interface
+MAY_LISTEN = {"exgrpo_fast/rollout/server/server.py"}  # on a Unix socket or the loopback interface
 CODE_FROM_TEXT = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 UNPICKLERS = {"torch.load", "np.load", "numpy.load", "torch.jit.load", "pd.read_pickle"}
@@ -139,7 +139,7 @@ def test_each_rule_has_teeth(line: str) -> None:
 
 def test_one_file_may_listen() -> None:
     tree = ast.parse("server.bind(path)")
-    assert list(faults(tree, "exgrpo_fast/rollout/server.py")) == []
+    assert list(faults(tree, "exgrpo_fast/rollout/server/server.py")) == []
 
 
 # --- a run, watched ------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_no_secret_reaches_env_json(monkeypatch) -> None:
 
 
 def test_deleting_follows_no_link(tmp_path: Path) -> None:
-    from exgrpo_fast.checkpoint import CannotSave, Checkpoints
+    from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints
 
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -239,8 +239,8 @@ def test_deleting_follows_no_link(tmp_path: Path) -> None:
 def test_code_in_a_model_folder_is_not_run(tmp_path: Path, model_folder: Path) -> None:
     import shutil
 
-    from exgrpo_fast.composition import load_tokenizer
-    from exgrpo_fast.errors import UserError
+    from exgrpo_fast.build import load_tokenizer
+    from exgrpo_fast.core.errors import UserError
     from exgrpo_fast.model.policy import load_model
 
     model = tmp_path / "model"
@@ -266,7 +266,7 @@ def test_code_in_a_model_folder_is_not_run(tmp_path: Path, model_folder: Path) -
 def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, model_folder: Path) -> None:
     import shutil
 
-    from exgrpo_fast.errors import UserError
+    from exgrpo_fast.core.errors import UserError
     from exgrpo_fast.model.policy import load_model
 
     model = tmp_path / "model"

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from exgrpo_fast.heartbeat import Supervised
-from exgrpo_fast.run_folder import RunFolder, RunFolderError
-from exgrpo_fast.supervisor import Deadlines, Supervisor
+from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.run.directory import RunFolder, RunFolderError
+from exgrpo_fast.run.supervisor import Deadlines, Supervisor
 
 ROOT = Path(__file__).resolve().parents[1]
 
 HEAD = """
 import faulthandler, os, pathlib, signal, subprocess, sys, time
-from exgrpo_fast.heartbeat import Supervised
+from exgrpo_fast.core.heartbeat import Supervised
 told, resume = Supervised.parse(sys.argv[1]), sys.argv[2] == "True"
 heartbeat = told.take_over()
 life = int(pathlib.Path("lives").read_text()) if pathlib.Path("lives").exists() else 0
@@ -119,7 +119,7 @@ def test_silence_is_ended_with_the_stacks_in_the_log(supervise, tmp_path: Path) 
 
 
 def test_a_stopped_worker_is_killed(supervise, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("exgrpo_fast.supervisor.SECONDS_TO_DUMP", 0.2)
+    monkeypatch.setattr("exgrpo_fast.run.supervisor.SECONDS_TO_DUMP", 0.2)
     body = "with heartbeat.phase('x'):\n    if life == 0: os.kill(os.getpid(), signal.SIGSTOP)"
     assert supervise(body, deadline=0.6) == (0, 2)
     assert "(T (stopped)): stopped" in log_of(tmp_path)
@@ -204,7 +204,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from test_supervisor import WAITS_FOR_A_SIGNAL, make
-from exgrpo_fast.run_folder import RunFolder
+from exgrpo_fast.run.directory import RunFolder
 make(WAITS_FOR_A_SIGNAL, RunFolder(Path("."), resume=True)).run()
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
@@ -224,7 +224,7 @@ make(WAITS_FOR_A_SIGNAL, RunFolder(Path("."), resume=True)).run()
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import sys, exgrpo_fast.supervisor; print('torch' in sys.modules)"
+    code = "import sys, exgrpo_fast.run.supervisor; print('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert done.stdout == b"False\n"

@@ -23,16 +23,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from exgrpo_fast.checkpoint import load_state
-from exgrpo_fast.learning.advantages import ADVANTAGES
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.learning.optim import Optimiser
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, states, update
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.policy import Policy, PolicyError
 from exgrpo_fast.model.tiling import decoder_layers, run_in_tiles, run_tiled
-from exgrpo_fast.preflight import worst_groups
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim.optimiser import Optimiser
+from exgrpo_fast.training.preflight import worst_groups
 from exgrpo_kernels import PolicyObjective
 
 SMALL: dict[str, Any] = {

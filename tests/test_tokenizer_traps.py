@@ -11,19 +11,19 @@ import torch
 from conftest import make_questions, small_config
 from test_learner import GradientRecorder, collect, with_rewards
 
-from exgrpo_fast.checkpoint import Checkpoints
-from exgrpo_fast.composition import (
+from exgrpo_fast.build import (
     load_tokenizer,
     make_policy,
     refuse_broken_weights,
     refuse_other_tokenizer,
     vocabulary_of,
 )
+from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.config import ConfigError
-from exgrpo_fast.engines import make_transformers_engine
-from exgrpo_fast.errors import NumericalStop
+from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.model.policy import PolicyError
 from exgrpo_fast.rollout.engine import Request, Sampling
+from exgrpo_fast.run.checkpoint.format import Checkpoints
 
 
 def stripped(model_folder: Path, target: Path, names: list[str]) -> Path:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import make_questions
 
-from exgrpo_fast.checkpoint import load_state, verify
-from exgrpo_fast.metrics import NullSink
-from exgrpo_fast.trainer import MAX_BAD_UPDATES, NumericalStop
+from exgrpo_fast.run.checkpoint.format import load_state, verify
+from exgrpo_fast.run.metrics import NullSink
+from exgrpo_fast.training.trainer import MAX_BAD_UPDATES, NumericalStop
 
 
 class Log(NullSink):

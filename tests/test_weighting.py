@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exgrpo_fast.learning.weighting import moved_clip
+from exgrpo_fast.experience.replay.weighting import moved_clip
 from exgrpo_kernels import PolicyObjective, policy_loss
 
 CLIPPED = PolicyObjective(clip_low=0.2, clip_high=0.28)

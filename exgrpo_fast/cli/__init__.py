@@ -26,8 +26,8 @@ from exgrpo_fast.cli.parsing import Parser, suggest
 from exgrpo_fast.cli.train import add_train, parse_overrides, train
 from exgrpo_fast.cli.write import add_export, add_init
 from exgrpo_fast.config import ConfigError
-from exgrpo_fast.errors import UserError
-from exgrpo_fast.metrics import clean_line
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import clean_line
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128
 COMMANDS = (

@@ -45,7 +45,7 @@ def add_buffer(commands: Any) -> None:
 
 def buffer_stats(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer stats")
-    from exgrpo_fast.buffer_session import stats_session
+    from exgrpo_fast.cli.buffer_session import stats_session
 
     stats_session(Path(arguments.path), as_json=arguments.json)
     return 0
@@ -53,7 +53,7 @@ def buffer_stats(arguments: argparse.Namespace) -> int:
 
 def buffer_ls(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer ls")
-    from exgrpo_fast.buffer_session import list_session
+    from exgrpo_fast.cli.buffer_session import list_session
 
     list_session(
         Path(arguments.path),
@@ -66,7 +66,7 @@ def buffer_ls(arguments: argparse.Namespace) -> int:
 
 def buffer_show(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer show")
-    from exgrpo_fast.buffer_session import show_session
+    from exgrpo_fast.cli.buffer_session import show_session
 
     show_session(Path(arguments.path), arguments.id)
     return 0
@@ -77,7 +77,7 @@ def buffer_prune(arguments: argparse.Namespace) -> int:
     require_absent(arguments.out)
     if arguments.max_age is None and arguments.max_per_question is None:
         raise ConfigError("buffer prune: give --max-age STEPS, --max-per-question N or both")
-    from exgrpo_fast.buffer_session import prune_session
+    from exgrpo_fast.cli.buffer_session import prune_session
 
     prune_session(
         Path(arguments.path),
@@ -91,7 +91,7 @@ def buffer_prune(arguments: argparse.Namespace) -> int:
 def buffer_export(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer export")
     require_absent(arguments.out)
-    from exgrpo_fast.buffer_session import export_session
+    from exgrpo_fast.cli.buffer_session import export_session
 
     export_session(Path(arguments.path), Path(arguments.out))
     return 0

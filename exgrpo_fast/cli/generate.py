@@ -57,7 +57,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if max(arguments.k) > arguments.n:
         raise ConfigError(f"-k {max(arguments.k)} needs as many samples: -n is {arguments.n}")
     require_rewards([arguments.reward], "--reward")
-    from exgrpo_fast.session import eval_session
+    from exgrpo_fast.cli.session import eval_session
 
     results = eval_session(
         arguments.model,
@@ -79,7 +79,7 @@ def sample(arguments: argparse.Namespace) -> int:
     elif not arguments.prompt:
         raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
     require_rewards([arguments.reward], "--reward")
-    from exgrpo_fast.session import sample_session
+    from exgrpo_fast.cli.session import sample_session
 
     sample_session(
         arguments.model,

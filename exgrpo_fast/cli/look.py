@@ -24,7 +24,7 @@ def add_doctor(commands: Any) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    from exgrpo_fast.doctor import collect, render
+    from exgrpo_fast.build.doctor import collect, render
 
     config = load_config(arguments.config) if arguments.config else None
     if arguments.model:
@@ -71,7 +71,7 @@ def reward_test(arguments: argparse.Namespace) -> int:
     require_rewards(functions, "--functions")
     for path in arguments.data:
         require_file(path, "--data")
-    from exgrpo_fast.rewards.trial import built_in_golds, golds_of, try_reward
+    from exgrpo_fast.rewards.selftest.trial import built_in_golds, golds_of, try_reward
 
     fields = {"prompt_field": arguments.prompt_field, "answer_field": arguments.answer_field}
     golds = golds_of(arguments.data, **fields) or built_in_golds(functions)
@@ -108,7 +108,7 @@ def add_verify_checkpoint(commands: Any) -> None:
 
 
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
-    from exgrpo_fast.checkpoint import CheckpointError, verify
+    from exgrpo_fast.run.checkpoint.format import CheckpointError, verify
 
     try:
         verify(Path(arguments.folder))

@@ -24,10 +24,10 @@ from exgrpo_fast.config import (
     refuse_with_several,
     require,
 )
-from exgrpo_fast.heartbeat import Supervised
-from exgrpo_fast.metrics import clean_line
-from exgrpo_fast.run_folder import GuestFolder, RunFolder
-from exgrpo_fast.torchrun import place_of
+from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.core.text import clean_line
+from exgrpo_fast.core.torchrun import place_of
+from exgrpo_fast.run.directory import GuestFolder, RunFolder
 
 
 def add_train(commands: Any) -> None:
@@ -104,7 +104,7 @@ def train(arguments: argparse.Namespace) -> int:
         # Of several processes torchrun is the supervisor.
         if arguments.supervise and not told and place.count == 1:
             return supervise(arguments, folder)
-        from exgrpo_fast.session import train_session
+        from exgrpo_fast.cli.session import train_session
 
         return train_session(
             config,
@@ -121,7 +121,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
     """The same command once more, as a worker that is watched."""
-    from exgrpo_fast.supervisor import DEADLINE_SECONDS, Supervisor
+    from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 
     first = int(folder.newest_step() or 0) if arguments.resume != "never" else 0
 
@@ -149,7 +149,7 @@ def show_plan(
     before it is trained, and fits everywhere."""
     if config.model.name == "quickstart":
         return 0
-    from exgrpo_fast.planning import NoShapes, plan_run
+    from exgrpo_fast.memory.fit import NoShapes, plan_run
 
     name = require(config.model.name, "model.name", "a local folder or a hub name")
     try:

@@ -20,7 +20,7 @@ def add_init(commands: Any) -> None:
 
 
 def init(arguments: argparse.Namespace) -> int:
-    from exgrpo_fast.scaffold import write_project
+    from exgrpo_fast.cli.scaffold import write_project
 
     try:
         for path in write_project(Path(arguments.folder), recipe=arguments.recipe):
@@ -45,8 +45,8 @@ def add_export(commands: Any) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     require_file(arguments.checkpoint, "--checkpoint")
-    from exgrpo_fast.checkpoint import find_checkpoint
-    from exgrpo_fast.export import export_checkpoint
+    from exgrpo_fast.cli.export import export_checkpoint
+    from exgrpo_fast.run.checkpoint.format import find_checkpoint
 
     checkpoint = find_checkpoint(
         Path(arguments.checkpoint), lambda why: print(f"passed over: {why}", file=sys.stderr)

@@ -7,8 +7,8 @@ several     what does not go with several processes
 It imports no torch, so that a mistake is reported before anything heavy is loaded.
 """
 
-from exgrpo_fast.config.complaints import all_keys, keys_by_last_word
-from exgrpo_fast.config.reading import (
+from exgrpo_fast.config.limits import refuse_engine_with_several, refuse_with_several
+from exgrpo_fast.config.load import (
     MAY_CHANGE,
     StrictLoader,
     dump_yaml,
@@ -19,9 +19,9 @@ from exgrpo_fast.config.reading import (
     require,
     validate,
 )
+from exgrpo_fast.config.messages import all_keys, keys_by_last_word
 from exgrpo_fast.config.schema import Config
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
-from exgrpo_fast.config.several import refuse_engine_with_several, refuse_with_several
 
 __all__ = [
     "Config",

@@ -10,7 +10,7 @@ from exgrpo_fast.data.checking import CheckedRow, DataReport, check_data, conten
 from exgrpo_fast.data.sources import BadRow, DataError, Source, first_line
 
 if TYPE_CHECKING:  # experience.py loads torch; check-data does without
-    from exgrpo_fast.experience import Question
+    from exgrpo_fast.core.types import Question
 
 TOKENIZER_BATCH = 1024
 
@@ -110,7 +110,7 @@ class _Renderer:
         self._system_prompt = system_prompt
 
     def __call__(self, rows: Sequence[CheckedRow]) -> list[Question | BadRow]:
-        from exgrpo_fast.experience import Question
+        from exgrpo_fast.core.types import Question
 
         texts = self._texts(rows)
         encoded = iter(self._encode([text for text in texts if isinstance(text, str)]))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.data.parsing import Fault, as_object, decode, parse_row, text_fault
-from exgrpo_fast.errors import UserError
 
 # A path, a hub dataset 'name[:split]' or 'name:config:split', or a gym task: a mapping or an object
 # with gym, size, seed and options.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from exgrpo_fast.buffer.plan import StorePlan, StoreTooSmall
 from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.experience.replay.plan import StorePlan, StoreTooSmall
 
 BYTES = {"float32": 4, "bfloat16": 2}
 

@@ -18,7 +18,7 @@ from exgrpo_fast.memory.tracing import Passes
 from exgrpo_kernels import runtime
 from exgrpo_kernels.sparse_backward import num_tiles
 
-# Of a trained weight, between two updates: exgrpo_fast/learning/adamw.py. flashoptim keeps a 16-bit residual
+# Of a trained weight, between two updates: exgrpo_fast/training/optim/adamw.py. flashoptim keeps a 16-bit residual
 # and two moments of 8 bits with a 16-bit scale for each 32; torchao two moments of 8 bits with a
 # 32-bit scale for each 256.
 STATE_BYTES = {
@@ -74,7 +74,7 @@ def states(
 
 
 def released(held: States, head: Head, weights: torch.dtype) -> States:
-    """The same with the gradient of the head alone: exgrpo_fast/learning/gradient_release.py."""
+    """The same with the gradient of the head alone: exgrpo_fast/training/optim/gradient_release.py."""
     return replace(held, gradients=head.vocabulary * head.width * weights.itemsize)
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exgrpo_fast.errors import UserError
-from exgrpo_fast.parted import replicated
+from exgrpo_fast.core.dtensor import replicated
+from exgrpo_fast.core.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # peft's format names weights from its own wrapper on

@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from exgrpo_fast.experience import TokenColumns, Trajectory
+from exgrpo_fast.core.types import TokenColumns, Trajectory
 from exgrpo_fast.model.attention.layout import AttentionLayout
-from exgrpo_fast.model.out_of_memory import Extent
+from exgrpo_fast.model.oom import Extent
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from exgrpo_fast.errors import UserError
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.process_group import ALONE, Processes
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
-from exgrpo_fast.model.out_of_memory import PassSizes, in_pieces_that_fit
+from exgrpo_fast.model.oom import PassSizes, in_pieces_that_fit
 from exgrpo_fast.model.packing import Dealt, Pack, Ragged, extent, pack
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
-from exgrpo_fast.processes import ALONE, Processes
 from exgrpo_kernels import linear_logprob, runtime
 
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.

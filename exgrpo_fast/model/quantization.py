@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from exgrpo_fast.errors import UserError
+from exgrpo_fast.core.errors import UserError
 
 
 def nf4(compute_dtype: torch.dtype, *, device: str) -> Any:

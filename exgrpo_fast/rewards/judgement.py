@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exgrpo_fast.errors import UserError
+from exgrpo_fast.core.errors import UserError
 
 RewardFunction = Callable[..., Any]
 Judgement = tuple[float, str]  # reward and reason

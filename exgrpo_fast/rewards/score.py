@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.data import BadRow, Row, as_answer, read_rows
-from exgrpo_fast.rewards.pool import RewardPool
-from exgrpo_fast.rewards.tickets import RewardSample, Scored
+from exgrpo_fast.rewards.pool.jobs import RewardSample, Scored
+from exgrpo_fast.rewards.pool.pool import RewardPool
 
 ROWS_AT_ONCE = 2048  # bounds memory; large enough to keep the workers busy
 

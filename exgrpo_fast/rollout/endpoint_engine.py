@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import httpx2
 import torch
 
-from exgrpo_fast.endpoint import Endpoint, EndpointError
-from exgrpo_fast.errors import UserError
-from exgrpo_fast.experience import Completion
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.http_client import Endpoint, EndpointError
+from exgrpo_fast.core.types import Completion
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     EngineLost,

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import xxhash
 
-from exgrpo_fast.errors import UserError
-from exgrpo_fast.experience import Completion
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.types import Completion
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from exgrpo_fast.experience import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     Generation,

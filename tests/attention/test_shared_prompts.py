@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from exgrpo_fast.composition.models import make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.model.attention import flash, varlen
 from exgrpo_fast.model.attention.backends import BackendName

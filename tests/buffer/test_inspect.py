@@ -8,7 +8,8 @@ import pytest
 import torch
 from store_cases import Item, add, make_store, move
 
-from exgrpo_fast.buffer.inspect import (
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.experience.replay.inspect import (
     StoredQuestion,
     StoredTrajectory,
     age_spans,
@@ -18,9 +19,8 @@ from exgrpo_fast.buffer.inspect import (
     stored_questions,
     stored_trajectories,
 )
-from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot
-from exgrpo_fast.buffer.store import ExperienceStore
-from exgrpo_fast.errors import UserError
+from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot
+from exgrpo_fast.experience.replay.store import ExperienceStore
 from exgrpo_fast.model.packing import Ragged
 
 NAMES = ["apple", "beech", "cedar", "dogwood", "elder", "fir"]

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from store_cases import Item, add, contents, items_of, make_store
 
-from exgrpo_fast.buffer.pool import EXPORTED, export_pool, load_pool, solutions_of
-from exgrpo_fast.buffer.snapshot import snapshot
-from exgrpo_fast.experience import Question
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.experience.replay.pool import EXPORTED, export_pool, load_pool, solutions_of
+from exgrpo_fast.experience.replay.snapshot import snapshot
 
 INF = float("inf")
 IDS = [f"q{i}" for i in range(6)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from store_cases import Item, experiences, make_store, move
 
-from exgrpo_fast.buffer.selectors import (
+from exgrpo_fast.experience.replay.selectors import (
     allocate,
     bucket_probabilities,
     choose,
@@ -23,8 +23,8 @@ from exgrpo_fast.buffer.selectors import (
     stored_keys,
     uniform_questions,
 )
-from exgrpo_fast.buffer.store import ExperienceStore, rank_within
-from exgrpo_fast.sources.replay import reward_std_buckets
+from exgrpo_fast.experience.replay.source import reward_std_buckets
+from exgrpo_fast.experience.replay.store import ExperienceStore, rank_within
 
 INF, NAN = float("inf"), float("nan")
 FULL = dict.fromkeys(range(1, 8), 5)

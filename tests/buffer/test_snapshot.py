@@ -23,10 +23,10 @@ from store_cases import (
     random_item,
 )
 
-from exgrpo_fast.buffer import snapshot as snapshot_module
-from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot, stored_rows
-from exgrpo_fast.buffer.store import ExperienceStore
-from exgrpo_fast.checkpoint import merge_tensors, split_tensors
+from exgrpo_fast.experience.replay import snapshot as snapshot_module
+from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot, stored_rows
+from exgrpo_fast.experience.replay.store import ExperienceStore
+from exgrpo_fast.run.checkpoint.format import merge_tensors, split_tensors
 
 NAMES = [f"q{i}" for i in range(6)]
 INF = float("inf")

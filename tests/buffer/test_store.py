@@ -24,8 +24,8 @@ from store_cases import (
     random_item,
 )
 
-from exgrpo_fast.buffer.snapshot import stored_rows
-from exgrpo_fast.buffer.store import scramble, token_digests
+from exgrpo_fast.experience.replay.snapshot import stored_rows
+from exgrpo_fast.experience.replay.store import scramble, token_digests
 from exgrpo_fast.model.packing import Ragged
 
 INF = float("inf")

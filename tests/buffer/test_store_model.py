@@ -19,10 +19,10 @@ from store_cases import (
     random_item,
 )
 
-from exgrpo_fast.buffer.plan import StorePlan
-from exgrpo_fast.buffer.snapshot import load_snapshot, snapshot, stored_rows
-from exgrpo_fast.buffer.store import ExperienceStore
-from exgrpo_fast.checkpoint import merge_tensors, split_tensors
+from exgrpo_fast.experience.replay.plan import StorePlan
+from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot, stored_rows
+from exgrpo_fast.experience.replay.store import ExperienceStore
+from exgrpo_fast.run.checkpoint.format import merge_tensors, split_tensors
 
 QUESTIONS = 8
 GROUP_SIZE = 4

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import xxhash
 
-import exgrpo_fast.session  # noqa: F401  what a life would spend seconds on
-from exgrpo_fast.checkpoint import CheckpointError, Checkpoints, verify
+import exgrpo_fast.cli.session  # noqa: F401  what a life would spend seconds on
+from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.cli import main
-from exgrpo_fast.heartbeat import Supervised
-from exgrpo_fast.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.run.checkpoint.format import CheckpointError, Checkpoints, verify
 
 REWARDS = Path(__file__).resolve().parents[1] / "reward_functions.py"
 HOSTILE = Path(__file__).with_name("hostile_rewards.py")
@@ -182,6 +182,6 @@ def orphans() -> int:
     found = 0
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError, ValueError):
-            if b"exgrpo_fast.rewards.worker" in (entry / "cmdline").read_bytes():
+            if b"exgrpo_fast.rewards.pool.worker" in (entry / "cmdline").read_bytes():
                 found += int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == 1
     return found

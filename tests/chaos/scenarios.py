@@ -32,8 +32,8 @@ from lives import (
 )
 from safetensors.torch import load_file, save_file
 
-from exgrpo_fast.checkpoint import MANIFEST, CheckpointError, Checkpoints, verify
-from exgrpo_fast.checkpoint import _write_manifest as write_manifest
+from exgrpo_fast.run.checkpoint.format import MANIFEST, CheckpointError, Checkpoints, verify
+from exgrpo_fast.run.checkpoint.format import _write_manifest as write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = dict[str, Any]

@@ -17,27 +17,22 @@ from several_processes import met
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from exgrpo_fast.distributed import (
-    AnnouncedPolicy,
-    CopiedEngine,
-    ShardedPolicy,
-    SharedEngine,
-    mesh_of,
-)
-from exgrpo_fast.experience import Group, Question, Trajectory, Verdict
-from exgrpo_fast.learning.advantages import ADVANTAGES
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.learning.optim import Optimiser, UpdateOutcome
-from exgrpo_fast.learning.reference import AdapterOff, Reference
+from exgrpo_fast.core.dtensor import whole
+from exgrpo_fast.core.process_group import PeersLost, Processes, mesh_of
+from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import Pack, Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.parted import whole
-from exgrpo_fast.preflight import DoesNotFit, rehearse
-from exgrpo_fast.processes import PeersLost, Processes
-from exgrpo_fast.rollout.canary import VerifiedEngine
+from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.rollout.engine import Request, Sampling
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.rollout.shared_engine import AnnouncedPolicy, CopiedEngine, SharedEngine
+from exgrpo_fast.rollout.sync_check import VerifiedEngine
+from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
+from exgrpo_fast.training.preflight import DoesNotFit, rehearse
+from exgrpo_fast.training.reference import AdapterOff, Reference
 from exgrpo_kernels import PolicyObjective
 
 VOCABULARY = 131  # odd: the parts of the head differ in size

@@ -15,17 +15,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from exgrpo_fast.config import validate
-from exgrpo_fast.distributed import ShardedPolicy, mesh_of
-from exgrpo_fast.learning.advantages import ADVANTAGES
-from exgrpo_fast.learning.learner import Learner
-from exgrpo_fast.learning.optim import Optimiser
+from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.process_group import Processes, mesh_of
+from exgrpo_fast.core.torchrun import Place
 from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
-from exgrpo_fast.parted import own_part
-from exgrpo_fast.preflight import worst_groups
-from exgrpo_fast.processes import Processes
-from exgrpo_fast.torchrun import Place
+from exgrpo_fast.model.sharded_policy import ShardedPolicy
+from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim.optimiser import Optimiser
+from exgrpo_fast.training.preflight import worst_groups
 from exgrpo_kernels import PolicyObjective
 
 MODEL = Qwen2Config(

@@ -7,7 +7,7 @@ import sys
 
 from several_processes import met
 
-from exgrpo_fast.processes import FirstFailed, OutOfStep, Processes
+from exgrpo_fast.core.process_group import FirstFailed, OutOfStep, Processes
 
 
 def talk(processes: Processes) -> dict[str, object]:

@@ -18,12 +18,12 @@ from several_processes import met
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from exgrpo_fast import parted
-from exgrpo_fast.checkpoint import CannotSave, Checkpoints, load_state
-from exgrpo_fast.distributed import SharedCheckpointWriter, host_mesh, mesh_of
-from exgrpo_fast.errors import NumericalStop
-from exgrpo_fast.parted import own_part
-from exgrpo_fast.processes import Processes
+from exgrpo_fast.core import dtensor as parted
+from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.errors import NumericalStop
+from exgrpo_fast.core.process_group import Processes, host_mesh, mesh_of
+from exgrpo_fast.run.checkpoint.distributed import SharedCheckpointWriter
+from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, load_state
 
 
 class Model:

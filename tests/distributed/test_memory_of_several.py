@@ -13,15 +13,15 @@ from packaging.version import Version
 from several_processes import run_processes
 from transformers import Qwen2Config
 
-from exgrpo_fast import planning
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config
+from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.memory import fit as planning
 from exgrpo_fast.memory.advice import cheapest
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.sharded import gathered
 from exgrpo_fast.memory.training import Head
-from exgrpo_fast.processes import Processes
-from exgrpo_fast.torchrun import Place
 
 SEVEN_BILLION = Qwen2Config(
     vocab_size=152064,

@@ -11,10 +11,10 @@ from several_processes import run_processes
 
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, refuse_with_several, validate
-from exgrpo_fast.distributed.dealing import deal
+from exgrpo_fast.core.process_group import ALONE
+from exgrpo_fast.core.torchrun import Place, place_of
+from exgrpo_fast.model.assign_packs import deal
 from exgrpo_fast.model.packing import Ragged, pack
-from exgrpo_fast.processes import ALONE
-from exgrpo_fast.torchrun import Place, place_of
 
 
 def test_what_they_tell_each_other() -> None:

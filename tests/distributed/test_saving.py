@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from several_processes import run_processes
 
-from exgrpo_fast.checkpoint import CheckpointError, load_state, verify
+from exgrpo_fast.run.checkpoint.format import CheckpointError, load_state, verify
 
 WORKER = Path(__file__).with_name("saving_worker.py")
 

@@ -18,7 +18,7 @@ from several_processes import environment
 from torch import Tensor
 from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, steps
 
-from exgrpo_fast.checkpoint import Checkpoints, load_state, split_tensors
+from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state, split_tensors
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.build.quickstart.prepare import imitated_pairs, prepare_quickstart
+from exgrpo_fast.build.quickstart.solutions import guess, solved_examples, worked_solution
+from exgrpo_fast.build.quickstart.warm_start import tokenize_examples, warm_start
 from exgrpo_fast.config import ConfigError, GymTask, load_config
-from exgrpo_fast.display import NullScreen
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.quickstart.prepare import imitated_pairs, prepare_quickstart
-from exgrpo_fast.quickstart.solutions import guess, solved_examples, worked_solution
-from exgrpo_fast.quickstart.warm_start import tokenize_examples, warm_start
+from exgrpo_fast.run.display import NullScreen
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tabular import Tabular
 
-from exgrpo_fast.resampling.driver import Resampler, Response
-from exgrpo_fast.resampling.protocols import Draft, Drawn, Prefix, Ready, Scores
-from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.experience.prior.driver import Resampler, Response
+from exgrpo_fast.experience.prior.protocols import Draft, Drawn, Prefix, Ready, Scores
+from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.rollout.engine import Request
 
 EOS = 9

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tabular import Path, Tabular
 
-from exgrpo_fast.resampling.importance import IMPORTANCES, balance_weight, columns_of, mixture
-from exgrpo_fast.resampling.triggers import Trigger
+from exgrpo_fast.experience.prior.importance import IMPORTANCES, balance_weight, columns_of, mixture
+from exgrpo_fast.experience.prior.triggers import Trigger
 
 SIX = 6e-7
 FLAGS = torch.tensor([False, False, True, False, False, True])

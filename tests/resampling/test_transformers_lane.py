@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.experience.prior.driver import Resampler, Response
+from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
+from exgrpo_fast.experience.prior.mixture import emitted_law
+from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, PolicyError
-from exgrpo_fast.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.resampling.driver import Resampler, Response
-from exgrpo_fast.resampling.exact_law import emitted_law
-from exgrpo_fast.resampling.transformers_lane import TransformersDrafter, TransformersPrior
-from exgrpo_fast.resampling.triggers import Trigger
 from exgrpo_fast.rollout.engine import Request
 
 ROWS, TOKENS = 288, 270  # of the head, and ids of the prior; the rest is padding

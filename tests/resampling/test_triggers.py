@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from exgrpo_fast.resampling.triggers import (
+from exgrpo_fast.experience.prior.triggers import (
     RULES,
     STATE_STATISTICS,
     Trigger,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from exgrpo_fast.rewards import RewardPool, RewardSample
-from exgrpo_fast.rewards.choices import multiple_choice
-from exgrpo_fast.rewards.formats import boxed_once, think_format
-from exgrpo_fast.rewards.nasty import nasty_answers
+from exgrpo_fast.rewards.selftest.adversarial import nasty_answers
+from exgrpo_fast.rewards.verifiers.choices import multiple_choice
+from exgrpo_fast.rewards.verifiers.formats import boxed_once, think_format
 
 
 def choice(completion: str, gold: str = "C") -> tuple[float, str]:

@@ -121,7 +121,7 @@ def test_reasons_are_kept_and_counted_as_they_are(forms, caplog) -> None:
 
 def test_a_gold_answer_is_parsed_once_in_a_worker() -> None:
     """Many responses to a question with a formula for an answer: one parse of the gold."""
-    from exgrpo_fast.rewards.mathematics import _parse_gold, math_verify
+    from exgrpo_fast.rewards.verifiers.mathematics import _parse_gold, math_verify
 
     _parse_gold.cache_clear()
     for number in range(5):

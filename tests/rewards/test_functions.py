@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exgrpo_fast.rewards import extraction
-from exgrpo_fast.rewards.functions import exact, gsm8k, math_verify, reasoning_gym
 from exgrpo_fast.rewards.judgement import RewardError
-from exgrpo_fast.rewards.numerals import number
-from exgrpo_fast.rewards.references import check_reference, load_function
-from exgrpo_fast.rewards.refusals import refuse
+from exgrpo_fast.rewards.loading import check_reference, load_function
+from exgrpo_fast.rewards.verifiers import extraction
+from exgrpo_fast.rewards.verifiers.functions import exact, gsm8k, math_verify, reasoning_gym
+from exgrpo_fast.rewards.verifiers.numerals import number
+from exgrpo_fast.rewards.verifiers.refusals import refuse
 
 
 def judge(completion: str, gold: str) -> tuple[float, str]:
@@ -371,7 +371,7 @@ def test_a_module_that_does_not_import_is_one_line(tmp_path) -> None:
 
 def test_rewards_and_their_workers_load_no_torch() -> None:
     code = (
-        "import sys; import exgrpo_fast.rewards, exgrpo_fast.rewards.worker, exgrpo_fast.data;"
+        "import sys; import exgrpo_fast.rewards, exgrpo_fast.rewards.pool.worker, exgrpo_fast.data;"
         "print(sorted({'torch', 'sympy', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

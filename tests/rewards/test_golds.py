@@ -10,7 +10,7 @@ import pytest
 
 from exgrpo_fast.data import CheckedRow, check_data
 from exgrpo_fast.rewards import RewardPool, RewardSample, check_golds
-from exgrpo_fast.rewards.tickets import Scored
+from exgrpo_fast.rewards.pool.jobs import Scored
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EXGRPO_SHARED", ROOT.parent / "shared")) / "data"

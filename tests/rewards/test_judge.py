@@ -15,10 +15,16 @@ from typing import Any
 import pytest
 from http_server import Handler, Server, drips, resets, running_server, stalls
 
-from exgrpo_fast.endpoint import seconds_until
+from exgrpo_fast.core.http_client import seconds_until
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample, RubricScorer
-from exgrpo_fast.rewards import judge as judge_module
-from exgrpo_fast.rewards.judge import Judge, JudgeError, JudgeRequest, make_messages, read_answer
+from exgrpo_fast.rewards.rubrics import judge as judge_module
+from exgrpo_fast.rewards.rubrics.judge import (
+    Judge,
+    JudgeError,
+    JudgeRequest,
+    make_messages,
+    read_answer,
+)
 
 KEY = "sk-very-secret-0123"
 RUBRICS = (("is right", 8.0), ("is short", 1.0))

@@ -9,9 +9,9 @@ import pytest
 
 from exgrpo_fast.cli import main
 from exgrpo_fast.rewards import RewardPool, RewardSample
-from exgrpo_fast.rewards.functions import math_verify
-from exgrpo_fast.rewards.nasty import IN_TIME_MS, Nasty, box, nasty_answers
-from exgrpo_fast.rewards.trial import Gold, built_in_golds, golds_of, try_reward
+from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
+from exgrpo_fast.rewards.selftest.trial import Gold, built_in_golds, golds_of, try_reward
+from exgrpo_fast.rewards.verifiers.functions import math_verify
 
 NASTY = nasty_answers()
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")

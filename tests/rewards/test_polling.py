@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from exgrpo_fast.rewards import RewardPool, RewardSample, Ticket
-from exgrpo_fast.rewards import pool as pool_module
+from exgrpo_fast.rewards.pool import pool as pool_module
 
 REWARDS = """
 import os, signal, time
@@ -192,7 +192,7 @@ def test_worn_workers_are_replaced_between_jobs(rewards, monkeypatch, wear: str)
 def test_a_worker_whose_trainer_was_killed_ends_without_a_word(left: bytes) -> None:
     """The trainer may have died in the middle of a line."""
     ended = subprocess.run(
-        [sys.executable, "-P", "-m", "exgrpo_fast.rewards.worker"],
+        [sys.executable, "-P", "-m", "exgrpo_fast.rewards.pool.worker"],
         input=left,
         capture_output=True,
         timeout=60,

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample
-from exgrpo_fast.rewards.functions import exact
 from exgrpo_fast.rewards.score import score_file
+from exgrpo_fast.rewards.verifiers.functions import exact
 
 REWARDS = '''
 import ctypes, os, signal, subprocess, sys, time

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from exgrpo_fast.quickstart.solutions import worked_solution
+from exgrpo_fast.build.quickstart.solutions import worked_solution
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample, Rubric, check_reference
-from exgrpo_fast.rewards.references import load_function
-from exgrpo_fast.rewards.rubrics import (
+from exgrpo_fast.rewards.loading import load_function
+from exgrpo_fast.rewards.rubrics.rubrics import (
     MATHS_RUBRICS,
     SUMS_RUBRICS,
     RubricReward,

@@ -9,9 +9,9 @@ import torch
 
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.rollout.canary import NUM_TOKENS, PROMPT_TOKENS, OutOfSync, VerifiedEngine
 from exgrpo_fast.rollout.engine import Request, Sampling
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.rollout.sync_check import NUM_TOKENS, PROMPT_TOKENS, OutOfSync, VerifiedEngine
 
 
 class CopiedEngine(TransformersEngine):

@@ -11,10 +11,10 @@ from transformers.cache_utils import Cache
 
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.rollout.decoding import GROWTH, Decoding, PreallocatedLayer
-from exgrpo_fast.rollout.drawing import BLOCK, draw, hash_uniform, invert_cdf
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
+from exgrpo_fast.rollout.hf.decoding import GROWTH, Decoding, PreallocatedLayer
+from exgrpo_fast.rollout.hf.drawing import BLOCK, draw, hash_uniform, invert_cdf
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14)]
 EOS = 1

@@ -13,14 +13,13 @@ import pytest
 import torch
 from http_server import Handler, Server, resets, running_server, stalls
 
-from exgrpo_fast import session
-from exgrpo_fast.cli import main
-from exgrpo_fast.display.plain import PlainScreen
-from exgrpo_fast.endpoint import Endpoint
-from exgrpo_fast.errors import UserError
-from exgrpo_fast.experience import Completion
+from exgrpo_fast.cli import main, session
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.http_client import Endpoint
+from exgrpo_fast.core.types import Completion
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine, read_completion
 from exgrpo_fast.rollout.engine import EngineLost, Observer, Request, Sampling
+from exgrpo_fast.run.display.plain import PlainScreen
 
 KEY = "sk-very-secret-0123"
 SAMPLING = Sampling(8, temperature=0.7, top_p=0.9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import OwnEngine
 
-from exgrpo_fast.experience import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 from exgrpo_fast.rollout.journal import JournalledEngine
 

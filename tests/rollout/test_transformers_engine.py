@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from exgrpo_fast.composition import rollouts
+from exgrpo_fast.build import rollouts
 from exgrpo_fast.config import validate
-from exgrpo_fast.model.out_of_memory import OutOfMemory
+from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.processes import Processes
-from exgrpo_fast.rollout.drawing import hash_uniform, invert_cdf, keep_nucleus
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
-from exgrpo_fast.rollout.transformers_engine import TransformersEngine
-from exgrpo_fast.torchrun import Place
+from exgrpo_fast.rollout.hf.drawing import hash_uniform, invert_cdf, keep_nucleus
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (20, 21)]
 REQUESTS = [Request(p, request_seed(0, 1, str(p), i)) for i in range(5) for p in PROMPTS]

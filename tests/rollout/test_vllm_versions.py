@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from exgrpo_fast import doctor
-from exgrpo_fast.rollout import vllm_versions
-from exgrpo_fast.rollout.vllm_versions import Installed, find_vllm, import_trouble, troubles
+from exgrpo_fast.build import doctor
+from exgrpo_fast.rollout.vllm import versions as vllm_versions
+from exgrpo_fast.rollout.vllm.versions import Installed, find_vllm, import_trouble, troubles
 
 CPU_LINES = (
     "transformers<5.20.0,>=5.16.1",

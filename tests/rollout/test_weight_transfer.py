@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from exgrpo_fast.experience import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import Request, Sampling
-from exgrpo_fast.rollout.weight_transfer import (
+from exgrpo_fast.rollout.server.weight_transfer import (
     BroadcastSender,
     BrokenTransfer,
     Sender,
@@ -21,7 +21,7 @@ from exgrpo_fast.rollout.weight_transfer import (
     checksum,
     make_receiver,
 )
-from exgrpo_fast.rollout.wire import (
+from exgrpo_fast.rollout.server.wire import (
     pack_completion,
     pack_requests,
     unpack_completion,
@@ -111,7 +111,7 @@ def test_the_file_in_memory_does_not_outlive_the_update() -> None:
 
 @pytest.mark.parametrize("channel", ["shared_memory", "broadcast"])
 def test_a_bit_that_changes_on_the_way_is_found(channel, monkeypatch) -> None:
-    import exgrpo_fast.rollout.weight_transfer as module
+    import exgrpo_fast.rollout.server.weight_transfer as module
 
     sender = make_sender(channel)
     servers = Servers(sender, 1)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from exgrpo_fast.experience import Question
-from exgrpo_fast.sources.questions import QuestionStream
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.experience.question_stream import QuestionStream
 
 
 def questions(count: int) -> list[Question]:

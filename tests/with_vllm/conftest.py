@@ -36,7 +36,7 @@ def folders(tokenizer, tmp_path_factory) -> dict[str, Path]:
     and with the embedding as their head."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from exgrpo_fast.quickstart.model import make_model
+    from exgrpo_fast.build.quickstart.model import make_model
 
     base = tmp_path_factory.mktemp("policies")
     make_model(tokenizer, seed=0, layers=2, width=64).save_pretrained(base / "untied")
@@ -61,7 +61,7 @@ def folders(tokenizer, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def vllm_models(folders) -> Iterator[dict[str, Any]]:
-    from exgrpo_fast.rollout.vllm_model import VllmModel
+    from exgrpo_fast.rollout.vllm.model import VllmModel
 
     models = {name: VllmModel(folder, **ARGUMENTS) for name, folder in folders.items()}
     yield models

@@ -17,11 +17,11 @@ from vllm_cases import ARGUMENTS
 
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.rollout.canary import VerifiedEngine
 from exgrpo_fast.rollout.engine import EngineLost, Request, Sampling, request_seed
-from exgrpo_fast.rollout.server_engine import ServerEngine
-from exgrpo_fast.rollout.server_process import ServerConnection, ServerProcess
-from exgrpo_fast.rollout.weight_transfer import BroadcastSender, SharedMemorySender
+from exgrpo_fast.rollout.server.engine import ServerEngine
+from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
+from exgrpo_fast.rollout.server.weight_transfer import BroadcastSender, SharedMemorySender
+from exgrpo_fast.rollout.sync_check import VerifiedEngine
 
 REQUESTS = [Request((5, 6, 7 + i % 3), request_seed(0, 1, str(i), i)) for i in range(12)]
 
@@ -198,9 +198,9 @@ def test_a_server_that_cannot_start_says_why(tmp_path) -> None:
 TRAINER = """
 import os, sys, time, torch
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.rollout.server_engine import ServerEngine
-from exgrpo_fast.rollout.server_process import ServerProcess
-from exgrpo_fast.rollout.weight_transfer import SharedMemorySender
+from exgrpo_fast.rollout.server.engine import ServerEngine
+from exgrpo_fast.rollout.server.process import ServerProcess
+from exgrpo_fast.rollout.server.weight_transfer import SharedMemorySender
 arguments = {arguments}
 server = ServerProcess(arguments)
 server.wait_until_ready(deadline=180)

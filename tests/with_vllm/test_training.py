@@ -149,7 +149,7 @@ def start_with_a_server(folders, tmp_path: Path, *arguments: str) -> subprocess.
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_run_whose_engine_is_lost_goes_on_by_itself(folders, tmp_path, how) -> None:
     run = start_with_a_server(folders, tmp_path)
-    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
+    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server.server")
     os.kill(server, how)
     said, _ = run.communicate(timeout=300)
     assert run.returncode == 0 and "Traceback" not in said
@@ -162,7 +162,7 @@ def test_a_run_whose_engine_is_lost_goes_on_by_itself(folders, tmp_path, how) ->
 
 def test_without_a_supervisor_it_ends_and_says_how_to_go_on(folders, tmp_path) -> None:
     run = start_with_a_server(folders, tmp_path, "--no-supervise")
-    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
+    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server.server")
     os.kill(server, signal.SIGKILL)
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 69
@@ -171,7 +171,7 @@ def test_without_a_supervisor_it_ends_and_says_how_to_go_on(folders, tmp_path) -
 
 def test_nothing_is_left_of_a_run_that_is_killed(folders, tmp_path) -> None:
     run = start_with_a_server(folders, tmp_path)
-    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server")
+    (server,) = children_named(run.pid, "exgrpo_fast.rollout.server.server")
     run.kill()
     run.communicate(timeout=60)
     until = time.monotonic() + 20

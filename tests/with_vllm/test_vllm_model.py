@@ -11,9 +11,9 @@ import torch
 from exgrpo_fast.model.lora import add_adapter, trainable
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.rollout.canary import OutOfSync, VerifiedEngine
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
-from exgrpo_fast.rollout.vllm_engine import VllmEngine
+from exgrpo_fast.rollout.sync_check import OutOfSync, VerifiedEngine
+from exgrpo_fast.rollout.vllm.engine import VllmEngine
 
 EOS = 1
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), tuple(5 + 7 * i % 200 for i in range(270))]

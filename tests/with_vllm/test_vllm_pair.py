@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exgrpo_fast.experience import Completion
+from exgrpo_fast.core.types import Completion
+from exgrpo_fast.experience.prior.driver import Resampler, Response
+from exgrpo_fast.experience.prior.triggers import Trigger
+from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.resampling.driver import Resampler, Response
-from exgrpo_fast.resampling.triggers import Trigger
-from exgrpo_fast.resampling.vllm_pair import VllmDrafter, VllmPrior
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
-from exgrpo_fast.rollout.vllm_engine import VllmEngine
+from exgrpo_fast.rollout.vllm.engine import VllmEngine
 
 EOS, TAU = 1, 0.5
 LIMIT = 90

@@ -1,0 +1,86 @@
+"""The questions of a run: read, told apart, and their gold answers tried on the rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exgrpo_fast.config import Config, ConfigError, GymTask, require
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.data import LoadedQuestions, load_questions
+from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.rewards import RewardPool, check_golds
+from exgrpo_fast.run.display import Screen
+
+
+def load_data(
+    config: Config, tokenizer: Tokenizer, screen: Screen
+) -> tuple[list[Question], list[Question]]:
+    """(training questions, held-out questions): distinct, and disjoint by content."""
+    with screen.phase("read data"):
+        held_out: list[Question] = []
+        if config.data.eval is not None:
+            loaded = read_questions(config, config.data.eval, tokenizer, screen)
+            held_out = distinct(loaded.questions)[: config.data.eval_size]
+        source = require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
+        # A gym task draws some questions twice; of those the first stays.
+        train = distinct(read_questions(config, source, tokenizer, screen).questions)
+    kept_out = {content(question) for question in held_out}
+    unseen = [question for question in train if content(question) not in kept_out]
+    if len(unseen) < len(train):
+        screen.note(
+            f"{len(train) - len(unseen)} training questions are held-out ones too: left out"
+        )
+    if len(unseen) < config.rollout.prompts_per_step:
+        screen.note(
+            f"data.train has {len(unseen)} questions: a step takes all of them instead of "
+            f"rollout.prompts_per_step {config.rollout.prompts_per_step}"
+        )
+    return unseen, held_out
+
+
+def content(question: Question) -> tuple[str, str]:
+    return question.prompt, question.answer
+
+
+def distinct(questions: Sequence[Question]) -> list[Question]:
+    return list({content(question): question for question in reversed(questions)}.values())[::-1]
+
+
+def read_questions(
+    config: Config, source: str | GymTask, tokenizer: Tokenizer, screen: Screen
+) -> LoadedQuestions:
+    data = config.data
+    loaded = load_questions(
+        source if isinstance(source, str) else source.model_dump(),
+        tokenizer=tokenizer,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        id_field=data.id_field,
+        system_prompt=data.system_prompt,
+        max_prompt_tokens=data.max_prompt_tokens,
+        overlong_prompts=data.overlong_prompts,
+        max_bad_rows=data.max_bad_rows,
+    )
+    for row in loaded.bad_rows:
+        screen.note(f"skipped {row.where}: {row.reason}")
+    if loaded.num_overlong:
+        screen.note(
+            f"{loaded.num_overlong} prompts over data.max_prompt_tokens "
+            f"({data.max_prompt_tokens}) were dropped"
+        )
+    return loaded
+
+
+def refuse_bad_golds(
+    questions: Sequence[Question], rewards: RewardPool | None, screen: Screen
+) -> None:
+    """ConfigError naming the first gold answers that the reward itself does not accept."""
+    assert rewards is not None
+    with screen.phase("check gold answers", len(questions)) as advance:
+        bad = check_golds(questions, rewards, advance)
+    if bad:
+        listed = "; ".join(f"{g.question_id}: {g.answer!r} ({g.reason})" for g in bad[:3])
+        raise ConfigError(
+            f"{len(bad)} of {len(questions)} gold answers fail their own reward: {listed}; "
+            f"mend them, or set data.check_answers false"
+        )

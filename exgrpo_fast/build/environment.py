@@ -1,0 +1,38 @@
+"""What surrounds a run: quiet libraries, versions, fingerprints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import transformers
+import xxhash
+
+from exgrpo_fast.config import Config, dump_yaml
+
+
+def quiet_libraries() -> None:
+    """One screen, ours: no progress bars and advice from below."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def config_digest(config: Config) -> str:
+    return xxhash.xxh3_128_hexdigest(dump_yaml(config).encode())
+
+
+def package_versions() -> dict[str, str]:
+    from exgrpo_fast import __version__
+
+    names = ("torch", "transformers", "safetensors", "numpy")
+    versions = {"exgrpo-fast": __version__, "python": platform.python_version()}
+    return versions | {name: importlib.metadata.version(name) for name in names}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """env.json: what a reader needs to judge the figures of a run."""
+    from exgrpo_fast import __version__
+    from exgrpo_fast.build.doctor import collect
+
+    return {"exgrpo_fast": __version__, "device": device, **collect(self_test=False)}

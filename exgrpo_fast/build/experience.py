@@ -1,0 +1,186 @@
+"""Where trajectories come from, by config: replay, prior, hindsight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exgrpo_fast.build.engines import PreparedEngine, end_of_sequence_ids
+from exgrpo_fast.build.models import load_tokenizer, make_encode, make_policy, vocabulary_of
+from exgrpo_fast.config import Config, ConfigError, require
+from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.experience.fresh import FreshSource
+from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
+from exgrpo_fast.experience.hindsight.source import HindsightRecipe, HindsightSource
+from exgrpo_fast.experience.prior.compatibility import read_vocabulary, refuse_other_vocabulary
+from exgrpo_fast.experience.prior.driver import Resampler
+from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
+from exgrpo_fast.experience.prior.source import NoPrior, PriorRecipe, PriorSource
+from exgrpo_fast.experience.prior.triggers import Trigger
+from exgrpo_fast.experience.replay.pool import load_pool, solutions_of
+from exgrpo_fast.experience.replay.recall import NoReplay, Replay
+from exgrpo_fast.experience.replay.selectors import (
+    QuestionSelector,
+    gaussian_buckets,
+    medium_questions,
+    uniform_questions,
+)
+from exgrpo_fast.experience.replay.source import ReplayRecipe, ReplaySource
+from exgrpo_fast.experience.replay.store import ExperienceStore
+from exgrpo_fast.experience.scoring import Verifier
+from exgrpo_fast.memory.store import store_plan
+from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.rewards import RewardPool
+
+
+def make_replay(
+    config: Config, policy: Policy, questions: Sequence[Question], tokenizer: Tokenizer
+) -> Replay:
+    replay = config.replay
+    takes_a_share = replay.questions != "stream" and replay.mixer != "spent_groups"
+    if not replay.enabled or (takes_a_share and replay.experience_ratio == 0.0):
+        return NoReplay()
+    store = ExperienceStore(
+        store_plan(config, len(questions)),
+        group_size=config.rollout.group_size,
+        device=policy.device,
+        evict=replay.store.evict,
+        max_per_question=replay.store.max_per_question,
+        max_groups=replay.store.max_groups,
+        deduplicate=replay.store.deduplicate,
+    )
+    vocabulary = vocabulary_of(tokenizer)
+    try:
+        if replay.store.pool:
+            pool = Path(replay.store.pool)
+            store.add(load_pool(pool, [q.id for q in questions], vocabulary=vocabulary))
+        if replay.store.pool_field:
+            field, eos = replay.store.pool_field, tokenizer.eos_token_id
+            store.add(solutions_of(questions, field, encode=make_encode(tokenizer), eos=eos))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"replay.store.pool: {error}") from None
+    return ReplaySource(
+        store,
+        policy,
+        questions,
+        make_replay_recipe(config),
+        prompts_per_step=config.rollout.prompts_per_step,
+        vocabulary=vocabulary,
+        seed=config.train.seed,
+    )
+
+
+def make_replay_recipe(config: Config) -> ReplayRecipe:
+    replay = config.replay
+    same = (
+        "mixer keep difficulty retire experience_ratio start_success_rate stop_after_steps select "
+        "count min_stored prefilter max_age weight shaping clip_fresh"
+    )
+    return ReplayRecipe(
+        questions=make_question_selector(config),
+        **{name: getattr(replay, name) for name in same.split()},
+    )
+
+
+def make_question_selector(config: Config) -> QuestionSelector | None:
+    replay = config.replay
+    if replay.questions == "gaussian":
+        return gaussian_buckets(mean=replay.bucket_mean, sigma=replay.bucket_sigma)
+    if replay.questions == "uniform":
+        return uniform_questions()
+    if replay.questions == "medium":
+        return medium_questions(
+            low=replay.medium_low,
+            high=replay.medium_high,
+            cooldown=replay.cooldown_steps,
+            max_visits=replay.max_visits,
+        )
+    return None
+
+
+def check_prior(config: Config, start: str, tokenizer: Tokenizer) -> None:
+    """PriorError, before any weights are loaded, where the prior cannot guide the policy."""
+    prior = config.prior_resampling
+    if prior.enabled and prior.model is not None:
+        refuse_other_vocabulary(
+            read_vocabulary(start, tokenizer),
+            read_vocabulary(prior.model, load_tokenizer(prior.model, "prior_resampling.model")),
+        )
+
+
+def make_prior(
+    config: Config, policy: Policy, tokenizer: Tokenizer, prepared: PreparedEngine | None = None
+) -> PriorSource | NoPrior:
+    """With the two vLLM models of a prepared engine, or else in the trainer's own process."""
+    settings, rollout = config.prior_resampling, config.rollout
+    if not settings.enabled:
+        return NoPrior()
+    name = require(settings.model, "prior_resampling.model", "a checkpoint folder")
+    prior = make_policy(config, name, device=str(policy.device))
+    prior.model.requires_grad_(False)
+    eos = end_of_sequence_ids(policy.model.generation_config, tokenizer)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    width = policy.head.weight.shape[0]
+    drafter = TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos)
+    scorer = TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width)
+    if prepared is not None and prepared.prior is not None and prepared.drafting is not None:
+        from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
+
+        drafter, scorer = VllmDrafter(prepared.drafting), VllmPrior(prepared.prior)
+    resampler = Resampler(
+        drafter,
+        scorer,
+        Trigger(settings.trigger, settings.threshold, settings.rate),
+        block_tokens=settings.block_tokens,
+        max_completion_tokens=rollout.max_completion_tokens,
+        eos_token_ids=eos,
+    )
+    same = "augmented_per_group stop_after_steps annealing positive_only importance weight_cap"
+    return PriorSource(
+        resampler,
+        policy,
+        PriorRecipe(**{name: getattr(settings, name) for name in same.split()}),
+        prior=prior,
+        num_tokens=num_tokens,
+        max_batch_sequences=rollout.max_batch_sequences,
+        seed=config.train.seed,
+    )
+
+
+def make_hindsight(
+    config: Config,
+    fresh: FreshSource,
+    verifier: Verifier,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+) -> HindsightSource | None:
+    if not config.hindsight.enabled:
+        return None
+    settings = config.hindsight.model_dump(exclude={"enabled", "max_prompt_tokens"})
+    return HindsightSource(
+        fresh,
+        verifier,
+        make_hindsight_prompt(config, rewards, tokenizer, verifier.processes),
+        HindsightRecipe(**settings),
+        seed=config.train.seed,
+    )
+
+
+def make_hindsight_prompt(
+    config: Config,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+    processes: Processes = ALONE,
+) -> HindsightPrompt:
+    """`rewards`: None in all processes but the first, which tells the others the words."""
+
+    def public_texts() -> dict[str, str]:
+        assert rewards is not None
+        return {name: rubric.public_text for name, rubric in rewards.rubrics.items()}
+
+    return HindsightPrompt(
+        tokenizer,
+        lambda: processes.from_first(public_texts),
+        max_prompt_tokens=config.hindsight.max_prompt_tokens,
+    )

@@ -1,0 +1,192 @@
+"""Weights and words: the policy, its reference and adapter, the tokenizer, where a run starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from exgrpo_fast.config import Config, ConfigError, GymTask, require
+from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.errors import NumericalStop
+from exgrpo_fast.core.process_group import ALONE, Processes, mesh_of
+from exgrpo_fast.data import read_rows
+from exgrpo_fast.experience.prior.compatibility import fingerprint
+from exgrpo_fast.experience.scoring import Decode
+from exgrpo_fast.model.attention.backends import choose, refusal
+from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
+from exgrpo_fast.model.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.model.quantization import nf4
+from exgrpo_fast.model.sharded_policy import ShardedPolicy
+from exgrpo_fast.run.checkpoint.format import read_manifest
+from exgrpo_fast.run.directory import RunFolder
+from exgrpo_fast.run.display import Screen
+from exgrpo_fast.training.reference import AdapterOff, Reference
+
+
+def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:
+    """Where the initial policy lies; the quickstart's is made here first."""
+    if config.model.name != "quickstart":
+        return require(config.model.name, "model.name", "a local folder or a hub name")
+    from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
+
+    path = folder.path / "warm_start"
+    if not path.exists():
+        for source in (config.data.train, config.data.eval):
+            if isinstance(source, GymTask):  # a misspelt task is found before the warm start
+                next(iter(read_rows(source.model_dump())), None)
+        unfinished = folder.path / ".warm_start.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that died here
+        prepare_quickstart(config, unfinished, screen, device=device)
+        os.rename(unfinished, path)
+    return str(path)
+
+
+def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
+    """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{key} {name}: no tokenizer: {str(error).splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(f"{key} {name}: its tokenizer has no eos_token; set one and save it")
+    return tokenizer
+
+
+def make_decode(tokenizer: Tokenizer) -> Decode:
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> str:
+    """A fingerprint: equal for tokenizers that give every token the same id."""
+    return fingerprint(tokenizer.get_vocab())
+
+
+def make_policy(
+    config: Config,
+    name: str,
+    *,
+    device: str,
+    adapter: Path | None = None,
+    processes: Processes = ALONE,
+) -> Policy:
+    """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
+    refuse_impossible_attention(config, device)
+    lora, dtype = config.model.lora, getattr(torch, config.model.compute_dtype(device))
+    quantization = nf4(dtype, device=device) if config.model.quantization else None
+
+    def load() -> transformers.PreTrainedModel:
+        weights = getattr(torch, config.model.weights)
+        model = load_model(name, dtype=weights, quantization=quantization)
+        if lora is not None:
+            add_adapter(model, **lora.model_dump(), seed=config.train.seed, name=name)
+            if adapter is not None:
+                load_adapter(model, adapter)
+        return model
+
+    return wrap(config, load, device=device, processes=processes)
+
+
+def refuse_impossible_attention(config: Config, device: str) -> None:
+    """ConfigError where the back end cannot run here, whatever the model."""
+    asked, dtype = config.model.attention, getattr(torch, config.model.compute_dtype(device))
+    refused = refusal(choose(asked, device=device, dtype=dtype), device=device, dtype=dtype)
+    if refused is not None:
+        raise ConfigError(f"model.attention {asked} {refused}")
+
+
+def wrap(
+    config: Config,
+    load: Callable[[], transformers.PreTrainedModel],
+    *,
+    device: str,
+    processes: Processes = ALONE,
+) -> Policy:
+    """`load` is called by one process of a machine after the other: each keeps a part alone."""
+    settings: dict[str, Any] = {
+        "compute_dtype": getattr(torch, config.model.compute_dtype(device)),
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "offload_activations": config.model.offload_activations,
+        "attention": config.model.attention,
+        "tile_tokens": config.tile_tokens,
+        "temperature": config.rollout.temperature,
+        "max_tokens_per_microbatch": config.microbatch_tokens,
+    }
+    if processes.count == 1:
+        return Policy(load(), device=device, **settings)
+    mesh = mesh_of(processes)
+    return processes.in_turns(
+        lambda: ShardedPolicy(load(), mesh=mesh, processes=processes, **settings)
+    )
+
+
+def make_plain_policy(
+    config: Config,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    processes: Processes = ALONE,
+) -> Policy:
+    """A copy that takes plain weights, whatever adapters the policy has."""
+    return wrap(config, lambda: load_model(name, dtype=dtype), device=device, processes=processes)
+
+
+def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
+    """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
+    kl = config.algorithm.kl
+    if kl.coef == 0.0:
+        return None
+
+    def frozen() -> Policy:
+        weights = getattr(torch, config.model.weights)
+        made = make_plain_policy(
+            config, name, dtype=weights, device=device, processes=policy.processes
+        )
+        made.sizes = policy.sizes  # on one device, what fits the one fits the other
+        return made
+
+    keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
+    return Reference(
+        AdapterOff(policy) if keeps_base else frozen(),
+        frozen() if kl.previous_share else None,
+        previous_share=kl.previous_share,
+        rebase_at_step=kl.rebase_at_step,
+    )
+
+
+def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
+    """Where the adapter to go on with lies. ConfigError where run and checkpoint differ in kind."""
+    if checkpoint is None:
+        return None
+    adapter = checkpoint / "adapter"
+    if adapter.exists() and config.model.lora is None:
+        raise ConfigError(f"--resume: {checkpoint} holds an adapter, and model.lora is not set")
+    return adapter if config.model.lora else None
+
+
+def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """ConfigError where the token ids of the checkpoint would mean other words."""
+    origin = read_manifest(checkpoint)["origin"]
+    if origin and origin["tokenizer"] != vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"--resume: {checkpoint} was made with another tokenizer ({origin['vocabulary_size']} "
+            f"tokens) than model.name has ({len(tokenizer)} tokens)"
+        )
+
+
+def refuse_broken_weights(policy: Policy, path: str) -> None:
+    """NumericalStop: nothing can be sampled from weights that are not finite."""
+    for name, parameter in policy.model.named_parameters():
+        if parameter.is_floating_point() and not own_part(parameter).isfinite().all():
+            raise NumericalStop(f"{path}: {name} holds a value that is not finite")

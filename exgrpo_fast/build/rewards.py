@@ -1,0 +1,78 @@
+"""What judges responses, by config."""
+
+from __future__ import annotations
+
+from exgrpo_fast.build.models import make_decode
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
+from exgrpo_fast.experience.scoring import Scorer, Verifier
+from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.rewards import RewardPool, RubricScorer
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.run.display import Screen
+from exgrpo_fast.training.evaluate import Evaluator
+
+
+def make_rewards(config: Config) -> RewardPool:
+    reward = config.reward
+    return RewardPool(
+        reward.functions,
+        weights=reward.weights,
+        workers=reward.workers,
+        timeout_seconds=reward.timeout_seconds,
+    )
+
+
+def make_verifier(
+    config: Config,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+    screen: Screen,
+    processes: Processes = ALONE,
+) -> Verifier:
+    """JudgeError, in one line, where a judge is configured that does not answer.
+
+    `rewards`: None in all processes but the first.
+    """
+    scorer = make_scorer(config, rewards) if rewards is not None else None
+    return Verifier(scorer, make_decode(tokenizer), screen, processes)
+
+
+def make_scorer(config: Config, rewards: RewardPool) -> Scorer:
+    scorer: RewardPool | RubricScorer = rewards
+    if config.reward.judge is not None:
+        from exgrpo_fast.rewards.rubrics.judge import Judge
+
+        scorer = RubricScorer(rewards, Judge(**config.reward.judge.model_dump()))
+        scorer.check()
+    elif judged := [name for name, rubric in rewards.rubrics.items() if rubric.judged]:
+        raise ConfigError(
+            f"reward.judge is not set, and only a judge can decide the rubrics {', '.join(judged)}"
+        )
+    return scorer
+
+
+def make_evaluator(
+    config: Config,
+    engine: RolloutEngine,
+    verifier: Verifier,
+    screen: Screen,
+    *,
+    prompt: HindsightPrompt | None = None,
+    revisions: int = 0,
+) -> Evaluator:
+    sampling = Sampling(
+        config.rollout.max_completion_tokens, config.eval.temperature, config.eval.top_p
+    )
+    return Evaluator(
+        engine,
+        verifier,
+        screen,
+        prompt=prompt,
+        revisions=revisions,
+        sampling=sampling,
+        n=config.eval.n,
+        ks=config.eval.k,
+        seed=config.train.seed,
+    )

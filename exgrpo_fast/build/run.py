@@ -1,0 +1,165 @@
+"""One training run, opened and closed.
+
+What can fail by a user's mistake (files, rewards, golds) is tried before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exgrpo_fast.build.data import load_data, refuse_bad_golds
+from exgrpo_fast.build.environment import quiet_libraries
+from exgrpo_fast.build.experience import check_prior
+from exgrpo_fast.build.models import (
+    adapter_of,
+    load_tokenizer,
+    make_policy,
+    make_reference,
+    refuse_broken_weights,
+    refuse_impossible_attention,
+    refuse_other_tokenizer,
+    start_folder,
+)
+from exgrpo_fast.build.rewards import make_rewards
+from exgrpo_fast.build.rollouts import make_engine, prepare_rollouts
+from exgrpo_fast.build.trainer import forget_after, make_sink, make_trainer
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.core.process_group import ALONE, Processes, host_mesh
+from exgrpo_fast.core.rng import seed_everything
+from exgrpo_fast.experience.replay.source import ReplaySource
+from exgrpo_fast.memory.fit import Expected, fitted, fitted_together, wants_preflight
+from exgrpo_fast.memory.store import store_note
+from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.directory import RunFolder
+from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.metrics import MetricSink, NullSink
+from exgrpo_fast.training.preflight import rehearse
+from exgrpo_fast.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is made of."""
+
+    trainer: Trainer
+    policy: Policy
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config,
+    folder: RunFolder,
+    screen: Screen,
+    *,
+    device: str,
+    resume_from: Path | None,
+    processes: Processes = ALONE,
+) -> Iterator[Run]:
+    """Build a training run; leaving the block ends its reward workers and metric sinks.
+
+    Of several `processes` the first one has rewards, an engine and the files.
+    """
+    quiet_libraries()
+    refuse_impossible_attention(config, device)
+    with contextlib.ExitStack() as stack:
+        start = processes.from_first(lambda: start_folder(config, folder, screen, device=device))
+        tokenizer = load_tokenizer(start)
+        check_prior(config, start, tokenizer)
+        rewards = stack.enter_context(make_rewards(config)) if processes.is_first else None
+        train, held_out = load_data(config, tokenizer, screen)
+        if config.data.check_answers:
+            questions = [*train, *held_out]
+            processes.from_first(lambda: refuse_bad_golds(questions, rewards, screen))
+        if resume_from:
+            refuse_other_tokenizer(resume_from, tokenizer)
+        seed_everything(config.train.seed)
+        if processes.count == 1:
+            config, expected = fitted(config, start, device=device, note=screen.note)
+        else:
+            config, expected = fitted_together(
+                config, start, device=device, note=screen.note, processes=processes
+            )
+        model_path = str(resume_from / "hf") if resume_from else start
+        prepared = prepare_rollouts(
+            config, model_path, tokenizer, folder, screen, stack, processes, device=device
+        )
+        adapter = adapter_of(config, resume_from)
+        policy = make_policy(
+            config,
+            start if adapter else model_path,
+            device=device,
+            adapter=adapter,
+            processes=processes,
+        )
+        refuse_broken_weights(policy, model_path)
+        state: dict[str, Any] = {"num_steps": 0}
+        if resume_from:
+            state = load_state(resume_from, mesh=host_mesh(processes))
+        sink: MetricSink = NullSink()
+        if processes.is_first:
+            forget_after(state["num_steps"], folder, screen)
+            sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
+        stack.enter_context(contextlib.closing(sink))
+        engine = make_engine(
+            config,
+            prepared,
+            policy,
+            folder,
+            model_path=model_path,
+            prompt_ids=train[0].prompt_ids,
+            num_steps=state["num_steps"],
+            device=device,
+        )
+        trainer = make_trainer(
+            config,
+            policy=policy,
+            reference=make_reference(config, start, policy, device=device),
+            engine=engine,
+            rewards=rewards,
+            train=train,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            folder=folder,
+            screen=screen,
+            sink=sink,
+            prepared=prepared,
+            processes=processes,
+        )
+        if resume_from:
+            take_up(trainer, state)
+            trainer.writer.committed = state["num_steps"]
+        if expected is not None and wants_preflight(config, device):
+            screen.note(run_preflight(config, trainer, expected))
+        engine.sync(state["num_steps"])
+        if isinstance(trainer.replay, ReplaySource):
+            screen.note(store_note(trainer.replay.store.plan, device))
+        yield Run(trainer, policy, tokenizer)
+
+
+def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:
+    """The largest step a run can bring, once; DoesNotFit where the device is too small."""
+    rehearsal = rehearse(
+        trainer.learner,
+        trainer.objective,
+        prompt_tokens=config.longest_prompt,
+        completion_tokens=config.rollout.max_completion_tokens,
+        state_bytes=expected.optimiser,
+        processes=trainer.processes.count,
+    )
+    if trainer.learner.policy.device.type != "cuda":
+        return rehearsal.note()  # of the whole process: not what the plan speaks of
+    return rehearsal.note(expected.states_and_passes)
+
+
+def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
+    """ConfigError where the config or the data no longer fit what was saved."""
+    try:
+        trainer.load_state_dict(state)
+    except ValueError as error:
+        raise ConfigError(f"--resume: {error}") from None

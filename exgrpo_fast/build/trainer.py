@@ -1,0 +1,225 @@
+"""A trainer from its parts, from the bottom up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from exgrpo_fast.build.engines import PreparedEngine, mismatch_rule
+from exgrpo_fast.build.environment import config_digest, package_versions
+from exgrpo_fast.build.experience import make_hindsight, make_prior, make_replay
+from exgrpo_fast.build.models import vocabulary_of
+from exgrpo_fast.build.rewards import make_evaluator, make_verifier
+from exgrpo_fast.config import Config
+from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.experience.fresh import FreshSource
+from exgrpo_fast.experience.question_stream import QuestionStream
+from exgrpo_fast.model.hf_folder import HuggingFaceFolder
+from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.rewards import RewardPool
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
+from exgrpo_fast.rollout.journal import JournalledEngine
+from exgrpo_fast.rollout.shared_engine import SharedEngine
+from exgrpo_fast.run.checkpoint.distributed import SharedCheckpointWriter
+from exgrpo_fast.run.checkpoint.format import Checkpoints
+from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
+from exgrpo_fast.run.directory import RunFolder
+from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.metrics import (
+    CompletionLog,
+    FanOut,
+    JsonlSink,
+    MetricSink,
+    NoCompletionLog,
+    TensorBoardSink,
+    WandbSink,
+)
+from exgrpo_fast.training.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.training.bad_batches import BadBatches, NoBadBatches
+from exgrpo_fast.training.collector import Collector, OverlongRule
+from exgrpo_fast.training.learner import Learner, ReplayTerm
+from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
+from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
+from exgrpo_fast.training.reference import Reference
+from exgrpo_fast.training.trainer import Trainer
+from exgrpo_kernels import PolicyObjective
+
+
+def make_trainer(
+    config: Config,
+    *,
+    policy: Policy,
+    reference: Reference | None,
+    engine: RolloutEngine,
+    rewards: RewardPool | None,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    screen: Screen,
+    sink: MetricSink,
+    prepared: PreparedEngine | None = None,
+    processes: Processes = ALONE,
+) -> Trainer:
+    """Sources, collector, learner, evaluator and trainer, from the bottom up.
+
+    `rewards`: None in all processes but the first, which judges and writes for them.
+    """
+    rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
+    stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
+    replay = make_replay(config, policy, train, tokenizer)
+    sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
+    extra_batches = rollout.dynamic_sampling.max_extra_batches
+    fresh = FreshSource(
+        engine,
+        policy,
+        sampling=sampling,
+        seed=seed,
+        mismatch=mismatch_rule(config, policy.device.type),
+    )
+    verifier = make_verifier(config, rewards, tokenizer, screen, processes)
+    collector = Collector(
+        stream=stream,
+        fresh=fresh,
+        replay=replay,
+        verifier=verifier,
+        prior=make_prior(config, policy, tokenizer, prepared),
+        hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
+        screen=screen,
+        overlong=OverlongRule(
+            rollout.max_completion_tokens, algorithm.overlong.soft_penalty_tokens
+        ),
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        max_extra_batches=extra_batches if rollout.dynamic_sampling.enabled else None,
+    )
+    learner = Learner(
+        policy,
+        make_optimiser(config, policy),
+        advantage=make_advantage(config),
+        aggregation=algorithm.aggregation,
+        max_completion_tokens=rollout.max_completion_tokens,
+        minibatches=config.train.minibatches,
+        mask_truncated=algorithm.overlong.mask_truncated,
+        reference=reference,
+        sparsity=config.train.sparsity,
+        tail=config.train.sparse_tail,
+        replay=ReplayTerm(config.replay.baseline, config.replay.coef),
+    )
+    evaluator = make_evaluator(config, engine, verifier, screen)
+    return Trainer(
+        stream=stream,
+        replay=replay,
+        collector=collector,
+        learner=learner,
+        engine=engine,
+        objective=make_objective(config),
+        evaluator=evaluator,
+        eval_questions=held_out,
+        writer=make_writer(config, policy, tokenizer, folder, screen, engine, processes),
+        bad_batches=BadBatches(folder.bad_batches) if processes.is_first else NoBadBatches(),
+        sink=sink,
+        completion_log=(
+            CompletionLog(folder.completions) if processes.is_first else NoCompletionLog()
+        ),
+        screen=screen,
+        max_steps=config.train.max_steps,
+        eval_every=config.eval.every,
+        checkpoint_every=config.checkpoint.every,
+        completions_every=config.log.completions_every,
+        generate_ahead=rollout.generate_ahead,
+        processes=processes,
+    )
+
+
+def make_advantage(config: Config) -> Advantage:
+    algorithm = config.algorithm
+    if (algorithm.advantage, algorithm.std) == ("grpo", "sample"):
+        return grpo_sample_std
+    return ADVANTAGES[algorithm.advantage]
+
+
+def make_objective(config: Config) -> PolicyObjective:
+    algorithm = config.algorithm
+    return PolicyObjective(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        ratio_level=algorithm.ratio_level,
+        surrogate=algorithm.surrogate,
+        kl_coef=algorithm.kl.coef,
+        kl_estimator=algorithm.kl.estimator,
+        entropy_coef=algorithm.entropy_coef,
+    )
+
+
+def make_optimiser(config: Config, policy: Policy) -> Optimiser:
+    train = config.train
+    kind = ReleasingOptimiser if train.gradient_release else Optimiser
+    return kind(
+        policy.trainable_parameters,
+        lr=train.lr,
+        kind=config.optimizer,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+        schedule=linear_warmup(train.warmup_steps),
+        max_grad_norm=train.max_grad_norm,
+        skip_grad_norm=train.skip_grad_norm,
+    )
+
+
+def make_writer(
+    config: Config,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    screen: Screen,
+    engine: RolloutEngine,
+    processes: Processes = ALONE,
+) -> CheckpointWriter:
+    """Checkpoints that say which config, tokenizer and packages they come from."""
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        origin={
+            "config": config_digest(config),
+            "tokenizer": vocabulary_of(tokenizer),
+            "vocabulary_size": len(tokenizer),
+            "packages": package_versions(),
+        },
+    )
+    model = HuggingFaceFolder(policy, tokenizer)
+    on_committed = forgetting(engine)
+    if processes.count == 1:
+        return CheckpointWriter(checkpoints, model, warn=screen.note, on_committed=on_committed)
+    return SharedCheckpointWriter(
+        checkpoints, model, processes=processes, warn=screen.note, on_committed=on_committed
+    )
+
+
+def forgetting(engine: RolloutEngine) -> Callable[[int], None]:
+    """What lets go of the rollouts that a checkpoint has made superfluous."""
+    if isinstance(engine, SharedEngine) and engine.engine is not None:
+        engine = engine.engine
+    return engine.forget_before if isinstance(engine, JournalledEngine) else lambda step: None
+
+
+def make_sink(
+    config: Config, folder: RunFolder, screen: Screen, *, resumed_from: int
+) -> MetricSink:
+    sinks: list[MetricSink] = [JsonlSink(folder.metrics)]
+    if "tensorboard" in config.log.to:
+        sinks.append(TensorBoardSink(folder.path / "tensorboard", resumed_from=resumed_from))
+    if "wandb" in config.log.to:
+        sinks.append(WandbSink("exgrpo-fast", folder.path.name, config.model_dump(mode="json")))
+    return FanOut(sinks, warn=screen.note)
+
+
+def forget_after(step: int, folder: RunFolder, screen: Screen) -> None:
+    """Drop what an interrupted run wrote about steps that will be done again."""
+    JsonlSink(folder.metrics).truncate_after(step)
+    CompletionLog(folder.completions).truncate_after(step)
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.clear_leftovers()
+    if names := checkpoints.set_aside_after(step):
+        screen.note(f"later checkpoints are set aside: {', '.join(names)}")

@@ -1,0 +1,61 @@
+"""`exgrpo-fast init`: a folder to start from, with a config, a reward and three rows of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from exgrpo_fast.config import ConfigError
+
+START = """
+model:
+  name: {model}
+data:
+  train: "{folder}/train.jsonl"
+  eval: null
+  prompt_field: prompt
+  answer_field: answer
+reward:
+  functions: [math_verify, "{folder}/reward.py:short"]
+  weights: [1.0, 0.0]
+"""
+
+REWARD = '''"""A reward of your own: the signature is TRL's. Try it with
+
+    exgrpo-fast score --in rows.jsonl --out scored.jsonl --functions {folder}/reward.py:short
+"""
+
+
+def short(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
+    """1.0 for at most 500 characters. `columns` holds the data's other fields, `answer` among
+    them; None leaves a sample unscored. An exception costs that sample only."""
+    return [1.0 if len(completion) <= 500 else 0.0 for completion in completions]
+'''
+
+ROWS = """\
+{"prompt": "What is 17 + 25? Put the answer in \\\\boxed{}.", "answer": "42"}
+{"prompt": "What is 9 * 12? Put the answer in \\\\boxed{}.", "answer": "108"}
+{"prompt": "What is 3/4 of 64? Put the answer in \\\\boxed{}.", "answer": "48"}
+"""
+
+
+def write_project(folder: Path, *, recipe: str) -> Iterator[Path]:
+    """Write config.yaml, reward.py and train.jsonl; never over a file that is there."""
+    text = (resources.files("exgrpo_fast.config") / "recipes" / f"{recipe}.yaml").read_text()
+    if recipe == "quickstart":
+        start = ""
+    else:
+        start = START.format(folder=folder, model="Qwen/Qwen2.5-1.5B  # or a local folder")
+    files = {
+        "config.yaml": text + start,
+        "reward.py": REWARD.replace("{folder}", str(folder)),
+        "train.jsonl": ROWS,
+    }
+    there = [name for name in files if (folder / name).exists()]
+    if there:
+        raise ConfigError(f"init {folder}: {', '.join(there)} is there already")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content)
+        yield folder / name

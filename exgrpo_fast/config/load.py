@@ -1,0 +1,173 @@
+"""YAML, recipes and the command line -> a checked Config, or one line that says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from exgrpo_fast.config.messages import one_line, section_of, suggest
+from exgrpo_fast.config.schema import Config
+from exgrpo_fast.config.sections import ConfigError, Section
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("exgrpo_fast.config") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith("yaml"))
+
+
+def load_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """A recipe's name or a YAML file, with dotted overrides on top -> a checked Config."""
+    tree = read_yaml(*_find(source))
+    for dotted, text in overrides:
+        _assign(tree, dotted, _override(dotted, text))
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Check a plain tree of values; ConfigError with one line on the first mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(one_line(error)) from None
+
+
+# What does not change what a run has learned so far, nor what its next step would be.
+MAY_CHANGE = (
+    "model.gradient_checkpointing model.tile_tokens data.check_answers reward.workers reward.timeout_seconds "
+    "rollout.engine rollout.max_batch_sequences replay.enabled train.max_steps "
+    "train.max_tokens_per_microbatch train.gradient_release eval checkpoint log"
+).split()
+
+
+def refuse_other_config(saved: Path, config: Config) -> None:
+    """ConfigError when a run is resumed with other keys than it was started with.
+
+    `saved`: the config.yaml of its folder, maybe of an earlier version: keys that only one of the
+    two has are left aside.
+    """
+    if not saved.exists():
+        return
+    differences = _differences(read_yaml(*_find(str(saved))), config)
+    if differences:
+        raise ConfigError(
+            f"--resume: {saved} says {'; '.join(differences)}. Only {', '.join(MAY_CHANGE)} may "
+            f"change; to go on with other values all the same, change them in that file too"
+        )
+
+
+def _differences(saved: Mapping[str, Any], section: Section, prefix: str = "") -> list[str]:
+    found: list[str] = []
+    now = section.model_dump(mode="json")
+    for name in saved.keys() & now.keys():
+        key, value, inner = f"{prefix}{name}", saved[name], getattr(section, name)
+        if key in MAY_CHANGE:
+            continue
+        if isinstance(inner, Section) and isinstance(value, Mapping):
+            found += _differences(value, inner, f"{key}.")
+        elif value != now[name]:
+            found.append(f"{key} {value!r}, now {now[name]!r}")
+    return sorted(found)
+
+
+def require(value: Any, key: str, what: str) -> Any:
+    if value is None:
+        raise ConfigError(f"{key} is not set: give {what}, in the config or as --{key} VALUE")
+    return value
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _find(source: str) -> tuple[str, str]:
+    """(text, name) of a recipe or a file."""
+    if source in recipe_names():
+        return (
+            resources.files("exgrpo_fast.config") / "recipes" / f"{source}.yaml"
+        ).read_text(), source
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        try:
+            return path.read_text(encoding="utf-8"), source
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {source}: {_cause(error)}") from None
+    raise ConfigError(
+        f"unknown recipe '{source}'{suggest(source, recipe_names())}; "
+        f"recipes: {', '.join(recipe_names())}; or give a .yaml file"
+    )
+
+
+def _cause(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys (YAML itself keeps the last one in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"line {line}: the key '{key}' stands there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    tree = _load_yaml(text, f"config {name}")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {name}: expected 'key: value' lines, got {type(tree).__name__}")
+    return tree
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}, {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 13th month
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _override(dotted: str, text: str) -> Any:
+    """The value of an option: YAML, but the text itself where only a text can be meant.
+
+    YAML would end the text 'answer after #### ' at its first ' #'.
+    """
+    is_plain = text.strip() not in {"", "~", "null"} and text.strip()[0] not in "\"'"
+    if is_plain and _annotation(dotted.replace("-", "_").split(".")) in (str, str | None):
+        return text
+    return _load_yaml(text, f"--{dotted}")
+
+
+def _annotation(path: Sequence[str]) -> Any:
+    """The type of a dotted key; None where there is no such key."""
+    section: type[BaseModel] | None = Config
+    annotation: Any = None
+    for name in path:
+        info = section.model_fields.get(name) if section else None
+        if info is None:
+            return None
+        annotation = info.annotation
+        section = section_of(annotation)
+    return annotation
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.replace("-", "_").split(".")
+    for parent in parents:
+        branch = tree.setdefault(parent, {})
+        if not isinstance(branch, dict):
+            # `--data.train.gym chain_sum` over a file name: the branch replaces the leaf.
+            branch = tree[parent] = {}
+        tree = branch
+    tree[leaf] = value

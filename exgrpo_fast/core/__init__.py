@@ -1,0 +1,1 @@
+"""What every other folder may use: the values that travel, errors, processes, randomness."""

@@ -1,0 +1,199 @@
+"""Hindsight: failed responses are revised by the policy that wrote them, told what they missed.
+
+HeRL (arXiv 2603.20046), sections 3.1 and 3.2. For a group whose best reward is below a threshold:
+
+    candidates   the failed responses of the highest reward, at most so many: those that ended by
+                 themselves first, then the shorter ones, then at random
+    revision     one new response each, with the draft and its verdict in the prompt
+    bonus        r <- r + alpha (r' - r) for each revised one (eq. 8)
+    winner       the best revision joins the group, so that K becomes K + 1 (eq. 7)
+
+The winner is trained with the hindsight in its context, in numerator and denominator alike, weighted
+r / (r + gamma) without a clip (eqs. 11 and 12). Its prompt, being a prompt, is not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from exgrpo_fast.core.types import Group, Question, Trajectory
+from exgrpo_fast.experience.fresh import FreshSource
+from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
+from exgrpo_fast.experience.scoring import Grading, Verifier
+
+Choice = Literal["at_least", "always"]
+TIE = 1e-6  # rewards this near are equal
+
+
+@dataclass(frozen=True)
+class HindsightRecipe:
+    """`choose`: the best revision joins if it is "at_least" as good as the best response, or
+    "always" (as printed). `naive` drops the hindsight from the context of training: the paper's
+    ablation NaiveHE, whose exact denominator is still the one with hindsight."""
+
+    threshold: float = 1.0
+    max_revisions: int = 2
+    choose: Choice = "at_least"
+    bonus: float = 0.05
+    clip_negative_bonus: bool = False
+    shaping: float = 1.0
+    naive: bool = False
+    with_replay: bool = False  # revise groups that hold a replayed trajectory, too
+    with_prior: bool = False  # and those that hold a prior-guided one
+
+
+class Candidate(NamedTuple):
+    """A failed response that is to be revised."""
+
+    group: int  # place in the batch
+    member: int  # place in the group
+    draft: str  # its text
+    original: Question
+    asked: Question | None  # with hindsight; None where that prompt is too long
+
+
+@dataclass
+class HindsightReport:
+    """What one step revised; counts are of groups or of revisions."""
+
+    groups_failed: int = 0
+    revisions: int = 0
+    skipped_long: int = 0
+    better: int = 0
+    joined: int = 0
+    all_fail_groups: int = 0
+    all_fail_became_mixed: int = 0
+    tokens: int = 0
+    reward_mean: float | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        return {f"hindsight_{name}": value for name, value in vars(self).items()}
+
+
+class HindsightSource:
+    """Revises a batch of judged groups in one more call of the engine."""
+
+    def __init__(
+        self,
+        fresh: FreshSource,
+        verifier: Verifier,
+        prompt: HindsightPrompt,
+        recipe: HindsightRecipe,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.fresh = fresh
+        self.verifier = verifier
+        self.prompt = prompt
+        self.recipe = recipe
+        self.seed = seed
+
+    def revise(self, groups: Sequence[Group], *, step: int) -> tuple[list[Group], HindsightReport]:
+        """The groups with bonuses and revisions in place; those already solved are untouched."""
+        report = HindsightReport()
+        failed = [i for i, group in enumerate(groups) if self._wants_revision(group)]
+        report.groups_failed = len(failed)
+        report.all_fail_groups = sum(group.num_successes == 0 for group in groups)
+        rng = np.random.default_rng([self.seed, step, 0x4E])
+        candidates = [
+            self._candidate(groups[i], i, member)
+            for i in failed
+            for member in choose_candidates(groups[i], self.recipe.max_revisions, rng)
+        ]
+        report.skipped_long = sum(candidate.asked is None for candidate in candidates)
+        candidates = [candidate for candidate in candidates if candidate.asked]
+        if not candidates:
+            return list(groups), report
+        revisions = self._generate(candidates, step)
+        report.revisions = len(revisions)
+        report.tokens = sum(t.num_tokens for t in revisions)
+        report.reward_mean = fmean(t.reward for t in revisions)
+        report.better = sum(
+            revision.reward > groups[c.group].trajectories[c.member].reward + TIE
+            for c, revision in zip(candidates, revisions, strict=True)
+        )
+        return self._join(groups, candidates, revisions, report), report
+
+    def _wants_revision(self, group: Group) -> bool:
+        solved = max(group.rewards, default=0.0) >= self.recipe.threshold - TIE
+        if solved or (any(group.replayed) and not self.recipe.with_replay):
+            return False
+        return self.recipe.with_prior or not group.from_source("prior")
+
+    def _candidate(self, group: Group, place: int, member: int) -> Candidate:
+        trajectory = group.trajectories[member]
+        assert trajectory.verdict is not None
+        draft = self.verifier.decode(trajectory.token_ids.tolist())
+        asked = self.prompt.ask(group.question, draft, trajectory.verdict, revision=member)
+        return Candidate(place, member, draft, group.question, asked)
+
+    def _generate(self, candidates: Sequence[Candidate], step: int) -> list[Trajectory]:
+        """One revision of each, verified and scored under its hindsight."""
+        asked = [c.asked for c in candidates if c.asked]
+        originals = [c.original for c in candidates]
+        grading = Grading(self.verifier, originals, drafts=[c.draft for c in candidates])
+        sampled = self.fresh.sample(asked, [1] * len(asked), step=step, observer=grading)
+        completions = [completion for of_one in sampled for completion in of_one]
+        trajectories, _ = self.fresh.score(asked, completions, step=step, observer=grading)
+        verdicts = grading.verdicts()
+        return [
+            replace(
+                trajectory,
+                question=original if self.recipe.naive else trajectory.question,
+                source="hindsight",
+                shaping=self.recipe.shaping,
+                verdict=verdict,
+            )
+            for trajectory, original, verdict in zip(trajectories, originals, verdicts, strict=True)
+        ]
+
+    def _join(
+        self,
+        groups: Sequence[Group],
+        candidates: Sequence[Candidate],
+        revisions: Sequence[Trajectory],
+        report: HindsightReport,
+    ) -> list[Group]:
+        joined = list(groups)
+        pairs = list(zip(candidates, revisions, strict=True))
+        for i in dict.fromkeys(c.group for c in candidates):
+            group = groups[i]
+            scored = {
+                c.member: t
+                for c, t in pairs
+                if c.group == i and t.verdict is not None and t.verdict.scored
+            }
+            if not scored:
+                continue
+            members = list(group.trajectories)
+            for member, revision in scored.items():
+                gap = revision.reward - members[member].reward
+                if self.recipe.clip_negative_bonus:
+                    gap = max(gap, 0.0)
+                members[member] = replace(members[member], bonus=self.recipe.bonus * gap)
+            winner = max(scored.values(), key=lambda t: t.reward)
+            if self.recipe.choose == "always" or winner.reward >= max(group.rewards) - TIE:
+                members.append(winner)
+                report.joined += 1
+            joined[i] = Group(group.question, tuple(members))
+            was_all_fail = group.num_successes == 0
+            report.all_fail_became_mixed += was_all_fail and joined[i].num_successes > 0
+        return joined
+
+
+def choose_candidates(group: Group, count: int, rng: np.random.Generator) -> list[int]:
+    """Places of the best failed responses (eq. 5), in the order of preference, at most `count`."""
+    best = max(group.rewards)
+    tied = [i for i, reward in enumerate(group.rewards) if reward >= best - TIE]
+    lot = rng.permutation(len(group.trajectories))
+
+    def preference(i: int) -> tuple[bool, int, int]:
+        trajectory = group.trajectories[i]
+        return trajectory.truncated, trajectory.num_tokens, int(lot[i])
+
+    return sorted(tied, key=preference)[:count]

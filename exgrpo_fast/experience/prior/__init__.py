@@ -1,0 +1,1 @@
+"""Resampling of critical tokens from a prior policy (EAPO)."""

@@ -1,0 +1,262 @@
+"""Drafting and scoring with transformers: a KV cache in which every row keeps its own prefix.
+
+Responses of a batch accept different numbers of drafted tokens. Cropping the cache would crop all
+rows alike; here nothing is cropped. What a row has thrown away stays in the cache as a hole that
+the attention mask hides, and every forward gets the positions of its tokens and a 4-D mask. So one
+forward serves all rows, however ragged.
+
+A lane is used like a prefix cache: it is handed whole prefixes, finds what of them it has read, and
+reads the rest.
+
+Legend of shapes: B rows, n tokens fed in one forward, S slots of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from exgrpo_fast.experience.prior.mixture import known_ids, pad_logprobs, response_logprobs
+from exgrpo_fast.experience.prior.protocols import Draft, Drawn, Prefix, Ready, Scores
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, PolicyError, inference
+from exgrpo_fast.rollout.hf.drawing import hash_uniform, invert_cdf, signed
+
+
+class HoledCache:
+    """What a model has read of some sequences, each under the place of its response."""
+
+    def __init__(self, policy: Policy, places: Sequence[int]) -> None:
+        self.policy = policy
+        self.row_of = {place: row for row, place in enumerate(places)}
+        self.read: list[list[int]] = [[] for _ in places]  # tokens that each row holds
+        self.slots: list[list[int]] = [[] for _ in places]  # and where
+        self.visible_BS = torch.zeros(len(places), 0, dtype=torch.bool)
+        model: Any = policy.model
+        self.cache: Any = DynamicCache(config=model.config)
+
+    def go_to(self, sequences: dict[int, list[int]], counts: dict[int, int]) -> Tensor:
+        """Each place to the end of its sequence -> logits [B, max count, V], aligned at the right.
+
+        The last `count` positions of each sequence are wanted. Rows that are not named stand still.
+        """
+        missing: dict[int, list[int]] = {}
+        for place, ids in sequences.items():
+            row = self.row_of[place]
+            known = min(_common(self.read[row], ids), len(ids) - counts[place])
+            self._hide(row, known)
+            missing[place] = ids[known:]
+        return self.go_on(missing, keep=max(counts.values()))
+
+    def select(self, places: Sequence[int]) -> None:
+        """Keep only these rows."""
+        rows = [self.row_of[place] for place in places]
+        self.row_of = {place: row for row, place in enumerate(places)}
+        self.read, self.slots = [self.read[r] for r in rows], [self.slots[r] for r in rows]
+        self.visible_BS = self.visible_BS[rows]
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.policy.device))
+
+    def _hide(self, row: int, known: int) -> None:
+        """What follows the first `known` tokens of a row becomes holes."""
+        self.visible_BS[row, self.slots[row][known:]] = False
+        del self.read[row][known:], self.slots[row][known:]
+
+    def go_on(self, fed: dict[int, list[int]], keep: int) -> Tensor:
+        """place -> the tokens that follow what it has read -> logits [B, keep, V], the last ones."""
+        device, width = self.policy.device, max(len(tokens) for tokens in fed.values())
+        ids = torch.zeros(len(self.read), width, dtype=torch.int64)
+        positions, valid = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        num_slots = self.visible_BS.shape[1]
+        for place, tokens in fed.items():
+            row = self.row_of[place]
+            start, begin = len(self.read[row]), width - len(tokens)
+            ids[row, begin:] = torch.tensor(tokens, dtype=torch.int64)
+            positions[row, begin:] = torch.arange(start, start + len(tokens))
+            valid[row, begin:] = True
+            self.read[row] += tokens
+            self.slots[row] += range(num_slots + begin, num_slots + width)
+        self.visible_BS = torch.cat([self.visible_BS, valid], dim=1)
+        total = num_slots + width
+        causal_nS = torch.ones(width, total, dtype=torch.bool).tril(num_slots)
+        # A hole sees itself, so that no row of the softmax is empty; nobody sees the hole.
+        itself_nS = torch.eye(width, total, dtype=torch.bool).roll(num_slots, dims=1)
+        mask_BnS = causal_nS & self.visible_BS[:, None] | itself_nS
+        model: Any = self.policy.model
+        return model(
+            input_ids=known_ids(self.policy, ids.to(device)),
+            position_ids=positions.to(device),
+            attention_mask=mask_BnS[:, None].to(device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
+
+
+def _common(read: Sequence[int], ids: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    if read == ids[: len(read)]:
+        return len(read)
+    return next(i for i, token in enumerate(read) if i == len(ids) or token != ids[i])
+
+
+class Lane:
+    """A model with a holed cache that follows the responses of one session."""
+
+    def __init__(self, policy: Policy, *, num_tokens: int, vocabulary_size: int) -> None:
+        """`num_tokens`: ids of the tokenizer, beyond which a row of the head is padding;
+        `vocabulary_size`: width of the distributions that are handed out. PolicyError for a model
+        with sliding attention, whose cache forgets by itself."""
+        kinds = set(getattr(policy.model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise PolicyError(
+                f"{policy.model.config.model_type}: prior_resampling needs full attention in every "
+                f"layer, and this model has {', '.join(sorted(kinds))}"
+            )
+        self.policy = policy
+        self.num_tokens = num_tokens
+        self.vocabulary_size = vocabulary_size
+        self.cache: HoledCache | None = None
+
+    def forget(self) -> None:
+        self.cache = None
+
+    def open(self, places: Sequence[int]) -> HoledCache:
+        """The session's cache, with a row for each place of its first call. Rows of finished
+        responses leave once they are half of all: moving the others costs a copy."""
+        if self.cache is None:
+            self.cache = HoledCache(self.policy, places)
+        elif 2 * len(places) <= len(self.cache.row_of):
+            self.cache.select(places)
+        return self.cache
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        with torch.no_grad(), inference(self.policy.model), self.policy.autocast():
+            yield
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """[..., rows of the head] -> float32 [..., V]; padding has the log-probability -inf."""
+        return pad_logprobs(logits, self.num_tokens, self.vocabulary_size)
+
+
+class TransformersDrafter(Lane):
+    """Drafts with the trainer's own weights."""
+
+    concurrent = False
+
+    def __init__(
+        self, policy: Policy, *, vocabulary_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        super().__init__(policy, num_tokens=vocabulary_size, vocabulary_size=vocabulary_size)
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    def draft(
+        self,
+        prefixes: Sequence[Prefix],
+        lengths: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        distributions: bool = False,
+    ) -> Ready[list[Draft]]:
+        cache = self.open([prefix.place for prefix in prefixes])
+        tokens: list[list[int]] = [[] for _ in prefixes]
+        found: list[list[Tensor]] = [[] for _ in prefixes]  # log-probs: scalars, or [V]
+        going = list(range(len(prefixes)))  # drafts that are not finished
+        with self.inference():
+            sequences = dict(prefixes)
+            logits_BnV = cache.go_to(sequences, dict.fromkeys(sequences, 1))
+            for k in range(max(lengths)):
+                rows = [cache.row_of[prefixes[i].place] for i in going]
+                logprobs_AV = self.logprobs(logits_BnV[rows, -1])
+                drawn_A, chosen_A = _draw(logprobs_AV, [seeds[i] for i in going], k)
+                kept = logprobs_AV if distributions else chosen_A
+                for i, token, values in zip(going, drawn_A.tolist(), kept.cpu(), strict=True):
+                    tokens[i].append(token)
+                    found[i].append(values)
+                going = [i for i in going if not self._finished(tokens[i], lengths[i])]
+                if not going:
+                    break
+                logits_BnV = cache.go_on({prefixes[i].place: tokens[i][-1:] for i in going}, keep=1)
+        return Ready(
+            [_draft(t, torch.stack(lp), distributions) for t, lp in zip(tokens, found, strict=True)]
+        )
+
+    def _finished(self, tokens: Sequence[int], length: int) -> bool:
+        return len(tokens) >= length or tokens[-1] in self.eos_token_ids
+
+
+def _draft(tokens: list[int], logprobs: Tensor, distributions: bool) -> Draft:
+    if not distributions:
+        return Draft(tokens, logprobs)
+    return Draft(tokens, _chosen(logprobs, tokens), logprobs)
+
+
+def _chosen(logprobs_mV: Tensor, tokens: Sequence[int]) -> Tensor:
+    return logprobs_mV.gather(1, torch.tensor(tokens, device=logprobs_mV.device)[:, None])[:, 0]
+
+
+def _draw(logprobs_AV: Tensor, seeds: Sequence[int], position: int) -> tuple[Tensor, Tensor]:
+    """(tokens [A], their log-probs [A])."""
+    seeds_A = torch.tensor([signed(seed) for seed in seeds], device=logprobs_AV.device)
+    drawn_A, _ = invert_cdf(logprobs_AV.exp(), hash_uniform(seeds_A, position))
+    return drawn_A, logprobs_AV.gather(1, drawn_A[:, None])[:, 0]
+
+
+class TransformersPrior(Lane):
+    """Scores drafts with a frozen model on the same device. A replacement is drawn from the logits
+    that scored the draft it replaces: no forward of its own."""
+
+    prefix_block: int | None = None
+    num_retries: int = 0
+    scored: dict[int, Tensor]  # place -> logits [m, V] of the drafts of this round
+    starts: dict[int, int]  # place -> length of their prefix
+
+    def score(
+        self,
+        prefixes: Sequence[Prefix],
+        drafts: Sequence[Sequence[int]],
+        *,
+        distributions: bool = False,
+    ) -> Ready[list[Scores]]:
+        cache = self.open([prefix.place for prefix in prefixes])
+        # The last draft is not read: nothing is predicted from it yet.
+        sequences = {
+            prefix.place: [*prefix.token_ids, *draft[:-1]]
+            for prefix, draft in zip(prefixes, drafts, strict=True)
+        }
+        counts = {p.place: len(d) for p, d in zip(prefixes, drafts, strict=True)}
+        with self.inference():
+            logits_BnV = cache.go_to(sequences, counts)
+        self.scored = {
+            prefix.place: logits_BnV[cache.row_of[prefix.place], -len(draft) :]
+            for prefix, draft in zip(prefixes, drafts, strict=True)
+        }
+        self.starts = {prefix.place: len(prefix.token_ids) for prefix in prefixes}
+        found = []
+        for prefix, draft in zip(prefixes, drafts, strict=True):
+            logprobs_mV = self.logprobs(self.scored[prefix.place])
+            chosen = _chosen(logprobs_mV, draft).cpu()
+            found.append(Scores(chosen, logprobs_mV.cpu() if distributions else None))
+        return Ready(found)
+
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> Ready[list[Drawn]]:
+        rows = [self.scored[p.place][len(p.token_ids) - self.starts[p.place]] for p in prefixes]
+        drawn_A, chosen_A = _draw(self.logprobs(torch.stack(rows)), seeds, 0)
+        pairs = zip(drawn_A.tolist(), chosen_A.tolist(), strict=True)
+        return Ready([Drawn(token, logprob) for token, logprob in pairs])
+
+    def whole_responses(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return response_logprobs(
+            self.policy, Ragged.of(prompts), Ragged.of(responses), num_tokens=self.num_tokens
+        )
+
+    def forget(self) -> None:
+        super().forget()
+        self.scored, self.starts = {}, {}

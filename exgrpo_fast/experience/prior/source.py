@@ -1,0 +1,267 @@
+"""The prior: for each question some responses in which a frozen policy re-draws critical tokens.
+
+EAPO (arXiv 2606.30420), section 3.3 and algorithm 1. For its first T steps a run gives one of the K
+slots of every group to a response that is drafted by the policy and corrected by the prior
+(`exgrpo_fast/experience/prior`). Its reward counts in the group's statistics like any other; it is
+trained only where it is correct, and weighs by its importance mode. After T steps all K are fresh.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exgrpo_fast.core.types import Question, Trajectory
+from exgrpo_fast.experience.prior.driver import Resampler, Response, Session
+from exgrpo_fast.experience.prior.importance import (
+    NEEDS_LAW,
+    Importance,
+    balance_weight,
+    columns_of,
+)
+from exgrpo_fast.experience.prior.metrics import GuidanceCost
+from exgrpo_fast.experience.prior.mixture import EmittedLaw, emitted_law
+from exgrpo_fast.model.packing import Ragged, sequences_of
+from exgrpo_fast.model.policy import Policy
+from exgrpo_fast.rollout.engine import Request, request_seed
+
+Annealing = Literal["hard", "linear"]
+
+
+@dataclass(frozen=True)
+class PriorRecipe:
+    """The parts of the method. The defaults are EAPO's.
+
+    `annealing`: "hard" guides every group up to `stop_after_steps` and none behind it, "linear" a
+    share of the groups that falls from 1 to 0 until then.
+    """
+
+    augmented_per_group: int = 1
+    stop_after_steps: int | None = 60
+    annealing: Annealing = "hard"
+    positive_only: bool = True
+    importance: Importance = "sis_token"
+    weight_cap: float = 3.0  # of the exact importance modes
+
+
+class Guided:
+    """The guided responses of one call, in the making."""
+
+    def __init__(self, question_of: Sequence[Question], sessions: Sequence[Session]) -> None:
+        self.question_of = list(question_of)
+        self.sessions = list(sessions)
+
+    def advance(self) -> None:
+        """As far as it goes without waiting, for engines that work beside the fresh responses."""
+        next((s for s in self.sessions if s.advance()), None)
+
+    def finish(self) -> list[Response]:
+        return [response for session in self.sessions for response in session.finish()]
+
+
+class PriorSource:
+    """Guided responses, from their drafts to trajectories with the columns of their mode."""
+
+    def __init__(
+        self,
+        resampler: Resampler,
+        policy: Policy,
+        recipe: PriorRecipe,
+        *,
+        prior: Policy | None = None,
+        num_tokens: int = 0,
+        max_batch_sequences: int = 256,
+        seed: int = 0,
+    ) -> None:
+        """`prior` with its `num_tokens` ids: needed where the importance mode needs the exact law.
+        `max_batch_sequences`: responses guided side by side."""
+        assert prior is not None or recipe.importance not in NEEDS_LAW
+        self.resampler = resampler
+        self.policy = policy
+        self.recipe = recipe
+        self.prior = prior
+        self.num_tokens = num_tokens
+        self.max_batch_sequences = max_batch_sequences
+        self.seed = seed
+
+    # --- before the rollout ---
+
+    def counts(self, num_questions: int, *, step: int) -> list[int]:
+        """Guided slots of each question, a pure function of the step: nothing is saved."""
+        recipe, last = self.recipe, self.recipe.stop_after_steps
+        if last is not None and step > last:
+            return [0] * num_questions
+        guided = np.ones(num_questions, dtype=bool)
+        if recipe.annealing == "linear" and last is not None:
+            rng = np.random.default_rng([self.seed, step, 0xEA])
+            guided = rng.random(num_questions) < 1 - (step - 1) / last
+        return [recipe.augmented_per_group * int(g) for g in guided]
+
+    def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> Guided:
+        pairs = [
+            (question, Request(question.prompt_ids, self._seed_of(question, step, sample)))
+            for question, count in zip(questions, counts, strict=True)
+            for sample in range(count)
+        ]
+        requests = [request for _, request in pairs]
+        size = self.max_batch_sequences
+        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+        sessions = [self.resampler.start(batch) for batch in batches]
+        return Guided([question for question, _ in pairs], sessions)
+
+    def _seed_of(self, question: Question, step: int, sample: int) -> int:
+        return request_seed(self.seed, f"{step}/prior", question.id, sample)
+
+    @property
+    def concurrent(self) -> bool:
+        return self.resampler.drafter.concurrent
+
+    # --- after it ---
+
+    def score(
+        self, guided: Guided, fresh: Sequence[Trajectory], *, step: int
+    ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
+        """(guided trajectories, the fresh ones, what it took). The fresh ones change only under
+        importance `mis`, which weighs every response of a group."""
+        responses, questions = guided.finish(), guided.question_of
+        if not responses:
+            return [], list(fresh), GuidanceCost()
+        cost = self._cost(guided, responses, fresh)
+        found = [self._trajectory(*pair, step) for pair in zip(questions, responses, strict=True)]
+        scored = self._scored(found)
+        if self.recipe.importance not in NEEDS_LAW:
+            return [self._weighed(t) for t in scored], list(fresh), cost
+        law = self._law(scored)
+        cost = replace(cost, rates=float(law.rates.values.sum()), rate_tokens=cost.tokens)
+        if self.recipe.importance == "mis":
+            return *self._balanced(scored, law.mu, fresh), cost
+        mus = law.mu.split()
+        return [self._weighed(t, mu) for t, mu in zip(scored, mus, strict=True)], list(fresh), cost
+
+    def judged(self, trajectory: Trajectory) -> Trajectory:
+        """The positive filter: what failed stays in the baseline and leaves the loss."""
+        failed = trajectory.source == "prior" and not trajectory.successful
+        if failed and self.recipe.positive_only:
+            return replace(trajectory, masked=True)
+        return trajectory
+
+    def _trajectory(self, question: Question, response: Response, step: int) -> Trajectory:
+        completion = response.completion()
+        return Trajectory(
+            question=question,
+            token_ids=completion.token_ids,
+            behaviour_logprobs=completion.logprobs,
+            entropies=torch.empty(0),
+            truncated=completion.truncated,
+            source="prior",
+            birth_step=step,
+            guidance=response.guidance(),
+        )
+
+    def _scored(self, found: Sequence[Trajectory]) -> list[Trajectory]:
+        """By the trainer's weights: the engine has no log-probs of tokens that it did not draw."""
+        scores = self.policy.score(*sequences_of(found)).split()
+        return [
+            replace(t, behaviour_logprobs=old, entropies=entropies)
+            for t, (old, entropies) in zip(found, scores, strict=True)
+        ]
+
+    def _weighed(self, trajectory: Trajectory, mu_T: Tensor | None = None) -> Trajectory:
+        assert trajectory.guidance is not None
+        columns = columns_of(
+            self.recipe.importance,
+            old_T=trajectory.behaviour_logprobs,
+            prior_T=trajectory.guidance.prior_logprobs,
+            redrawn_T=trajectory.guidance.redrawn,
+            mu_T=mu_T,
+            cap=self.recipe.weight_cap,
+        )
+        found = replace(trajectory, behaviour_logprobs=columns.behaviour_logprobs)
+        return found if columns.token_weights is None else reweighted(found, columns.token_weights)
+
+    def _law(self, trajectories: Sequence[Trajectory]) -> EmittedLaw:
+        assert self.prior is not None
+        return emitted_law(
+            self.policy,
+            self.prior,
+            self.resampler.trigger,
+            *sequences_of(trajectories),
+            num_tokens=self.num_tokens,
+        )
+
+    def _balanced(
+        self, guided: Sequence[Trajectory], mu: Ragged, fresh: Sequence[Trajectory]
+    ) -> tuple[list[Trajectory], list[Trajectory]]:
+        """Every response of a group with a guided one, by the balance heuristic."""
+        num_guided = Counter(t.question.id for t in guided)
+        size = num_guided + Counter(t.question.id for t in fresh)
+        beside = [t for t in fresh if num_guided[t.question.id]]
+        mus = [*mu.split(), *(self._law(beside).mu.split() if beside else ())]
+        weighed = {}
+        for t, mu_T in zip([*guided, *beside], mus, strict=True):
+            weight = balance_weight(
+                (mu_T - t.behaviour_logprobs).sum(),
+                group_size=size[t.question.id],
+                num_guided=num_guided[t.question.id],
+            )
+            weighed[id(t)] = reweighted(t, weight.expand(t.num_tokens))
+        return [weighed[id(t)] for t in guided], [weighed.get(id(t), t) for t in fresh]
+
+    def _cost(
+        self, guided: Guided, responses: Sequence[Response], fresh: Sequence[Trajectory]
+    ) -> GuidanceCost:
+        """With KL(pi || r), from one fresh response of each question: a few per cent of the tokens."""
+        seconds = [session.seconds for session in guided.sessions]
+        firsts = list({t.question.id: t for t in fresh}.values())
+        scorer = self.resampler.scorer
+        prior = scorer.whole_responses(
+            [t.question.prompt_ids for t in firsts], [t.token_ids for t in firsts]
+        )
+        gaps = [t.behaviour_logprobs - r for t, r in zip(firsts, prior, strict=True)]
+        return GuidanceCost(
+            rounds=sum(response.rounds for response in responses),
+            drafted=sum(response.drafted for response in responses),
+            tokens=sum(len(response.token_ids) for response in responses),
+            seconds_draft=sum(s["draft"] for s in seconds),
+            seconds_score=sum(s["score"] for s in seconds),
+            seconds_draw=sum(s["draw"] for s in seconds),
+            divergence=sum(float(gap.sum()) for gap in gaps),
+            divergence_tokens=sum(len(gap) for gap in gaps),
+        )
+
+
+class NoPrior:
+    """The run without a prior: every slot is fresh or replayed."""
+
+    concurrent = False
+
+    def counts(self, num_questions: int, *, step: int) -> list[int]:
+        return [0] * num_questions
+
+    def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> Guided:
+        return Guided([], [])
+
+    def score(
+        self, guided: Guided, fresh: Sequence[Trajectory], *, step: int
+    ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
+        return [], list(fresh), GuidanceCost()
+
+    def judged(self, trajectory: Trajectory) -> Trajectory:
+        return trajectory
+
+
+def reweighted(trajectory: Trajectory, factors_T: Tensor) -> Trajectory:
+    """Its tokens and its share of the baseline weighted: a reward whose response hardly weighs must
+    not push the others down (docs/eapo.md)."""
+    before = trajectory.token_weights
+    return replace(
+        trajectory,
+        token_weights=factors_T if before is None else before * factors_T,
+        baseline_weight=float(factors_T.mean()),
+    )

@@ -1,0 +1,1 @@
+"""The replay buffer (ExGRPO and related methods)."""

@@ -1,0 +1,133 @@
+"""The memory plan of a run before its weights are loaded: of this machine, or of one to be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
+from exgrpo_fast.config.limits import engine_kind
+from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.memory.advice import cheapest, refusal
+from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table, with_sizes
+
+
+class NoShapes(ConfigError):
+    """The model's config cannot be read: not there, or not reachable from here."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan as text, and why the run cannot begin, if it cannot."""
+
+    plan: MemoryPlan
+    text: str
+    refusal: str | None
+
+    def accepted(self, note: Callable[[str], None]) -> MemoryPlan:
+        """The plan, once its text is noted; ConfigError where the run cannot begin."""
+        note(self.text)
+        if self.refusal is not None:
+            raise ConfigError(self.refusal)
+        return self.plan
+
+
+class Expected(NamedTuple):
+    """What a rehearsal of one process is told, and held against, in bytes."""
+
+    optimiser: float
+    states_and_passes: float
+
+    @staticmethod
+    def of(plan: MemoryPlan) -> Expected:
+        return Expected(plan.states.optimiser, plan.states_and_passes)
+
+
+def plan_run(
+    config: Config,
+    folder: str,
+    *,
+    device: str | None,
+    memory_gib: float | None = None,
+    is_local: bool = False,
+    processes: int = 1,
+) -> Planned:
+    """`folder`: of the model, its config.json is enough; `memory_gib`: of a GPU that is not here;
+    `is_local`: nothing is asked of the hub; `processes`: that share the weights.
+
+    NoShapes where the model's config cannot be read.
+    """
+    try:
+        model = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=is_local
+        )
+    except (OSError, ValueError) as error:
+        raise NoShapes(f"model.name {folder}: {str(error).splitlines()[0]}") from None
+    planner = Planner(model, machine(config, device, memory_gib, processes))
+    made = planner.plan(config)
+    text = table(made, config)
+    if made.fits:
+        return Planned(made, text, None)
+    return Planned(made, text, refusal(made, cheapest(planner, config)))
+
+
+def machine(
+    config: Config, device: str | None, memory_gib: float | None, processes: int = 1
+) -> Machine:
+    """With `memory_gib` a GPU that has vLLM, where `auto` leaves the engine open."""
+    kind: Literal["cpu", "cuda"] = "cpu"
+    if device == "cuda" or (device is None and (memory_gib or torch.cuda.is_available())):
+        kind = "cuda"
+    if memory_gib is not None:
+        num_bytes, engine = int(memory_gib * 2**30), config.rollout.engine
+        engine = "vllm" if engine == "auto" else engine
+    else:
+        num_bytes, engine = device_bytes() if kind == "cuda" else None, engine_kind(config, kind)
+    refuse_engine_with_several(config, engine, processes)
+    return Machine(kind, num_bytes, engine, processes)
+
+
+def device_bytes() -> int:
+    """Of this process's GPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def fitted(
+    config: Config, folder: str, *, device: str, note: Callable[[str], None]
+) -> tuple[Config, Expected | None]:
+    """The config with what `auto` comes to, and what is planned; ConfigError where the run cannot
+    fit.
+
+    On a CPU a plan is made only where the preflight asks for it.
+    """
+    if device != "cuda" and not wants_preflight(config, device):
+        return config, None
+    made = plan_run(config, folder, device=device).accepted(note)
+    return made.config, Expected.of(made)
+
+
+def fitted_together(
+    config: Config, folder: str, *, device: str, note: Callable[[str], None], processes: Processes
+) -> tuple[Config, Expected | None]:
+    """As `fitted`, for several processes: the first one plans for all, on the smallest GPU."""
+    if device != "cuda" and not wants_preflight(config, device):
+        return config, None
+    gib = -processes.greatest(-device_bytes()) / 2**30 if device == "cuda" else None
+
+    def planned() -> dict[str, Any]:
+        found = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
+        made = found.accepted(note)
+        sizes = [made.config.microbatch_tokens, made.config.tile_tokens]
+        return {"sizes": sizes, "expected": Expected.of(made)}
+
+    told = processes.from_first(planned)
+    return with_sizes(config, *told["sizes"]), Expected(*told["expected"])
+
+
+def wants_preflight(config: Config, device: str) -> bool:
+    wanted = {"always": True, "never": False, "auto": device == "cuda"}
+    return wanted[config.train.preflight]

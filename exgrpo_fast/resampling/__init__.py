@@ -1,1 +1,0 @@
-"""Resampling from a prior: which drafted tokens it draws anew, and the law of what comes out."""

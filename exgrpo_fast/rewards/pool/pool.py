@@ -1,0 +1,450 @@
+"""Rewards at arm's length: worker processes that may hang, crash or be killed, and are replaced.
+
+A pool takes samples and gives one verdict for each, in order, whatever the reward functions do.
+`score` waits for them. While something else goes on, `submit` hands samples in, `poll` moves things
+along without ever waiting, and `finish` or `verdicts` waits for what is left:
+
+    ticket = pool.submit(first_samples)
+    while generating:
+        pool.submit(more_samples, onto=ticket)
+        pool.poll()
+    verdicts = pool.verdicts(ticket)
+
+Each worker is given a few jobs at a time and answers them one by one; the clock of a job starts
+when the answer before it arrived. When a worker misses the deadline its whole process group is
+killed, that sample gets reward 0 with the reason `timeout`, and the jobs behind it go to a spare
+worker that has done its imports already. There is no thread, and nothing is shared but pipes with
+JSON lines. A pool is used by one thread at a time.
+
+Reasons a verdict can have, besides what the functions say: `timeout`, `error:<ExceptionName>`,
+`worker_died`, `not_a_number`, `missing_column`, `unscored`, `cancelled`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import subprocess
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from exgrpo_fast.rewards.judgement import RewardError
+from exgrpo_fast.rewards.loading import REWARDS, as_reference, check_reference
+from exgrpo_fast.rewards.pool.jobs import Job, RewardSample, Scored, Ticket
+from exgrpo_fast.rewards.pool.worker_process import WorkerProcess, inside_worker
+from exgrpo_fast.rewards.rubrics.rubrics import RubricText
+
+if TYPE_CHECKING:  # experience.py loads torch, which a reward alone does not need
+    from exgrpo_fast.core.types import Verdict
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02  # of work in one `poll`, which may start one more thing before it looks again
+JOBS_PER_MESSAGE = 8  # fewer round trips; a killed worker hands at most 7 jobs back
+CHARS_PER_MESSAGE = 1 << 18  # or fewer jobs, because a message is put together in one go
+START_SECONDS = 60.0  # imports on a busy machine; 0.6 s when idle
+DEATHS_PER_JOB = 3  # a worker may be killed by others; a job that kills three is guilty
+SOFT_SHARE = 0.8  # the timer inside fires first: it costs no new worker
+HARD_PER_SOFT = 2.0  # for a reward with a time limit of its own
+
+# A worker is replaced when it is worn, because SymPy's caches only grow.
+WORN_JOBS = 5000
+WORN_BYTES = 140 << 20  # resident, above its start; 200 MB with math-verify
+MEMORY_BUILT_IN = 512 << 20  # address space; math-verify starts with 63 MB, reasoning-gym with 195
+MEMORY_USER = 8 << 30  # a user's function may import torch
+
+
+class _Worker(WorkerProcess):
+    """A worker process, what it has been given, and since when we wait for it."""
+
+    def __init__(self, setup: Mapping[str, Any], selector: selectors.BaseSelector) -> None:
+        super().__init__(setup, selector)
+        self.ready = False
+        self.jobs: deque[Job] = deque()  # unanswered, in the order they were sent
+        self.waited_since = time.monotonic()  # its start, then its first unanswered job
+        self.num_jobs = 0
+        self.start_bytes = self.resident_bytes = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and not self.jobs
+
+
+class RewardPool:
+    """Reward functions in killable processes.
+
+    functions: names of built-in rewards, 'file.py:function', 'package.module:name', or functions
+        that stand at the top level of a file. Several are added up with `weights` (default 1 each).
+    workers: how many work at the same time; one more stands by.
+    timeout_seconds: for each function on each sample, before the worker is killed. A built-in
+        reward may have a tighter limit: 2 s for `math_verify`.
+    memory_bytes: address space of a worker; default 512 MiB for built-in rewards, 8 GiB for others.
+    RewardError, in one line, for a reward that cannot be found.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[str | Callable[..., Any]],
+        *,
+        weights: Sequence[float] | None = None,
+        workers: int = 2,
+        timeout_seconds: float = 5.0,
+        memory_bytes: int | None = None,
+    ) -> None:
+        if inside_worker():
+            raise RewardError(
+                "a reward file starts a reward pool when it is imported; "
+                "put the start of the run under `if __name__ == '__main__':`"
+            )
+        if isinstance(functions, str) or not functions:
+            raise RewardError(
+                f"reward functions: expected a list of at least one, got {functions!r}"
+            )
+        if weights is not None and len(weights) != len(functions):
+            raise RewardError(f"{len(weights)} reward weights for {len(functions)} functions")
+        if workers < 1 or timeout_seconds <= 0:
+            raise RewardError(f"workers ({workers}) and timeout_seconds must be positive")
+        self.functions = [check_reference(as_reference(function)) for function in functions]
+        self._weights = list(weights) if weights is not None else [1.0] * len(functions)
+        self.rubrics: dict[str, RubricText] = {}  # by name; known once a worker has started
+        self._max_busy = workers
+        self._soft_seconds = timeout_seconds * SOFT_SHARE
+        self._hard_seconds = sum(_hard_seconds(f, timeout_seconds) for f in self.functions)
+        built_in = all(reference in REWARDS for reference in self.functions)
+        self._memory = memory_bytes or (MEMORY_BUILT_IN if built_in else MEMORY_USER)
+        self._worn_bytes = WORN_BYTES if built_in else self._memory // 2
+        self._selector = selectors.DefaultSelector()
+        self._waiting: deque[Job] = deque()
+        self._workers: list[_Worker] = []
+        self._killed: list[_Worker] = []  # not yet out of the system's table
+        self._failed_starts = 0
+        self._logged: set[tuple[str, str]] = set()
+        self._last_detail = ""
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._workers, self._killed, self._selector, os.getpid()
+        )
+        for _ in range(workers):  # early: they import while the model loads
+            self._start_worker()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the workers and wait for their end; a second call does nothing."""
+        self._finalizer()
+
+    # --- all at once ------------------------------------------------------------------------------
+
+    def score(
+        self,
+        samples: Sequence[RewardSample],
+        on_finished: Callable[[int], object] = lambda count: None,
+    ) -> list[Verdict]:
+        """One verdict per sample, in order; `on_finished(count)` as they arrive.
+
+        RewardError only when the functions can no longer be imported at all.
+        """
+        return self.verdicts(self.submit(samples), on_finished)
+
+    def run(
+        self,
+        samples: Sequence[RewardSample],
+        *,
+        checking_gold: bool = False,
+        on_finished: Callable[[int], object] = lambda count: None,
+    ) -> list[Scored]:
+        """`score` without torch. `checking_gold` asks the functions about the answers instead."""
+        self._last_detail = ""
+        return self.finish(self.submit(samples, checking_gold=checking_gold), on_finished)
+
+    def check(self, sample: RewardSample | None = None) -> None:
+        """Import the functions and call each once; RewardError in one line where one fails.
+
+        With a real sample a column that a function asks for and the data lacks is found, too.
+        """
+        probe = sample or RewardSample("What is 1 + 1?", "\\boxed{2}", "2")
+        scored = self.run([probe])[0]
+        faults = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
+        if sample is None:
+            faults = faults[:-1]
+        if scored.reason.startswith(faults):
+            raise RewardError(self._last_detail or f"the reward failed: {scored.reason}")
+
+    # --- while something else goes on -------------------------------------------------------------
+
+    def submit(
+        self,
+        samples: Sequence[RewardSample],
+        *,
+        onto: Ticket | None = None,
+        checking_gold: bool = False,
+    ) -> Ticket:
+        """Hand samples in, and return the ticket that collects their verdicts, in order.
+
+        `onto`: add them to an earlier ticket. Within one ticket equal samples are scored once.
+        Never waits; costs what `poll` costs, and 3 us per 1,000 characters.
+        """
+        ticket = Ticket() if onto is None else onto
+        self._waiting += ticket.add(samples, checking_gold=checking_gold)
+        self.poll()
+        return ticket
+
+    def poll(self) -> None:
+        """Send, receive, kill and replace what can be at once: at most 50 ms, never waiting.
+
+        The workers have a few jobs each, so that a call now and then keeps them busy. RewardError
+        when they do not start.
+        """
+        self._check_open()
+        end = time.monotonic() + POLL_SECONDS
+        while self._turn(wait=False) and time.monotonic() < end:
+            pass
+
+    def finish(
+        self, ticket: Ticket, on_finished: Callable[[int], object] = lambda count: None
+    ) -> list[Scored]:
+        """Wait for the rest of a ticket; `on_finished(count)` first for what is there already.
+
+        An exception, Ctrl-C above all, cancels the ticket.
+        """
+        self._check_open()
+        num_told = 0
+        try:
+            while True:
+                if ticket.num_done > num_told:
+                    on_finished(ticket.num_done - num_told)
+                    num_told = ticket.num_done
+                if ticket.done:
+                    return [scored for scored in ticket.verdicts if scored is not None]
+                self._turn(wait=True)
+        except BaseException:
+            self.cancel(ticket)
+            raise
+
+    def verdicts(
+        self, ticket: Ticket, on_finished: Callable[[int], object] = lambda count: None
+    ) -> list[Verdict]:
+        """`finish`, as the trainer's `Verdict`."""
+        from exgrpo_fast.core.types import Verdict
+
+        return [Verdict(*scored) for scored in self.finish(ticket, on_finished)]
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Have nobody work for a ticket any more; what it lacks is unscored, reason `cancelled`.
+
+        Workers that have begun with it are killed.
+        """
+        for worker in [w for w in self._workers if any(job.ticket is ticket for job in w.jobs)]:
+            self._remove(worker)
+            self._requeue(worker)
+        others = [job for job in self._waiting if job.ticket is not ticket]
+        self._waiting = deque(others)
+        ticket.cancel()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this RewardPool is closed")
+
+    # --- one turn ---------------------------------------------------------------------------------
+
+    def _turn(self, *, wait: bool) -> bool:
+        """Everything that can be done now, once; `wait` until something can. Whether it was."""
+        self._killed[:] = [worker for worker in self._killed if not worker.gone()]
+        self._replace_worn()
+        started = self._start_missing()
+        self._dispatch()
+        events = self._selector.select(0.0 if started or not wait else self._until_deadline())
+        for key, mask in events:
+            if mask & selectors.EVENT_WRITE:
+                key.data.flush()
+            elif key.data in self._workers:
+                self._receive(key.data)
+        killed = self._kill_late()
+        return bool(started or events or killed)
+
+    def _until_deadline(self) -> float:
+        waited = [self._deadline(w) for w in self._workers if w.jobs or not w.ready]
+        return max(0.0, min(waited, default=0.0) - time.monotonic())
+
+    def _deadline(self, worker: _Worker) -> float:
+        return worker.waited_since + (self._hard_seconds if worker.ready else START_SECONDS)
+
+    def _dispatch(self) -> None:
+        num_free = self._max_busy - sum(bool(worker.jobs) for worker in self._workers)
+        for worker in [w for w in self._workers if w.idle][:num_free]:
+            if self._waiting:
+                self._send(worker)
+
+    def _send(self, worker: _Worker) -> None:
+        # The last jobs are spread over all workers rather than queued behind one.
+        most = min(JOBS_PER_MESSAGE, -(-len(self._waiting) // self._max_busy))
+        num_chars = 0
+        while self._waiting and len(worker.jobs) < most and num_chars < CHARS_PER_MESSAGE:
+            worker.jobs.append(self._waiting.popleft())
+            num_chars += len(worker.jobs[-1].text)
+        first = worker.num_jobs
+        worker.num_jobs += len(worker.jobs)
+        worker.waited_since = time.monotonic()
+        lines = [f"[{first + i}, {job.text}]" for i, job in enumerate(worker.jobs)]
+        worker.write(f'{{"jobs": [{", ".join(lines)}]}}')
+
+    def _receive(self, worker: _Worker) -> bool:
+        """Take what a worker has said, or its end; whether there was either."""
+        replies = worker.read()
+        if replies is None:
+            self._bury(worker)
+            return True
+        for reply in replies:
+            if "failed" in reply:
+                raise RewardError(reply["failed"])
+            if "id" in reply:
+                self._settle(worker, reply)
+            else:
+                worker.ready, self._failed_starts = True, 0
+                worker.start_bytes = reply["resident_bytes"]
+                self.rubrics = {name: RubricText(*r) for name, r in reply["rubrics"].items()}
+        return bool(replies)
+
+    def _settle(self, worker: _Worker, reply: Mapping[str, Any]) -> None:
+        assert reply["id"] == worker.num_jobs - len(worker.jobs)
+        job = worker.jobs.popleft()
+        worker.waited_since = time.monotonic()
+        worker.resident_bytes = reply["resident_bytes"]
+        job.ticket.settle(job, self._combine(reply))
+
+    def _combine(self, reply: Mapping[str, Any]) -> Scored:
+        """The weighted sum; None does not count; the reason of the first that is not ok."""
+        total, reasons, checks, counted = 0.0, [], [], False
+        for name, weight, result in zip(
+            self.functions, self._weights, reply["results"], strict=True
+        ):
+            reward, reason, detail, found = result
+            checks += [(rubric, met) for rubric, met in found]
+            if detail:
+                self._log_once(name, reason, detail)
+            if reward is not None:
+                total, counted = total + weight * reward, True
+                reasons.append(reason)
+        if not counted:
+            return Scored(0.0, "unscored", reply["ms"], False, tuple(checks))
+        reason = next((r for r in reasons if r != "ok"), "ok")
+        return Scored(total, reason, reply["ms"], checks=tuple(checks))
+
+    def _log_once(self, name: str, reason: str, detail: str) -> None:
+        name = Path(name).name
+        self._last_detail = f"reward {name}: {detail}"
+        if (name, reason) not in self._logged:
+            self._logged.add((name, reason))
+            logger.warning(
+                "reward %s: %s; counted as %s, and further ones only counted", name, detail, reason
+            )
+
+    # --- birth and death --------------------------------------------------------------------------
+
+    def _start_missing(self) -> bool:
+        """One worker a turn; the spare comes last, so that it delays nobody's first job."""
+        all_ready = all(worker.ready for worker in self._workers)
+        if len(self._workers) < self._max_busy + all_ready:
+            self._start_worker()
+            return True
+        return False
+
+    def _start_worker(self) -> None:
+        setup = {
+            "functions": self.functions,
+            "memory_bytes": self._memory,
+            "soft_seconds": self._soft_seconds,
+        }
+        self._workers.append(_Worker(setup, self._selector))
+
+    def _replace_worn(self) -> None:
+        """One at a time, and only while the spare can take over at once."""
+        if len(self._workers) > self._max_busy and all(worker.ready for worker in self._workers):
+            worn = next((w for w in self._workers if w.idle and self._is_worn(w)), None)
+            if worn is not None:
+                self._remove(worn)
+
+    def _is_worn(self, worker: _Worker) -> bool:
+        grown = worker.resident_bytes - worker.start_bytes
+        return worker.num_jobs >= WORN_JOBS or grown >= self._worn_bytes
+
+    def _kill_late(self) -> bool:
+        now, killed = time.monotonic(), False
+        for worker in [w for w in self._workers if w.jobs or not w.ready]:
+            if self._deadline(worker) > now or self._receive(worker):
+                continue  # in time, or it had answered while we were away
+            killed = True
+            self._remove(worker)
+            if worker.jobs:
+                job = worker.jobs.popleft()
+                self._log_once(self._names, "timeout", "killed at the time limit")
+                milliseconds = 1000 * (now - worker.waited_since)
+                job.ticket.settle(job, Scored(0.0, "timeout", round(milliseconds, 3)))
+                self._requeue(worker)
+            else:
+                self._count_failed_start(f"not ready after {START_SECONDS:g} s")
+        return killed
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker is gone without our doing: its job is tried again, it may be innocent."""
+        self._remove(worker)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(0.01)  # its pipes are closed: it has ended, or is about to
+        how = f"exit code {worker.process.returncode}"
+        if not worker.ready:
+            self._count_failed_start(f"ended with {how}")
+        elif worker.jobs:
+            job = worker.jobs[0]
+            job.deaths += 1
+            if job.deaths >= DEATHS_PER_JOB:
+                worker.jobs.popleft()
+                self._log_once(self._names, "worker_died", f"ended the worker ({how})")
+                job.ticket.settle(job, Scored(0.0, "worker_died"))
+        self._requeue(worker)
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(Path(reference).name for reference in self.functions)
+
+    def _requeue(self, worker: _Worker) -> None:
+        self._waiting.extendleft(reversed(worker.jobs))
+        worker.jobs.clear()
+
+    def _count_failed_start(self, how: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= DEATHS_PER_JOB:
+            self._failed_starts = 0
+            raise RewardError(f"the reward worker does not start ({self._names}): it {how}")
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._killed.append(worker)
+        worker.kill()
+
+
+def _hard_seconds(reference: str, timeout_seconds: float) -> float:
+    soft_seconds = getattr(REWARDS.get(reference), "max_seconds", timeout_seconds)
+    return min(timeout_seconds, HARD_PER_SOFT * soft_seconds)
+
+
+def _shut_down(
+    workers: list[_Worker], killed: list[_Worker], selector: selectors.BaseSelector, owner: int
+) -> None:
+    if os.getpid() != owner:  # a forked child ends; the workers are its parent's
+        return
+    for worker in workers:
+        worker.kill()
+    for worker in [*workers, *killed]:
+        worker.wait()
+    workers.clear()
+    killed.clear()
+    selector.close()

@@ -1,0 +1,1 @@
+"""What a reward makes of gold answers, wrong answers and adversarial ones."""

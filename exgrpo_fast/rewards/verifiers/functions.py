@@ -1,0 +1,168 @@
+"""The built-in rewards: `exact`, `gsm8k` and `reasoning_gym` here, the others in files of their own.
+
+Imported by the reward workers: it loads no torch, and reasoning-gym only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from exgrpo_fast.rewards.judgement import (
+    NO_ANSWER,
+    RIGHT,
+    WRONG,
+    Judgement,
+    RewardError,
+    RewardFunction,
+)
+from exgrpo_fast.rewards.verifiers import extraction
+from exgrpo_fast.rewards.verifiers.choices import multiple_choice
+from exgrpo_fast.rewards.verifiers.formats import boxed_once, think_format
+from exgrpo_fast.rewards.verifiers.mathematics import math_verify
+from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
+
+# --- exact ----------------------------------------------------------------------------------------
+
+
+def exact(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+) -> list[Judgement]:
+    """1.0 where the final answer is the gold answer, character by character after cleaning.
+
+    A completion without a box, `####` or `<answer>` is taken as a whole.
+    """
+    return [_exact(text, gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+def _exact(completion: str, gold: str) -> Judgement:
+    found = extraction.final_answer(completion)
+    if found is None:
+        found = extraction.clean(extraction.visible_part(completion))
+    return RIGHT if plain_form(found) == plain_form(gold) else WRONG
+
+
+def _exact_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
+    return RIGHT if plain_form(gold) else (0.0, "empty")
+
+
+# --- gsm8k ----------------------------------------------------------------------------------------
+
+
+def gsm8k(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+) -> list[Judgement]:
+    """1.0 where the number after the last `####` (else in the last box or tag) is the gold number.
+
+    Commas, a dollar sign, a percent sign and a unit behind the number are ignored.
+    """
+    return [_gsm8k(text, gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+def _gsm8k(completion: str, gold: str) -> Judgement:
+    after_hashes = extraction.last_hashes(extraction.visible_part(completion))
+    found = after_hashes if after_hashes else extraction.final_answer(completion)
+    value = None if found is None else _leading_number(found)
+    if value is None:
+        return NO_ANSWER
+    return RIGHT if value == _leading_number(gold) else WRONG
+
+
+def _gsm8k_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
+    return (0.0, "not_a_number") if _leading_number(gold) is None else RIGHT
+
+
+_LEADING_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?![\d,])")
+
+
+def _leading_number(text: str) -> Fraction | None:
+    text = re.sub(r"\\?\$|\\!|\s", "", extraction.clean(text))
+    match = _LEADING_NUMBER.match(text)
+    return None if match is None else number(match.group())
+
+
+# --- reasoning-gym --------------------------------------------------------------------------------
+
+
+def reasoning_gym(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    answer: Sequence[str],
+    reasoning_gym: Sequence[str] | None = None,
+    metadata: Sequence[Any] | None = None,
+    gym_options: Sequence[str] | None = None,
+    **columns: Any,
+) -> list[Judgement]:
+    """The task's own score in [0, 1] of the final answer; columns as `data/sources.py` makes them.
+
+    The reason is `partial` between 0 and 1, and `no_task` for a row of another source.
+    """
+    absent = [None] * len(completions)
+    names, facts, options = reasoning_gym or absent, metadata or absent, gym_options or absent
+    return [_gym(*row) for row in zip(completions, answer, names, facts, options, strict=True)]
+
+
+def _gym(completion: str, gold: str, name: str | None, metadata: Any, options: Any) -> Judgement:
+    if not name:
+        return 0.0, "no_task"
+    found = extraction.final_answer(completion)
+    return NO_ANSWER if found is None else _gym_score(found, gold, name, metadata, options)
+
+
+def _gym_score(text: str, gold: str, name: str, metadata: Any, options: Any) -> Judgement:
+    # `metadata` is a Python literal, because JSON would turn the tuples some scorers compare to
+    # into lists. A task without a unique answer has the gold answer None, which is "" in a row.
+    entry = {
+        "answer": gold or None,
+        "metadata": ast.literal_eval(metadata) if isinstance(metadata, str) else metadata,
+    }
+    score = float(_gym_task(name, options or "{}").score_answer(text, entry))
+    return score, "ok" if score == 1.0 else "wrong" if score == 0.0 else "partial"
+
+
+@lru_cache(maxsize=128)
+def _gym_task(name: str, options: str) -> Any:
+    return importlib.import_module("reasoning_gym").create_dataset(name, **json.loads(options))
+
+
+def _gym_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
+    name = columns.get("reasoning_gym")
+    if not name:
+        return 0.0, "no_task"
+    if not gold:
+        return 1.0, "any_answer"  # the task accepts every valid answer and names none
+    return _gym_score(gold, gold, name, columns.get("metadata"), columns.get("gym_options"))
+
+
+def _load_gym() -> None:
+    try:
+        importlib.import_module("reasoning_gym")
+    except ImportError:
+        raise RewardError(
+            "the reward 'reasoning_gym' needs the package reasoning-gym: "
+            "pip install 'exgrpo-fast[gym]'"
+        ) from None
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "math_verify": math_verify,
+    "exact": exact,
+    "gsm8k": gsm8k,
+    "multiple_choice": multiple_choice,
+    "reasoning_gym": reasoning_gym,
+    "boxed_once": boxed_once,
+    "think_format": think_format,
+}
+
+exact.check_gold = _exact_gold  # pyright: ignore[reportFunctionMemberAccess]
+gsm8k.check_gold = _gsm8k_gold  # pyright: ignore[reportFunctionMemberAccess]
+reasoning_gym.check_gold = _gym_gold  # pyright: ignore[reportFunctionMemberAccess]
+reasoning_gym.warm_up = _load_gym  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,155 @@
+"""The reward `math_verify`: is an answer mathematically equal to the gold answer?
+
+Cheap comparisons come first: equal text, plain numbers, numerals with a base. What is left goes to
+the package math-verify, unless `refusals.py` knows better; it is loaded only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from exgrpo_fast.rewards.judgement import NO_ANSWER, RIGHT, WRONG, Judgement, RewardError
+from exgrpo_fast.rewards.verifiers import extraction
+from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
+from exgrpo_fast.rewards.verifiers.refusals import refuse
+
+
+def math_verify(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+) -> list[Judgement]:
+    r"""1.0 where the final answer is mathematically equal to the gold answer.
+
+    Only the last balanced `\boxed{...}` is read; without a box, `#### x` or `<answer>x</answer>`.
+    Other reasons: `no_answer`, `wrong`, `unit` (the gold answer has a percent sign and this one has
+    none), and `refused:...` for what is too large to evaluate or says several things at once.
+    """
+    return [_math_verify(text, gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+# An honest answer costs at most 0.35 s of a core; hostile ones cost all they are given.
+MATH_SECONDS = 1.0
+MATH_CPU_SECONDS = 0.5
+
+
+def _math_verify(completion: str, gold: str) -> Judgement:
+    found = extraction.final_answer(completion)
+    if found is None:
+        return NO_ANSWER
+    gold = extraction.clean(gold)
+    if found == gold or plain_form(found) == plain_form(gold):
+        return RIGHT
+    fast = _fast_verdict(found, gold)
+    if fast is not None:
+        return fast
+    refusal = refuse(found, gold)
+    if refusal is not None:
+        return 0.0, f"refused:{refusal}"
+    if _has_percent(gold) and not _has_percent(found):
+        return 0.0, "unit"
+    return RIGHT if _equal(_parse_gold(gold), _parse(found)) else WRONG
+
+
+def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
+    """A gold answer against itself, without the shortcuts that would accept any text."""
+    gold = extraction.clean(gold)
+    boxed = extraction.last_box(f"\\boxed{{{gold}}}")
+    if boxed is None or extraction.clean(boxed) != gold:
+        return 0.0, "unbalanced"
+    if number(gold) is not None:
+        return RIGHT
+    parsed = _parse(gold)
+    if all(isinstance(part, str) for part in parsed):
+        return 0.0, "unparsable"  # only the very same text will be accepted
+    return RIGHT if _equal(_parse_gold(gold), parsed) else (0.0, "not_equal_to_itself")
+
+
+def _fast_verdict(found: str, gold: str) -> Judgement | None:
+    """Numbers and numerals with a base; None sends the pair to math-verify."""
+    value, gold_value = number(found), number(gold)
+    if value is not None and gold_value is not None:
+        return RIGHT if _same_number(value, gold_value) else WRONG
+    base, gold_base = _BASE.fullmatch(found), _BASE.fullmatch(gold)
+    if base and gold_base:  # math-verify drops the base
+        return RIGHT if base.groups() == gold_base.groups() else WRONG
+    if base and gold_value is not None and not _possible_numeral(*base.groups()):
+        return WRONG
+    return None
+
+
+_BASE = re.compile(r"(\d+)_\{?(\d{1,2})\}?")
+
+
+def _possible_numeral(digits: str, base: str) -> bool:
+    return 2 <= int(base) <= 16 and all(int(digit) < int(base) for digit in digits)
+
+
+def _same_number(value: Fraction, gold: Fraction) -> bool:
+    if value == gold:
+        return True
+    # A decimal gold is rounded somewhere; an integer is not. math-verify rounds to six places,
+    # which calls every number below 5e-7 zero.
+    return gold.denominator != 1 and abs(value - gold) <= abs(gold) * Fraction(1, 1_000_000)
+
+
+def _has_percent(text: str) -> bool:
+    return "%" in text or re.search(r"\b(?:percent|pct)\b", text) is not None
+
+
+# What math-verify 0.9.0 cannot read although it is plain mathematics.
+_REWRITES = [
+    (re.compile(r"(?<=\d)\.(?=\s*(?:[/)},]|$))"), ""),  # 3./2
+    (re.compile(r"^([-+]?\d+\.?\d*)[eE]([-+]?\d{1,4})$"), r"\1 \\times 10^{\2}"),
+    (re.compile(r"(?<![A-Za-z\\])E_"), r"\\Xi_"),  # E alone is Euler's number, even with an index
+    (re.compile(r"_\{\\odot\s*\}"), "_{o}"),
+    (re.compile(r"_\{\\(max|min)\s*\}"), r"_{\1}"),
+    (re.compile(r"\bnp\.(arcsin|arccos|arctan|sin|cos|tan|exp|log|pi)\b"), r"\\\1"),
+]
+
+
+def _parse(text: str) -> list[Any]:
+    """Text -> what math-verify makes of it; only strings in it when it cannot be parsed."""
+    verifier, target = _math_verifier()
+    text = plain_form(text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return verifier.parse(f"\\boxed{{{text}}}", [target], parsing_timeout=None)
+
+
+_parse_gold = lru_cache(maxsize=16_384)(_parse)
+
+
+def _equal(gold: list[Any], found: list[Any]) -> bool:
+    # No limits of math-verify's own: they clear the worker's timer, and count whole seconds.
+    return bool(_math_verifier()[0].verify(gold, found, timeout_seconds=None))
+
+
+@lru_cache(maxsize=1)
+def _math_verifier() -> tuple[Any, Any]:
+    # Both packages log every formula they cannot parse; a policy writes thousands of them.
+    for name in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    module = importlib.import_module("math_verify")
+    return module, module.LatexExtractionConfig(boxed_match_priority=0)
+
+
+def _load_math_verify() -> None:
+    try:
+        _math_verifier()
+    except ImportError:
+        raise RewardError(
+            "the reward 'math_verify' needs the package math-verify: "
+            "pip install 'exgrpo-fast[train]'"
+        ) from None
+    _equal(_parse_gold("\\frac{1}{2}"), _parse("0.5"))  # builds the parser's tables
+
+
+math_verify.check_gold = _math_verify_gold  # pyright: ignore[reportFunctionMemberAccess]
+math_verify.warm_up = _load_math_verify  # pyright: ignore[reportFunctionMemberAccess]
+math_verify.max_seconds = MATH_SECONDS  # pyright: ignore[reportFunctionMemberAccess]
+math_verify.max_cpu_seconds = MATH_CPU_SECONDS  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,1 @@
+"""Rollouts by the transformers model that is trained."""

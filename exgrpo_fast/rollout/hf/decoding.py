@@ -1,0 +1,176 @@
+"""The decoding loop of the transformers engine.
+
+A prompt is read once for all of its samples, rows that have ended leave the batch, and keys and
+values are written into memory that is allocated ahead. `generate` of transformers reads the prompt
+of every sample, carries ended rows along to the end of the longest one, and copies the cache at each
+token.
+
+The loop uses transformers' public interfaces alone: the model's `forward`, a `Cache`, and masks and
+position ids that are made here. What `generate` keeps for itself changes between releases.
+
+Legend: R requests, B rows that go on, U different prompts, P prompt width, T completion tokens,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from exgrpo_fast.rollout.engine import Sampling
+from exgrpo_fast.rollout.hf.drawing import draw, signed
+
+GROWTH = 64  # tokens that the cache grows by
+LEAVING_SHARE = 8  # rows leave once they are one in so many: moving the others costs a copy
+TOKENS_UNSEEN = 16  # on a device that works ahead: tokens between two looks at who has ended
+
+
+class Decoding:
+    """One batch of requests. `tokens_RT` and `logprobs_RT` hold what was drawn; what stands behind
+    the end token or the limit of a row says nothing."""
+
+    def __init__(
+        self,
+        *,
+        prompt_of: Sequence[int],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        sampling: Sampling,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`prompt_of`: the row of each request's prompt in the prompts that `run` is given;
+        `limits`: tokens of each request; `waiting` is called once a token."""
+        self.prompt_of = torch.tensor(prompt_of, device=device)
+        self.seeds_B = torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device)
+        self.limits_B = torch.tensor(limits, device=device)
+        self.rows_B = torch.arange(len(seeds), device=device)
+        self.going_B = torch.ones_like(self.rows_B, dtype=torch.bool)
+        self.num_tokens = max(limits)
+        self.tokens_RT = torch.zeros(len(seeds), self.num_tokens, dtype=torch.int64, device=device)
+        self.logprobs_RT = torch.zeros(len(seeds), self.num_tokens, device=device)
+        self.sampling = sampling
+        self.eos_token_ids = torch.tensor(eos_token_ids, device=device)
+        self.waiting = waiting
+        self.looks_every = 1 if device.type == "cpu" else TOKENS_UNSEEN
+
+    def run(self, model: Any, prompts_UP: Tensor, mask_UP: Tensor) -> None:
+        """Fill `tokens_RT` and `logprobs_RT`. `prompts_UP` are padded at the left; `mask_UP`, int64,
+        is 0 on padding."""
+        forward = _Forward(model, mask_UP, self.num_tokens)
+        logits_BV = forward(prompts_UP)
+        forward.select(self.prompt_of)
+        logits_BV = logits_BV.index_select(0, self.prompt_of)
+        for position in range(self.num_tokens):
+            self.waiting()
+            drawn_B = self._draw(logits_BV, position)
+            kept = self._kept(position)
+            if kept is not None and not len(kept):
+                break
+            if kept is not None:
+                forward.select(kept)
+                drawn_B, self.rows_B, self.seeds_B, self.limits_B, self.going_B = (
+                    of_row.index_select(0, kept)
+                    for of_row in (drawn_B, self.rows_B, self.seeds_B, self.limits_B, self.going_B)
+                )
+            if position + 1 < self.num_tokens:
+                logits_BV = forward(drawn_B[:, None])
+
+    def _draw(self, logits_BV: Tensor, position: int) -> Tensor:
+        drawn_B, logprobs_B = draw(logits_BV, self.seeds_B, position, self.sampling)
+        self.tokens_RT[self.rows_B, position] = drawn_B
+        self.logprobs_RT[self.rows_B, position] = logprobs_B
+        self.going_B &= ~torch.isin(drawn_B, self.eos_token_ids)
+        self.going_B &= self.limits_B > position + 1
+        return drawn_B
+
+    def _kept(self, position: int) -> Tensor | None:
+        """The rows that go on, once enough others have ended; None: all stay for now."""
+        if (position + 1) % self.looks_every:
+            return None
+        kept = self.going_B.nonzero()[:, 0]
+        num_ended = len(self.going_B) - len(kept)
+        stay = num_ended * LEAVING_SHARE < len(self.going_B)
+        return None if stay else kept
+
+
+class _Forward:
+    """The model with its cache: tokens that follow what each row has read -> logits."""
+
+    def __init__(self, model: Any, mask_UP: Tensor, num_tokens: int) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        preallocate(self.cache)
+        self.mask_BS = torch.nn.functional.pad(mask_UP, (0, num_tokens), value=1)
+        self.num_read = 0
+        accepted = inspect.signature(model.forward).parameters
+        # Models with ALiBi or learned positions may count positions from the mask themselves.
+        self.takes_positions = "position_ids" in accepted
+        self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if "logits_to_keep" in accepted:
+            self.options["logits_to_keep"] = 1
+
+    def __call__(self, ids_Bn: Tensor) -> Tensor:
+        """int64 [B, n] -> the logits [B, V] behind the last token."""
+        start, self.num_read = self.num_read, self.num_read + ids_Bn.shape[1]
+        mask_BS = self.mask_BS[:, : self.num_read]
+        if self.takes_positions:
+            positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+            self.options["position_ids"] = positions_BS[:, start:]
+        outputs = self.model(
+            input_ids=ids_Bn, attention_mask=mask_BS, past_key_values=self.cache, **self.options
+        )
+        return outputs.logits[:, -1]
+
+    def select(self, rows_B: Tensor) -> None:
+        """Go on with these rows alone, some maybe several times."""
+        self.cache.reorder_cache(rows_B)
+        self.mask_BS = self.mask_BS.index_select(0, rows_B)
+
+
+# --- cache ----------------------------------------------------------------------------------------
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values [B, heads, length, head size], views of a buffer that is longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[str, Tensor] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: Tensor | None, new: Tensor) -> Tensor:
+        before = held.shape[-2] if held is not None and held.numel() else 0
+        length = before + new.shape[-2]
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape[-2] < length:
+            buffer = new.new_empty(*new.shape[:-2], length + GROWTH, new.shape[-1])
+            if held is not None and before:
+                buffer[..., :before, :] = held
+            self.buffers[name] = buffer
+        buffer[..., before:length, :] = new
+        return buffer[..., :length, :]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        self.buffers.clear()  # keys and values leave them
+        super().reorder_cache(beam_idx)
+
+
+def preallocate(cache: Cache) -> None:
+    """Layers that keep every token get memory ahead; sliding layers, which drop tokens, stay."""
+    cache.layers = [PreallocatedLayer() if type(x) is DynamicLayer else x for x in cache.layers]

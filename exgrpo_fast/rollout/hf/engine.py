@@ -1,0 +1,144 @@
+"""Rollouts by the transformers model that is trained: no copy of the weights, no sync.
+
+Continuous batching is not used: it has one seed per engine and draws from the process-wide random
+state, while a request here owns its seed. Tokens are drawn by inverse CDF with a counter-based hash
+(`drawing.py`), so a completion depends on its own seed only, not on its neighbours. That lets a batch
+that the device has no memory for be generated in halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.core.types import Completion
+from exgrpo_fast.model.oom import (
+    among_several,
+    not_even_one,
+    nothing_smaller,
+    until_it_fits,
+)
+from exgrpo_fast.model.policy import Policy, inference
+from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
+from exgrpo_fast.rollout.hf.decoding import Decoding
+
+KEYS = "rollout.max_completion_tokens or data.max_prompt_tokens"
+
+
+class TransformersEngine(LocalEngine):
+    """Batched generation of at most `max_batch_sequences` sequences side by side.
+
+    Keys and values of all of them are held. Where the device's memory runs out, the batch is
+    generated again with half as many, time and again; the number that fits stays.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        max_batch_sequences: int = 256,
+    ) -> None:
+        self.policy = policy
+        self.eos_token_ids = list(eos_token_ids)
+        self.pad_token_id = pad_token_id
+        self.max_batch_sequences = max_batch_sequences
+        self.halvings = 0
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Nothing to send: these are the trainer's parameters. How often memory ran out since the
+        last call."""
+        halvings, self.halvings = self.halvings, 0
+        return {"generation_halvings": halvings}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        observer: Observer = UNOBSERVED,
+    ) -> list[Completion]:
+        completions: list[Completion | None] = [None] * len(requests)
+        # Prompts of similar length share a batch, so that little of it is padding.
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        with inference(self.policy.model), self.policy.autocast():
+            while order:
+                batch = self._first_batch([requests[i] for i in order], sampling, observer.waiting)
+                members, order = order[: len(batch)], order[len(batch) :]
+                for i, completion in zip(members, batch, strict=True):
+                    completions[i] = completion
+                observer.finished(members, batch)
+        return [completion for completion in completions if completion is not None]
+
+    def _first_batch(
+        self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
+    ) -> list[Completion]:
+        """Of as many of the first requests as fit side by side."""
+
+        def generate() -> list[Completion]:
+            return self._generate_batch(requests[: self.max_batch_sequences], sampling, waiting)
+
+        def give_way(cause: str) -> None:
+            count = min(self.max_batch_sequences, len(requests))
+            is_alone = not self.policy.sizes.are_fixed
+            if count == 1 or not is_alone:
+                lengths = (len(r.prompt_ids) + self._limit(r, sampling) for r in requests[:count])
+                longest = max(lengths)
+                raise nothing_smaller(
+                    self.policy.model,
+                    during="generation",
+                    why=not_even_one(longest, KEYS)
+                    if is_alone
+                    else among_several("rollout.max_batch_sequences"),
+                    longest=longest,
+                    cause=cause,
+                )
+            self.max_batch_sequences = count // 2
+            self.halvings += 1
+
+        return until_it_fits(generate, give_way, during="generation", device=self.policy.device)
+
+    @staticmethod
+    def _limit(request: Request, sampling: Sampling) -> int:
+        return request.max_completion_tokens or sampling.max_completion_tokens
+
+    def _generate_batch(
+        self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
+    ) -> list[Completion]:
+        device = self.policy.device
+        prompts = {request.prompt_ids: None for request in requests}
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for prompt, row in row_of.items():  # left padding: generation goes on at the right
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        limits = [self._limit(request, sampling) for request in requests]
+        decoding = Decoding(
+            prompt_of=[row_of[request.prompt_ids] for request in requests],
+            seeds=[request.seed for request in requests],
+            limits=limits,
+            sampling=sampling,
+            eos_token_ids=self.eos_token_ids,
+            device=device,
+            waiting=waiting,
+        )
+        decoding.run(self.policy.model, ids.to(device), mask.to(device))
+        tokens, logprobs = decoding.tokens_RT.cpu(), decoding.logprobs_RT.cpu()
+        return [
+            self._cut(row[:limit], row_logprobs[:limit])
+            for row, row_logprobs, limit in zip(tokens, logprobs, limits, strict=True)
+        ]
+
+    def _cut(self, tokens: Tensor, logprobs: Tensor) -> Completion:
+        ends = torch.isin(tokens, torch.tensor(self.eos_token_ids)).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else len(tokens)
+        return Completion(
+            token_ids=tokens[:length].clone(),
+            logprobs=logprobs[:length].clone(),
+            truncated=not len(ends),
+        )

@@ -1,0 +1,91 @@
+"""vLLM in the trainer's own process: one GPU, two copies of the weights, taking turns if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from exgrpo_fast.core.types import Completion
+from exgrpo_fast.model.policy import Policy
+from exgrpo_fast.rollout.engine import (
+    UNOBSERVED,
+    EngineLost,
+    LocalEngine,
+    Observer,
+    Request,
+    Sampling,
+)
+from exgrpo_fast.rollout.vllm.model import VllmModel, untouched_random_state
+
+
+class VllmEngine(LocalEngine):
+    """The policy's weights copied into a `VllmModel` after every update.
+
+    `sleeps`: weights and cache leave the GPU while the trainer updates.
+    """
+
+    def __init__(self, model: VllmModel, policy: Policy, *, sleeps: bool = False) -> None:
+        self.model = model
+        self.policy = policy
+        self.sleeps = sleeps
+        self.awake = not sleeps  # a model that can sleep has been put to sleep before
+        self.version = 0
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        observer: Observer = UNOBSERVED,
+    ) -> list[Completion]:
+        self.wake()
+        try:
+            with untouched_random_state():
+                return run_requests(self.model, requests, sampling, observer)
+        except BaseException:
+            self.model.drop_requests()
+            raise
+
+    def wake(self) -> None:
+        """With the weights it had, where it has rested."""
+        if not self.awake:
+            self.sync(self.version)
+
+    def sync(self, version: int) -> dict[str, float]:
+        try:
+            if not self.awake:
+                torch.cuda.empty_cache()  # a wake-up out of memory leaks what it had mapped
+                self.model.wake_for_weights()
+            self.model.load(self.policy.named_weights(), version)
+            if not self.awake:
+                self.model.wake_for_requests()
+        except torch.OutOfMemoryError as error:
+            raise EngineLost(
+                f"vLLM cannot wake up beside the trainer: {error}; lower rollout.kv_cache_gib"
+            ) from None
+        self.awake, self.version = True, version
+        return {}
+
+    def rest(self) -> None:
+        if self.sleeps and self.awake:
+            self.model.sleep()
+            self.awake = False
+
+    def close(self) -> None:
+        self.model.close()
+
+
+def run_requests(
+    model: VllmModel, requests: Sequence[Request], sampling: Sampling, observer: Observer
+) -> list[Completion]:
+    """Step the engine until all requests have their completions."""
+    place_of = {model.add(request, sampling): i for i, request in enumerate(requests)}
+    completions: dict[int, Completion] = {}
+    while len(completions) < len(requests):
+        model.step()
+        finished = {place_of[key]: c for key, c in model.take(place_of).items()}
+        completions |= finished
+        if finished:
+            observer.finished(list(finished), list(finished.values()))
+        observer.waiting()
+    return [completions[i] for i in range(len(requests))]

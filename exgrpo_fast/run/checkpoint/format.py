@@ -1,0 +1,344 @@
+"""Checkpoints: a plain Hugging Face folder beside the trainer's state, committed by one rename.
+
+    step_12/MANIFEST.json   sizes and xxh3-128 of every file, and where they come from; written last
+    step_12/hf/             model.safetensors, config.json, tokenizer: loads anywhere
+    step_12/adapter/        with model.lora: the adapter in peft's format; hf/ has it merged
+    step_12/state/          trainer.json + tensors.safetensors: optimiser, replay, cursors
+    step_12/state/parts/    of several processes: the optimiser's moments, as each one holds them
+
+The files hold no pickle. A folder counts as a checkpoint only when its manifest verifies.
+`checkpoint_writer.py` writes them beside training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exgrpo_fast.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+MANIFEST = "MANIFEST.json"
+PARTS = Path("state/parts")
+SCHEMA = 2
+
+WriteFolder = Callable[[Path], None]  # makes the folder and its files
+State = Mapping[str, Any]  # nested; its leaves are plain JSON or tensors
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used, as one line naming the file."""
+
+
+class CannotSave(Exception):
+    """The disk refused a checkpoint; those already there are untouched."""
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: save, find, verify, load, keep the newest."""
+
+    def __init__(
+        self, folder: Path, *, keep: int = 2, origin: Mapping[str, Any] | None = None
+    ) -> None:
+        """`origin`: what the manifests say about where a checkpoint comes from (plain JSON)."""
+        self.folder = folder
+        self.keep = keep
+        self.origin = origin or {}
+
+    def save(
+        self,
+        step: int,
+        save_model: WriteFolder,
+        state: State,
+        *,
+        save_parts: WriteFolder | None = None,
+    ) -> Path:
+        """The folder of the new checkpoint. CannotSave when the disk refuses.
+
+        `save_model` writes hf/, `save_parts` state/parts/: what `state` names and does not hold.
+        """
+
+        def write(final: Path) -> None:
+            write_checkpoint(final, step, save_model, state, self.origin, save_parts)
+
+        try:
+            return self._save(step, write)
+        except (OSError, SafetensorError) as error:
+            raise CannotSave(f"checkpoint of step {step} in {self.folder}: {error}") from error
+
+    def _save(self, step: int, write: WriteFolder) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.clear_leftovers()
+        final = self.folder / f"step_{step}"
+        try:
+            _write_or_nothing(final, write)
+        except (OSError, SafetensorError):
+            if not self._make_room():
+                raise
+            _write_or_nothing(final, write)
+        for old in self.steps()[: -self.keep]:
+            _discard(self.folder / f"step_{old}")
+        return final
+
+    def _make_room(self) -> bool:
+        """On a full disk only the newest checkpoint stays, if it is whole. True: room was made."""
+        newest = self.newest_valid(lambda why: None)
+        if newest is None or shutil.disk_usage(self.folder).free > folder_bytes(newest):
+            return False
+        older = [path for s in self.steps() if (path := self.folder / f"step_{s}") != newest]
+        for path in older:
+            log.warning("%s leaves, to make room on a full disk", path)
+            _discard(path)
+        return bool(older)
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process that died here had not finished writing, or deleting."""
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint folder, oldest first."""
+        names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Take later checkpoints out of the way of a run that goes on from `step`; their new names.
+
+        They are of a future that will be another one, or damaged; nothing is deleted.
+        """
+        names = []
+        for later in (s for s in self.steps() if s > step):
+            aside = self.folder / f"set-aside-step_{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self.folder / f"step_{later}", aside)
+            names.append(aside.name)
+        return names
+
+    def newest_valid(self, on_bad: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that verifies; `on_bad` hears why newer ones were passed over."""
+        for step in reversed(self.steps()):
+            path = self.folder / f"step_{step}"
+            try:
+                verify(path)
+            except CheckpointError as error:
+                on_bad(str(error))
+            else:
+                return path
+        return None
+
+
+def _write_or_nothing(final: Path, write: WriteFolder) -> None:
+    try:
+        write(final)
+    except (OSError, SafetensorError):  # half a checkpoint makes a full disk no emptier
+        shutil.rmtree(_unfinished(final), ignore_errors=True)
+        raise
+
+
+def write_checkpoint(
+    final: Path,
+    step: int,
+    save_model: WriteFolder,
+    state: State,
+    origin: Mapping[str, Any] | None = None,
+    save_parts: WriteFolder | None = None,
+) -> None:
+    """Write everything beside its final name, make it durable, then rename.
+
+    OSError or SafetensorError when the disk refuses.
+    """
+    temporary = _unfinished(final)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died here
+    (temporary / "state").mkdir(parents=True)
+    save_model(temporary / "hf")
+    plain, tensors = split_tensors(state)
+    (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, temporary / "state" / "tensors.safetensors")
+    if save_parts is not None:
+        save_parts(temporary / PARTS)
+    _write_manifest(temporary, step, origin or {})
+    if final.exists():
+        _discard(final)
+    os.rename(temporary, final)
+    _sync(final.parent)
+
+
+def _unfinished(final: Path) -> Path:
+    return final.with_name(f".tmp-{final.name}")
+
+
+def load_state(
+    path: Path, *, only: Collection[str] = (), mesh: DeviceMesh | None = None
+) -> dict[str, Any]:
+    """The trainer's state of one verified checkpoint; `only` names the entries to read, the
+    others (the optimiser's are the large ones) then stay on the disk.
+
+    What several processes wrote in parts comes whole, or in parts over the processes of `mesh`.
+    """
+    plain = json.loads((path / "state" / "trainer.json").read_text())
+    if only:
+        plain = {name: plain[name] for name in only}
+    wanted = set(tensor_names(plain))
+    with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    if in_parts := wanted - tensors.keys():
+        from exgrpo_fast.core.dtensor import (
+            read_parts,  # a second of imports, of which few have need
+        )
+
+        tensors |= read_parts(path / PARTS, in_parts, mesh)
+    return merge_tensors(plain, tensors)
+
+
+def find_checkpoint(path: Path, on_bad: Callable[[str], None]) -> Path:
+    """`path` itself, or of a run folder the newest that verifies; CheckpointError else."""
+    folder = path / "checkpoints"
+    if not folder.is_dir():
+        if not (path / MANIFEST).exists():
+            raise CheckpointError(f"{path}: neither a run folder nor a checkpoint")
+        verify(path)
+        return path
+    newest = Checkpoints(folder).newest_valid(on_bad)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no checkpoint that verifies")
+    return newest
+
+
+# --- integrity ------------------------------------------------------------------------------------
+
+
+def verify(path: Path) -> None:
+    """CheckpointError naming the first file that is missing, unlisted or changed."""
+    manifest = read_manifest(path)
+    listed = manifest["files"]
+    present = {str(file.relative_to(path)): file for file in _files(path)}
+    for name in sorted(listed.keys() | present.keys()):
+        if name not in present:
+            raise CheckpointError(f"{path / name}: missing")
+        if name not in listed:
+            raise CheckpointError(f"{path / name}: not in the manifest")
+        size, digest = listed[name]["bytes"], listed[name]["xxh3_128"]
+        if present[name].stat().st_size != size or _digest(present[name]) != digest:
+            raise CheckpointError(f"{path / name}: damaged (size or checksum differs)")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, exactly as it was written; CheckpointError else."""
+    file = path / MANIFEST
+    try:
+        text = file.read_text()
+        manifest = json.loads(text)
+        manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file}: missing or unreadable") from None
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{file}: schema {manifest.get('schema')}, this version reads {SCHEMA}"
+        )
+    # The text itself, too: a changed blank or a second key of one name is not seen in the values.
+    if manifest.get("digest") != _manifest_digest(manifest) or text != _manifest_text(manifest):
+        raise CheckpointError(f"{file}: was changed")
+    return manifest
+
+
+def _write_manifest(path: Path, step: int, origin: Mapping[str, Any]) -> None:
+    files = {}
+    for file in sorted(_files(path)):
+        _sync(file)
+        entry = {"bytes": file.stat().st_size, "xxh3_128": _digest(file)}
+        files[str(file.relative_to(path))] = entry
+    manifest = {"schema": SCHEMA, "step": step, "origin": dict(origin), "files": files}
+    manifest["digest"] = _manifest_digest(manifest)
+    (path / MANIFEST).write_text(_manifest_text(manifest))
+    _sync(path / MANIFEST)
+    for folder in [*(inner for inner in path.rglob("*") if inner.is_dir()), path]:
+        _sync(folder)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
+
+
+def folder_bytes(path: Path) -> int:
+    """What the files of a checkpoint take on the disk, manifest apart."""
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _digest(file: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    signed = {name: value for name, value in manifest.items() if name != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(signed, sort_keys=True).encode())
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    """Rename first: a half-deleted folder must not look like a checkpoint."""
+    trash = path.with_name(f".tmp-trash-{path.name}")
+    os.rename(path, trash)
+    shutil.rmtree(trash)
+
+
+# --- nested state <-> JSON + tensors --------------------------------------------------------------
+
+
+def split_tensors(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
+    """Replace every tensor of a nested state by its name; the tensors come back flat."""
+    if isinstance(state, Tensor):
+        return {"__tensor__": name}, {name: state.detach()}
+    if isinstance(state, Mapping):
+        pairs = {str(k): split_tensors(v, f"{name}.{k}") for k, v in state.items()}
+        tensors = {n: t for _, found in pairs.values() for n, t in found.items()}
+        return {k: plain for k, (plain, _) in pairs.items()}, tensors
+    return state, {}
+
+
+def merge_tensors(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, dict):
+        if plain.keys() == {"__tensor__"}:
+            return tensors[plain["__tensor__"]]
+        return {k: merge_tensors(v, tensors) for k, v in plain.items()}
+    return plain
+
+
+def tensor_names(plain: Any) -> Iterator[str]:
+    """Of the tensors that a state without them names."""
+    if isinstance(plain, dict):
+        if plain.keys() == {"__tensor__"}:
+            yield plain["__tensor__"]
+        else:
+            for value in plain.values():
+                yield from tensor_names(value)

@@ -1,0 +1,173 @@
+"""The run directory: its lock, its fixed file names, and who may write into it.
+
+config.yaml env.json metrics.jsonl run.log completions/ checkpoints/ report.html summary.json
+rollouts/ bad_batches/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from exgrpo_fast.core.errors import UserError
+
+
+class RunFolderError(UserError):
+    """The folder cannot be used for this run, as one line to the user."""
+
+
+class RunFolder:
+    """Opens a run directory for exactly one run; the kernel drops the lock on any death."""
+
+    def __init__(self, path: Path, *, resume: bool, lock: int | None = None) -> None:
+        """RunFolderError when the folder holds a run and `resume` is False, or is in use.
+
+        `lock`: the descriptor of the lock that a supervisor holds already. It is free again when
+        both have ended.
+        """
+        self.path = path
+        self._log_handler: logging.Handler | None = None
+        self._lock = _take_lock(path) if lock is None else os.fdopen(lock, "r+")
+        if self.metrics.exists() and not resume:
+            raise RunFolderError(
+                f"--out {path}: holds a run already; take another folder, or --resume auto"
+            )
+
+    config = property(lambda self: self.path / "config.yaml")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    log = property(lambda self: self.path / "run.log")
+    completions = property(lambda self: self.path / "completions")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    bad_batches = property(lambda self: self.path / "bad_batches")
+    rollouts = property(lambda self: self.path / "rollouts")
+
+    @property
+    def lock_descriptor(self) -> int:
+        return self._lock.fileno()
+
+    def newest_step(self) -> int | None:
+        """Of the newest checkpoint folder, whole or not."""
+        names = (path.name.removeprefix("step_") for path in self.checkpoints.glob("step_*"))
+        return max((int(name) for name in names if name.isdecimal()), default=None)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Whole file or no file: written beside its name and renamed."""
+        temporary = self.path / f".{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def start_log(self) -> None:
+        """Send everything logged by this package to run.log."""
+        try:
+            handler = _LogFile(self.log, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise RunFolderError(f"{self.log}: {error.strerror}") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._log_handler = handler
+        root = logging.getLogger("exgrpo_fast")
+        root.setLevel(logging.INFO)
+        root.addHandler(handler)
+
+    def append_to_log(self, text: str) -> None:
+        """One line of a process that has no log open."""
+        with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def close(self) -> None:
+        if self._log_handler:
+            logging.getLogger("exgrpo_fast").removeHandler(self._log_handler)
+            self._log_handler.close()
+        self._lock.close()
+
+
+class GuestFolder(RunFolder):
+    """The run directory as the other processes of a run have it: the first one writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def start_log(self) -> None:
+        pass
+
+    def append_to_log(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _LogFile(logging.FileHandler):
+    """A full disk costs lines of the log, and neither the run nor its screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of the lines that still wait in its buffer
+            super().close()
+
+
+def _take_lock(path: Path) -> TextIO:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise RunFolderError(f"--out {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunFolderError(
+            f"--out {path}: another run is writing there ({_owner_of(lock)})"
+        ) from None
+    with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+    return lock
+
+
+def _owner_of(lock: TextIO) -> str:
+    """'process 123 on host', as the owner has written, or will have in a moment."""
+    said = ""
+    for _ in range(20):
+        lock.seek(0)
+        said = lock.read(200).strip()
+        if said and not _names_a_dead_process(said):
+            return said
+        time.sleep(0.05)
+    return said or "unknown"
+
+
+def _names_a_dead_process(said: str) -> bool:
+    """The name of the owner before, which the present one has not replaced yet."""
+    _, number, _, host = said.split(" ", 3)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

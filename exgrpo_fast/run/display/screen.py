@@ -1,0 +1,62 @@
+"""What the trainer tells its user, and the screen that shows nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from exgrpo_fast.run.metrics import Metrics
+
+Advance = Callable[..., None]  # advance(count=1)
+Row = Mapping[str, Any]  # one trajectory, named as in the completion tables
+
+
+class Screen(Protocol):
+    """What the trainer tells its user."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """A long piece of work; the block calls `advance(count=1)` as it proceeds."""
+        ...
+
+    def alive(self) -> None:
+        """A sign of life inside a phase, with nothing to show."""
+        ...
+
+    def step(self, metrics: Metrics, *, total_steps: int) -> None:
+        """The metrics of a finished step."""
+        ...
+
+    def completions(self, rows: Sequence[Row]) -> None:
+        """The trajectories of one group: shows the best and the worst."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One message that stays on the screen."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NullScreen:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        yield lambda count=1: None
+
+    def alive(self) -> None:
+        pass
+
+    def step(self, metrics: Metrics, *, total_steps: int) -> None:
+        pass
+
+    def completions(self, rows: Sequence[Row]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,252 @@
+"""Figures as SVG: curves, stacked layers, a heat map. Knows of numbers over steps, not of runs.
+
+Colours are the numbers 1 to 7 of the style sheet. Each figure carries its data for the script that
+tells the values under the pointer. What has nothing to draw is '', and vanishes from the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from exgrpo_fast.run.report.axes import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axes,
+    tick_label,
+    widened,
+)
+
+MAX_POINTS = 400  # more than a figure has pixels for; longer runs are averaged into bins
+MAX_COLUMNS = 140  # of a heat map
+
+Points = Sequence[tuple[float, float]]
+Layer = tuple[str, Points, int]  # name, points, colour
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: its raw points are faint, its running mean is drawn over them."""
+
+    name: str
+    points: Points
+    colour: int
+    smooth: bool = True
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A measured point, maybe with an interval, such as an evaluation."""
+
+    x: float
+    y: float
+    interval: tuple[float, float] | None = None
+
+
+def line_figure(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    marks: Sequence[Mark] = (),
+    mark_name: str = "",
+    zero: bool = True,
+    top: float | None = None,
+    note: str = "",
+) -> str:
+    """Curves over steps, and marks upon them."""
+    lines = [line for line in lines if line.points]
+    if not lines and not marks:
+        return ""
+    xs = [x for line in lines for x, _ in line.points] + [mark.x for mark in marks]
+    ys = [y for line in lines for _, y in line.points] + [mark.y for mark in marks]
+    ys += [bound for mark in marks for bound in mark.interval or ()]
+    axes = Axes(xs, ys, zero=zero, top=top)
+    curves = [_curve(line, axes) for line in lines] + [_mark(mark, axes) for mark in marks]
+    legend = [(f"f{line.colour}", line.name) for line in lines]
+    hover: list[tuple[str, Points]] = [(line.name, thin(line.points)) for line in lines]
+    if marks:
+        legend.append(("ring", mark_name))
+        hover.append((mark_name, [(mark.x, mark.y) for mark in marks]))
+    drawn = axes.draw(tick_label) + "".join(curves)
+    return _figure(title, drawn, legend, (axes.x_low, axes.x_high), hover, note)
+
+
+def _curve(line: Line, axes: Axes) -> str:
+    points = thin(line.points)
+    if len(points) == 1:
+        [(x, y)] = points
+        return f'<circle class="f{line.colour}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3"/>'
+    if not line.smooth or len(points) < 40:
+        return f'<path class="s{line.colour}" d="{_path(points, axes)}"/>'
+    return (
+        f'<path class="s{line.colour} raw" d="{_path(points, axes)}"/>'
+        f'<path class="s{line.colour}" d="{_path(running_mean(points), axes)}"/>'
+    )
+
+
+def _mark(mark: Mark, axes: Axes) -> str:
+    x, y = axes.x(mark.x), axes.y(mark.y)
+    whisker = ""
+    if mark.interval:
+        low, high = (axes.y(bound) for bound in mark.interval)
+        whisker = f'<path class="s2" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
+    return f'{whisker}<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+
+
+def _path(points: Points, axes: Axes) -> str:
+    return "M" + "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in points)
+
+
+def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points: means of equal stretches."""
+    if len(points) <= limit:
+        return list(points)
+    edges = [round(i * len(points) / limit) for i in range(limit + 1)]
+    bins = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
+
+
+def running_mean(points: Points) -> list[tuple[float, float]]:
+    """Centred mean over about a twentieth of the run: it follows the trend without lagging."""
+    half = len(points) // 40
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    means = []
+    for i, (x, _) in enumerate(points):
+        a, b = max(0, i - half), min(len(points), i + half + 1)
+        means.append((x, (sums[b] - sums[a]) / (b - a)))
+    return means
+
+
+# --- stacked layers ------------------------------------------------------------------------------
+
+
+def stacked_figure(
+    title: str, layers: Sequence[Layer], *, note: str = "", top: float | None = None
+) -> str:
+    """Layers on top of each other; a layer counts as 0 where it has no value."""
+    layers = [layer for layer in layers if any(y for _, y in layer[1])]
+    if not layers:
+        return ""
+    on_grid = _on_one_grid([points for _, points, _ in layers])
+    grid = [x for x, _ in on_grid[0]]
+    edges = [[0.0] * len(grid)]  # the ground, then the upper edge of each layer
+    for points in on_grid:
+        edges.append([below + y for below, (_, y) in zip(edges[-1], points, strict=True)])
+    axes = Axes(grid, edges[-1], zero=True, top=top)
+    drawn = ""
+    for (_, _, colour), lower, upper in zip(layers, edges[:-1], edges[1:], strict=True):
+        outline = [*zip(grid, upper, strict=True), *zip(grid[::-1], lower[::-1], strict=True)]
+        drawn += f'<path class="f{colour} band" d="{_path(outline, axes)}Z"/>'
+    drawn += axes.draw(tick_label)
+    legend = [(f"f{colour}", name) for name, _, colour in layers]
+    hover = [(name, points) for (name, _, _), points in zip(layers, on_grid, strict=True)]
+    return _figure(title, drawn, legend, (axes.x_low, axes.x_high), hover, note)
+
+
+def _on_one_grid(series: Sequence[Points]) -> list[list[tuple[float, float]]]:
+    xs = sorted({x for points in series for x, _ in points})
+    tables = [dict(points) for points in series]
+    if len(xs) == 1:  # one step: a band of width 1 instead of an invisible line
+        [x] = xs
+        return [[(x - 0.5, table.get(x, 0.0)), (x + 0.5, table.get(x, 0.0))] for table in tables]
+    return [thin([(x, table.get(x, 0.0)) for x in xs]) for table in tables]
+
+
+# --- heat map ------------------------------------------------------------------------------------
+
+
+def heat_figure(
+    title: str,
+    columns: Sequence[tuple[int, Sequence[float]]],
+    labels: Sequence[str],
+    *,
+    of: str,
+    note: str,
+) -> str:
+    """Counts over steps, one for each label from the bottom up, darker for more.
+
+    `of` says what is counted, such as 'questions'.
+    """
+    if not any(value for _, values in columns for value in values):
+        return ""
+    stride = math.ceil(len(columns) / MAX_COLUMNS)
+    shown = list(columns)[::-1][::stride][::-1]  # the last one is always among them
+    most = max(value for _, values in shown for value in values) or 1.0
+    first, last = shown[0][0], shown[-1][0]
+    ends = (
+        f'<text x="{LEFT}" y="{HEIGHT - 7}">{first}</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 7}" class="r">{last}</text>'
+    )
+    cells = _cells([values for _, values in shown], most)
+    drawn = f'<g class="f1" shape-rendering="crispEdges">{cells}</g>{_row_names(labels)}{ends}'
+    legend = [("f1", f"darkest: {most:.0f} {of}")]
+    hover = [
+        (label, [(step, values[row]) for step, values in shown]) for row, label in enumerate(labels)
+    ]
+    return _figure(title, drawn, legend, widened(first, last), hover, note)
+
+
+def _cells(columns: Sequence[Sequence[float]], most: float) -> str:
+    width = (WIDTH - LEFT - RIGHT) / len(columns)
+    height = (HEIGHT - TOP - BOTTOM) / len(columns[0])
+    # square root: a bucket with a quarter of the most is half as dark, still visible
+    return "".join(
+        f'<rect x="{LEFT + column * width:.2f}" y="{HEIGHT - BOTTOM - (row + 1) * height:.1f}" '
+        f'width="{width:.2f}" height="{height - 1:.1f}" '
+        f'fill-opacity="{math.sqrt(value / most):.2f}"/>'
+        for column, values in enumerate(columns)
+        for row, value in enumerate(values)
+        if value
+    )
+
+
+def _row_names(labels: Sequence[str]) -> str:
+    height = (HEIGHT - TOP - BOTTOM) / len(labels)
+    return "".join(
+        f'<text x="{LEFT - 7}" y="{HEIGHT - BOTTOM - (row + 0.5) * height:.1f}" dy=".32em" '
+        f'class="r">{escape(label)}</text>'
+        for row, label in enumerate(labels)
+    )
+
+
+# --- what all figures share ----------------------------------------------------------------------
+
+
+def _figure(
+    title: str,
+    drawn: str,
+    legend: Sequence[tuple[str, str]],
+    span: tuple[float, float],
+    hover: Sequence[tuple[str, Points]],
+    note: str,
+) -> str:
+    """Title, note, legend (style, name) and drawing; for the script, the data over the span."""
+    keys = "".join(f'<span><i class="{css}"></i>{escape(name)}</span>' for css, name in legend)
+    data = {
+        "x": span,
+        "px": [LEFT, WIDTH - RIGHT],
+        "s": [[name, [[_brief(x), _brief(y)] for x, y in points]] for name, points in hover],
+    }
+    caption = f"<p>{escape(note)}</p>" if note else ""
+    return (
+        f'<figure data-hover="{escape(json.dumps(data, separators=(",", ":")))}">'
+        f"<figcaption><h3>{escape(title)}</h3>{caption}<div class=keys>{keys}</div></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}'
+        f'<path class="rule" d="M0 {TOP}V{HEIGHT - BOTTOM}"/></svg><output></output></figure>'
+    )
+
+
+def _brief(value: float) -> float:
+    return float(f"{value:.4g}") if abs(value) < 1e4 else round(value)

@@ -1,0 +1,115 @@
+"""What came of the run: one sentence, one before/after graphic, and its size in a few numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from html import escape
+from typing import Any
+
+from exgrpo_fast.run.display import duration, largest_pass_at_k, number_of, short
+from exgrpo_fast.run.report.reading import Run, interval
+
+Evaluation = Mapping[str, Any]
+
+
+def headline(run: Run) -> str:
+    """The held-out change where it was measured, else that of the training reward."""
+    before, after = run.evaluation("eval_before"), run.evaluation("eval_after")
+    if before and after:
+        return _evaluated(before, after)
+    rewards = run.values("reward_mean")
+    if not rewards:
+        return "<p class=lead>No step has finished yet.</p>"
+    if len(rewards) == 1:
+        return f"<p class=lead>One step has finished, with a mean reward of {rewards[0]:.3f}.</p>"
+    part = max(1, len(rewards) // 10)
+    first, last = sum(rewards[:part]) / part, sum(rewards[-part:]) / part
+    lead = "There is no held-out evaluation before and after: only the training reward is known."
+    change = _change("training reward", first, last, show="{:.3f}".format)
+    return f"<div class=change>{change}</div><p class=lead>{lead}</p>"
+
+
+def _evaluated(before: Evaluation, after: Evaluation) -> str:
+    old, new = before["avg_at_n"], after["avg_at_n"]
+    n, questions = number_of(after, "n"), number_of(after, "questions")
+    truncated = number_of(before, "truncated"), number_of(after, "truncated")
+    changes = (
+        _change(f"held-out avg@{n:.0f}" if n else "held-out accuracy", old, new),
+        _pass_at_k_change(before, after),
+        _change("cut at the limit", *truncated, good=-1),
+    )
+    sample = f" on {questions:.0f} questions" if questions else ""
+    return (
+        f"<div class=change>{''.join(changes)}</div>"
+        f"<p class=lead>{_movement(old, new)}{sample}. {_certainty(before, after)}</p>"
+    )
+
+
+def _pass_at_k_change(before: Evaluation, after: Evaluation) -> str:
+    """'' unless both were measured with the same k, and that says more than avg@n."""
+    old, new = (largest_pass_at_k(each.get("pass_at_k")) for each in (before, after))
+    if not (old and new and old[0] == new[0] > 1):
+        return ""
+    return _change(f"held-out pass@{new[0]}", old[1], new[1])
+
+
+def _movement(old: float, new: float) -> str:
+    points = 100 * (new - old)
+    if abs(points) < 0.05:
+        return "Held-out accuracy did not move"
+    return f"Held-out accuracy {'rose' if points > 0 else 'fell'} by {abs(points):.1f} points"
+
+
+def _certainty(before: Evaluation, after: Evaluation) -> str:
+    old, new = interval(before), interval(after)
+    if old is None or new is None:
+        return ""
+    was, became = (f"{_percent(low)} to {_percent(high)}" for low, high in (old, new))
+    spans = f"{was} before, {became} after"
+    if new[0] > old[1] or new[1] < old[0]:
+        return f"The 95 % intervals ({spans}) do not touch."
+    return f"The 95 % intervals ({spans}) overlap: chance alone may explain it."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%"  # no line break before the sign
+
+
+def _change(
+    name: str,
+    old: float | None,
+    new: float | None,
+    *,
+    show: Callable[[float], str] = _percent,
+    good: int = 1,
+) -> str:
+    """'name: old → new', '' unless both are known; `good` is the sign of an improvement."""
+    if old is None or new is None:
+        return ""
+    css = "" if new == old else ("up" if (new - old) * good > 0 else "down")
+    return (
+        f"<div><small>{escape(name)}</small>"
+        f'<b><s>{show(old)}</s> <em>→</em> <span class="{css}">{show(new)}</span></b></div>'
+    )
+
+
+def facts(run: Run) -> str:
+    """The few numbers that say how big and how long the run was."""
+    seconds = number_of(run.summary, "wall_seconds") or run.total("step_seconds")
+    peaks = run.values("peak_memory_gib")
+    peak = number_of(run.summary, "peak_memory_gib") or max(peaks, default=None)
+    generated, trained = run.total("tokens_generated"), run.total("tokens_trained")
+    rates = run.values("tokens_per_second_rollout")
+    skipped = sum(1 for step in run.steps if step.get("skipped"))
+    pairs = [
+        ("steps", str(len(run.steps) or run.summary.get("steps", 0))),
+        ("wall time", duration(seconds) if seconds else ""),
+        ("peak memory", f"{peak:.1f} GiB" if peak else ""),
+        ("tokens generated", short(generated) if generated else ""),
+        ("tokens trained", short(trained) if trained else ""),
+        ("rollout", f"{short(statistics.median_high(rates))} tok/s" if rates else ""),
+        ("updates skipped", str(skipped) if skipped else ""),
+    ]
+    shown = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs if v)
+    return f"<dl class=facts>{shown}</dl>"

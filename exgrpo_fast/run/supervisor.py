@@ -1,0 +1,178 @@
+"""Watches over a training run from another process: no torch, no GPU, nothing that can hang.
+
+A worker that dies or gives no sign of life is started again from its newest checkpoint. A user's
+mistake, broken numbers, a disk that refuses and a signal are answers, not accidents: they end the
+run with the worker's own exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from types import FrameType
+
+from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.run.directory import RunFolder
+
+EXIT_GAVE_UP = 75
+FINAL_CODES = {0, 2, 70, 74}
+MAX_RESTARTS = 3  # in a row without a new checkpoint
+SECONDS_TO_DUMP = 10.0  # between SIGABRT, which writes the stacks into run.log, and SIGKILL
+DEADLINE_SECONDS = 300.0
+# Phases that may be silent for longer, as multiples of the deadline: downloads and loading; a slow
+# disk; a judge that is asked again and again.
+PATIENCE = {"start": 6.0, "read data": 6.0, "save": 2.0, "between": 2.0, "reward": 2.0}
+MEDIANS = 10.0  # a phase is also allowed so many times its own median silence
+
+Command = Callable[[Supervised, bool], Sequence[str]]  # (its end, whether to resume) -> words
+
+
+class Deadlines:
+    """How long each phase may be silent: a minimum, or ten times what it has been so far."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._gaps: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=100))
+
+    def seen(self, phase: str, gap: float) -> None:
+        self._gaps[phase].append(gap)
+
+    def of(self, phase: str) -> float:
+        usual = median(self._gaps[phase]) if self._gaps[phase] else 0.0
+        return max(self._seconds * PATIENCE.get(phase, 1.0), MEDIANS * usual)
+
+
+class Supervisor:
+    """Runs `command` until it ends for good; the caller's `folder` stays locked meanwhile."""
+
+    def __init__(
+        self, command: Command, folder: RunFolder, *, deadline: float = DEADLINE_SECONDS
+    ) -> None:
+        self.command = command
+        self.folder = folder
+        self.deadline = deadline
+        self.worker: subprocess.Popen[bytes] | None = None
+        self.signals: list[int] = []
+        self.phase = "start"
+
+    def run(self) -> int:
+        """The exit code of the run: the worker's, 128 + a signal's, or 75."""
+        restarts, newest = 0, self.folder.newest_step()
+        with self._signals_passed_on():
+            code = self._life(resume=False)
+            while not self.signals and code not in FINAL_CODES:
+                restarts = restarts + 1 if self.folder.newest_step() == newest else 1
+                newest = self.folder.newest_step()
+                what = f"the run ended in phase {self.phase} ({describe(code)})"
+                if restarts > MAX_RESTARTS:
+                    self._say(f"{what}; gave up after {MAX_RESTARTS} restarts without a checkpoint")
+                    return EXIT_GAVE_UP
+                where = f"step {newest}" if newest is not None else "the beginning"
+                self._say(f"{what}; restart {restarts} of {MAX_RESTARTS} from {where}")
+                code = self._life(resume=True)
+        return 128 + self.signals[0] if self.signals and code not in FINAL_CODES else code
+
+    def _life(self, *, resume: bool) -> int:
+        """Start a worker and watch it to its end; its exit code, negative for a signal."""
+        reader, writer = os.pipe()
+        told = Supervised(os.getpid(), writer, self.folder.lock_descriptor)
+        self.phase = "start"
+        try:
+            self.worker = subprocess.Popen(
+                self.command(told, resume),
+                process_group=0,
+                pass_fds=(writer, self.folder.lock_descriptor),
+            )
+            os.close(writer)
+            if self.signals:  # it came while there was nobody to tell
+                self._tell(signal.SIGTERM)
+            self._watch(reader)
+            return self.worker.wait()
+        finally:
+            os.close(reader)
+            self._tell(signal.SIGKILL)  # what the worker may have left of its group
+            if sys.stdout.isatty():
+                print("\033[?25h", end="", flush=True)  # the cursor, which a live screen hides
+
+    def _watch(self, reader: int) -> None:
+        """Until the worker is gone, by itself or because a deadline has passed."""
+        deadlines = Deadlines(self.deadline)
+        last = time.monotonic()
+        while True:
+            allowed = deadlines.of(self.phase)
+            asked = time.monotonic()
+            ready, _, _ = select.select([reader], [], [], min(1.0, allowed / 4))
+            now = time.monotonic()
+            if now - asked > 10.0:  # this process was stopped, and its worker perhaps with it
+                last = now
+            if ready:
+                beats = os.read(reader, 1 << 16)
+                if not beats:
+                    return
+                deadlines.seen(self.phase, now - last)
+                self.phase, last = beats.decode().split("\n")[-2], now
+            elif now - last > allowed:
+                self._end_what_hangs(now - last)
+                return
+
+    def _end_what_hangs(self, silence: float) -> None:
+        assert self.worker is not None
+        state = _state_of(self.worker.pid)
+        self._say(f"no sign of life for {silence:.0f} s in phase {self.phase} ({state}): stopped")
+        self.worker.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.worker.wait(SECONDS_TO_DUMP)
+        self._tell(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        """As SIGTERM, whose default ends also a worker that has no handler yet."""
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            self.signals.append(number)
+            self._tell(signal.SIGTERM if len(self.signals) <= 2 else signal.SIGKILL)
+
+        def pause(number: int, frame: FrameType | None) -> None:
+            self._tell(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._tell(signal.SIGCONT)
+
+        handlers = {signal.SIGTERM: pass_on, signal.SIGINT: pass_on, signal.SIGTSTP: pause}
+        previous = {number: signal.signal(number, h) for number, h in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _tell(self, number: int) -> None:
+        """A signal to the worker's group."""
+        if self.worker is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.worker.pid, number)
+
+    def _say(self, text: str) -> None:
+        """On the screen and in run.log."""
+        print(f"exgrpo-fast: {text}", file=sys.stderr, flush=True)
+        self.folder.append_to_log(f"SUPERVISOR {text}")
+
+
+def describe(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _state_of(pid: int) -> str:
+    """'T (stopped)', 'D (disk sleep)', ...: what the kernel says of a process that is silent."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(line.split("\t")[1].strip() for line in file if line.startswith("State:"))
+    except (OSError, StopIteration):
+        return "state unknown"

@@ -1,1 +1,0 @@
-"""Where trajectories come from. A new method is a new source, not a new trainer."""

@@ -1,0 +1,1 @@
+"""The step: collect groups, update the policy, evaluate."""

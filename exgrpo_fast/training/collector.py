@@ -1,0 +1,306 @@
+"""One step's groups: plan -> sources -> rewards -> groups.
+
+The plan of a step is a list of questions with open slots: those that the store asks again come
+first, the stream brings the others. What is recalled for a question stands in its first slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.types import Completion, Group, Question, Trajectory, Verdict
+from exgrpo_fast.experience.fresh import FreshSource
+from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSource
+from exgrpo_fast.experience.prior.metrics import GuidanceCost
+from exgrpo_fast.experience.prior.source import Guided, NoPrior, PriorSource
+from exgrpo_fast.experience.question_stream import QuestionStream
+from exgrpo_fast.experience.replay.recall import PendingRecall, Plan, Recall, Replay
+from exgrpo_fast.experience.scoring import Grading, Verifier
+from exgrpo_fast.rollout.engine import Generation
+from exgrpo_fast.rollout.mismatch import Mismatch
+from exgrpo_fast.run.display import Screen
+
+
+class NothingScored(UserError):
+    """No response of a step got a verdict, in one line."""
+
+
+@dataclass(frozen=True)
+class OverlongRule:
+    """DAPO's soft punishment (arXiv 2503.14476, eq. 13): 0 up to L - soft, then down to -1 at L."""
+
+    max_completion_tokens: int
+    soft_penalty_tokens: int = 0
+
+    def penalty(self, num_tokens: int) -> float:
+        over = num_tokens - (self.max_completion_tokens - self.soft_penalty_tokens)
+        if over <= 0 or not self.soft_penalty_tokens:  # a replayed one may be above today's limit
+            return 0.0
+        return max(-1.0, -over / self.soft_penalty_tokens)
+
+
+@dataclass
+class Clock:
+    """Seconds per phase of one step; a phase inside another one is not counted in both."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _inner: list[float] = field(default_factory=list)  # seconds of the phases inside each open one
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            own = elapsed - self._inner.pop()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + own
+            if self._inner:
+                self._inner[-1] += elapsed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The groups to train on, and what it took to make them."""
+
+    groups: tuple[Group, ...]
+    discarded: tuple[Group, ...]  # generated, then left out by dynamic sampling
+    recall: Recall
+    mismatch: Mismatch
+    hindsight: HindsightReport | None = None
+    guidance: GuidanceCost = GuidanceCost()
+    num_unscored: int = 0  # responses without a verdict, left out of their groups
+
+    @property
+    def generated(self) -> tuple[Group, ...]:
+        return self.groups + self.discarded
+
+    @property
+    def replayed(self) -> list[Trajectory]:
+        return [t for group in self.generated for t in group.from_source("replay")]
+
+
+class Begun(NamedTuple):
+    """A step's first responses, on their way."""
+
+    step: int
+    plan: Plan
+    drawn: Sequence[Question]
+    pending: PendingRecall
+    slots: list[int]  # fresh responses that each question of plan and stream gets
+    guided_slots: Sequence[int]  # and those that the prior guides
+    generation: Generation
+
+    @property
+    def questions(self) -> list[Question]:
+        return [*self.plan.questions, *self.drawn]
+
+
+class Made(NamedTuple):
+    groups: list[Group]
+    mismatch: Mismatch
+    guidance: GuidanceCost
+    num_unscored: int
+
+
+class Collector:
+    """Fills the slots of a step from its sources and has every trajectory verified."""
+
+    def __init__(
+        self,
+        *,
+        stream: QuestionStream,
+        fresh: FreshSource,
+        replay: Replay,
+        verifier: Verifier,
+        prior: PriorSource | NoPrior,
+        hindsight: HindsightSource | None = None,
+        screen: Screen,
+        overlong: OverlongRule,
+        prompts_per_step: int,
+        group_size: int,
+        max_extra_batches: int | None = None,
+    ) -> None:
+        """`max_extra_batches`: dynamic sampling's refill rounds; None = no dynamic sampling."""
+        self.stream = stream
+        self.fresh = fresh
+        self.replay = replay
+        self.verifier = verifier
+        self.prior = prior
+        self.hindsight = hindsight
+        self.screen = screen
+        self.overlong = overlong
+        self.prompts_per_step = prompts_per_step
+        self.group_size = group_size
+        self.max_extra_batches = max_extra_batches
+        self.begun: Begun | None = None  # by `begin`, until it is collected
+
+    def begin(self, step: int, clock: Clock) -> None:
+        """Plan a step and have the engine generate for it, while the one before is trained on."""
+        with clock.measure("replay"):
+            plan = self.replay.plan(step=step)
+        taken = {question.id for question in plan.questions}
+        taken |= {group.question.id for group in plan.groups}
+        missing = self.prompts_per_step - len(plan.questions) - len(plan.groups)
+        drawn = self.stream.draw(missing, exclude=taken)
+        with clock.measure("replay"):
+            pending = self.replay.recall(plan, drawn, step=step)
+        self.begun = self._ask(step, plan, drawn, pending)
+
+    def _ask(
+        self, step: int, plan: Plan, drawn: Sequence[Question], pending: PendingRecall
+    ) -> Begun:
+        guided_slots = self.prior.counts(len(pending.counts), step=step)
+        slots = [
+            self.replay.num_fresh(self.group_size, count) - num_guided
+            for count, num_guided in zip(pending.counts, guided_slots, strict=True)
+        ]
+        generation = self.fresh.start([*plan.questions, *drawn], slots, step=step)
+        return Begun(step, plan, drawn, pending, slots, guided_slots, generation)
+
+    def collect(self, step: int, clock: Clock, waiting: Callable[[], None] = lambda: None) -> Batch:
+        """`waiting` is called while the first responses are generated, and may raise: the step
+        stays begun. (Whole groups from the store are in no checkpoint; they are not given up.)"""
+        if self.begun is None:
+            self.begin(step, clock)
+        begun = self.begun
+        assert begun is not None and begun.step == step, "begun for another step"
+        plan, pending = begun.plan, begun.pending
+        made = self._make_groups(begun, clock, (lambda: None) if plan.groups else waiting)
+        self.begun = None
+        with clock.measure("replay"):
+            groups = self.replay.exchange([*plan.groups, *made.groups])
+        if not groups:
+            raise NothingScored(
+                f"step {step}: none of {made.num_unscored} responses got a verdict; is the judge "
+                f"reachable? The newest checkpoint can be resumed"
+            )
+        batch = Batch(
+            tuple(groups),
+            (),
+            pending.recall,
+            made.mismatch,
+            guidance=made.guidance,
+            num_unscored=made.num_unscored,
+        )
+        if self.max_extra_batches is not None:
+            batch = self._refill(batch, step, clock)
+        if self.hindsight is not None:
+            with clock.measure("hindsight"), self.screen.phase("hindsight"):
+                groups, report = self.hindsight.revise(batch.groups, step=step)
+            batch = replace(batch, groups=tuple(groups), hindsight=report)
+        return batch
+
+    def _refill(self, batch: Batch, step: int, clock: Clock) -> Batch:
+        """DAPO's dynamic sampling: groups without a gradient make room for new questions."""
+        kept = [group for group in batch.groups if group.learnable]
+        discarded = [group for group in batch.groups if not group.learnable]
+        guidance = batch.guidance
+        for _ in range(self.max_extra_batches or 0):
+            missing = self.prompts_per_step - len(kept)
+            if missing == 0:
+                break
+            seen = {group.question.id for group in kept + discarded}
+            drawn = self.stream.draw(missing, exclude=seen)
+            begun = self._ask(step, Plan(), drawn, PendingRecall.nothing(len(drawn)))
+            extra = self._make_groups(begun, clock)
+            kept += [group for group in extra.groups if group.learnable]
+            discarded += [group for group in extra.groups if not group.learnable]
+            guidance += extra.guidance
+        return replace(batch, groups=tuple(kept), discarded=tuple(discarded), guidance=guidance)
+
+    def _make_groups(
+        self, begun: Begun, clock: Clock, waiting: Callable[[], None] = lambda: None
+    ) -> Made:
+        """One group for each question: what was recalled, then fresh ones, then guided ones."""
+        questions, slots, step = begun.questions, begun.slots, begun.step
+        question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
+        guided = self.prior.begin(questions, begun.guided_slots, step=step)
+        completions, grading = self._await(begun, question_of, guided, clock, waiting)
+        recall = begun.pending.recall
+        with clock.measure("score"), self.screen.phase("score"):
+            fresh, mismatch = self.fresh.score(
+                question_of, completions, step=step, observer=grading
+            )
+        with clock.measure("prior"), self.screen.phase("prior"):
+            guided_ones, fresh, cost = self.prior.score(guided, fresh, step=step)
+        others = [*(t for found in recall.slots for t in found), *guided_ones]
+        with clock.measure("reward"):  # what is still open
+            verdicts = grading.verdicts()
+            verdicts += self.verifier.verify([t.question for t in others], others)
+        judged = iter(self._judged(pair) for pair in zip([*fresh, *others], verdicts, strict=True))
+        own = [[next(judged) for _ in range(n)] for n in slots]
+        first = [[next(judged) for _ in found] for found in recall.slots]
+        last = [[next(judged) for _ in range(n)] for n in begun.guided_slots]
+        groups = [
+            Group(question, tuple(chain(*members)))
+            for question, *members in zip(questions, first, own, last, strict=True)
+        ]
+        scored = [part for group in groups if (part := scored_part(group))]
+        num_scored = sum(len(group.trajectories) for group in scored)
+        return Made(scored, mismatch, cost, len(verdicts) - num_scored)
+
+    def _await(
+        self,
+        begun: Begun,
+        question_of: Sequence[Question],
+        guided: Guided,
+        clock: Clock,
+        waiting: Callable[[], None],
+    ) -> tuple[list[Completion], Grading]:
+        """The fresh responses; beside them, what can be done while they are generated."""
+
+        def recall_now() -> None:
+            with clock.measure("replay"):
+                begun.pending.recall  # noqa: B018, chosen when it is first asked for
+
+        def guide() -> None:
+            waiting()
+            with clock.measure("prior"):
+                guided.advance()
+
+        with clock.measure("rollout"), self.screen.phase("rollout", sum(begun.slots)) as advance:
+            beside = guide if self.prior.concurrent else waiting
+            grading = Grading(
+                self.verifier, question_of, advance, meanwhile=recall_now, beside=beside
+            )
+            completions = begun.generation.wait(grading)
+        recall_now()
+        return completions, grading
+
+    def _judged(self, pair: tuple[Trajectory, Verdict]) -> Trajectory:
+        trajectory, verdict = pair
+        penalty = self.overlong.penalty(trajectory.num_tokens)
+        return self.prior.judged(replace(trajectory, verdict=verdict, penalty=penalty))
+
+    # --- persistence ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was begun is generated anew after a resume, for the same questions."""
+        if self.begun is None:
+            return {}
+        plan = [question.id for question in self.begun.plan.questions]
+        return {"planned": plan, "drawn": [question.id for question in self.begun.drawn]}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, step: int) -> None:
+        """`step`: the next one."""
+        if state:
+            self.stream.check_known({*state["planned"], *state["drawn"]})
+            planned, drawn = (
+                [self.stream.by_id[name] for name in state[part]] for part in ("planned", "drawn")
+            )
+            plan = Plan(tuple(planned))
+            self.begun = self._ask(step, plan, drawn, self.replay.recall(plan, drawn, step=step))
+
+
+def scored_part(group: Group) -> Group | None:
+    """The group without responses that nobody could judge; None when that is all of it."""
+    kept = tuple(t for t in group.trajectories if t.verdict is not None and t.verdict.scored)
+    return Group(group.question, kept) if kept else None

@@ -1,0 +1,109 @@
+"""The frozen policies that a KL term holds the trained one to.
+
+    base        the initial policy; from `rebase_at_step` on, the policy of that step. Of a policy
+                with adapters it needs no copy: it is the same model with the adapters off
+    previous    the policy at the start of the preceding step
+
+With share s of the previous one, the log-probability handed to the loss is
+(1 - s) log base + s log previous. For the estimators k1 and k2 its gradient is exactly that of
+(1 - s) KL(pi || base) + s KL(pi || previous), ReMix's KL-convex term (arXiv 2507.06892, section
+3.2): for k2, (1 - s) d1^2 + s d2^2 and ((1 - s) d1 + s d2)^2 differ by s (1 - s) (d1 - d2)^2, in
+which the trained policy cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.model.lora import switched_off
+from exgrpo_fast.model.packing import Ragged, sequences_of
+from exgrpo_fast.model.policy import Policy, Scores
+
+
+@dataclass(frozen=True)
+class AdapterOff:
+    """The model under a policy's adapters: its initial policy."""
+
+    policy: Policy
+
+    def score(self, prompts: Ragged, responses: Ragged) -> Scores:
+        with switched_off(self.policy.model):
+            return self.policy.score(prompts, responses)
+
+
+class Reference:
+    """Log-probs of the frozen policies; `follow` and `finish_step` keep them up to date."""
+
+    def __init__(
+        self,
+        base: Policy | AdapterOff,
+        previous: Policy | None = None,
+        *,
+        previous_share: float = 0.0,
+        rebase_at_step: int | None = None,
+    ) -> None:
+        """`previous` starts as a second copy of the initial policy; needed for a share above 0.
+        Policies are copies with plain weights; a base that is replaced cannot be an AdapterOff."""
+        assert previous is not None or previous_share == 0.0
+        self.base, self.previous = base, previous
+        self.previous_share = previous_share
+        self.rebase_at_step = rebase_at_step
+        self.num_steps = 0
+        for policy in (base, previous):
+            if isinstance(policy, Policy):
+                policy.model.requires_grad_(False)
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        """float32 [T] of each, on the CPU."""
+        prompts, responses = sequences_of(trajectories)
+        mixed = self.base.score(prompts, responses).logprobs
+        if self.previous is not None:
+            mixed = mixed.lerp(
+                self.previous.score(prompts, responses).logprobs, self.previous_share
+            )
+        return list(Ragged(mixed.cpu(), responses.lengths).split())
+
+    def follow(self, policy: Policy) -> None:
+        """Before the weights of this step change: they are the previous ones of the next."""
+        if self.previous is not None:
+            copy_weights(policy, self.previous)
+
+    def finish_step(self, policy: Policy) -> None:
+        self.num_steps += 1
+        if self.num_steps == self.rebase_at_step:
+            assert isinstance(self.base, Policy)
+            copy_weights(policy, self.base)
+
+    # --- persistence ---
+
+    @property
+    def _is_rebased(self) -> bool:
+        return self.rebase_at_step is not None and self.num_steps >= self.rebase_at_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be read from the initial model's folder again."""
+        state: dict[str, Any] = {"num_steps": self.num_steps}
+        if self.previous is not None:
+            state["previous"] = dict(self.previous.model.named_parameters())
+        if self._is_rebased and isinstance(self.base, Policy):
+            state["base"] = dict(self.base.model.named_parameters())
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_steps = state["num_steps"]
+        for policy, name in ((self.previous, "previous"), (self.base, "base")):
+            if isinstance(policy, Policy) and name in state:
+                policy.model.load_state_dict(state[name], strict=False)
+
+
+@torch.no_grad()
+def copy_weights(source: Policy, target: Policy) -> None:
+    ours = target.model.state_dict()
+    for name, weight in source.named_weights():
+        ours[name].copy_(weight)

@@ -1,0 +1,116 @@
+"""One step's groups, update and clock -> one line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from exgrpo_fast.core.types import Group, Trajectory
+from exgrpo_fast.experience.prior.metrics import guidance_metrics
+from exgrpo_fast.training.collector import Batch, Clock
+from exgrpo_fast.training.update_stats import Row, UpdateReport
+
+
+def pass_at_1(groups: Sequence[Group]) -> float:
+    """Share of correct among all responses, replayed ones included (ExGRPO's start rule); those
+    that a prior has guided say nothing of the policy."""
+    own = (t for group in groups for t in group.trajectories if t.source != "prior")
+    return fmean(t.successful for t in own)
+
+
+def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) -> dict[str, Any]:
+    """The keys other tools rely on stand first; None where a figure does not exist."""
+    everything = [t for group in batch.generated for t in group.trajectories]
+    fresh = [t for t in everything if t.source == "fresh"]
+    replayed = [t for t in everything if t.source == "replay"]
+    tokens_generated = sum(t.num_tokens for t in fresh)
+    seconds = clock.seconds
+    reasons = Counter(t.verdict.reason for t in everything if t.verdict) + update.skipped
+    return {
+        "step": step,
+        "loss": update.loss,
+        "loss_hex": float32_hex(update.loss),
+        "reward_mean": fmean(t.reward for t in everything),
+        "pass_at_1": pass_at_1(batch.generated),
+        "entropy": token_mean_entropy(fresh),
+        "learnable_frac": fmean(group.learnable for group in batch.generated),
+        "replay_size": 0,
+        "replay_frac": len(replayed) / len(batch.generated),
+        "completion_len_mean": fmean(t.num_tokens for t in fresh),
+        "tokens_generated": tokens_generated,
+        "tokens_trained": update.tokens_trained,
+        "step_seconds": sum(seconds.values()),
+        "unscored": batch.num_unscored,
+        "skipped": sum(update.skipped.values()),
+        "reasons": dict(reasons),
+        "pass_at_1_fresh": fmean(t.successful for t in fresh),
+        "pass_at_1_replay_groups": _fresh_pass_rate_beside_replay(batch.groups),
+        "all_fail_frac": fmean(group.num_successes == 0 for group in batch.generated),
+        "all_pass_frac": fmean(
+            group.num_successes == len(group.trajectories) for group in batch.generated
+        ),
+        "groups_discarded": len(batch.discarded),
+        "truncated_frac": fmean(t.truncated for t in fresh),
+        "entropy_fresh": token_mean_entropy(fresh),
+        "entropy_replay": token_mean_entropy(replayed),
+        "completion_len_replay": fmean(t.num_tokens for t in replayed) if replayed else None,
+        **batch.mismatch.metrics(),
+        "grad_norm": max(update.grad_norms, default=None),
+        "lr": update.lr,
+        **update.read.metrics(),
+        "chunk_halvings": update.chunk_halvings,
+        "microbatch_halvings": update.microbatch_halvings,
+        **(batch.hindsight.metrics() if batch.hindsight else {}),
+        **guidance_metrics(batch.generated, batch.guidance),
+        **update.kernel_metrics,
+        **{f"seconds_{phase}": value for phase, value in seconds.items()},
+        "tokens_per_second_rollout": tokens_generated / max(seconds.get("rollout", 0.0), 1e-9),
+        "tokens_per_second_train": update.tokens_trained / max(seconds.get("update", 0.0), 1e-9),
+    }
+
+
+def float32_hex(value: float) -> str:
+    """`float.hex` of the value rounded to float32: equal strings mean equal bits."""
+    return struct.unpack("f", struct.pack("f", value))[0].hex()
+
+
+def token_mean_entropy(trajectories: Sequence[Trajectory]) -> float | None:
+    """Mean over tokens of the full-vocabulary entropy, in nats."""
+    if not trajectories:
+        return None
+    return float(torch.cat([t.entropies for t in trajectories]).mean())
+
+
+def _fresh_pass_rate_beside_replay(groups: Sequence[Group]) -> float | None:
+    fresh = [t for g in groups if g.from_source("replay") for t in g.from_source("fresh")]
+    return fmean(t.successful for t in fresh) if fresh else None
+
+
+def completion_rows(
+    step: int, rows: Iterable[Row], decode: Callable[[Sequence[int]], str]
+) -> list[dict[str, Any]]:
+    """The completion table of one step."""
+    return [
+        {
+            "step": step,
+            "question_id": t.question.id,
+            "source": t.source,
+            "prompt": t.question.prompt,
+            "completion": decode(t.token_ids.tolist()),
+            "answer": t.question.answer,
+            "reward": t.reward,
+            "reason": t.verdict.reason if t.verdict else "",
+            "num_tokens": t.num_tokens,
+            "truncated": t.truncated,
+            "advantage": row.advantage,
+            "mean_entropy": float(t.entropies.mean()),
+            "mean_logprob": float(t.behaviour_logprobs.mean()),
+        }
+        for row in rows
+        for t in (row.trajectory,)
+    ]

@@ -1,0 +1,242 @@
+"""The order of the rooms. One step is `Trainer.step`; there is no mathematics here."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from exgrpo_fast.core.errors import Interrupted, NumericalStop
+from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.rng import random_state, restore_random_state
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.experience.question_stream import QuestionStream
+from exgrpo_fast.experience.replay.recall import Replay
+from exgrpo_fast.rollout.engine import RolloutEngine
+from exgrpo_fast.run.checkpoint.format import Checkpoints
+from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
+from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.metrics import CompletionLog, MetricSink, peak_memory_gib
+from exgrpo_fast.training.bad_batches import BadBatches
+from exgrpo_fast.training.collector import Batch, Clock, Collector
+from exgrpo_fast.training.evaluate import Evaluation, Evaluator
+from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.step_metrics import completion_rows, pass_at_1, step_metrics
+from exgrpo_kernels import PolicyObjective
+
+# Every process comes to these by itself: one that has strayed differs in them.
+REPLICATED = ("loss_hex", "tokens_trained", "reward_mean", "entropy", "completion_len_mean")
+MAX_BAD_UPDATES = 3  # consecutive steps whose gradient was refused, before the run stops
+
+
+class Trainer:
+    """Collect groups, learn from them, remember the best of them; evaluate and save on the way."""
+
+    def __init__(
+        self,
+        *,
+        stream: QuestionStream,
+        replay: Replay,
+        collector: Collector,
+        learner: Learner,
+        engine: RolloutEngine,
+        objective: PolicyObjective,
+        evaluator: Evaluator,
+        eval_questions: Sequence[Question],
+        writer: CheckpointWriter,
+        bad_batches: BadBatches,
+        sink: MetricSink,
+        completion_log: CompletionLog,
+        screen: Screen,
+        max_steps: int,
+        eval_every: int = 0,
+        checkpoint_every: int = 0,
+        completions_every: int = 10,
+        generate_ahead: bool = False,
+        processes: Processes = ALONE,
+    ) -> None:
+        """`generate_ahead`: the engine generates for a step while the one before is trained on.
+        `processes`: those that do the same beside this one."""
+        self.stream = stream
+        self.replay = replay
+        self.collector = collector
+        self.learner = learner
+        self.engine = engine
+        self.objective = objective
+        self.evaluator = evaluator
+        self.eval_questions = eval_questions
+        self.writer = writer
+        self.bad_batches = bad_batches
+        self.sink = sink
+        self.completion_log = completion_log
+        self.screen = screen
+        self.max_steps = max_steps
+        self.eval_every = eval_every
+        self.checkpoint_every = checkpoint_every
+        self.completions_every = completions_every
+        self.generate_ahead = generate_ahead
+        self.processes = processes
+        self.num_steps = 0
+        self.bad_updates = 0
+        self.stop_signal: int | None = None
+
+    def step(self) -> tuple[Batch, dict[str, Any]]:
+        """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
+        step, clock = self.num_steps + 1, Clock()
+        batch = self.collector.collect(step, clock, self._give_up_when_stopped)
+        self.stream.retire(self.replay.observe(batch.generated, step=step))
+        objective = self.replay.objective(self.objective)
+        metrics = self.replay.metrics(batch.replayed, batch.recall, step=step)
+        self.replay.start_if_ready(pass_at_1(batch.generated))
+        if self.generate_ahead and step < self.max_steps:
+            self.collector.begin(step + 1, clock)
+        self.engine.rest()
+        with clock.measure("update"), self.screen.phase("update") as advance:
+            update = self.learner.update(batch.groups, objective, advance)
+        with clock.measure("sync"), self.screen.phase("sync"):
+            sync = self.engine.sync(step)
+        metrics = step_metrics(step, batch, update, clock) | metrics | sync
+        metrics["save_failures"] = self.writer.num_failures
+        self.bad_batches.write(step, update.refused)
+        self.num_steps = step
+        self._guard(metrics)
+        return batch, metrics
+
+    def train(self, *, stop_after: int | None = None) -> None:
+        """Go on to `max_steps`, or for `stop_after` more steps, or until SIGINT or SIGTERM."""
+        last = self.max_steps
+        if stop_after is not None:
+            last = min(last, self.num_steps + stop_after)
+        with self._listen_to_signals(), self._until_written():
+            with contextlib.suppress(Interrupted):  # the step stays begun
+                while self.num_steps < last and not self._is_told_to_stop():
+                    batch, metrics = self.step()
+                    self._publish(batch, metrics | self._evaluation_due())
+                    self._save_beside()
+            self.save()
+
+    def evaluate(self) -> Evaluation:
+        return self.evaluator(self.eval_questions)
+
+    def _evaluation_due(self) -> dict[str, Any]:
+        if not self._due(self.eval_every) or self.num_steps == self.max_steps:
+            return {}
+        with contextlib.suppress(Interrupted):
+            return evaluation_metrics(
+                self.evaluator(self.eval_questions, self._give_up_when_stopped)
+            )
+        return {}
+
+    # --- saving ---
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return self.writer.checkpoints
+
+    def save(self) -> Path:
+        """The folder of a checkpoint of this step, once it is durable."""
+        with self.screen.phase("save"):
+            self.writer.wait()
+            if self.processes.of_first(self.writer.committed == self.num_steps):
+                return self.checkpoints.folder / f"step_{self.num_steps}"
+            return self.writer.finish(self.num_steps, self.state_dict())
+
+    def _save_beside(self) -> None:
+        """Begin a checkpoint where one is due; hear how the one before it ended."""
+        self.writer.poll()
+        if self._due(self.checkpoint_every):
+            with self.screen.phase("save"):
+                self.writer.save(self.num_steps, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's weights, which lie in the checkpoint's hf/ folder."""
+        return {
+            "num_steps": self.num_steps,
+            "stream": self.stream.state_dict(),
+            "replay": self.replay.state_dict(),
+            "begun": self.collector.state_dict(),
+            "learner": self.learner.state_dict(),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_steps = state["num_steps"]
+        self.stream.load_state_dict(state["stream"])
+        if state["replay"]:  # an on-policy run that goes on with replay starts with none
+            self.replay.load_state_dict(state["replay"])
+        self.learner.load_state_dict(state["learner"])
+        self.collector.load_state_dict(state["begun"], step=self.num_steps + 1)
+        restore_random_state(state["random"])
+
+    # --- the small print ---
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.num_steps % every == 0
+
+    def _publish(self, batch: Batch, metrics: dict[str, Any]) -> None:
+        metrics["peak_memory_gib"] = peak_memory_gib(self.learner.policy.device)
+        self.sink.log(self.num_steps, metrics)
+        self.screen.step(metrics, total_steps=self.max_steps)
+        if self.num_steps == 1 or self._due(self.completions_every):
+            rows = self.learner.rows(batch.generated)
+            table = completion_rows(self.num_steps, rows, self.collector.verifier.decode)
+            self.completion_log.write(self.num_steps, table)
+            shown = next((g for g in batch.groups if g.learnable), batch.generated[0])
+            self.screen.completions([r for r in table if r["question_id"] == shown.question.id])
+
+    def _is_told_to_stop(self) -> bool:
+        """By a signal to any of the processes."""
+        told = self.processes.greatest(self.stop_signal or 0)
+        self.stop_signal = int(told) or None
+        return self.stop_signal is not None
+
+    def _guard(self, metrics: Mapping[str, Any]) -> None:
+        figures = {name: metrics[name] for name in REPLICATED}
+        self.processes.require_same(f"step {self.num_steps}", figures)
+        refused = {"update_not_finite", "update_gradient_too_large"} & metrics["reasons"].keys()
+        self.bad_updates = self.bad_updates + 1 if refused else 0
+        if self.bad_updates >= MAX_BAD_UPDATES:
+            raise NumericalStop(
+                f"step {self.num_steps}: {', '.join(sorted(refused))} for {MAX_BAD_UPDATES} steps "
+                f"in a row (gradient norm {metrics['grad_norm']}); the weights are those of the "
+                f"last good update"
+            )
+
+    def _give_up_when_stopped(self) -> None:
+        """Several processes end together, after the step."""
+        if self.stop_signal is not None and self.processes.count == 1:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def _until_written(self) -> Iterator[None]:
+        """An error of a step must not take along a checkpoint that is being written."""
+        try:
+            yield
+        except Exception:
+            self.writer.join()
+            raise
+
+    @contextlib.contextmanager
+    def _listen_to_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM lets what is being learned be finished and gives up what is
+        being generated; the second one ends the run at once."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.screen.note("stopping with a checkpoint; once more to stop at once")
+
+        previous = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    return {"eval_avg_at_n": evaluation.avg_at_n, "eval_pass_at_k": evaluation.pass_at_k}
