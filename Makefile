@@ -24,9 +24,8 @@ test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, i
 
 # What a new version of a library can break: trainer, rollouts, attention, adapters, kernels,
 # rewards and commands, then two steps of the toy.
-CORE := tests/test_trainer.py tests/test_resume.py tests/test_policy.py tests/test_lora.py \
-	tests/test_tiling.py tests/rollout tests/resampling tests/attention tests/rewards \
-	tests/test_cli.py tests/test_doctor.py tests/test_library_internals.py \
+CORE := tests/training tests/model tests/rollout tests/experience/prior tests/rewards tests/cli \
+	tests/build/test_doctor.py tests/test_library_internals.py \
 	tests/kernels/test_operators.py tests/kernels/test_softcap.py tests/kernels/test_from_logits.py
 TOY := train quickstart --warm_start.batches 200 --rollout.prompts_per_step 16 \
 	--data.eval_size 20 --stop-after 2 --out

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.build import open_run, package_versions
+from exgrpo_fast.build.environment import package_versions
+from exgrpo_fast.build.run import open_run
 from exgrpo_fast.config import load_config
 from exgrpo_fast.run.checkpoint.format import folder_bytes
 from exgrpo_fast.run.directory import RunFolder

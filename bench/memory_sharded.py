@@ -29,9 +29,9 @@ from memory import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.process_group import Processes, mesh_of
-from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.training.optim.optimiser import Optimiser
 
@@ -66,7 +66,7 @@ def measure(case: tuple[Any, ...], processes: Processes) -> dict[str, Any]:
     learner = make_learner(policy, Optimiser(policy.trainable_parameters, lr=1e-6), response)
     found = peaks(learner, learner.update, 2 * SEQUENCES * count, response)  # two packs each
     moments = [m for state in learner.optimiser.adamw.state.values() for m in state.values()]
-    resident = sum(own_part(t).nbytes for t in [*policy.model.parameters(), *moments])
+    resident = sum(local_shard(t).nbytes for t in [*policy.model.parameters(), *moments])
     model = {
         "dtype": compute,
         "gradient_checkpointing": checkpointing,
@@ -91,7 +91,7 @@ def measure_all(count: int) -> list[dict[str, Any]]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     rows = []
     for case in CASES:
-        rows.append(measure(case, Processes(Place(0, count, 0))))
+        rows.append(measure(case, Processes(RankInfo(0, count, 0))))
         print(json.dumps(rows[-1]), flush=True)
     dist.destroy_process_group()
     return rows

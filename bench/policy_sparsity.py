@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from exgrpo_fast.build import load_tokenizer, make_policy
 from exgrpo_fast.build.data import load_data
 from exgrpo_fast.build.engines import make_transformers_engine
+from exgrpo_fast.build.models import load_tokenizer, make_policy
 from exgrpo_fast.config import load_config
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed

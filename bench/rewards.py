@@ -36,7 +36,7 @@ from typing import Any
 
 from loss import installed, machine
 
-from exgrpo_fast.rewards import RewardPool, RewardSample, Scored, Ticket
+from exgrpo_fast.rewards import RewardPool, RewardSample, Scored, ScoreFuture
 from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
 from exgrpo_fast.rewards.verifiers.mathematics import MATH_SECONDS
 
@@ -269,10 +269,12 @@ def stuck(workers: int, rows: Sequence[RewardSample]) -> dict[str, Any]:
         pool.warm()
         for worker in pool._workers:
             os.kill(worker.process.pid, signal.SIGSTOP)
-        ticket, calls = Ticket(), []
+        ticket, calls = ScoreFuture(), []
         started = time.perf_counter()
         for start in range(0, len(rows), 64):
-            calls.append(milliseconds(lambda s=start: pool.submit(rows[s : s + 64], onto=ticket)))
+            calls.append(
+                milliseconds(lambda s=start: pool.submit(rows[s : s + 64], append_to=ticket))
+            )
         while not ticket.done:
             calls.append(milliseconds(pool.poll))
             time.sleep(0.005)

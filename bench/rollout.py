@@ -35,8 +35,9 @@ from typing import Any
 
 from loss import machine
 
-from exgrpo_fast.build import load_tokenizer, make_policy, quiet_libraries
 from exgrpo_fast.build.engines import prepare_engine
+from exgrpo_fast.build.environment import quiet_libraries
+from exgrpo_fast.build.models import load_tokenizer, make_policy
 from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.errors import UserError

@@ -153,7 +153,7 @@ def run_ours(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> d
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    from exgrpo_fast.build import open_run
+    from exgrpo_fast.build.run import open_run
     from exgrpo_fast.config import validate
     from exgrpo_fast.run.directory import RunFolder
     from exgrpo_fast.run.display import make_screen

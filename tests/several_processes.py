@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from exgrpo_fast.core.process_group import Processes, joined
-from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.core.torchrun import RankInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "kernels"]
@@ -64,6 +64,6 @@ def met(arguments: Sequence[str]) -> Iterator[Processes]:
     """
     rank, count, store = arguments
     torch.set_num_threads(1)
-    place = Place(int(rank), int(count), int(rank))
+    place = RankInfo(int(rank), int(count), int(rank))
     with joined(place, "cpu", deadline=SECONDS, store=f"file://{store}") as processes:
         yield processes

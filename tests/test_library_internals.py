@@ -8,6 +8,7 @@ their documented interfaces alone.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def test_rollout_decoding_replaces_the_layers_of_a_cache() -> None:
 
 
 def test_prior_selects_rows_of_a_cache() -> None:
-    """HoledCache.select."""
-    cache = DynamicCache(config=SMALL)
+    """MaskedCache.select."""
+    cache: Any = DynamicCache(config=SMALL)
     keys = torch.arange(3.0).view(3, 1, 1, 1)
     cache.update(keys, keys, 0)
     cache.batch_select_indices(torch.tensor([2, 0]))
@@ -102,7 +103,7 @@ def test_lora_reads_pefts_layers() -> None:
 
     model = Qwen3ForCausalLM(SMALL)
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"]), model)
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     assert len(layers) == 2 and hasattr(model, "peft_config")
     for layer in layers:
         assert layer.scaling["default"] == 1.5

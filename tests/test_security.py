@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REWARDS
 
-from exgrpo_fast.build import environment
+from exgrpo_fast.build.environment import environment
 from exgrpo_fast.cli import main
 from exgrpo_fast.run.directory import RunFolder
 
@@ -239,7 +239,7 @@ def test_deleting_follows_no_link(tmp_path: Path) -> None:
 def test_code_in_a_model_folder_is_not_run(tmp_path: Path, model_folder: Path) -> None:
     import shutil
 
-    from exgrpo_fast.build import load_tokenizer
+    from exgrpo_fast.build.models import load_tokenizer
     from exgrpo_fast.core.errors import UserError
     from exgrpo_fast.model.policy import load_model
 

@@ -1,4 +1,4 @@
-"""The questions of a run: read, told apart, and their gold answers tried on the rewards."""
+"""The questions of a run: read, deduplicated, and their gold answers checked by the rewards."""
 
 from __future__ import annotations
 

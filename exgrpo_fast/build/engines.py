@@ -1,4 +1,4 @@
-"""Which rollout engine a config asks for, and how it is put together.
+"""Builds the rollout engine that a config asks for.
 
 vLLM has to be up before the trainer's weights take their memory, but needs them to stay in step;
 so an engine is made in two halves: `prepare_engine`, then what it returns is given the policy.

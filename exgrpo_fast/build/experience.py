@@ -8,7 +8,7 @@ from pathlib import Path
 from exgrpo_fast.build.engines import PreparedEngine, end_of_sequence_ids
 from exgrpo_fast.build.models import load_tokenizer, make_encode, make_policy, vocabulary_of
 from exgrpo_fast.config import Config, ConfigError, require
-from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
@@ -19,7 +19,7 @@ from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, Transfo
 from exgrpo_fast.experience.prior.source import NoPrior, PriorRecipe, PriorSource
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.experience.replay.pool import load_pool, solutions_of
-from exgrpo_fast.experience.replay.recall import NoReplay, Replay
+from exgrpo_fast.experience.replay.protocol import NoReplay, Replay
 from exgrpo_fast.experience.replay.selectors import (
     QuestionSelector,
     gaussian_buckets,
@@ -171,7 +171,7 @@ def make_hindsight_prompt(
     config: Config,
     rewards: RewardPool | None,
     tokenizer: Tokenizer,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> HindsightPrompt:
     """`rewards`: None in all processes but the first, which tells the others the words."""
 
@@ -181,6 +181,6 @@ def make_hindsight_prompt(
 
     return HindsightPrompt(
         tokenizer,
-        lambda: processes.from_first(public_texts),
+        lambda: processes.run_on_rank0(public_texts),
         max_prompt_tokens=config.hindsight.max_prompt_tokens,
     )

@@ -13,9 +13,9 @@ import transformers
 from transformers import AutoTokenizer
 
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
-from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
-from exgrpo_fast.core.process_group import ALONE, Processes, mesh_of
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, mesh_of
 from exgrpo_fast.data import read_rows
 from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.scoring import Decode
@@ -78,7 +78,7 @@ def make_policy(
     *,
     device: str,
     adapter: Path | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Policy:
     """The policy of a run; `adapter`: a folder whose adapter goes on, under model.lora."""
     refuse_impossible_attention(config, device)
@@ -110,7 +110,7 @@ def wrap(
     load: Callable[[], transformers.PreTrainedModel],
     *,
     device: str,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Policy:
     """`load` is called by one process of a machine after the other: each keeps a part alone."""
     settings: dict[str, Any] = {
@@ -125,7 +125,7 @@ def wrap(
     if processes.count == 1:
         return Policy(load(), device=device, **settings)
     mesh = mesh_of(processes)
-    return processes.in_turns(
+    return processes.one_rank_at_a_time(
         lambda: ShardedPolicy(load(), mesh=mesh, processes=processes, **settings)
     )
 
@@ -136,7 +136,7 @@ def make_plain_policy(
     *,
     dtype: torch.dtype,
     device: str,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Policy:
     """A copy that takes plain weights, whatever adapters the policy has."""
     return wrap(config, lambda: load_model(name, dtype=dtype), device=device, processes=processes)
@@ -188,5 +188,5 @@ def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
 def refuse_broken_weights(policy: Policy, path: str) -> None:
     """NumericalStop: nothing can be sampled from weights that are not finite."""
     for name, parameter in policy.model.named_parameters():
-        if parameter.is_floating_point() and not own_part(parameter).isfinite().all():
+        if parameter.is_floating_point() and not local_shard(parameter).isfinite().all():
             raise NumericalStop(f"{path}: {name} holds a value that is not finite")

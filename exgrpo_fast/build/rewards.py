@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from exgrpo_fast.build.models import make_decode
 from exgrpo_fast.config import Config, ConfigError
-from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.scoring import Scorer, Verifier
 from exgrpo_fast.model.policy import Tokenizer
@@ -29,7 +29,7 @@ def make_verifier(
     rewards: RewardPool | None,
     tokenizer: Tokenizer,
     screen: Screen,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Verifier:
     """JudgeError, in one line, where a judge is configured that does not answer.
 

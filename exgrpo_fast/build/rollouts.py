@@ -54,7 +54,7 @@ def prepare_rollouts(
             note=screen.note,
         )
 
-    return processes.from_first(prepare, pack=lambda made: None)
+    return processes.run_on_rank0(prepare, pack=lambda made: None)
 
 
 def make_engine(

@@ -26,9 +26,9 @@ from exgrpo_fast.build.models import (
 )
 from exgrpo_fast.build.rewards import make_rewards
 from exgrpo_fast.build.rollouts import make_engine, prepare_rollouts
-from exgrpo_fast.build.trainer import forget_after, make_sink, make_trainer
+from exgrpo_fast.build.trainer import clean_journal_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
-from exgrpo_fast.core.process_group import ALONE, Processes, host_mesh
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
 from exgrpo_fast.core.rng import seed_everything
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.fit import Expected, fitted, fitted_together, wants_preflight
@@ -59,7 +59,7 @@ def open_run(
     *,
     device: str,
     resume_from: Path | None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[Run]:
     """Build a training run; leaving the block ends its reward workers and metric sinks.
 
@@ -68,14 +68,14 @@ def open_run(
     quiet_libraries()
     refuse_impossible_attention(config, device)
     with contextlib.ExitStack() as stack:
-        start = processes.from_first(lambda: start_folder(config, folder, screen, device=device))
+        start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
         tokenizer = load_tokenizer(start)
         check_prior(config, start, tokenizer)
-        rewards = stack.enter_context(make_rewards(config)) if processes.is_first else None
+        rewards = stack.enter_context(make_rewards(config)) if processes.is_main else None
         train, held_out = load_data(config, tokenizer, screen)
         if config.data.check_answers:
             questions = [*train, *held_out]
-            processes.from_first(lambda: refuse_bad_golds(questions, rewards, screen))
+            processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
@@ -102,8 +102,8 @@ def open_run(
         if resume_from:
             state = load_state(resume_from, mesh=host_mesh(processes))
         sink: MetricSink = NullSink()
-        if processes.is_first:
-            forget_after(state["num_steps"], folder, screen)
+        if processes.is_main:
+            clean_journal_after(state["num_steps"], folder, screen)
             sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
         stack.enter_context(contextlib.closing(sink))
         engine = make_engine(
@@ -132,7 +132,7 @@ def open_run(
             processes=processes,
         )
         if resume_from:
-            take_up(trainer, state)
+            restore_run(trainer, state)
             trainer.writer.committed = state["num_steps"]
         if expected is not None and wants_preflight(config, device):
             screen.note(run_preflight(config, trainer, expected))
@@ -157,7 +157,7 @@ def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:
     return rehearsal.note(expected.states_and_passes)
 
 
-def take_up(trainer: Trainer, state: dict[str, Any]) -> None:
+def restore_run(trainer: Trainer, state: dict[str, Any]) -> None:
     """ConfigError where the config or the data no longer fit what was saved."""
     try:
         trainer.load_state_dict(state)

@@ -10,7 +10,7 @@ from exgrpo_fast.build.experience import make_hindsight, make_prior, make_replay
 from exgrpo_fast.build.models import vocabulary_of
 from exgrpo_fast.build.rewards import make_evaluator, make_verifier
 from exgrpo_fast.config import Config
-from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.question_stream import QuestionStream
@@ -59,7 +59,7 @@ def make_trainer(
     screen: Screen,
     sink: MetricSink,
     prepared: PreparedEngine | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Trainer:
     """Sources, collector, learner, evaluator and trainer, from the bottom up.
 
@@ -117,10 +117,10 @@ def make_trainer(
         evaluator=evaluator,
         eval_questions=held_out,
         writer=make_writer(config, policy, tokenizer, folder, screen, engine, processes),
-        bad_batches=BadBatches(folder.bad_batches) if processes.is_first else NoBadBatches(),
+        bad_batches=BadBatches(folder.bad_batches) if processes.is_main else NoBadBatches(),
         sink=sink,
         completion_log=(
-            CompletionLog(folder.completions) if processes.is_first else NoCompletionLog()
+            CompletionLog(folder.completions) if processes.is_main else NoCompletionLog()
         ),
         screen=screen,
         max_steps=config.train.max_steps,
@@ -175,7 +175,7 @@ def make_writer(
     folder: RunFolder,
     screen: Screen,
     engine: RolloutEngine,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> CheckpointWriter:
     """Checkpoints that say which config, tokenizer and packages they come from."""
     checkpoints = Checkpoints(
@@ -215,7 +215,7 @@ def make_sink(
     return FanOut(sinks, warn=screen.note)
 
 
-def forget_after(step: int, folder: RunFolder, screen: Screen) -> None:
+def clean_journal_after(step: int, folder: RunFolder, screen: Screen) -> None:
     """Drop what an interrupted run wrote about steps that will be done again."""
     JsonlSink(folder.metrics).truncate_after(step)
     CompletionLog(folder.completions).truncate_after(step)

@@ -111,10 +111,7 @@ class SavedStore:
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         """Token ids -> text, by the tokenizer that the checkpoint holds."""
-        from exgrpo_fast.build import (  # loads transformers: seconds
-            load_tokenizer,
-            make_decode,
-        )
+        from exgrpo_fast.build.models import load_tokenizer, make_decode
 
         return make_decode(load_tokenizer(str(self.checkpoint / "hf")))
 

@@ -71,11 +71,11 @@ def reward_test(arguments: argparse.Namespace) -> int:
     require_rewards(functions, "--functions")
     for path in arguments.data:
         require_file(path, "--data")
-    from exgrpo_fast.rewards.selftest.trial import built_in_golds, golds_of, try_reward
+    from exgrpo_fast.rewards.selftest.check_reward import built_in_golds, check_reward, golds_of
 
     fields = {"prompt_field": arguments.prompt_field, "answer_field": arguments.answer_field}
     golds = golds_of(arguments.data, **fields) or built_in_golds(functions)
-    trial = try_reward(functions, golds)
+    trial = check_reward(functions, golds)
     print(json.dumps(trial.as_dict(), indent=2) if arguments.json else trial)
     return 0 if trial.passed else 1
 

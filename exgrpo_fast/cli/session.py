@@ -13,36 +13,35 @@ from typing import Any, NamedTuple
 
 import torch
 
-from exgrpo_fast.build import (
-    environment,
-    load_tokenizer,
-    make_decode,
-    make_evaluator,
-    make_hindsight_prompt,
-    make_policy,
-    make_rewards,
-    open_run,
-    quiet_libraries,
-    start_folder,
-)
 from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.engines import make_endpoint_engine, prepare_engine
+from exgrpo_fast.build.environment import environment, quiet_libraries
+from exgrpo_fast.build.experience import make_hindsight_prompt
+from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy, start_folder
+from exgrpo_fast.build.rewards import make_evaluator, make_rewards
+from exgrpo_fast.build.run import open_run
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.heartbeat import Heartbeat
-from exgrpo_fast.core.process_group import FirstFailed, OutOfStep, PeersLost, Processes, joined
+from exgrpo_fast.core.process_group import (
+    MainRankFailed,
+    Processes,
+    RankLost,
+    RanksDiverged,
+    joined,
+)
 from exgrpo_fast.core.text import clean_text
-from exgrpo_fast.core.torchrun import ONLY, Place
+from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.policy import Tokenizer
 from exgrpo_fast.rollout.engine import EngineLost, RolloutEngine
-from exgrpo_fast.rollout.sync_check import OutOfSync
+from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
 from exgrpo_fast.run.directory import RunFolder
-from exgrpo_fast.run.display import NullScreen, Screen, WatchedScreen, make_screen
+from exgrpo_fast.run.display import HeartbeatScreen, NullScreen, Screen, make_screen
 from exgrpo_fast.run.metrics import peak_memory_gib
 from exgrpo_fast.run.report import write_report
 from exgrpo_fast.training.trainer import Trainer
@@ -62,7 +61,7 @@ def train_session(
     stop_after: int | None = None,
     deterministic: bool = False,
     heartbeat: Heartbeat | None = None,
-    place: Place = ONLY,
+    place: RankInfo = SINGLE,
     deadline: float | None = None,
 ) -> int:
     """Train into the run directory; returns the exit code. The caller closes `folder`.
@@ -72,9 +71,9 @@ def train_session(
     """
     started = time.perf_counter()
     folder.start_log()
-    screen = make_screen() if place.is_first else NullScreen()
+    screen = make_screen() if place.is_main else NullScreen()
     if heartbeat:
-        screen = WatchedScreen(screen, heartbeat)
+        screen = HeartbeatScreen(screen, heartbeat)
         # What the supervisor's SIGABRT leaves behind: the stacks of all threads.
         faulthandler.enable(file=folder.log.open("a"))
     try:
@@ -91,9 +90,9 @@ def train_session(
                 processes=processes,
                 started=started,
             )
-    except FirstFailed:
+    except MainRankFailed:
         return EXIT_OTHERS_FAILED
-    except PeersLost as error:
+    except RankLost as error:
         log.error("%s", error)
         screen.note(f"stopped: a process of the run is lost ({error}); --resume auto goes on")
         return EXIT_OTHERS_FAILED
@@ -101,7 +100,7 @@ def train_session(
         log.error("%s\n%s", error, error.table)
         screen.note(error.table)
         raise
-    except (NumericalStop, OutOfSync, OutOfStep) as error:
+    except (NumericalStop, WeightsOutOfSync, RanksDiverged) as error:
         log.error("%s", error)
         screen.note(f"stopped: {error}")
         return EXIT_NUMERICAL
@@ -128,7 +127,7 @@ def _run(
     processes: Processes,
     started: float,
 ) -> int:
-    resume_from = processes.from_first(
+    resume_from = processes.run_on_rank0(
         lambda: find_checkpoint(folder, resume, screen), pack=as_text, unpack=as_path
     )
     folder.write_text("config.yaml", dump_yaml(config))
@@ -163,7 +162,7 @@ def _train(
 ) -> int:
     processes = trainer.processes
     summary: dict[str, Any] = {"eval_before": None, "eval_after": None}
-    summary |= processes.from_first(lambda: folder.read_json("summary.json"))
+    summary |= processes.run_on_rank0(lambda: folder.read_json("summary.json"))
     if trainer.num_steps:
         screen.note(f"resumed after step {trainer.num_steps}")
     if trainer.eval_questions and summary["eval_before"] is None:
@@ -184,7 +183,7 @@ def _train(
     }
     try:
         folder.write_json("summary.json", summary)
-        if processes.is_first:
+        if processes.is_main:
             screen.note(f"report: {write_report(folder.path)}")
     except OSError as error:  # the checkpoint is what counts, and it is written
         screen.note(f"summary.json and report.html: {error}")

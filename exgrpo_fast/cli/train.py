@@ -78,7 +78,7 @@ def train(arguments: argparse.Namespace) -> int:
     place = place_of()
     refuse_with_several(config, place.count)
     check_inputs(config)
-    if arguments.dry_run and not place.is_first:
+    if arguments.dry_run and not place.is_main:
         return 0
     if arguments.dry_run:
         print(dump_yaml(config), end="")
@@ -94,7 +94,7 @@ def train(arguments: argparse.Namespace) -> int:
     told: Supervised | None = arguments.supervised
     heartbeat = told.take_over() if told else None
     resumes = arguments.resume != "never"
-    if place.is_first:
+    if place.is_main:
         folder = RunFolder(out, resume=resumes, lock=told.lock if told else None)
     else:
         folder = GuestFolder(out)

@@ -1,8 +1,8 @@
 """One schema for YAML, command line and recipes. Every class elsewhere takes plain keyword arguments.
 
-sections    which keys exist and which values they accept    schema      what has to fit together
-reading     files, recipes and overrides -> Config           complaints  one line for every mistake
-several     what does not go with several processes
+sections    which keys exist and which values they accept    schema    what has to fit together
+load        files, recipes and overrides -> Config           messages  one line for every mistake
+limits      what depends on the world size or on vLLM
 
 It imports no torch, so that a mistake is reported before anything heavy is loaded.
 """

@@ -1,4 +1,4 @@
-"""What does not go with several processes; knowable from the config and their number."""
+"""Limits of a config that depend on the world size or on what is installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refuse_with_several(config: Config, count: int) -> None:
 
 
 def refuse_engine_with_several(config: Config, kind: str, count: int) -> None:
-    """`kind`: what `rollout.engine` comes to."""
+    """`kind`: the resolved `rollout.engine`."""
     if kind == "vllm" and count > 1:
         raise ConfigError(
             f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "

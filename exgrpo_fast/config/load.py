@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from exgrpo_fast.config.messages import one_line, section_of, suggest
+from exgrpo_fast.config.messages import format_validation_error, section_of, suggest
 from exgrpo_fast.config.schema import Config
 from exgrpo_fast.config.sections import ConfigError, Section
 
@@ -33,7 +33,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(format_validation_error(error)) from None
 
 
 # What does not change what a run has learned so far, nor what its next step would be.

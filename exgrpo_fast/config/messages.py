@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from exgrpo_fast.config.schema import Config
 
 
-def one_line(error: ValidationError) -> str:
+def format_validation_error(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     # Unknown keys first; of a union's complaints the one that looked deepest.
     first = max(details, key=lambda d: (d["type"] == "extra_forbidden", len(d["loc"])))

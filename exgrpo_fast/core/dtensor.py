@@ -1,7 +1,7 @@
-"""Tensors in parts, of which each process holds its own: together, apart, and on the disk.
+"""DTensor helpers: gather, shard, save and load with torch.distributed.checkpoint.
 
-Files are written and read by torch.distributed.checkpoint: safetensors, one of each process, that
-any number of processes takes up again, each reading what it holds and no more.
+Every rank writes safetensors files of its shards; any number of ranks can read them, each only what
+its own shards need.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
 
-FILE_BYTES = 2**30  # at about which a process begins its next file
+FILE_BYTES = 2**30  # a rank begins its next file at about this size
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor in parts put together, on every process, which all have to take part in."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The gathered tensor on every rank; a plain tensor as it is. A collective: all ranks call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def replicated(tensor: Tensor) -> Tensor:
-    """A tensor in parts put together, to be reckoned with beside others in parts."""
+    """As a replicated DTensor, so that it can be an operand beside sharded ones."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """The shard that this rank holds; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def with_part(tensor: DTensor, part: Tensor, mesh: DeviceMesh) -> DTensor:
+def from_local_shard(tensor: DTensor, part: Tensor, mesh: DeviceMesh) -> DTensor:
     """The same tensor, of which this process holds `part`; `mesh`: the processes, on its device."""
     return DTensor.from_local(
         part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
-def parted_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """In parts where `other` is, on its device: a whole tensor, the same on every process, or one
     that was read in parts. Nothing is sent."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     if isinstance(tensor, DTensor):
         assert tensor.placements == other.placements
-        return with_part(tensor, own_part(tensor).to(other.device), other.device_mesh)
+        return from_local_shard(tensor, local_shard(tensor).to(other.device), other.device_mesh)
     moved = tensor.to(other.device)
     return distribute_tensor(moved, other.device_mesh, other.placements, src_data_rank=None)
 
@@ -62,7 +62,7 @@ def parted_like(tensor: Tensor, other: Tensor) -> Tensor:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_parts(
+def write_shards(
     folder: Path, tensors: Mapping[str, DTensor], group: dist.ProcessGroup | None
 ) -> None:
     """Every process of `group` (gloo) writes its parts, which lie on the host, durably.
@@ -89,10 +89,10 @@ def files_of(tensors: Mapping[str, Tensor], count: int) -> dict[str, int]:
     return files
 
 
-def read_parts(
+def read_shards(
     folder: Path, names: Collection[str], mesh: DeviceMesh | None = None
 ) -> dict[str, Tensor]:
-    """name -> the tensor on the host: whole, or in parts over the processes of `mesh`.
+    """name -> the tensor on the host: gathered, or sharded over `mesh`.
 
     Each process reads on its own, however many wrote. `names` that are not there are left out.
     """

@@ -57,7 +57,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Supervised:
-    """What a worker is told by its supervisor, as one word of its command line."""
+    """What a supervisor passes to its worker, as one word of the command line."""
 
     parent: int
     heartbeat: int  # descriptor of the pipe

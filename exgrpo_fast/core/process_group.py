@@ -1,8 +1,8 @@
-"""The processes of one run, and what they tell each other.
+"""The ranks of one run and their collectives.
 
-Every process runs the same trainer with the same seeds on the same batch; the weights are shared
-out among them. What only one can do (generate, judge, write files) the first does, and tells the
-others: as JSON in a tensor of bytes.
+Every rank runs the same trainer with the same seeds on the same batch; the weights are sharded over
+them. What only one can do (generate, score, write files) rank 0 does, and broadcasts the result as
+JSON in a tensor of bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from exgrpo_fast.core.torchrun import ONLY, Place
+from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 
 T = TypeVar("T")
 
@@ -30,35 +30,35 @@ BESIDE_SECONDS = 7200.0  # the same, of what is done beside training: a checkpoi
 GLOO_SECONDS = 0.2  # its threads have this long to let go at the end
 
 
-class FirstFailed(Exception):
-    """The first process has failed in what it does for all; it says why itself."""
+class MainRankFailed(Exception):
+    """Rank 0 failed in what it does for all ranks; it reports the cause itself."""
 
 
-class PeersLost(Exception):
-    """Another process of the run has died, or has kept this one waiting beyond the deadline."""
+class RankLost(Exception):
+    """Another rank died, or did not join a collective before the deadline."""
 
 
-class OutOfStep(Exception):
-    """The processes no longer do the same, in one line."""
+class RanksDiverged(Exception):
+    """The ranks no longer agree; the message is one line."""
 
 
 class Processes:
-    """All processes of a run, or one alone, which talks to nobody."""
+    """All ranks of a run; with a world size of 1 no method communicates."""
 
     def __init__(
         self,
-        place: Place = ONLY,
+        place: RankInfo = SINGLE,
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """`group`: through which they talk; None for torch's default one."""
+        """`group`: the process group of the collectives; None: the default one."""
         self.place = place
         self.device = torch.device(device)
         self.group = group
 
-    def beside(self) -> Processes:
-        """The same processes with a way of their own to talk, on the host and from another thread.
-        All of them have to ask."""
+    def background_group(self) -> Processes:
+        """The same ranks with a gloo group of their own, for collectives on the host from another
+        thread. A collective: all ranks call it."""
         if self.count == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=BESIDE_SECONDS))
@@ -70,16 +70,16 @@ class Processes:
         return self.place.count
 
     @property
-    def is_first(self) -> bool:
-        return self.place.is_first
+    def is_main(self) -> bool:
+        return self.place.is_main
 
-    # --- what the first one knows -------------------------------------------------------------
+    # --- from rank 0 to all -----------------------------------------------------------------
 
-    def of_first(self, value: Any) -> Any:
-        """The first process's value, plain JSON, on all of them."""
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, plain JSON, on all ranks."""
         if self.count == 1:
             return value
-        if self.is_first:
+        if self.is_main:
             content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
             size = torch.tensor([len(content)])
             dist.broadcast(size, 0, self.group)
@@ -90,53 +90,53 @@ class Processes:
         dist.broadcast(content, 0, self.group)
         return json.loads(content.numpy().tobytes())
 
-    def from_first(
+    def run_on_rank0(
         self,
         make: Callable[[], Any],
         *,
         pack: Callable[[Any], Any] = lambda value: value,
         unpack: Callable[[Any], Any] = lambda value: value,
     ) -> Any:
-        """What `make` returns in the first process; only there it is called.
+        """What `make` returns on rank 0, the only rank that calls it.
 
-        Its error is raised there, and FirstFailed in the others. `pack` makes plain JSON of it.
+        Its error is raised there, and MainRankFailed on the others. `pack` makes plain JSON of it.
         """
         if self.count == 1:
             return make()
-        if not self.is_first:
-            told = self.of_first(None)
+        if not self.is_main:
+            told = self.broadcast(None)
             if not told["made"]:
-                raise FirstFailed
+                raise MainRankFailed
             return unpack(told["value"])
         try:
             value = make()
             told = {"made": True, "value": pack(value)}
         except BaseException:
-            self.of_first({"made": False})
+            self.broadcast({"made": False})
             raise
-        self.of_first(told)
+        self.broadcast(told)
         return value
 
-    def in_turns(self, make: Callable[[], T]) -> T:
-        """What `make` returns here. On each machine one process after the other calls it, so that
-        the memory it takes meanwhile is taken once; it must not talk to other processes."""
+    def one_rank_at_a_time(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank. The ranks of a machine call it one after the other, so
+        that its temporary memory is needed once; `make` must not use collectives."""
         made = None
-        for turn in range(int(self.greatest(self.place.local)) + 1):
+        for turn in range(int(self.all_reduce_max(self.place.local)) + 1):
             if turn == self.place.local:
                 made = [make()]
-            self.greatest(turn)
+            self.all_reduce_max(turn)
         assert made is not None
         return made[0]
 
-    # --- what all of them know ----------------------------------------------------------------
+    # --- from all to all --------------------------------------------------------------------
 
-    def sum_(self, values: Tensor) -> Tensor:
-        """Added up in place over all processes; on the device or the CPU."""
+    def all_reduce_sum_(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place; `values` on the device or the CPU."""
         if self.count > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def greatest(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         if self.count == 1:
             return value
         found = torch.tensor([value], dtype=torch.float64)
@@ -144,14 +144,14 @@ class Processes:
         return float(found)
 
     def any(self, value: bool) -> bool:
-        return bool(self.greatest(float(value)))
+        return bool(self.all_reduce_max(float(value)))
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, plain JSON, by rank."""
+        """The values of all ranks, plain JSON, by rank."""
         if self.count == 1:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        longest = int(self.greatest(len(content)))
+        longest = int(self.all_reduce_max(len(content)))
         sent = torch.full((longest,), ord(" "), dtype=torch.uint8)
         sent[: len(content)] = content
         received = [torch.empty_like(sent) for _ in range(self.count)]
@@ -159,18 +159,18 @@ class Processes:
         return [json.loads(part.numpy().tobytes()) for part in received]
 
     def require_same(self, what: str, figures: Mapping[str, Any]) -> None:
-        """OutOfStep where a figure, a number or a text, is not the same in all processes."""
+        """RanksDiverged where a figure, a number or a text, differs between ranks."""
         found = self.gather(dict(figures))
         for name in figures:
             values = [part[name] for part in found]
             if any_differs(values):
-                raise OutOfStep(
+                raise RanksDiverged(
                     f"{what}: the processes differ in {name}: {', '.join(map(str, values))}; "
                     f"the last checkpoint can be resumed"
                 )
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 LOST = ("gloo", "Gloo", "NCCL", "onnection", "Broken pipe")  # in the errors of a collective
 
 
@@ -181,14 +181,14 @@ def any_differs(values: Sequence[Any]) -> bool:
 
 @contextlib.contextmanager
 def joined(
-    place: Place, device: str, *, deadline: float | None = None, store: str = "env://"
+    place: RankInfo, device: str, *, deadline: float | None = None, store: str = "env://"
 ) -> Iterator[Processes]:
-    """Meet the other processes; leave them at the end. `store`: where, by torchrun's environment.
+    """Join the process group; destroy it at the end. `store`: an init_method of torch.distributed.
 
-    PeersLost where a collective of the block fails. Tensors on the CPU travel by gloo, those on GPUs by NCCL.
+    RankLost where a collective of the block fails. Tensors on the CPU travel by gloo, those on GPUs by NCCL.
     """
     if place.count == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if device == "cuda":
         torch.cuda.set_device(place.local)
@@ -203,7 +203,7 @@ def joined(
         yield Processes(place, device)
     except RuntimeError as error:
         if any(word in str(error) for word in LOST):
-            raise PeersLost(str(error).splitlines()[0]) from error
+            raise RankLost(str(error).splitlines()[0]) from error
         raise
     finally:
         dist.destroy_process_group()
@@ -213,10 +213,10 @@ def joined(
 
 
 def mesh_of(processes: Processes) -> DeviceMesh:
-    """All processes in a row."""
+    """A one-dimensional mesh of all ranks on their devices."""
     return init_device_mesh(processes.device.type, (processes.count,))
 
 
 def host_mesh(processes: Processes) -> DeviceMesh | None:
-    """The same, of what lies on their hosts; None for one process, which has no parts."""
+    """The same mesh on the hosts' CPUs; None for a single process, which shards nothing."""
     return init_device_mesh("cpu", (processes.count,)) if processes.count > 1 else None

@@ -1,4 +1,4 @@
-"""What torchrun tells each of its processes, read from the environment without loading torch."""
+"""The rank and world size that torchrun sets in the environment, read without loading torch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which process of a run this is. `local`: among those of the same machine, and its GPU."""
+class RankInfo:
+    """`count`: the world size; `local`: the rank on this machine, and the index of its GPU."""
 
     rank: int = 0
     count: int = 1
     local: int = 0
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
-ONLY = Place()
+SINGLE = RankInfo()
 
 
-def place_of(environment: Mapping[str, str] = os.environ) -> Place:
-    """Of this process; one of one where torchrun did not start it."""
+def place_of(environment: Mapping[str, str] = os.environ) -> RankInfo:
+    """Of this process; SINGLE where torchrun did not start it."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return ONLY
+        return SINGLE
     rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return Place(rank, count, int(environment.get("LOCAL_RANK", rank)))
+    return RankInfo(rank, count, int(environment.get("LOCAL_RANK", rank)))

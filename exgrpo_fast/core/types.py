@@ -1,4 +1,4 @@
-"""The nouns that travel between the rooms: Question, Completion, Trajectory, Group, TokenColumns.
+"""The values that travel between folders: Question, Completion, Trajectory, Group, TokenColumns.
 
 All of them are frozen; a change makes a new value (`dataclasses.replace`).
 
@@ -58,7 +58,7 @@ class Verdict:
     reward: float
     reason: str = "ok"
     milliseconds: float = 0.0
-    scored: bool = True  # False: nobody could say; the response is left out of its group
+    scored: bool = True  # False: no verdict was possible; the trajectory is left out of its group
     checks: tuple[tuple[str, bool], ...] = ()  # rubrics by name: met or not
 
 

@@ -75,7 +75,7 @@ class FreshSource:
         scores = self.policy.score(
             Ragged.of([question.prompt_ids for question in question_of]),
             Ragged.of([completion.token_ids for completion in completions]),
-            waiting=observer.waiting,
+            on_poll=observer.on_poll,
         ).split()
         differences = [
             logprobs - completion.logprobs

@@ -1,4 +1,4 @@
-"""Responses -> verdicts: token ids to text, and what a reward is told beside the text."""
+"""Completions -> verdicts: token ids to text, and the columns that a reward gets beside it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Completion, Question, Trajectory, Verdict
-from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer, Ticket
+from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer, ScoreFuture
 from exgrpo_fast.rollout.engine import Observer
 from exgrpo_fast.run.display import Advance, Screen
 
@@ -20,7 +20,11 @@ class Verifier:
     """Asks the rewards about responses; the row's own columns are handed on with them."""
 
     def __init__(
-        self, rewards: Scorer | None, decode: Decode, screen: Screen, processes: Processes = ALONE
+        self,
+        rewards: Scorer | None,
+        decode: Decode,
+        screen: Screen,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         """Of several `processes` the first one judges, for all; the others have no rewards."""
         self.processes = processes
@@ -34,16 +38,16 @@ class Verifier:
         """One verdict each."""
         samples = [self.sample(*pair) for pair in zip(questions, responses, strict=True)]
         with self.screen.phase("reward", len(samples)) as advance:
-            return self.shared(lambda: self.score(samples, advance))
+            return self.score_on_rank0(lambda: self.score(samples, advance))
 
     def score(self, samples: Sequence[RewardSample], advance: Advance) -> list[Verdict]:
         """In the first process alone."""
         assert self.rewards is not None
         return self.rewards.score(samples, advance)
 
-    def shared(self, judge: Callable[[], list[Verdict]]) -> list[Verdict]:
+    def score_on_rank0(self, judge: Callable[[], list[Verdict]]) -> list[Verdict]:
         """The verdicts that `judge` gives in the first process."""
-        return self.processes.from_first(judge, pack=pack_verdicts, unpack=unpack_verdicts)
+        return self.processes.run_on_rank0(judge, pack=pack_verdicts, unpack=unpack_verdicts)
 
     def sample(
         self, question: Question, response: Completion | Trajectory, draft: str | None = None
@@ -66,7 +70,7 @@ def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     ]
 
 
-class Grading(Observer):
+class StreamingScorer(Observer):
     """Has responses scored while others are still being generated.
 
     A judge is asked at the end: it wants all of them side by side.
@@ -94,7 +98,7 @@ class Grading(Observer):
         self.meanwhile = meanwhile if verifier.processes.count == 1 else None
         self.beside = beside
         self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
-        self.ticket: Ticket | None = None
+        self.ticket: ScoreFuture | None = None
         self.places: list[int] = []  # of the samples handed in, in that order
         self.samples: list[RewardSample] = []
 
@@ -108,11 +112,11 @@ class Grading(Observer):
         self.places += places
         self.samples += samples
         if self.pool is not None:
-            self.ticket = self.pool.submit(samples, onto=self.ticket)
+            self.ticket = self.pool.submit(samples, append_to=self.ticket)
         self.advance(len(places))
 
-    def waiting(self) -> None:
-        self.verifier.screen.alive()
+    def on_poll(self) -> None:
+        self.verifier.screen.heartbeat()
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
@@ -122,7 +126,7 @@ class Grading(Observer):
 
     def verdicts(self) -> list[Verdict]:
         """One for each request, in their order; waits for what is open."""
-        return self.verifier.shared(self._verdicts)
+        return self.verifier.score_on_rank0(self._verdicts)
 
     def _verdicts(self) -> list[Verdict]:
         with self.verifier.screen.phase("reward", len(self.samples)) as advance:

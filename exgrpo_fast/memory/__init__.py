@@ -4,6 +4,6 @@ tracing    the passes of a model over fake tensors: what they hold, nothing allo
 training   weights, gradients, optimiser, activations, loss chunk
 sharded    the same of one process of several
 engine     vLLM's weights, keys and values          store   the experience store
-plan       all of it beside the size of the device, as a table; what `auto` comes to
+plan       all of it beside the size of the device, as a table; how `auto` is resolved
 advice     what to change where it does not fit
 """

@@ -37,7 +37,7 @@ class Planned:
 
 
 class Expected(NamedTuple):
-    """What a rehearsal of one process is told, and held against, in bytes."""
+    """What the preflight of one rank may take, in bytes."""
 
     optimiser: float
     states_and_passes: float
@@ -99,7 +99,7 @@ def device_bytes() -> int:
 def fitted(
     config: Config, folder: str, *, device: str, note: Callable[[str], None]
 ) -> tuple[Config, Expected | None]:
-    """The config with what `auto` comes to, and what is planned; ConfigError where the run cannot
+    """The config with `auto` resolved, and what is planned; ConfigError where the run cannot
     fit.
 
     On a CPU a plan is made only where the preflight asks for it.
@@ -116,7 +116,7 @@ def fitted_together(
     """As `fitted`, for several processes: the first one plans for all, on the smallest GPU."""
     if device != "cuda" and not wants_preflight(config, device):
         return config, None
-    gib = -processes.greatest(-device_bytes()) / 2**30 if device == "cuda" else None
+    gib = -processes.all_reduce_max(-device_bytes()) / 2**30 if device == "cuda" else None
 
     def planned() -> dict[str, Any]:
         found = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
@@ -124,7 +124,7 @@ def fitted_together(
         sizes = [made.config.microbatch_tokens, made.config.tile_tokens]
         return {"sizes": sizes, "expected": Expected.of(made)}
 
-    told = processes.from_first(planned)
+    told = processes.run_on_rank0(planned)
     return with_sizes(config, *told["sizes"]), Expected(*told["expected"])
 
 

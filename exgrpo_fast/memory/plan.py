@@ -1,4 +1,4 @@
-"""All that a run holds, phase by phase, beside the size of the device; what `auto` comes to."""
+"""All that a run holds, phase by phase, beside the size of the device; resolves `auto`."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Planner:
         return getattr(torch, config.model.compute_dtype(self.machine.device))
 
     def _weights(self, config: Config) -> torch.dtype:
-        """As a pass sees them: those in parts are put together in the compute dtype."""
+        """As a pass sees them: sharded ones gathered in the compute dtype."""
         if self.machine.processes > 1:
             return self._compute(config)
         return getattr(torch, config.model.weights)
@@ -205,7 +205,7 @@ class Planner:
     def _in_parts(
         self, held: States, passes: Passes, head: Head, config: Config
     ) -> tuple[States, Bytes, Passes]:
-        """Of one process: its parts, what all passes have put together, the passes with layers."""
+        """Of one rank: its shards, what all passes keep gathered, the passes with their layers."""
         whole = gathered(
             passes,
             head,

@@ -32,7 +32,7 @@ def share(held: States, count: int) -> States:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of what is put together, beside the parts."""
+    """Bytes of gathered tensors, beside the shards."""
 
     head: float
     head_gradient: float
@@ -82,7 +82,7 @@ def gathered(
 
 
 def with_layers(passes: Passes, whole: Gathered) -> Passes:
-    """What the passes hold while layer after layer is put together for them.
+    """What the passes hold while layer after layer is gathered.
 
     A forward pass begins with the embedding twice: as it came, and as it is used. The backward pass
     of the last layer stands for that of any; what is more than that, behind it, is the embedding's.

@@ -1,12 +1,11 @@
-"""A model in parts, by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Sharding of a model by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Each layer is put together for its own forward and backward pass and let go again; its gradient is
-summed over the processes as it is handed back in parts. Sums, not means: the weights of the loss
-are normalised over the whole batch already.
+Each layer is all-gathered for its forward and backward pass and freed again; its gradient is
+reduce-scattered. Sums, not means: the weights of the loss are normalised over the whole batch.
 
-The head is no part of any forward pass (the fused loss takes its weight), so it is put together
-here, once for all passes of an update, and collects their gradient in float32 before that is summed
-and parted. A tied embedding is the same parameter: both gradients meet in its parts.
+The head is part of no forward pass (the fused loss takes its weight), so it is gathered here, once
+for all passes of an update, and accumulates their gradient in float32 before that is
+reduce-scattered. A tied embedding is the same parameter: its shards receive both gradients.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from exgrpo_fast.model.policy import PolicyError
 
 
 def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
-    """Part the parameters of a transformers model over the processes of `mesh`, in place.
+    """Shard the parameters of a transformers model over the ranks of `mesh`, in place.
 
-    In a lower compute dtype that is also how they travel; gradients are summed in float32.
+    They are gathered in the compute dtype; gradients are summed in float32.
     PolicyError for a model whose layers are not where transformers has them.
     """
     layers = getattr(model.base_model, "layers", None)
@@ -49,7 +48,7 @@ def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
 
 
 class GatheredHead:
-    """The weight of the head put together, and its gradient on the way back, if it is trained."""
+    """The gathered weight of the head and, where it is trained, its gradient."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self.layer: Any = layer
@@ -78,6 +77,6 @@ class GatheredHead:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of what a pass without gradients has left put together."""
+    """Free the parameters that a pass without gradients left gathered."""
     assert isinstance(module, FSDPModule)
     module.reshard()

@@ -151,7 +151,7 @@ def merged_weights(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[str
 
 
 def _delta(layer: Any) -> Tensor:
-    """(alpha / rank) B A in float32; in parts, each process has its rows of B and all of A."""
+    """(alpha / rank) B A in float32; sharded: each rank has its rows of B and all of A."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return layer.scaling["default"] * (b @ replicated(a))
 

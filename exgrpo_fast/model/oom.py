@@ -1,5 +1,5 @@
-"""Where a device's memory runs out: the same work once more in smaller pieces, as long as there are
-smaller ones, and then an end that says what held the memory."""
+"""Out of memory on the device: retry the same work in smaller pieces, or fail with a table of what
+held the memory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class OutOfMemory(UserError):
 
 
 def until_it_fits(
-    work: Callable[[], T], give_way: Callable[[str], None], *, during: str, device: torch.device
+    work: Callable[[], T], shrink: Callable[[str], None], *, during: str, device: torch.device
 ) -> T:
-    """What `work` returns. Each time memory runs out in it, `give_way` makes its pieces smaller, or
-    raises; it is told the allocator's line."""
+    """What `work` returns. After each out-of-memory error `shrink` is called with the allocator's
+    message; it makes the pieces smaller, or raises."""
     while True:
         try:
             return work()
         except torch.OutOfMemoryError as error:
             cause = str(error).splitlines()[0]
         # outside the handler, whose traceback holds the tensors of the failed attempt
-        give_way(cause)
+        shrink(cause)
         log.warning("out of memory in %s, done again in smaller pieces: %s", during, cause)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -52,7 +52,7 @@ class Extent(NamedTuple):
     total: int  # each prompt once
 
 
-class PassSizes:
+class BatchLimits:
     """How much the passes of scoring and of the update take at a time; sizes that fit stay.
 
     Where memory runs out, chunks of logits get half as large once, then packs, time and again,
@@ -67,7 +67,7 @@ class PassSizes:
         self.halves_packs = True  # unless an update has to be one
         self.are_fixed = False
 
-    def give_way(self, extent: Extent, *, rows_at_once: int) -> bool:
+    def shrink(self, extent: Extent, *, rows_at_once: int) -> bool:
         """Whether there was something to halve. `rows_at_once`: of logits, so far."""
         if rows_at_once > 1 and self.chunk_rows == self.asked_chunk_rows:
             self.chunk_rows = rows_at_once // 2
@@ -104,7 +104,7 @@ class PassSizes:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A size that the user has set to another value since is not taken up."""
+        """A size whose key the user has changed since is ignored."""
         asked, fitting = state["microbatch"]
         if asked == self.asked_microbatch and self.halves_packs:
             self.max_tokens_per_microbatch = fitting
@@ -114,11 +114,11 @@ class PassSizes:
 
 
 class Reader(Protocol):
-    """What makes passes: a policy."""
+    """The part of a policy that this module uses."""
 
     model: Any
     device: torch.device
-    sizes: PassSizes
+    sizes: BatchLimits
     processes: Any  # `count`: 1 where no other one is in the middle of the same passes
 
     def chunk_rows(self) -> int:
@@ -126,7 +126,7 @@ class Reader(Protocol):
         ...
 
 
-def in_pieces_that_fit(
+def retry_smaller_on_oom(
     policy: Reader,
     work: Callable[[], T],
     of: Callable[[], Extent],
@@ -145,10 +145,10 @@ def in_pieces_that_fit(
         return work()
     is_alone = policy.processes.count == 1
 
-    def give_way(cause: str) -> None:
+    def shrink(cause: str) -> None:
         undo()
         asked, sizes = of(), policy.sizes
-        if is_alone and sizes.give_way(asked, rows_at_once=policy.chunk_rows()):
+        if is_alone and sizes.shrink(asked, rows_at_once=policy.chunk_rows()):
             return
         if not is_alone:
             why = among_several("train.max_tokens_per_microbatch")
@@ -168,7 +168,7 @@ def in_pieces_that_fit(
             gradients=held,
         )
 
-    return until_it_fits(work, give_way, during=during, device=policy.device)
+    return until_it_fits(work, shrink, during=during, device=policy.device)
 
 
 def not_even_one(longest: int, keys: str) -> str:

@@ -111,9 +111,9 @@ class Pack:
         return responses.starts[members].to(self.targets.device)[of_row] + place
 
 
-class Dealt(NamedTuple):
-    """A pack that a process works on. One that does not count is gone through for the company of
-    others alone: its tokens weigh nothing."""
+class AssignedPack(NamedTuple):
+    """A pack that a rank works on. `counts=False`: a dummy pass so that all ranks run the same
+    collectives; its tokens have no weight."""
 
     pack: Pack
     counts: bool

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
-from exgrpo_fast.model.oom import PassSizes, in_pieces_that_fit
-from exgrpo_fast.model.packing import Dealt, Pack, Ragged, extent, pack
+from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
+from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob, runtime
 
@@ -93,14 +93,14 @@ class Policy:
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
-        self.processes: Processes = ALONE
+        self.processes: Processes = SINGLE_PROCESS
         self.device = torch.device(device)
         self.model = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.compute_dtype = compute_dtype
         self.offload_activations = offload_activations
         self.tile_tokens = tile_tokens
         self.temperature = temperature
-        self.sizes = PassSizes(
+        self.sizes = BatchLimits(
             max_tokens_per_microbatch=max_tokens_per_microbatch, chunk_rows=tile_tokens or None
         )
         _check_supported(model)
@@ -133,9 +133,9 @@ class Policy:
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def deal(self, packs: Sequence[Pack]) -> list[Dealt]:
+    def assign_packs(self, packs: Sequence[Pack]) -> list[AssignedPack]:
         """Those of this process: all of them, where it is alone."""
-        return [Dealt(pack, True) for pack in packs]
+        return [AssignedPack(pack, True) for pack in packs]
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Around passes with the same weights: what they share is made once."""
@@ -171,28 +171,28 @@ class Policy:
 
     @torch.no_grad()
     def score(
-        self, prompts: Ragged, responses: Ragged, *, waiting: Callable[[], None] = lambda: None
+        self, prompts: Ragged, responses: Ragged, *, on_poll: Callable[[], None] = lambda: None
     ) -> Scores:
         """Log-probs and full-vocabulary entropies under the present weights.
 
-        `waiting` is called once for each pack of sequences. OutOfMemory where not even one sequence
+        `on_poll` is called once for each pack of sequences. OutOfMemory where not even one sequence
         fits.
         """
-        return in_pieces_that_fit(
+        return retry_smaller_on_oom(
             self,
-            lambda: self._score(prompts, responses, waiting),
+            lambda: self._score(prompts, responses, on_poll),
             lambda: extent(prompts, responses),
             during="scoring",
         )
 
-    def _score(self, prompts: Ragged, responses: Ragged, waiting: Callable[[], None]) -> Scores:
+    def _score(self, prompts: Ragged, responses: Ragged, on_poll: Callable[[], None]) -> Scores:
         found = torch.zeros(2, len(responses.values), device=self.device)
         logprobs, entropies = found
         with inference(self.model), self.passes():
             limit = self.max_tokens_per_microbatch
             packs = pack(prompts, responses, max_tokens=limit, device=self.device)
-            for packed, counts in self.deal(packs):
-                waiting()
+            for packed, counts in self.assign_packs(packs):
+                on_poll()
                 hidden_ND = self.hidden_states(packed)
                 if not counts:
                     continue
@@ -209,7 +209,7 @@ class Policy:
                 del hidden_ND, weight  # the next pack needs the room
                 rows = packed.places_in(responses)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
-        self.processes.sum_(found)  # each is 0 in all processes but one
+        self.processes.all_reduce_sum_(found)  # each is 0 in all processes but one
         return Scores(logprobs, entropies, responses.lengths)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

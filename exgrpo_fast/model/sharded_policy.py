@@ -1,4 +1,4 @@
-"""The policy of one process among several: a part of the weights, a share of the packs."""
+"""A policy sharded by FSDP2: this rank's shard of the weights and its share of the packs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from exgrpo_fast.core.dtensor import whole
+from exgrpo_fast.core.dtensor import full_tensor
 from exgrpo_fast.core.process_group import Processes
-from exgrpo_fast.model.assign_packs import deal
 from exgrpo_fast.model.fsdp import GatheredHead, reshard, shard
-from exgrpo_fast.model.packing import Dealt, Pack
+from exgrpo_fast.model.packing import AssignedPack, Pack
 from exgrpo_fast.model.policy import Head, Policy
 from exgrpo_kernels import NonFiniteHidden
 
 
 class ShardedPolicy(Policy):
-    """Every pass, and every look at the weights, is one that all processes take part in."""
+    """Every pass, and every access to whole weights, is a collective of all ranks."""
 
     def __init__(
         self, model: PreTrainedModel, *, mesh: DeviceMesh, processes: Processes, **settings: Any
     ) -> None:
-        """`model`: whole, and the same on every process; `settings`: those of a Policy.
+        """`model`: complete and equal on every rank; `settings`: those of a Policy.
 
-        Nothing is sent here: each process keeps its part and drops the rest.
+        No communication: each rank keeps its shard and drops the rest.
         """
         dtype = settings.get("compute_dtype", torch.float32)
         shard(model, mesh, compute_dtype=dtype)
@@ -36,13 +35,13 @@ class ShardedPolicy(Policy):
         self.processes = processes
         self._gathered = GatheredHead(super()._head_layer(), dtype)
 
-    def deal(self, packs: Sequence[Pack]) -> list[Dealt]:
+    def assign_packs(self, packs: Sequence[Pack]) -> list[AssignedPack]:
         place = self.processes.place
-        return deal(packs, rank=place.rank, count=place.count)
+        return assign_packs(packs, rank=place.rank, count=place.count)
 
     @contextlib.contextmanager
     def passes(self) -> Iterator[None]:
-        """Inside, the head is put together; on the way out its gradient is handed back."""
+        """Inside, the head is gathered; on exit its gradient is reduced and scattered."""
         with_gradient = torch.is_grad_enabled()
         self._gathered.gather(with_gradient=with_gradient)
         try:
@@ -54,7 +53,7 @@ class ShardedPolicy(Policy):
             reshard(self.model.base_model)
 
     def hidden_states(self, packed: Pack) -> Tensor:
-        """Pack -> [N, D]. On CPUs a NonFiniteHidden of one process is one of all of them."""
+        """Pack -> [N, D]. On CPUs a NonFiniteHidden on one rank is raised on all."""
         hidden_ND = super().hidden_states(packed)
         if self.device.type == "cpu" and torch.is_grad_enabled():
             if self.processes.any(not bool(hidden_ND.isfinite().all())):
@@ -70,6 +69,29 @@ class ShardedPolicy(Policy):
         return contextlib.nullcontext(self._gathered.gradient_VD)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole, one after the other, on every process."""
+        """Gathered one after the other, on every rank."""
         for name, weight in super().named_weights():
-            yield name, whole(weight)
+            yield name, full_tensor(weight)
+
+
+def assign_packs(packs: Sequence[Pack], *, rank: int, count: int) -> list[AssignedPack]:
+    """The packs of `rank` of `count`, largest first.
+
+    The collectives of a sharded model are part of every pass, so all ranks make the same number of
+    passes: a rank with fewer packs repeats the smallest one with `counts=False`.
+
+    Every pack goes to the rank with the fewest read tokens so far (longest processing time
+    first: Graham 1969 bounds the longest share by 4/3 of the best one).
+    """
+    shares: list[list[Pack]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for pack in sorted(packs, key=lambda pack: -len(pack.input_ids)):
+        least = loads.index(min(loads))
+        shares[least].append(pack)
+        loads[least] += len(pack.input_ids)
+    num_passes = max(len(share) for share in shares)
+    smallest = min(packs, key=lambda pack: len(pack.input_ids), default=None)
+    own = [AssignedPack(pack, True) for pack in shares[rank]]
+    if smallest is not None:
+        own += [AssignedPack(smallest, False)] * (num_passes - len(own))
+    return own

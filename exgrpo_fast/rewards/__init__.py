@@ -2,7 +2,7 @@
 
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import check_reference, load_function
-from exgrpo_fast.rewards.pool.jobs import RewardSample, Scored, Ticket
+from exgrpo_fast.rewards.pool.jobs import RewardSample, Scored, ScoreFuture
 from exgrpo_fast.rewards.pool.pool import RewardPool
 from exgrpo_fast.rewards.rubrics.rubrics import Rubric
 from exgrpo_fast.rewards.rubrics.scorer import RubricScorer
@@ -18,7 +18,7 @@ __all__ = [
     "Rubric",
     "RubricScorer",
     "Scored",
-    "Ticket",
+    "ScoreFuture",
     "check_golds",
     "check_reference",
     "load_function",

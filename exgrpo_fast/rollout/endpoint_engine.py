@@ -121,7 +121,7 @@ class EndpointEngine(LocalEngine):
 
         async def beat() -> None:
             while True:
-                observer.waiting()
+                observer.on_poll()
                 await asyncio.sleep(BEAT_SECONDS)
 
         async with self.endpoint.client() as client:
@@ -191,7 +191,7 @@ def choose_model(
 
 
 def read_models(body: bytes) -> dict[str, int | None] | None:
-    """A list of models -> name: longest sequence, None where it is not told."""
+    """A list of models -> name: longest sequence, None where the server does not say."""
     try:
         listed = json.loads(body)["data"]
         return {str(entry["id"]): _whole(entry.get("max_model_len")) for entry in listed}

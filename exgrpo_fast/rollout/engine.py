@@ -30,12 +30,12 @@ class Request:
 
 
 class Observer:
-    """Is told of a generation while it goes on; what it does must be brief."""
+    """Callbacks during a generation; they must return quickly."""
 
     def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
         """Some requests, by their places in the list, have their completions."""
 
-    def waiting(self) -> None:
+    def on_poll(self) -> None:
         """Now and then, at least once for every few tokens."""
 
 
@@ -85,7 +85,7 @@ class RolloutEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Deferred:
+class LazyGeneration:
     """The generation of an engine that shares the trainer's process: it begins with `wait`."""
 
     engine: RolloutEngine
@@ -100,7 +100,7 @@ class LocalEngine(RolloutEngine):
     """An engine in the trainer's process: everything happens in `generate`."""
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
-        return Deferred(self, requests, sampling)
+        return LazyGeneration(self, requests, sampling)
 
     def rest(self) -> None:
         """It keeps nothing between two generations."""
@@ -109,7 +109,7 @@ class LocalEngine(RolloutEngine):
         """Nothing to give back."""
 
 
-class StartedEngine(RolloutEngine):
+class AsyncEngine(RolloutEngine):
     """An engine whose generations begin with `start`."""
 
     def generate(

@@ -23,12 +23,12 @@ import xxhash
 from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
+    AsyncEngine,
     Generation,
     Observer,
     Request,
     RolloutEngine,
     Sampling,
-    StartedEngine,
 )
 
 Key = bytes  # xxh3-128 of a request
@@ -41,7 +41,7 @@ _SPAN = struct.Struct("<qII")
 log = logging.getLogger(__name__)
 
 
-class JournalledEngine(StartedEngine):
+class JournalledEngine(AsyncEngine):
     """Answers what the log knows, lets `engine` generate the rest, and logs what it finishes."""
 
     def __init__(
@@ -148,8 +148,8 @@ class _Recorder(Observer):
         self.generation.log_finished(own, completions)
         self.to.finished(own, completions)
 
-    def waiting(self) -> None:
-        self.to.waiting()
+    def on_poll(self) -> None:
+        self.to.on_poll()
 
 
 def _records(data: bytes) -> Iterator[bytes]:

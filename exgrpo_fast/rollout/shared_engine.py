@@ -1,4 +1,4 @@
-"""The first process generates; the others hear what came of it, and help it to send the weights.
+"""Rank 0 generates and broadcasts the completions; all ranks take part in sending the weights.
 
 An engine takes the weights from its policy, and may ask that for scores as well, as often as it
 likes. In parts, each of these is work for all processes. So the first one's engine has a policy
@@ -13,29 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exgrpo_fast.core.process_group import FirstFailed, Processes
+from exgrpo_fast.core.process_group import MainRankFailed, Processes
 from exgrpo_fast.core.types import Completion
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, Scores
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
+    AsyncEngine,
     Generation,
     LocalEngine,
     Observer,
     Request,
     RolloutEngine,
     Sampling,
-    StartedEngine,
 )
 from exgrpo_fast.rollout.server.wire import pack_completion, unpack_completion
 
 
-class SharedEngine(StartedEngine):
+class SharedEngine(AsyncEngine):
     """The engine of the first process, for all of them; the others have none of their own."""
 
     def __init__(self, engine: RolloutEngine | None, policy: Policy, processes: Processes) -> None:
         """`engine`: made with an `AnnouncedPolicy`; None in all processes but the first."""
-        assert (engine is not None) == processes.is_first
+        assert (engine is not None) == processes.is_main
         self.engine = engine
         self.policy = policy
         self.processes = processes
@@ -50,9 +50,9 @@ class SharedEngine(StartedEngine):
         try:
             figures = self.engine.sync(version)
         except BaseException:
-            self.processes.of_first({"do": "give up"})
+            self.processes.broadcast({"do": "give up"})
             raise
-        self.processes.of_first({"do": "end", "figures": figures})
+        self.processes.broadcast({"do": "end", "figures": figures})
         return figures
 
     def rest(self) -> None:
@@ -72,13 +72,13 @@ class SharedGeneration:
         self.processes = processes
 
     def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
-        """`observer` is told of it in the first process alone."""
+        """`observer` is called on rank 0 only."""
 
         def generate() -> list[Completion]:
             assert self.own is not None
             return self.own.wait(observer)
 
-        return self.processes.from_first(generate, pack=pack_all, unpack=unpack_all)
+        return self.processes.run_on_rank0(generate, pack=pack_all, unpack=unpack_all)
 
 
 def pack_all(completions: Sequence[Completion]) -> list[dict[str, Any]]:
@@ -103,21 +103,21 @@ class AnnouncedPolicy(Policy):
         self.device = policy.device
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        self.processes.of_first({"do": "weights"})
+        self.processes.broadcast({"do": "weights"})
         yield from self.policy.named_weights()
 
     def score(
-        self, prompts: Ragged, responses: Ragged, *, waiting: Callable[[], None] = lambda: None
+        self, prompts: Ragged, responses: Ragged, *, on_poll: Callable[[], None] = lambda: None
     ) -> Scores:
         parts = [prompts.values, prompts.lengths, responses.values, responses.lengths]
-        self.processes.of_first({"do": "score", "of": [part.tolist() for part in parts]})
-        return self.policy.score(prompts, responses, waiting=waiting)
+        self.processes.broadcast({"do": "score", "of": [part.tolist() for part in parts]})
+        return self.policy.score(prompts, responses, on_poll=on_poll)
 
 
 def help_along(policy: Policy, processes: Processes) -> dict[str, float]:
     """Do what the first process announces until its engine has what it needs; its figures."""
     while True:
-        told = processes.of_first(None)
+        told = processes.broadcast(None)
         if told["do"] == "end":
             return told["figures"]
         if told["do"] == "weights":
@@ -127,7 +127,7 @@ def help_along(policy: Policy, processes: Processes) -> dict[str, float]:
             parts = [torch.tensor(part, dtype=torch.int64) for part in told["of"]]
             policy.score(Ragged(parts[0], parts[1]), Ragged(parts[2], parts[3]))
         else:
-            raise FirstFailed
+            raise MainRankFailed
 
 
 class CopiedEngine(LocalEngine):

@@ -9,7 +9,7 @@ import torch
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.rollout.engine import Generation, Request, RolloutEngine, Sampling, StartedEngine
+from exgrpo_fast.rollout.engine import AsyncEngine, Generation, Request, RolloutEngine, Sampling
 
 NUM_TOKENS = 16
 NUM_DRAWS = 4  # of the one prompt: an end of sequence may come early in some
@@ -20,11 +20,11 @@ PROMPT_TOKENS = 288
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
 
 
-class OutOfSync(UserError):
+class WeightsOutOfSync(UserError):
     """The engine's log-probs are not those of the trainer's weights."""
 
 
-class VerifiedEngine(StartedEngine):
+class VerifiedEngine(AsyncEngine):
     """An engine whose weights are checked after every update.
 
     A fixed prompt is continued by the engine under fixed seeds; the trainer scores what it drew.
@@ -52,7 +52,7 @@ class VerifiedEngine(StartedEngine):
         return self.engine.start(requests, sampling)
 
     def sync(self, version: int) -> dict[str, float]:
-        """OutOfSync, with both numbers, where the weights did not arrive."""
+        """WeightsOutOfSync, with both numbers, where the weights did not arrive."""
         figures = self.engine.sync(version)
         drawn = self.engine.generate(self.requests, self.sampling)
         trainer = self.policy.score(
@@ -62,7 +62,7 @@ class VerifiedEngine(StartedEngine):
         engine = torch.cat([completion.logprobs for completion in drawn])
         gap = float((trainer - engine).abs().mean())
         if not gap <= self.tolerance:
-            raise OutOfSync(
+            raise WeightsOutOfSync(
                 f"weights out of sync after step {version}: on a fixed prompt the engine's mean "
                 f"log-prob is {float(engine.mean()):.6f}, the trainer's "
                 f"{float(trainer.mean()):.6f}; they differ by {gap:.2e} a token, "

@@ -345,7 +345,7 @@ def peak_memory_gib(device: torch.device | str) -> float:
 
 
 class NoCompletionLog(CompletionLog):
-    """The first process has the same rows and writes them."""
+    """Of ranks other than 0: rank 0 has the same rows and writes them."""
 
     def __init__(self) -> None:
         super().__init__(Path())

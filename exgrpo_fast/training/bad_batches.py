@@ -72,7 +72,7 @@ def _describe(row: Row) -> dict[str, Any]:
 
 
 class NoBadBatches(BadBatches):
-    """The first process has the same batch and keeps it."""
+    """Of ranks other than 0: rank 0 has the same batch and keeps it."""
 
     def __init__(self) -> None:
         super().__init__(Path())

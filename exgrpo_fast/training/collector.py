@@ -1,7 +1,7 @@
 """One step's groups: plan -> sources -> rewards -> groups.
 
 The plan of a step is a list of questions with open slots: those that the store asks again come
-first, the stream brings the others. What is recalled for a question stands in its first slots.
+first, the stream brings the others. What replay samples for a question stands in its first slots.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSo
 from exgrpo_fast.experience.prior.metrics import GuidanceCost
 from exgrpo_fast.experience.prior.source import Guided, NoPrior, PriorSource
 from exgrpo_fast.experience.question_stream import QuestionStream
-from exgrpo_fast.experience.replay.recall import PendingRecall, Plan, Recall, Replay
-from exgrpo_fast.experience.scoring import Grading, Verifier
+from exgrpo_fast.experience.replay.protocol import PendingSample, Plan, Replay, ReplaySample
+from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 from exgrpo_fast.rollout.engine import Generation
 from exgrpo_fast.rollout.mismatch import Mismatch
 from exgrpo_fast.run.display import Screen
@@ -72,7 +72,7 @@ class Batch:
 
     groups: tuple[Group, ...]
     discarded: tuple[Group, ...]  # generated, then left out by dynamic sampling
-    recall: Recall
+    sample: ReplaySample
     mismatch: Mismatch
     hindsight: HindsightReport | None = None
     guidance: GuidanceCost = GuidanceCost()
@@ -87,13 +87,13 @@ class Batch:
         return [t for group in self.generated for t in group.from_source("replay")]
 
 
-class Begun(NamedTuple):
+class PendingBatch(NamedTuple):
     """A step's first responses, on their way."""
 
     step: int
     plan: Plan
     drawn: Sequence[Question]
-    pending: PendingRecall
+    pending: PendingSample
     slots: list[int]  # fresh responses that each question of plan and stream gets
     guided_slots: Sequence[int]  # and those that the prior guides
     generation: Generation
@@ -103,7 +103,7 @@ class Begun(NamedTuple):
         return [*self.plan.questions, *self.drawn]
 
 
-class Made(NamedTuple):
+class BuiltGroups(NamedTuple):
     groups: list[Group]
     mismatch: Mismatch
     guidance: GuidanceCost
@@ -140,7 +140,7 @@ class Collector:
         self.prompts_per_step = prompts_per_step
         self.group_size = group_size
         self.max_extra_batches = max_extra_batches
-        self.begun: Begun | None = None  # by `begin`, until it is collected
+        self.begun: PendingBatch | None = None  # by `begin`, until it is collected
 
     def begin(self, step: int, clock: Clock) -> None:
         """Plan a step and have the engine generate for it, while the one before is trained on."""
@@ -151,32 +151,32 @@ class Collector:
         missing = self.prompts_per_step - len(plan.questions) - len(plan.groups)
         drawn = self.stream.draw(missing, exclude=taken)
         with clock.measure("replay"):
-            pending = self.replay.recall(plan, drawn, step=step)
-        self.begun = self._ask(step, plan, drawn, pending)
+            pending = self.replay.sample(plan, drawn, step=step)
+        self.begun = self._request(step, plan, drawn, pending)
 
-    def _ask(
-        self, step: int, plan: Plan, drawn: Sequence[Question], pending: PendingRecall
-    ) -> Begun:
+    def _request(
+        self, step: int, plan: Plan, drawn: Sequence[Question], pending: PendingSample
+    ) -> PendingBatch:
         guided_slots = self.prior.counts(len(pending.counts), step=step)
         slots = [
             self.replay.num_fresh(self.group_size, count) - num_guided
             for count, num_guided in zip(pending.counts, guided_slots, strict=True)
         ]
         generation = self.fresh.start([*plan.questions, *drawn], slots, step=step)
-        return Begun(step, plan, drawn, pending, slots, guided_slots, generation)
+        return PendingBatch(step, plan, drawn, pending, slots, guided_slots, generation)
 
-    def collect(self, step: int, clock: Clock, waiting: Callable[[], None] = lambda: None) -> Batch:
-        """`waiting` is called while the first responses are generated, and may raise: the step
+    def collect(self, step: int, clock: Clock, on_poll: Callable[[], None] = lambda: None) -> Batch:
+        """`on_poll` is called while the first responses are generated, and may raise: the step
         stays begun. (Whole groups from the store are in no checkpoint; they are not given up.)"""
         if self.begun is None:
             self.begin(step, clock)
         begun = self.begun
         assert begun is not None and begun.step == step, "begun for another step"
         plan, pending = begun.plan, begun.pending
-        made = self._make_groups(begun, clock, (lambda: None) if plan.groups else waiting)
+        made = self._make_groups(begun, clock, (lambda: None) if plan.groups else on_poll)
         self.begun = None
         with clock.measure("replay"):
-            groups = self.replay.exchange([*plan.groups, *made.groups])
+            groups = self.replay.replace_groups([*plan.groups, *made.groups])
         if not groups:
             raise NothingScored(
                 f"step {step}: none of {made.num_unscored} responses got a verdict; is the judge "
@@ -185,7 +185,7 @@ class Collector:
         batch = Batch(
             tuple(groups),
             (),
-            pending.recall,
+            pending.sample,
             made.mismatch,
             guidance=made.guidance,
             num_unscored=made.num_unscored,
@@ -209,7 +209,7 @@ class Collector:
                 break
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
-            begun = self._ask(step, Plan(), drawn, PendingRecall.nothing(len(drawn)))
+            begun = self._request(step, Plan(), drawn, PendingSample.nothing(len(drawn)))
             extra = self._make_groups(begun, clock)
             kept += [group for group in extra.groups if group.learnable]
             discarded += [group for group in extra.groups if not group.learnable]
@@ -217,27 +217,27 @@ class Collector:
         return replace(batch, groups=tuple(kept), discarded=tuple(discarded), guidance=guidance)
 
     def _make_groups(
-        self, begun: Begun, clock: Clock, waiting: Callable[[], None] = lambda: None
-    ) -> Made:
-        """One group for each question: what was recalled, then fresh ones, then guided ones."""
+        self, begun: PendingBatch, clock: Clock, on_poll: Callable[[], None] = lambda: None
+    ) -> BuiltGroups:
+        """One group for each question: what replay sampled, then fresh ones, then guided ones."""
         questions, slots, step = begun.questions, begun.slots, begun.step
         question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
         guided = self.prior.begin(questions, begun.guided_slots, step=step)
-        completions, grading = self._await(begun, question_of, guided, clock, waiting)
-        recall = begun.pending.recall
+        completions, grading = self._wait(begun, question_of, guided, clock, on_poll)
+        sample = begun.pending.sample
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(
                 question_of, completions, step=step, observer=grading
             )
         with clock.measure("prior"), self.screen.phase("prior"):
             guided_ones, fresh, cost = self.prior.score(guided, fresh, step=step)
-        others = [*(t for found in recall.slots for t in found), *guided_ones]
+        others = [*(t for found in sample.slots for t in found), *guided_ones]
         with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts()
             verdicts += self.verifier.verify([t.question for t in others], others)
         judged = iter(self._judged(pair) for pair in zip([*fresh, *others], verdicts, strict=True))
         own = [[next(judged) for _ in range(n)] for n in slots]
-        first = [[next(judged) for _ in found] for found in recall.slots]
+        first = [[next(judged) for _ in found] for found in sample.slots]
         last = [[next(judged) for _ in range(n)] for n in begun.guided_slots]
         groups = [
             Group(question, tuple(chain(*members)))
@@ -245,34 +245,34 @@ class Collector:
         ]
         scored = [part for group in groups if (part := scored_part(group))]
         num_scored = sum(len(group.trajectories) for group in scored)
-        return Made(scored, mismatch, cost, len(verdicts) - num_scored)
+        return BuiltGroups(scored, mismatch, cost, len(verdicts) - num_scored)
 
-    def _await(
+    def _wait(
         self,
-        begun: Begun,
+        begun: PendingBatch,
         question_of: Sequence[Question],
         guided: Guided,
         clock: Clock,
-        waiting: Callable[[], None],
-    ) -> tuple[list[Completion], Grading]:
+        on_poll: Callable[[], None],
+    ) -> tuple[list[Completion], StreamingScorer]:
         """The fresh responses; beside them, what can be done while they are generated."""
 
-        def recall_now() -> None:
+        def sample_now() -> None:
             with clock.measure("replay"):
-                begun.pending.recall  # noqa: B018, chosen when it is first asked for
+                begun.pending.sample  # noqa: B018, chosen when it is first asked for
 
         def guide() -> None:
-            waiting()
+            on_poll()
             with clock.measure("prior"):
                 guided.advance()
 
         with clock.measure("rollout"), self.screen.phase("rollout", sum(begun.slots)) as advance:
-            beside = guide if self.prior.concurrent else waiting
-            grading = Grading(
-                self.verifier, question_of, advance, meanwhile=recall_now, beside=beside
+            beside = guide if self.prior.concurrent else on_poll
+            grading = StreamingScorer(
+                self.verifier, question_of, advance, meanwhile=sample_now, beside=beside
             )
             completions = begun.generation.wait(grading)
-        recall_now()
+        sample_now()
         return completions, grading
 
     def _judged(self, pair: tuple[Trajectory, Verdict]) -> Trajectory:
@@ -297,10 +297,12 @@ class Collector:
                 [self.stream.by_id[name] for name in state[part]] for part in ("planned", "drawn")
             )
             plan = Plan(tuple(planned))
-            self.begun = self._ask(step, plan, drawn, self.replay.recall(plan, drawn, step=step))
+            self.begun = self._request(
+                step, plan, drawn, self.replay.sample(plan, drawn, step=step)
+            )
 
 
 def scored_part(group: Group) -> Group | None:
-    """The group without responses that nobody could judge; None when that is all of it."""
+    """The group without its unscored trajectories; None when none is left."""
     kept = tuple(t for t in group.trajectories if t.verdict is not None and t.verdict.scored)
     return Group(group.question, kept) if kept else None

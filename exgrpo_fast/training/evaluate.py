@@ -11,7 +11,7 @@ import numpy as np
 
 from exgrpo_fast.core.types import Completion, Question, Verdict
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
-from exgrpo_fast.experience.scoring import Grading, Verifier
+from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
 from exgrpo_fast.run.display import Screen
 
@@ -76,10 +76,10 @@ class Evaluator:
         self.seed = seed
 
     def __call__(
-        self, questions: Sequence[Question], waiting: Callable[[], None] = lambda: None
+        self, questions: Sequence[Question], on_poll: Callable[[], None] = lambda: None
     ) -> Evaluation:
-        """`waiting` is called while completions are generated, and may raise."""
-        samples = self.sample(questions, waiting)
+        """`on_poll` is called while completions are generated, and may raise."""
+        samples = self.sample(questions, on_poll)
         successes = self._successes(samples)
         low, high = bootstrap_interval(successes / self.n, seed=self.seed)
         return Evaluation(
@@ -95,7 +95,7 @@ class Evaluator:
         )
 
     def _successes(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Right ones of each question; what nobody could judge is not right."""
+        """Correct completions of each question; unscored ones count as incorrect."""
         correct = [s.verdict.reward == 1.0 for s in samples]
         return np.array(correct).reshape(-1, self.n).sum(axis=1)
 
@@ -128,14 +128,14 @@ class Evaluator:
         originals = [samples[i].question for i in asked]
         drafts = [samples[i].text for i in asked]
         with self.screen.phase("revise", len(requests)) as advance:
-            grading = Grading(self.verifier, originals, advance, drafts=drafts)
+            grading = StreamingScorer(self.verifier, originals, advance, drafts=drafts)
             completions = self.engine.generate(requests, self.sampling, grading)
         revised = self._samples(originals, completions, grading.verdicts())
         by_place = dict(zip(asked, revised, strict=True))
         return [by_place.get(i, sample) for i, sample in enumerate(samples)]
 
     def sample(
-        self, questions: Sequence[Question], waiting: Callable[[], None] = lambda: None
+        self, questions: Sequence[Question], on_poll: Callable[[], None] = lambda: None
     ) -> list[Sample]:
         """n judged completions of each question, question by question."""
         asked = [question for question in questions for _ in range(self.n)]
@@ -144,7 +144,7 @@ class Evaluator:
             for i, q in enumerate(asked)
         ]
         with self.screen.phase("evaluate", len(requests)) as advance:
-            grading = Grading(self.verifier, asked, advance, beside=waiting)
+            grading = StreamingScorer(self.verifier, asked, advance, beside=on_poll)
             completions = self.engine.generate(requests, self.sampling, grading)
         return self._samples(asked, completions, grading.verdicts())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exgrpo_fast.core.types import Group, Trajectory
 from exgrpo_fast.experience.replay.weighting import moved_clip
-from exgrpo_fast.model.oom import in_pieces_that_fit
+from exgrpo_fast.model.oom import retry_smaller_on_oom
 from exgrpo_fast.model.packing import (
     Aggregation,
     extent,
@@ -164,7 +164,7 @@ class Learner:
         on_tokens: Callable[[int], None],
     ) -> BatchSums:
         """The gradient of the batch, in the parameters; in smaller pieces where memory runs out."""
-        return in_pieces_that_fit(
+        return retry_smaller_on_oom(
             self.policy,
             lambda: self._backward(rows, objective, ref_logprobs, on_tokens),
             lambda: extent(*sequences_of([row.trajectory for row in rows])),
@@ -274,7 +274,7 @@ class Learner:
         packs = pack(prompts, responses, max_tokens=limit, device=self.policy.device)
         if not self.optimiser.sums_packs:
             require_one_pack(len(packs), limit)
-        for packed, counts in self.policy.deal(packs):
+        for packed, counts in self.policy.assign_packs(packs):
             columns = fill_columns(
                 packed,
                 trajectories,

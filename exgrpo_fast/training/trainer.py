@@ -1,4 +1,4 @@
-"""The order of the rooms. One step is `Trainer.step`; there is no mathematics here."""
+"""The training loop. One step is `Trainer.step`; it sets the order and computes nothing itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import FrameType
 from typing import Any
 
 from exgrpo_fast.core.errors import Interrupted, NumericalStop
-from exgrpo_fast.core.process_group import ALONE, Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.rng import random_state, restore_random_state
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.question_stream import QuestionStream
-from exgrpo_fast.experience.replay.recall import Replay
+from exgrpo_fast.experience.replay.protocol import Replay
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
@@ -27,7 +27,7 @@ from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.step_metrics import completion_rows, pass_at_1, step_metrics
 from exgrpo_kernels import PolicyObjective
 
-# Every process comes to these by itself: one that has strayed differs in them.
+# Every rank computes these on its own, so a rank that has diverged differs in them.
 REPLICATED = ("loss_hex", "tokens_trained", "reward_mean", "entropy", "completion_len_mean")
 MAX_BAD_UPDATES = 3  # consecutive steps whose gradient was refused, before the run stops
 
@@ -56,7 +56,7 @@ class Trainer:
         checkpoint_every: int = 0,
         completions_every: int = 10,
         generate_ahead: bool = False,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         """`generate_ahead`: the engine generates for a step while the one before is trained on.
         `processes`: those that do the same beside this one."""
@@ -87,10 +87,10 @@ class Trainer:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
         step, clock = self.num_steps + 1, Clock()
         batch = self.collector.collect(step, clock, self._give_up_when_stopped)
-        self.stream.retire(self.replay.observe(batch.generated, step=step))
+        self.stream.retire(self.replay.update(batch.generated, step=step))
         objective = self.replay.objective(self.objective)
-        metrics = self.replay.metrics(batch.replayed, batch.recall, step=step)
-        self.replay.start_if_ready(pass_at_1(batch.generated))
+        metrics = self.replay.metrics(batch.replayed, batch.sample, step=step)
+        self.replay.maybe_activate(pass_at_1(batch.generated))
         if self.generate_ahead and step < self.max_steps:
             self.collector.begin(step + 1, clock)
         self.engine.rest()
@@ -102,7 +102,7 @@ class Trainer:
         metrics["save_failures"] = self.writer.num_failures
         self.bad_batches.write(step, update.refused)
         self.num_steps = step
-        self._guard(metrics)
+        self._check_update(metrics)
         return batch, metrics
 
     def train(self, *, stop_after: int | None = None) -> None:
@@ -110,12 +110,12 @@ class Trainer:
         last = self.max_steps
         if stop_after is not None:
             last = min(last, self.num_steps + stop_after)
-        with self._listen_to_signals(), self._until_written():
+        with self._listen_to_signals(), self._finish_pending_save():
             with contextlib.suppress(Interrupted):  # the step stays begun
                 while self.num_steps < last and not self._is_told_to_stop():
                     batch, metrics = self.step()
                     self._publish(batch, metrics | self._evaluation_due())
-                    self._save_beside()
+                    self._save_if_due()
             self.save()
 
     def evaluate(self) -> Evaluation:
@@ -140,12 +140,12 @@ class Trainer:
         """The folder of a checkpoint of this step, once it is durable."""
         with self.screen.phase("save"):
             self.writer.wait()
-            if self.processes.of_first(self.writer.committed == self.num_steps):
+            if self.processes.broadcast(self.writer.committed == self.num_steps):
                 return self.checkpoints.folder / f"step_{self.num_steps}"
             return self.writer.finish(self.num_steps, self.state_dict())
 
-    def _save_beside(self) -> None:
-        """Begin a checkpoint where one is due; hear how the one before it ended."""
+    def _save_if_due(self) -> None:
+        """Start a checkpoint if one is due; raise if the previous one failed."""
         self.writer.poll()
         if self._due(self.checkpoint_every):
             with self.screen.phase("save"):
@@ -189,11 +189,11 @@ class Trainer:
 
     def _is_told_to_stop(self) -> bool:
         """By a signal to any of the processes."""
-        told = self.processes.greatest(self.stop_signal or 0)
+        told = self.processes.all_reduce_max(self.stop_signal or 0)
         self.stop_signal = int(told) or None
         return self.stop_signal is not None
 
-    def _guard(self, metrics: Mapping[str, Any]) -> None:
+    def _check_update(self, metrics: Mapping[str, Any]) -> None:
         figures = {name: metrics[name] for name in REPLICATED}
         self.processes.require_same(f"step {self.num_steps}", figures)
         refused = {"update_not_finite", "update_gradient_too_large"} & metrics["reasons"].keys()
@@ -211,7 +211,7 @@ class Trainer:
             raise Interrupted
 
     @contextlib.contextmanager
-    def _until_written(self) -> Iterator[None]:
+    def _finish_pending_save(self) -> Iterator[None]:
         """An error of a step must not take along a checkpoint that is being written."""
         try:
             yield

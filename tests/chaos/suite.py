@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
 import scenarios  # noqa: E402
 from lives import World  # noqa: E402
 
-from exgrpo_fast.build import package_versions  # noqa: E402
+from exgrpo_fast.build.environment import package_versions  # noqa: E402
 
 Figures = dict[str, Any]
 

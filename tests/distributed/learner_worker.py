@@ -17,8 +17,8 @@ from several_processes import met
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from exgrpo_fast.core.dtensor import whole
-from exgrpo_fast.core.process_group import PeersLost, Processes, mesh_of
+from exgrpo_fast.core.dtensor import full_tensor
+from exgrpo_fast.core.process_group import Processes, RankLost, mesh_of
 from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import Pack, Ragged
@@ -110,7 +110,7 @@ class Recording(Optimiser):
     def step(self) -> UpdateOutcome:
         self.found.append(
             {
-                name: whole(parameter.grad).clone()
+                name: full_tensor(parameter.grad).clone()
                 for name, parameter in self.model.named_parameters()
                 if parameter.grad is not None
             }
@@ -139,8 +139,8 @@ def distance(ours: Tensor, expected: Tensor) -> float:
 def furthest(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The greatest distance of any entry, as a share of the greatest entry of all."""
     assert ours.keys() == expected.keys()
-    greatest = max(float(gradient.abs().max()) for gradient in expected.values())
-    return max(float((ours[n] - expected[n]).abs().max()) for n in expected) / greatest
+    all_reduce_max = max(float(gradient.abs().max()) for gradient in expected.values())
+    return max(float((ours[n] - expected[n]).abs().max()) for n in expected) / all_reduce_max
 
 
 def compare(
@@ -223,7 +223,7 @@ def broken(processes: Processes) -> dict[str, Any]:
     learner, _ = make_learner(policy)
     before = {name: weight.clone() for name, weight in policy.named_weights()}
     norm = policy.model.model.norm
-    if not processes.is_first:
+    if not processes.is_main:
         norm.register_forward_hook(lambda *_: _[2] * math.nan)
     report = learner.update(make_groups(0), PolicyObjective())
     after = dict(policy.named_weights())
@@ -254,7 +254,7 @@ def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     policy = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes)
     learner, _ = make_learner(policy)
     engine = None
-    if processes.is_first:
+    if processes.is_main:
         announced: Any = AnnouncedPolicy(policy, processes)
         own = CopiedEngine(
             TransformersEngine(copied, eos_token_ids=[0], pad_token_id=0), copied, announced
@@ -272,7 +272,7 @@ def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     return {
         "gap": figures["sync_gap"],
         "tokens": [completion.token_ids.tolist() for completion in drawn],
-        "same": same or not processes.is_first,
+        "same": same or not processes.is_main,
     }
 
 
@@ -287,7 +287,7 @@ def rehearsed(processes: Processes) -> str:
     hidden_states = policy.hidden_states
 
     def full(packed: Pack) -> Tensor:
-        if torch.is_grad_enabled() and not processes.is_first:
+        if torch.is_grad_enabled() and not processes.is_main:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
         return hidden_states(packed)
 
@@ -367,7 +367,7 @@ if __name__ == "__main__":
         try:
             with met(sys.argv[1:4]) as processes:
                 print(json.dumps(rehearsed(processes)))
-        except (DoesNotFit, PeersLost) as error:
+        except (DoesNotFit, RankLost) as error:
             print(json.dumps(f"{type(error).__name__}: {error}"))
         sys.exit()
     with met(sys.argv[1:4]) as processes:

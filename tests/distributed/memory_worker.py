@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from exgrpo_fast.config import validate
-from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.process_group import Processes, mesh_of
-from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
@@ -57,7 +57,7 @@ def measure(**keys: Any) -> dict[str, list[float]]:
     model: Any = AutoModelForCausalLM.from_config(MODEL, dtype=torch.float32)
     if "lora" in keys:
         add_adapter(model, **ADAPTER)
-    processes = Processes(Place(0, COUNT, 0))
+    processes = Processes(RankInfo(0, COUNT, 0))
     policy = ShardedPolicy(
         model,
         mesh=mesh_of(processes),
@@ -85,7 +85,7 @@ def measure(**keys: Any) -> dict[str, list[float]]:
     of_update = peak_bytes(lambda: learner.update(groups, PolicyObjective()))
     of_scoring = peak_bytes(lambda: policy.score(prompts, responses))
     moments = [m for state in learner.optimiser.adamw.state.values() for m in state.values()]
-    kept = sum(own_part(t).nbytes for t in [*policy.model.parameters(), *moments])
+    kept = sum(local_shard(t).nbytes for t in [*policy.model.parameters(), *moments])
     made = Planner(MODEL, Machine("cpu", None, "vllm_server", COUNT)).plan(config)
     return {
         "kept": [made.states.resident, kept],

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from exgrpo_fast.core import dtensor as parted
-from exgrpo_fast.core.dtensor import own_part
+from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import Processes, host_mesh, mesh_of
 from exgrpo_fast.run.checkpoint.distributed import SharedCheckpointWriter
@@ -100,7 +100,7 @@ class Saving:
     def not_finite(self) -> dict[str, Any]:
         """In the part of the last process alone."""
         state = self.state()
-        part = own_part(state["learner"]["moments"]["wide"])
+        part = local_shard(state["learner"]["moments"]["wide"])
         if self.processes.place.rank == self.processes.count - 1:
             part[-1, -1] = torch.nan
         try:
@@ -132,7 +132,7 @@ def read(processes: Processes, folder: Path) -> dict[str, Any]:
     state = load_state(folder / "step_1", mesh=host_mesh(processes))
     moments = state["learner"]["moments"]
     return {
-        "parts": {name: own_part(tensor).tolist() for name, tensor in moments.items()},
+        "parts": {name: local_shard(tensor).tolist() for name, tensor in moments.items()},
         "whole": {name: tensor.full_tensor().tolist() for name, tensor in moments.items()},
         "cursor": state["cursor"].tolist(),
     }
@@ -151,7 +151,7 @@ def main() -> None:
         parted.FILE_BYTES = 50  # so that there are two of each process
         for step in wanted:
             found[step] = getattr(saving, step)()
-            found[step]["steps"] = processes.of_first(saving.checkpoints.steps())
+            found[step]["steps"] = processes.broadcast(saving.checkpoints.steps())
         print(json.dumps(found))
 
 

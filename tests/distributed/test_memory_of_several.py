@@ -16,7 +16,7 @@ from transformers import Qwen2Config
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config
 from exgrpo_fast.core.process_group import Processes
-from exgrpo_fast.core.torchrun import Place
+from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.memory import fit as planning
 from exgrpo_fast.memory.advice import cheapest
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
@@ -166,13 +166,13 @@ class OneOfEight(Processes):
     """The first; another one's GPU has `smallest` GiB."""
 
     def __init__(self, smallest: int) -> None:
-        super().__init__(Place(0, 8, 0))
+        super().__init__(RankInfo(0, 8, 0))
         self.smallest = smallest
 
-    def greatest(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         return max(value, -self.smallest * GIB)
 
-    def from_first(self, make: Callable[[], Any], **_: Any) -> Any:
+    def run_on_rank0(self, make: Callable[[], Any], **_: Any) -> Any:
         return json.loads(json.dumps(make()))
 
 

@@ -11,36 +11,39 @@ from several_processes import run_processes
 
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, refuse_with_several, validate
-from exgrpo_fast.core.process_group import ALONE
-from exgrpo_fast.core.torchrun import Place, place_of
-from exgrpo_fast.model.assign_packs import deal
+from exgrpo_fast.core.process_group import SINGLE_PROCESS
+from exgrpo_fast.core.torchrun import RankInfo, place_of
 from exgrpo_fast.model.packing import Ragged, pack
+from exgrpo_fast.model.sharded_policy import assign_packs
 
 
 def test_what_they_tell_each_other() -> None:
     reports = run_processes(2, Path(__file__).with_name("processes_worker.py"))
     for rank, report in enumerate(reports):
-        assert report["of_first"] == {"rank": 0, "text": "ä", "tiny": 1e-300}
+        assert report["broadcast"] == {"rank": 0, "text": "ä", "tiny": 1e-300}
         assert report["gathered"] == ["", "x"]
-        assert report["greatest"] == 1.0
+        assert report["all_reduce_max"] == 1.0
         assert report["made"] == 7
         assert report["calls"] == ([0] if rank == 0 else [])
-        assert report["failed"] == ("KeyError" if rank == 0 else "FirstFailed")
+        assert report["failed"] == ("KeyError" if rank == 0 else "MainRankFailed")
         assert report["strayed"].startswith("step 3: the processes differ in loss: 0.0, 0.5;")
 
 
 def test_one_alone_talks_to_nobody() -> None:
     value = object()
-    assert ALONE.of_first(value) is value and ALONE.from_first(lambda: value) is value
-    assert ALONE.gather(value) == [value] and ALONE.greatest(3.0) == 3.0
-    assert torch.equal(ALONE.sum_(torch.ones(2)), torch.ones(2))
-    ALONE.require_same("step 1", {"loss": 1.0})
+    assert (
+        SINGLE_PROCESS.broadcast(value) is value
+        and SINGLE_PROCESS.run_on_rank0(lambda: value) is value
+    )
+    assert SINGLE_PROCESS.gather(value) == [value] and SINGLE_PROCESS.all_reduce_max(3.0) == 3.0
+    assert torch.equal(SINGLE_PROCESS.all_reduce_sum_(torch.ones(2)), torch.ones(2))
+    SINGLE_PROCESS.require_same("step 1", {"loss": 1.0})
 
 
 def test_torchrun_says_which_process_this_is() -> None:
-    assert place_of({}) == Place(0, 1, 0)
+    assert place_of({}) == RankInfo(0, 1, 0)
     told = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
-    assert place_of(told) == Place(9, 16, 1)
+    assert place_of(told) == RankInfo(9, 16, 1)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
@@ -48,7 +51,7 @@ def test_every_pack_has_one_process_and_all_make_as_many_passes(count: int) -> N
     lengths = [3, 9, 14, 2, 7, 30, 1, 1, 5, 12]
     responses = Ragged.of([torch.ones(length, dtype=torch.int64) for length in lengths])
     packs = pack(Ragged.of([(1, 2)] * len(lengths)), responses, max_tokens=20)
-    shares = [deal(packs, rank=rank, count=count) for rank in range(count)]
+    shares = [assign_packs(packs, rank=rank, count=count) for rank in range(count)]
     assert len({len(share) for share in shares}) == 1
     counted = [dealt.pack for share in shares for dealt in share if dealt.counts]
     assert sorted(map(id, counted)) == sorted(map(id, packs))
@@ -58,7 +61,7 @@ def test_every_pack_has_one_process_and_all_make_as_many_passes(count: int) -> N
 
 
 def test_nothing_to_deal() -> None:
-    assert deal([], rank=1, count=2) == []
+    assert assign_packs([], rank=1, count=2) == []
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from exgrpo_fast.rewards import RewardPool, RewardSample, Ticket
+from exgrpo_fast.rewards import RewardPool, RewardSample, ScoreFuture
 from exgrpo_fast.rewards.pool import pool as pool_module
 
 REWARDS = """
@@ -71,7 +71,7 @@ def test_polling_alone_brings_every_verdict_in_order() -> None:
         ticket = pool.submit(samples())
         assert ticket.done
         for answer in answers:
-            pool.submit([RewardSample("q", answer, "3")], onto=ticket)
+            pool.submit([RewardSample("q", answer, "3")], append_to=ticket)
         poll_until(pool, lambda: ticket.done)
         assert [v.reward for v in ticket.verdicts if v] == [float(a == "3") for a in answers]
         seen: list[int] = []
@@ -90,9 +90,9 @@ def test_two_tickets_are_worked_off_together(rewards) -> None:
 def test_equal_samples_of_a_ticket_are_scored_once(rewards) -> None:
     with RewardPool([f"{rewards}:counts"], workers=1) as pool:
         ticket = pool.submit(samples("a", "b", "a"))
-        pool.submit(samples("b", "c"), onto=ticket)
+        pool.submit(samples("b", "c"), append_to=ticket)
         assert [v.reward for v in pool.finish(ticket)] == [1.0, 2.0, 1.0, 2.0, 3.0]
-        pool.submit(samples("c", "a"), onto=ticket)  # known already
+        pool.submit(samples("c", "a"), append_to=ticket)  # known already
         assert ticket.done
         assert [v.reward for v in pool.finish(ticket)][5:] == [3.0, 1.0]
         assert pool.run(samples("a"))[0].reward == 4.0  # another ticket
@@ -113,7 +113,7 @@ def test_a_cancelled_ticket_is_unscored_and_costs_the_others_nothing(rewards) ->
 def test_a_closed_pool_says_so() -> None:
     pool = RewardPool(["exact"], workers=1)
     pool.close()
-    for call in (pool.poll, lambda: pool.submit([]), lambda: pool.finish(Ticket())):
+    for call in (pool.poll, lambda: pool.submit([]), lambda: pool.finish(ScoreFuture())):
         with pytest.raises(RuntimeError, match="closed"):
             call()
 
@@ -124,7 +124,7 @@ def test_stuck_workers_never_stop_the_caller(rewards) -> None:
         stuck = ready_with_spare(pool)
         for pid in stuck:
             os.kill(pid, signal.SIGSTOP)
-        ticket, calls = Ticket(), []
+        ticket, calls = ScoreFuture(), []
 
         def timed(call) -> None:
             started = time.perf_counter()
@@ -132,7 +132,7 @@ def test_stuck_workers_never_stop_the_caller(rewards) -> None:
             calls.append(time.perf_counter() - started)
 
         for i in range(40):  # far more than a pipe holds
-            timed(lambda i=i: pool.submit(samples(f"{i}" + "x" * 100_000), onto=ticket))
+            timed(lambda i=i: pool.submit(samples(f"{i}" + "x" * 100_000), append_to=ticket))
         while not ticket.done:
             timed(pool.poll)
             time.sleep(0.005)

@@ -132,7 +132,7 @@ def test_order_concurrency_and_the_observer(server, make) -> None:
         def finished(self, places, completions) -> None:
             self.told |= dict(zip(places, completions, strict=True))
 
-        def waiting(self) -> None:
+        def on_poll(self) -> None:
             self.beats += 1
 
     server.behave, listener = answers(slow), Listener()

@@ -32,7 +32,7 @@ class CountingEngine(OwnEngine):
         self.asked.append([request.seed for request in requests])
         done: list[Completion] = []
         for start in range(0, len(requests), self.batch):
-            observer.waiting()
+            observer.on_poll()
             part = requests[start : start + self.batch]
             made = [completion_of(request) for request in part]
             done += made
@@ -61,7 +61,7 @@ class Told(Observer):
         assert not self.of.keys() & set(places)
         self.of |= dict(zip(places, completions, strict=True))
 
-    def waiting(self) -> None:
+    def on_poll(self) -> None:
         self.waits += 1
 
 

@@ -12,7 +12,7 @@ from exgrpo_fast.model.lora import add_adapter, trainable
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
-from exgrpo_fast.rollout.sync_check import OutOfSync, VerifiedEngine
+from exgrpo_fast.rollout.sync_check import VerifiedEngine, WeightsOutOfSync
 from exgrpo_fast.rollout.vllm.engine import VllmEngine
 
 EOS = 1
@@ -98,7 +98,9 @@ def test_the_canary_finds_a_stale_cache(engine, monkeypatch) -> None:
     watched.sync(1)
     train_a_little(engine.policy)
     monkeypatch.setattr(engine.model, "drop_cache", lambda: None)
-    with pytest.raises(OutOfSync, match=r"after step 2: .* log-prob is -\d+\.\d+, .* -\d+\.\d+;"):
+    with pytest.raises(
+        WeightsOutOfSync, match=r"after step 2: .* log-prob is -\d+\.\d+, .* -\d+\.\d+;"
+    ):
         watched.sync(2)
 
 
@@ -106,7 +108,7 @@ def test_the_canary_finds_an_update_that_was_lost(engine, monkeypatch) -> None:
     watched = verified(engine)
     train_a_little(engine.policy)
     monkeypatch.setattr(engine.model, "load", lambda weights, version: None)
-    with pytest.raises(OutOfSync):
+    with pytest.raises(WeightsOutOfSync):
         watched.sync(1)
 
 
@@ -116,7 +118,7 @@ def test_the_canary_finds_one_tensor_that_was_left_out(engine, monkeypatch) -> N
     train_a_little(engine.policy)
     without = [(n, w) for n, w in named if n != "model.layers.1.mlp.down_proj.weight"]
     monkeypatch.setattr(engine.policy, "named_weights", lambda: iter(without))
-    with pytest.raises(OutOfSync):
+    with pytest.raises(WeightsOutOfSync):
         watched.sync(1)
 
 
@@ -153,7 +155,7 @@ def test_a_request_that_is_too_long_is_refused_and_harms_no_other(engine) -> Non
 
 def test_an_observer_that_fails_leaves_a_working_engine(engine) -> None:
     class Failing(Observer):
-        def waiting(self) -> None:
+        def on_poll(self) -> None:
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):

@@ -131,7 +131,7 @@ def test_guided_responses_are_made_beside_fresh_ones(policies, vllm_models) -> N
         def finished(self, places, completions: list[Completion]) -> None:
             self.num_fresh += len(places)
 
-        def waiting(self) -> None:
+        def on_poll(self) -> None:
             session.advance()
             self.guided_at.append(sum(len(r.token_ids) for r in session.responses))
 

@@ -1,4 +1,4 @@
-"""Hindsight: failed responses are revised by the policy that wrote them, told what they missed.
+"""Hindsight: the policy revises its failed completions, given the criteria that they missed.
 
 HeRL (arXiv 2603.20046), sections 3.1 and 3.2. For a group whose best reward is below a threshold:
 
@@ -24,7 +24,7 @@ import numpy as np
 from exgrpo_fast.core.types import Group, Question, Trajectory
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
-from exgrpo_fast.experience.scoring import Grading, Verifier
+from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 
 Choice = Literal["at_least", "always"]
 TIE = 1e-6  # rewards this near are equal
@@ -136,7 +136,7 @@ class HindsightSource:
         """One revision of each, verified and scored under its hindsight."""
         asked = [c.asked for c in candidates if c.asked]
         originals = [c.original for c in candidates]
-        grading = Grading(self.verifier, originals, drafts=[c.draft for c in candidates])
+        grading = StreamingScorer(self.verifier, originals, drafts=[c.draft for c in candidates])
         sampled = self.fresh.sample(asked, [1] * len(asked), step=step, observer=grading)
         completions = [completion for of_one in sampled for completion in of_one]
         trajectories, _ = self.fresh.score(asked, completions, step=step, observer=grading)

@@ -28,7 +28,7 @@ from exgrpo_fast.model.policy import Policy, PolicyError, inference
 from exgrpo_fast.rollout.hf.drawing import hash_uniform, invert_cdf, signed
 
 
-class HoledCache:
+class MaskedCache:
     """What a model has read of some sequences, each under the place of its response."""
 
     def __init__(self, policy: Policy, places: Sequence[int]) -> None:
@@ -104,7 +104,7 @@ def _common(read: Sequence[int], ids: Sequence[int]) -> int:
     return next(i for i, token in enumerate(read) if i == len(ids) or token != ids[i])
 
 
-class Lane:
+class PrefixSession:
     """A model with a holed cache that follows the responses of one session."""
 
     def __init__(self, policy: Policy, *, num_tokens: int, vocabulary_size: int) -> None:
@@ -120,16 +120,16 @@ class Lane:
         self.policy = policy
         self.num_tokens = num_tokens
         self.vocabulary_size = vocabulary_size
-        self.cache: HoledCache | None = None
+        self.cache: MaskedCache | None = None
 
     def forget(self) -> None:
         self.cache = None
 
-    def open(self, places: Sequence[int]) -> HoledCache:
+    def open(self, places: Sequence[int]) -> MaskedCache:
         """The session's cache, with a row for each place of its first call. Rows of finished
         responses leave once they are half of all: moving the others costs a copy."""
         if self.cache is None:
-            self.cache = HoledCache(self.policy, places)
+            self.cache = MaskedCache(self.policy, places)
         elif 2 * len(places) <= len(self.cache.row_of):
             self.cache.select(places)
         return self.cache
@@ -144,7 +144,7 @@ class Lane:
         return pad_logprobs(logits, self.num_tokens, self.vocabulary_size)
 
 
-class TransformersDrafter(Lane):
+class TransformersDrafter(PrefixSession):
     """Drafts with the trainer's own weights."""
 
     concurrent = False
@@ -207,7 +207,7 @@ def _draw(logprobs_AV: Tensor, seeds: Sequence[int], position: int) -> tuple[Ten
     return drawn_A, logprobs_AV.gather(1, drawn_A[:, None])[:, 0]
 
 
-class TransformersPrior(Lane):
+class TransformersPrior(PrefixSession):
     """Scores drafts with a frozen model on the same device. A replacement is drawn from the logits
     that scored the draft it replaces: no forward of its own."""
 

@@ -19,7 +19,7 @@ from exgrpo_fast.model.policy import Policy, inference
 ROWS_AT_ONCE = 256  # 256 x 150k float32 logits are 0.15 GB, and five such tensors exist
 
 
-class EmittedLaw(NamedTuple):
+class MixtureLogprobs(NamedTuple):
     """Of the tokens of some responses, joined end to end; float32, on the CPU."""
 
     mu: Ragged  # log mu, of the emitted token
@@ -27,7 +27,7 @@ class EmittedLaw(NamedTuple):
 
 
 @torch.no_grad()
-def emitted_law(
+def mixture_logprobs(
     policy: Policy,
     prior: Policy,
     trigger: Trigger,
@@ -35,7 +35,7 @@ def emitted_law(
     responses: Ragged,
     *,
     num_tokens: int,
-) -> EmittedLaw:
+) -> MixtureLogprobs:
     """`num_tokens`: ids that the prior has; what lies beyond them has probability 0 there."""
     found = torch.empty(2, len(responses.values))
     with inference(policy.model), inference(prior.model):
@@ -44,7 +44,7 @@ def emitted_law(
             rows = packed.places_in(responses).cpu()
             found[:, rows] = _of_pack(policy, prior, trigger, packed, num_tokens).cpu()
     mu, rates = (Ragged(values, responses.lengths) for values in found)
-    return EmittedLaw(mu, rates)
+    return MixtureLogprobs(mu, rates)
 
 
 def _of_pack(

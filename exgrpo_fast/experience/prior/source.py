@@ -26,7 +26,7 @@ from exgrpo_fast.experience.prior.importance import (
     columns_of,
 )
 from exgrpo_fast.experience.prior.metrics import GuidanceCost
-from exgrpo_fast.experience.prior.mixture import EmittedLaw, emitted_law
+from exgrpo_fast.experience.prior.mixture import MixtureLogprobs, mixture_logprobs
 from exgrpo_fast.model.packing import Ragged, sequences_of
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Request, request_seed
@@ -185,9 +185,9 @@ class PriorSource:
         found = replace(trajectory, behaviour_logprobs=columns.behaviour_logprobs)
         return found if columns.token_weights is None else reweighted(found, columns.token_weights)
 
-    def _law(self, trajectories: Sequence[Trajectory]) -> EmittedLaw:
+    def _law(self, trajectories: Sequence[Trajectory]) -> MixtureLogprobs:
         assert self.prior is not None
-        return emitted_law(
+        return mixture_logprobs(
             self.policy,
             self.prior,
             self.resampler.trigger,

@@ -111,7 +111,7 @@ def load_snapshot(
 
 
 def parts(store: ExperienceStore, lengths: Tensor, index: Tensor) -> list[Tensor]:
-    """An index in parts that the device's pages hold."""
+    """An index in pieces of at most the size of the device's pages."""
     found, start, used = [], 0, 0
     for end, needed in enumerate(store.pages.pages_for(lengths[index]).tolist()):
         if used + needed > store.plan.num_pages or end - start == MOVED_AT_ONCE:

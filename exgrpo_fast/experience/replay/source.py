@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
-from exgrpo_fast.experience.replay.recall import PendingRecall, Plan, Recall
+from exgrpo_fast.experience.replay.protocol import PendingSample, Plan, ReplaySample
 from exgrpo_fast.experience.replay.selectors import (
     SCORED,
     QuestionSelector,
@@ -126,7 +126,7 @@ class ReplaySource:
         drawn = self.recipe.questions(self.store, limit, self.rng, step)
         return Plan(questions=tuple(self.data[place] for place in drawn))
 
-    def recall(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingRecall:
+    def sample(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingSample:
         """Stored trajectories for the questions of the plan and those drawn beside it.
 
         Chosen and weighted by the recipe; ones that the stream drew bring theirs only where the
@@ -135,7 +135,7 @@ class ReplaySource:
         num_questions = len(plan.questions) + len(drawn)
         asked = plan.questions if self.recipe.questions else drawn
         if not self.active or not asked or self.recipe.mixer not in {"replace_slot", "append"}:
-            return PendingRecall.nothing(num_questions)
+            return PendingSample.nothing(num_questions)
         places = torch.tensor([self.place_of[q.id] for q in asked], device=self.store.device)
         rows, owner = self._candidates(places, step=step)
         counts = torch.bincount(owner, minlength=len(asked))
@@ -144,15 +144,15 @@ class ReplaySource:
         before = 0 if self.recipe.questions else len(plan.questions)
         after = num_questions - before - len(asked)
 
-        def choose_now() -> Recall:
-            found = Recall(((),) * len(asked))
+        def choose_now() -> ReplaySample:
+            found = ReplaySample(((),) * len(asked))
             if len(rows):
                 found = self._choose(rows, owner, len(asked), step=step)
             return replace(found, slots=((),) * before + found.slots + ((),) * after)
 
-        return PendingRecall([0] * before + counts.tolist() + [0] * after, choose_now)
+        return PendingSample([0] * before + counts.tolist() + [0] * after, choose_now)
 
-    def _choose(self, rows: Tensor, owner: Tensor, num_asked: int, *, step: int) -> Recall:
+    def _choose(self, rows: Tensor, owner: Tensor, num_asked: int, *, step: int) -> ReplaySample:
         """Of the candidates of each asked question those that the recipe wants.
 
         Changes nothing: a step that is given up after it chooses the same again.
@@ -173,7 +173,7 @@ class ReplaySource:
         for number, trajectory in zip(owner[chosen].tolist(), trajectories, strict=True):
             found[number].append(trajectory)
         slots = tuple(tuple(of_one) for of_one in found)
-        return Recall(slots, num_candidates=len(rows), candidate_entropy=entropy)
+        return ReplaySample(slots, num_candidates=len(rows), candidate_entropy=entropy)
 
     def num_fresh(self, group_size: int, num_replayed: int) -> int:
         """Open slots beside the recalled trajectories of a question."""
@@ -243,8 +243,8 @@ class ReplaySource:
 
     # --- after the rewards ---
 
-    def exchange(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups without a gradient give way to stored ones, as many as there are."""
+    def replace_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """Replace groups without a gradient by stored ones, as many as there are."""
         if self._scored is not None:
             self.store.note_entropy(*self._scored)
             self._scored = None
@@ -282,13 +282,13 @@ class ReplaySource:
             members[group].append(trajectory)
         return [Group(found[0].question, tuple(found)) for found in members.values()]
 
-    def observe(self, groups: Sequence[Group], *, step: int) -> list[str]:
+    def update(self, groups: Sequence[Group], *, step: int) -> list[str]:
         """Store, move and retire by the rule above; returns the questions retired now.
 
         Groups taken whole from the store are no news, and neither a revision nor a prior-guided
         response says how hard the question is for the policy alone.
         """
-        groups = [own_part(group) for group in groups if not all(group.replayed)]
+        groups = [without_guidance(group) for group in groups if not all(group.replayed)]
         retiring = [group for group in groups if self.recipe.retire and is_solved(group)]
         # Retiring works before replay is active, keeping does not.
         if retiring:
@@ -357,7 +357,7 @@ class ReplaySource:
         places = [self.place_of[group.question.id] for group in groups]
         return torch.tensor(places, dtype=torch.int64)
 
-    def start_if_ready(self, pass_at_1: float) -> None:
+    def maybe_activate(self, pass_at_1: float) -> None:
         """Latch replay on after a step whose share of correct responses is above the threshold."""
         threshold = self.recipe.start_success_rate
         if threshold is not None and pass_at_1 > threshold and not self.stopped:
@@ -375,7 +375,7 @@ class ReplaySource:
     # --- looking inside ---
 
     def metrics(
-        self, replayed: Sequence[Trajectory], recall: Recall, *, step: int
+        self, replayed: Sequence[Trajectory], sample: ReplaySample, *, step: int
     ) -> dict[str, Any]:
         """What is stored, and what was chosen in this step."""
         ages = [step - t.birth_step for t in replayed]
@@ -391,13 +391,13 @@ class ReplaySource:
             "replay_buckets": sizes if every else sizes[1:-1],
             "replay_ages": age_histogram(stored),
             "retired_size": int(self.store.retired.sum()),
-            "replay_candidates": recall.num_candidates,
+            "replay_candidates": sample.num_candidates,
             "replay_age_mean": fmean(ages) if ages else None,
             "replay_age_max": max(ages, default=None),
             "replay_entropy_selected": (
                 fmean(float(t.entropies.mean()) for t in replayed) if replayed else None
             ),
-            "replay_entropy_candidates": recall.candidate_entropy,
+            "replay_entropy_candidates": sample.candidate_entropy,
         }
 
     # --- persistence ---
@@ -424,7 +424,7 @@ class ReplaySource:
 # --- small mathematics ----------------------------------------------------------------------------
 
 
-def own_part(group: Group) -> Group:
+def without_guidance(group: Group) -> Group:
     """Without revisions and prior-guided responses."""
     own = tuple(t for t in group.trajectories if t.source in ("fresh", "replay"))
     return Group(group.question, own)

@@ -32,14 +32,14 @@ class Scored(NamedTuple):
 class Job:
     """One distinct sample of a ticket, and the places in the ticket that its verdict fills."""
 
-    ticket: Ticket
+    ticket: ScoreFuture
     text: str  # JSON: "prompt", "completion", "answer", {columns}, checking_gold
     places: list[int] = field(default_factory=list)
     scored: Scored | None = None
     deaths: int = 0  # workers that died of their own while they had it
 
 
-class Ticket:
+class ScoreFuture:
     """Samples that were handed in, and their verdicts as they arrive."""
 
     def __init__(self) -> None:

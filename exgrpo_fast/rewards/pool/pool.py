@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import REWARDS, as_reference, check_reference
-from exgrpo_fast.rewards.pool.jobs import Job, RewardSample, Scored, Ticket
+from exgrpo_fast.rewards.pool.jobs import Job, RewardSample, Scored, ScoreFuture
 from exgrpo_fast.rewards.pool.worker_process import WorkerProcess, inside_worker
 from exgrpo_fast.rewards.rubrics.rubrics import RubricText
 
@@ -185,15 +185,15 @@ class RewardPool:
         self,
         samples: Sequence[RewardSample],
         *,
-        onto: Ticket | None = None,
+        append_to: ScoreFuture | None = None,
         checking_gold: bool = False,
-    ) -> Ticket:
+    ) -> ScoreFuture:
         """Hand samples in, and return the ticket that collects their verdicts, in order.
 
-        `onto`: add them to an earlier ticket. Within one ticket equal samples are scored once.
+        `append_to`: add them to an earlier ticket. Within one ticket equal samples are scored once.
         Never waits; costs what `poll` costs, and 3 us per 1,000 characters.
         """
-        ticket = Ticket() if onto is None else onto
+        ticket = ScoreFuture() if append_to is None else append_to
         self._waiting += ticket.add(samples, checking_gold=checking_gold)
         self.poll()
         return ticket
@@ -210,7 +210,7 @@ class RewardPool:
             pass
 
     def finish(
-        self, ticket: Ticket, on_finished: Callable[[int], object] = lambda count: None
+        self, ticket: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
     ) -> list[Scored]:
         """Wait for the rest of a ticket; `on_finished(count)` first for what is there already.
 
@@ -231,15 +231,15 @@ class RewardPool:
             raise
 
     def verdicts(
-        self, ticket: Ticket, on_finished: Callable[[int], object] = lambda count: None
+        self, ticket: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
     ) -> list[Verdict]:
         """`finish`, as the trainer's `Verdict`."""
         from exgrpo_fast.core.types import Verdict
 
         return [Verdict(*scored) for scored in self.finish(ticket, on_finished)]
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Have nobody work for a ticket any more; what it lacks is unscored, reason `cancelled`.
+    def cancel(self, ticket: ScoreFuture) -> None:
+        """Cancel what a future still lacks; it is unscored with reason `cancelled`.
 
         Workers that have begun with it are killed.
         """
@@ -301,7 +301,7 @@ class RewardPool:
         """Take what a worker has said, or its end; whether there was either."""
         replies = worker.read()
         if replies is None:
-            self._bury(worker)
+            self._on_worker_exit(worker)
             return True
         for reply in replies:
             if "failed" in reply:
@@ -394,8 +394,8 @@ class RewardPool:
                 self._count_failed_start(f"not ready after {START_SECONDS:g} s")
         return killed
 
-    def _bury(self, worker: _Worker) -> None:
-        """A worker is gone without our doing: its job is tried again, it may be innocent."""
+    def _on_worker_exit(self, worker: _Worker) -> None:
+        """A worker is gone without our doing: its job is tried again: the job need not be the cause."""
         self._remove(worker)
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(0.01)  # its pipes are closed: it has ended, or is about to

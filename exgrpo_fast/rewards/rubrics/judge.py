@@ -1,7 +1,7 @@
 """A language model that decides rubrics, behind any OpenAI-compatible `/chat/completions`.
 
 `Judge.judge` takes requests and gives one answer for each, in order: which rubrics are met, or None
-where nobody could say. None is not 0: a response without an answer is left out of its group.
+where no verdict was possible. None is not 0: a response without an answer is left out of its group.
 
 The HTTP client lives on an event loop of its own, in a daemon thread, so that the trainer can go on
 meanwhile (`submit`). What the judge reads was written by the policy, hence fenced in by markers that

@@ -44,10 +44,10 @@ class Decoding:
         sampling: Sampling,
         eos_token_ids: Sequence[int],
         device: torch.device,
-        waiting: Callable[[], None] = lambda: None,
+        on_poll: Callable[[], None] = lambda: None,
     ) -> None:
         """`prompt_of`: the row of each request's prompt in the prompts that `run` is given;
-        `limits`: tokens of each request; `waiting` is called once a token."""
+        `limits`: tokens of each request; `on_poll` is called once a token."""
         self.prompt_of = torch.tensor(prompt_of, device=device)
         self.seeds_B = torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device)
         self.limits_B = torch.tensor(limits, device=device)
@@ -58,7 +58,7 @@ class Decoding:
         self.logprobs_RT = torch.zeros(len(seeds), self.num_tokens, device=device)
         self.sampling = sampling
         self.eos_token_ids = torch.tensor(eos_token_ids, device=device)
-        self.waiting = waiting
+        self.on_poll = on_poll
         self.looks_every = 1 if device.type == "cpu" else TOKENS_UNSEEN
 
     def run(self, model: Any, prompts_UP: Tensor, mask_UP: Tensor) -> None:
@@ -69,7 +69,7 @@ class Decoding:
         forward.select(self.prompt_of)
         logits_BV = logits_BV.index_select(0, self.prompt_of)
         for position in range(self.num_tokens):
-            self.waiting()
+            self.on_poll()
             drawn_B = self._draw(logits_BV, position)
             kept = self._kept(position)
             if kept is not None and not len(kept):
@@ -131,7 +131,7 @@ class _Forward:
 
     def select(self, rows_B: Tensor) -> None:
         """Go on with these rows alone, some maybe several times."""
-        self.cache.reorder_cache(rows_B)
+        self.cache.reorder_cache(rows_B)  # pyright: ignore[reportArgumentType]
         self.mask_BS = self.mask_BS.index_select(0, rows_B)
 
 

@@ -66,7 +66,7 @@ class TransformersEngine(LocalEngine):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         with inference(self.policy.model), self.policy.autocast():
             while order:
-                batch = self._first_batch([requests[i] for i in order], sampling, observer.waiting)
+                batch = self._first_batch([requests[i] for i in order], sampling, observer.on_poll)
                 members, order = order[: len(batch)], order[len(batch) :]
                 for i, completion in zip(members, batch, strict=True):
                     completions[i] = completion
@@ -74,14 +74,14 @@ class TransformersEngine(LocalEngine):
         return [completion for completion in completions if completion is not None]
 
     def _first_batch(
-        self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
+        self, requests: Sequence[Request], sampling: Sampling, on_poll: Callable[[], None]
     ) -> list[Completion]:
         """Of as many of the first requests as fit side by side."""
 
         def generate() -> list[Completion]:
-            return self._generate_batch(requests[: self.max_batch_sequences], sampling, waiting)
+            return self._generate_batch(requests[: self.max_batch_sequences], sampling, on_poll)
 
-        def give_way(cause: str) -> None:
+        def shrink(cause: str) -> None:
             count = min(self.max_batch_sequences, len(requests))
             is_alone = not self.policy.sizes.are_fixed
             if count == 1 or not is_alone:
@@ -99,14 +99,14 @@ class TransformersEngine(LocalEngine):
             self.max_batch_sequences = count // 2
             self.halvings += 1
 
-        return until_it_fits(generate, give_way, during="generation", device=self.policy.device)
+        return until_it_fits(generate, shrink, during="generation", device=self.policy.device)
 
     @staticmethod
     def _limit(request: Request, sampling: Sampling) -> int:
         return request.max_completion_tokens or sampling.max_completion_tokens
 
     def _generate_batch(
-        self, requests: Sequence[Request], sampling: Sampling, waiting: Callable[[], None]
+        self, requests: Sequence[Request], sampling: Sampling, on_poll: Callable[[], None]
     ) -> list[Completion]:
         device = self.policy.device
         prompts = {request.prompt_ids: None for request in requests}
@@ -125,7 +125,7 @@ class TransformersEngine(LocalEngine):
             sampling=sampling,
             eos_token_ids=self.eos_token_ids,
             device=device,
-            waiting=waiting,
+            on_poll=on_poll,
         )
         decoding.run(self.policy.model, ids.to(device), mask.to(device))
         tokens, logprobs = decoding.tokens_RT.cpu(), decoding.logprobs_RT.cpu()

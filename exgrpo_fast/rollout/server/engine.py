@@ -12,11 +12,11 @@ from exgrpo_fast.core.types import Completion
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
+    AsyncEngine,
     EngineLost,
     Observer,
     Request,
     Sampling,
-    StartedEngine,
 )
 from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
 from exgrpo_fast.rollout.server.weight_transfer import Sender
@@ -25,7 +25,7 @@ from exgrpo_fast.rollout.server.wire import pack_requests, unpack_completion
 Arrival = tuple[int, Completion] | EngineLost | None  # None: one server has delivered everything
 
 
-class ServerEngine(StartedEngine):
+class ServerEngine(AsyncEngine):
     """Spreads requests over its servers and gives all of them the policy's weights."""
 
     def __init__(
@@ -117,7 +117,7 @@ class RemoteGeneration:
             completions |= finished
             if finished:
                 observer.finished(list(finished), list(finished.values()))
-            observer.waiting()
+            observer.on_poll()
         return [completions[i] for i in range(self.num_requests)]
 
     def _next_arrivals(self) -> list[Arrival]:

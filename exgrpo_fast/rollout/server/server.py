@@ -53,7 +53,7 @@ MAX_BODY_BYTES = 256 << 20
 
 
 class ServerSettings(BaseModel):
-    """What the process is told on its standard input."""
+    """What the process reads from its standard input."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -257,7 +257,7 @@ async def stream(
 async def answer(
     loop: EngineLoop, request: HttpRequest, command: Callable[[dict[str, Any]], Any]
 ) -> Response:
-    """Have one command done; its failure is told in one line."""
+    """Run one command; a failure is reported in one line."""
     try:
         body = await read_json(request)
         result = await asyncio.wrap_future(loop.ask(lambda: command(body)))
@@ -287,7 +287,7 @@ def refusal(status: int, why: str) -> JSONResponse:
 
 
 def serve(settings: ServerSettings, on_ready: Callable[[int], None]) -> None:
-    """Run until told to stop. `on_ready` gets the port (0 for a Unix socket)."""
+    """Run until stopped. `on_ready` gets the port (0 for a Unix socket)."""
     device = torch.device(settings.model["device"])
     model = VllmModel(**settings.model)
     loop = EngineLoop(model, device)

@@ -154,16 +154,16 @@ class BroadcastSender:
     def send(
         self, weights: NamedWeights, announce: Callable[[dict[str, Any]], Callable[[], None]]
     ) -> None:
-        """One tensor after the other: of weights in parts never more than one is put together."""
+        """One tensor after the other: at most one sharded weight is gathered at a time."""
         answers = announce({"dtype": str(self.dtype).removeprefix("torch.")})
-        if self.group is None:  # forms when the servers, just told, come to meet
+        if self.group is None:  # created once the servers, which have the address, join
             self.group = make_group(self.store, 0, self.world_size, self.device, self.timeout)
         for name, weight in weights:
             tensor = weight.detach().to(self.device, self.dtype).contiguous()
             label = {"name": name, "shape": list(tensor.shape), "checksum": checksum(tensor)}
             send_label(self.group, label, self.device)
             broadcast(self.group, tensor)
-            del weight, tensor  # before the next one is put together
+            del weight, tensor  # before the next one is gathered
         send_label(self.group, END, self.device)
         answers()
 

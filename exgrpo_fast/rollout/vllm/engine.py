@@ -87,5 +87,5 @@ def run_requests(
         completions |= finished
         if finished:
             observer.finished(list(finished), list(finished.values()))
-        observer.waiting()
+        observer.on_poll()
     return [completions[i] for i in range(len(requests))]

@@ -97,7 +97,7 @@ class VllmModel:
 
         ValueError where it is too long, EngineLost after an update that broke off.
         """
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         if not self.usable:
@@ -127,7 +127,7 @@ class VllmModel:
         What is taken for its key is float32 [len(ids) - first], or None where the prefix cache
         reached so far that their rows were not computed; then ask again without the cache.
         """
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
         )
@@ -149,7 +149,7 @@ class VllmModel:
         return key
 
     def _queue(self, ids: Sequence[int], params: Any) -> str:
-        from vllm import TokensPrompt  # pyright: ignore[reportMissingImports]
+        from vllm import TokensPrompt  # pyright: ignore
 
         key = str(self.num_added)
         self.num_added += 1
@@ -292,14 +292,14 @@ def _tells_versions() -> bool:
 
 
 def _import_llm() -> Any:
-    """vLLM's LLM class, told beforehand to stay in this process and off the network."""
+    """vLLM's LLM class, configured to stay in this process and off the network."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         with untouched_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from vllm import LLM  # pyright: ignore[reportMissingImports]
+            from vllm import LLM  # pyright: ignore
     except (ImportError, RuntimeError, OSError) as error:
         raise VllmError(
             f"rollout.engine vllm: vLLM cannot be imported ({_first_line(error)}); "

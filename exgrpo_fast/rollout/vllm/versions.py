@@ -33,7 +33,7 @@ class Trouble(NamedTuple):
 
     what: str
     advice: str
-    fatal: bool = True  # False: it may work, nobody has tried
+    fatal: bool = True  # False: it may work but is untested
 
 
 class Installed(NamedTuple):

@@ -129,7 +129,7 @@ class Checkpoints:
         return names
 
     def newest_valid(self, on_bad: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that verifies; `on_bad` hears why newer ones were passed over."""
+        """The newest checkpoint that verifies; `on_bad` is called with the reason for each newer one that was skipped."""
         for step in reversed(self.steps()):
             path = self.folder / f"step_{step}"
             try:
@@ -188,7 +188,7 @@ def load_state(
     """The trainer's state of one verified checkpoint; `only` names the entries to read, the
     others (the optimiser's are the large ones) then stay on the disk.
 
-    What several processes wrote in parts comes whole, or in parts over the processes of `mesh`.
+    Sharded tensors come gathered, or sharded over `mesh`.
     """
     plain = json.loads((path / "state" / "trainer.json").read_text())
     if only:
@@ -198,10 +198,10 @@ def load_state(
         tensors = {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     if in_parts := wanted - tensors.keys():
         from exgrpo_fast.core.dtensor import (
-            read_parts,  # a second of imports, of which few have need
+            read_shards,  # a second of imports, of which few have need
         )
 
-        tensors |= read_parts(path / PARTS, in_parts, mesh)
+        tensors |= read_shards(path / PARTS, in_parts, mesh)
     return merge_tensors(plain, tensors)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from exgrpo_fast.core.dtensor import own_part, whole
+from exgrpo_fast.core.dtensor import full_tensor, local_shard
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.run.checkpoint.format import (
     CannotSave,
@@ -73,7 +73,7 @@ class CheckpointWriter:
         warn: Callable[[str], None] = log.warning,
         on_committed: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """`on_committed` hears the step of each checkpoint that has become durable."""
+        """`on_committed` is called with the step of each checkpoint that is durable."""
         self.checkpoints = checkpoints
         self.model = model
         self.warn = warn
@@ -162,7 +162,7 @@ class CheckpointWriter:
     def _not_finite(self, copied: Copied) -> str | None:
         """The name of a weight or a moment that is not finite, if there is one."""
         for name, tensor in copied.learned().items():
-            part = own_part(tensor)
+            part = local_shard(tensor)
             if part.is_floating_point() and not part.isfinite().all():
                 return name.removeprefix("state.")
         return None
@@ -210,11 +210,11 @@ class HostCopies:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
-    """Each tensor once with all its names; one in parts is put together, by all processes."""
+    """Each tensor once with all its names; a DTensor is gathered, a collective of all ranks."""
     names_of: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
-        own = own_part(tensor)
+        own = local_shard(tensor)
         place = (own.data_ptr() or name, own.shape, own.stride(), own.dtype, tensor.shape)
         names_of.setdefault(place, []).append(name)
     for names in names_of.values():
-        yield names, whole(tensors[names[0]])
+        yield names, full_tensor(tensors[names[0]])

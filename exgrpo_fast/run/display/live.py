@@ -78,7 +78,7 @@ class RichScreen:
             self._scroll(Text(f"{name} · {count}{duration(seconds)}", "dim"))
         self._known.add(name)
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         pass
 
     def step(self, metrics: Metrics, *, total_steps: int) -> None:

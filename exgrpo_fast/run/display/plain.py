@@ -61,7 +61,7 @@ class PlainScreen:
             self._print(phase.progress())
             wait = self._again_after
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         pass
 
     def step(self, metrics: Metrics, *, total_steps: int) -> None:

@@ -20,7 +20,7 @@ class Screen(Protocol):
         """A long piece of work; the block calls `advance(count=1)` as it proceeds."""
         ...
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life inside a phase, with nothing to show."""
         ...
 
@@ -46,7 +46,7 @@ class NullScreen:
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
         yield lambda count=1: None
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         pass
 
     def step(self, metrics: Metrics, *, total_steps: int) -> None:

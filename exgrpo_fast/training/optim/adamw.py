@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from exgrpo_fast.core.dtensor import parted_like
+from exgrpo_fast.core.dtensor import shard_like
 from exgrpo_fast.core.errors import UserError
 
 Kind = Literal["adamw", "flash_adamw", "adamw_8bit"]
@@ -102,7 +102,7 @@ def repeatable(optimiser: torch.optim.Optimizer, update: int):
 
 
 def flatten(state: Any) -> Any:
-    """A nested state in which every tensor is a plain one, or in parts."""
+    """A nested state in which every tensor is a plain tensor or a DTensor."""
     if isinstance(state, Mapping):
         return {str(key): flatten(value) for key, value in state.items()}
     if isinstance(state, Tensor) and type(state) not in (Tensor, DTensor):
@@ -130,7 +130,7 @@ def _unflatten(
     optimiser: torch.optim.Optimizer, key: str, value: Any, parameter: nn.Parameter
 ) -> Any:
     if isinstance(value, Tensor):
-        return parted_like(value, parameter)
+        return shard_like(value, parameter)
     if not (isinstance(value, Mapping) and value.keys() == {"quantised"}):
         return value
     maker: Any = optimiser

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from exgrpo_fast.core.dtensor import whole
+from exgrpo_fast.core.dtensor import full_tensor
 from exgrpo_fast.training.optim.adamw import (
     Kind,
     flatten,
@@ -83,7 +83,7 @@ class Optimiser:
 
     def step(self) -> UpdateOutcome:
         """Apply the accumulated gradients and clear them."""
-        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)))
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)))
         outcome = self.judge(norm)
         if outcome.skipped is None:
             with self.applying(outcome.lr):
