@@ -10,7 +10,7 @@ from exgrpo_fast.run.display import finite, number_of
 from exgrpo_fast.run.report.figures import Line, Mark, heat_figure, line_figure, stacked_figure
 from exgrpo_fast.run.report.reading import Run, interval
 
-PHASES = ("rollout", "reward", "score", "update", "replay", "prior", "hindsight", "eval")
+PHASES = ("rollout", "reward", "score", "update", "replay", "prior", "hindsight", "sync")
 
 
 def learning_figures(run: Run) -> list[str]:
@@ -36,8 +36,7 @@ def learning_figures(run: Run) -> list[str]:
         _metrics_figure(
             run,
             "Completion length",
-            ("mean tokens", "completion_len_mean", 1),
-            ("fresh", "completion_len_fresh", 3),
+            ("fresh", "completion_len_mean", 1),
             ("replayed", "completion_len_replay", 2),
         ),
         _metrics_figure(
@@ -54,7 +53,6 @@ def replay_figures(run: Run) -> list[str]:
     if not any(run.total(key) for key in ("replay_size", "replay_frac", "replay_active")):
         return []
     started = [step for step, active in run.series("replay_active") if active]
-    shaped = "replay_shaped_mean" if run.series("replay_shaped_mean") else "shaped_mean"
     return [
         _metrics_figure(
             run,
@@ -74,7 +72,7 @@ def replay_figures(run: Run) -> list[str]:
             run,
             "Importance ratio of replayed tokens",
             ("mean", "replay_ratio_mean", 1),
-            ("mean after shaping", shaped, 3),
+            ("mean after shaping", "shaped_mean", 3),
             ("99th percentile", "replay_ratio_p99", 2),
         ),
     ]
