@@ -13,6 +13,9 @@ from typing import Any
 from conftest import REWARDS
 from several_processes import TORCHRUN, environment
 
+from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.training.collector import Batch
+
 SETTINGS = f"""
     --data.train rows.jsonl --data.eval held_out.jsonl --data.check_answers false
     --reward.workers 1 --reward.functions [{REWARDS}:even_length] --rollout.engine transformers
@@ -65,3 +68,7 @@ def assert_same_course(ours: Path, expected: Path) -> None:
         for name in ("reward_mean", "tokens_trained", "tokens_generated", "replay_size"):
             assert found[name] == wanted[name], (found["step"], name)
     assert any(m["replay_frac"] > 0 for m in expected_steps), "nothing was replayed"
+
+
+def replayed_in(batch: Batch) -> list[Trajectory]:
+    return [t for group in batch.generated for t in group.from_source("replay")]

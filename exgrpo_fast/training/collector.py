@@ -82,10 +82,6 @@ class Batch:
     def generated(self) -> tuple[Group, ...]:
         return self.groups + self.discarded
 
-    @property
-    def replayed(self) -> list[Trajectory]:
-        return [t for group in self.generated for t in group.from_source("replay")]
-
 
 class PendingBatch(NamedTuple):
     """A step's first responses, on their way."""

@@ -87,18 +87,22 @@ class Trainer:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
         step, clock = self.num_steps + 1, Clock()
         batch = self.collector.collect(step, clock, self._give_up_when_stopped)
-        self.stream.retire(self.replay.update(batch.generated, step=step))
-        objective = self.replay.objective(self.objective)
-        metrics = self.replay.metrics(batch.replayed, batch.sample, step=step)
-        self.replay.maybe_activate(pass_at_1(batch.generated))
+        replay = self.replay.finish(
+            batch.generated,
+            batch.sample,
+            self.objective,
+            pass_at_1=pass_at_1(batch.generated),
+            step=step,
+        )
+        self.stream.retire(replay.retired)
         if self.generate_ahead and step < self.max_steps:
             self.collector.begin(step + 1, clock)
         self.engine.rest()
         with clock.measure("update"), self.screen.phase("update") as advance:
-            update = self.learner.update(batch.groups, objective, advance)
+            update = self.learner.update(batch.groups, replay.objective, advance)
         with clock.measure("sync"), self.screen.phase("sync"):
             sync = self.engine.sync(step)
-        metrics = step_metrics(step, batch, update, clock) | metrics | sync
+        metrics = step_metrics(step, batch, update, clock) | replay.metrics | sync
         metrics["save_failures"] = self.writer.num_failures
         self.bad_batches.write(step, update.refused)
         self.num_steps = step

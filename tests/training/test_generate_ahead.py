@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import make_questions
+from toy_runs import replayed_in
 
 from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
@@ -87,8 +88,8 @@ def test_replay_plans_on_what_it_has_seen(make) -> None:
     for step in range(1, 7):
         batch, metrics = trainer.step()
         assert all(len(group.trajectories) == 4 for group in batch.groups)
-        assert all(t.birth_step < step for t in batch.replayed)
-        replayed += len(batch.replayed)
+        assert all(t.birth_step < step for t in replayed_in(batch))
+        replayed += len(replayed_in(batch))
         names = [group.question.id for group in batch.groups]
         assert len(set(names)) == len(names)
     assert replayed >= 4

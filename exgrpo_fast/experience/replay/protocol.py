@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from exgrpo_fast.core.types import Group, Question, Trajectory
 from exgrpo_kernels import PolicyObjective
@@ -51,19 +51,30 @@ class PendingSample:
         return PendingSample((0,) * num_questions)
 
 
+class Finished(NamedTuple):
+    """What replay made of a step's groups."""
+
+    retired: list[str]  # ids of questions that the stream drops
+    objective: PolicyObjective  # the loss of this step's update
+    metrics: dict[str, Any]
+
+
 class Replay(Protocol):
-    """The methods of a replay source that training calls."""
+    """The methods of a replay source that training calls: the collector all but `finish`."""
 
     def plan(self, *, step: int) -> Plan: ...
     def sample(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingSample: ...
     def num_fresh(self, group_size: int, num_replayed: int) -> int: ...
     def replace_groups(self, groups: Sequence[Group]) -> list[Group]: ...
-    def update(self, groups: Sequence[Group], *, step: int) -> list[str]: ...
-    def maybe_activate(self, pass_at_1: float) -> None: ...
-    def objective(self, base: PolicyObjective) -> PolicyObjective: ...
-    def metrics(
-        self, replayed: Sequence[Trajectory], sample: ReplaySample, *, step: int
-    ) -> dict: ...
+    def finish(
+        self,
+        groups: Sequence[Group],
+        sample: ReplaySample,
+        objective: PolicyObjective,
+        *,
+        pass_at_1: float,
+        step: int,
+    ) -> Finished: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -85,19 +96,16 @@ class NoReplay:
     def replace_groups(self, groups: Sequence[Group]) -> list[Group]:
         return list(groups)
 
-    def update(self, groups: Sequence[Group], *, step: int) -> list[str]:
-        return []
-
-    def maybe_activate(self, pass_at_1: float) -> None:
-        pass
-
-    def objective(self, base: PolicyObjective) -> PolicyObjective:
-        return base
-
-    def metrics(
-        self, replayed: Sequence[Trajectory], sample: ReplaySample, *, step: int
-    ) -> dict[str, Any]:
-        return {}
+    def finish(
+        self,
+        groups: Sequence[Group],
+        sample: ReplaySample,
+        objective: PolicyObjective,
+        *,
+        pass_at_1: float,
+        step: int,
+    ) -> Finished:
+        return Finished([], objective, {})
 
     def state_dict(self) -> dict[str, Any]:
         return {}

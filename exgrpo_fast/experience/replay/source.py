@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
-from exgrpo_fast.experience.replay.protocol import PendingSample, Plan, ReplaySample
+from exgrpo_fast.experience.replay.protocol import Finished, PendingSample, Plan, ReplaySample
 from exgrpo_fast.experience.replay.selectors import (
     SCORED,
     QuestionSelector,
@@ -281,6 +281,29 @@ class ReplaySource:
         for group, trajectory in zip(experiences.group.tolist(), trajectories, strict=True):
             members[group].append(trajectory)
         return [Group(found[0].question, tuple(found)) for found in members.values()]
+
+    def finish(
+        self,
+        groups: Sequence[Group],
+        sample: ReplaySample,
+        objective: PolicyObjective,
+        *,
+        pass_at_1: float,
+        step: int,
+    ) -> Finished:
+        """Once a step, after the rewards of its `groups` and before the update of the policy.
+
+        `objective`: the loss without replay; `pass_at_1` of the policy on this step's questions.
+        A run that starts replay with this step samples from the next one on, so the objective and
+        metrics are those before `maybe_activate`.
+        """
+        retired = self.update(groups, step=step)
+        replayed = [t for group in groups for t in group.from_source("replay")]
+        finished = Finished(
+            retired, self.objective(objective), self.metrics(replayed, sample, step=step)
+        )
+        self.maybe_activate(pass_at_1)
+        return finished
 
     def update(self, groups: Sequence[Group], *, step: int) -> list[str]:
         """Store, move and retire by the rule above; returns the questions retired now.
