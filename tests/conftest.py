@@ -28,7 +28,8 @@ from exgrpo_fast.core.types import Completion, Question
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import NullScreen
-from exgrpo_fast.run.metrics import NullSink
+from exgrpo_fast.run.metrics import METRICS
+from exgrpo_fast.run.sinks import NullSink
 from exgrpo_fast.training.trainer import Trainer
 
 REWARDS = Path(__file__).parent / "reward_functions.py"
@@ -38,6 +39,24 @@ REWARDS = Path(__file__).parent / "reward_functions.py"
 def _one_thread() -> None:
     """Enough for tensors this small, and on a busy machine much faster than two that wait."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _metrics_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that writes a metric which `run/metrics.py` does not list is an error."""
+    step, publish = Trainer.step, Trainer._publish
+
+    def checked_step(trainer: Trainer) -> tuple[Any, dict[str, Any]]:
+        batch, metrics = step(trainer)
+        assert metrics.keys() <= METRICS.keys(), metrics.keys() - METRICS.keys()
+        return batch, metrics
+
+    def checked_publish(trainer: Trainer, batch: Any, metrics: dict[str, Any]) -> None:
+        publish(trainer, batch, metrics)
+        assert metrics.keys() <= METRICS.keys(), metrics.keys() - METRICS.keys()
+
+    monkeypatch.setattr(Trainer, "step", checked_step)
+    monkeypatch.setattr(Trainer, "_publish", checked_publish)
 
 
 @pytest.fixture(scope="session")

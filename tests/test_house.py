@@ -24,7 +24,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What may be loaded before torch, so that a mistake is answered at once: these, and what they load.
 LIGHT = ["core.errors", "core.text", "core.heartbeat", "core.http_client", "core.torchrun"]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
-LIGHT += ["run.metrics", "run.supervisor"]
+LIGHT += ["run.metrics", "run.sinks", "run.supervisor"]
 # The bodies of commands, which those that parse arguments import inside functions.
 HEAVY = ["cli.session", "cli.buffer_session", "cli.export"]
 

@@ -14,6 +14,7 @@ from conftest import REWARDS
 from several_processes import TORCHRUN, environment
 
 from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.run.metrics import METRICS
 from exgrpo_fast.training.collector import Batch
 
 SETTINGS = f"""
@@ -54,7 +55,9 @@ def make_inputs(path: Path, model_folder: Path) -> None:
 
 
 def steps(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(metrics.keys() <= METRICS.keys() for metrics in found)
+    return found
 
 
 def assert_same_course(ours: Path, expected: Path) -> None:

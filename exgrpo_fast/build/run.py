@@ -37,7 +37,7 @@ from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.run.metrics import MetricSink, NullSink
+from exgrpo_fast.run.sinks import MetricSink, NullSink
 from exgrpo_fast.training.preflight import rehearse
 from exgrpo_fast.training.trainer import Trainer
 

@@ -25,7 +25,7 @@ from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.run.metrics import (
+from exgrpo_fast.run.sinks import (
     CompletionLog,
     FanOut,
     JsonlSink,

@@ -42,8 +42,8 @@ from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import HeartbeatScreen, NullScreen, Screen, make_screen
-from exgrpo_fast.run.metrics import peak_memory_gib
 from exgrpo_fast.run.report import write_report
+from exgrpo_fast.run.sinks import peak_memory_gib
 from exgrpo_fast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)

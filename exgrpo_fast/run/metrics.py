@@ -1,354 +1,162 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, W&B, completion tables.
+"""Every metric of metrics.jsonl: its name, its unit and what it means.
 
-The trainer makes one flat dict per step and hands it to one sink; this file only carries it away.
-Logging never kills training and never slows it: a local file that cannot be written keeps its lines
-for later, a sink that raises is switched off with one warning, and a remote one has its own thread.
-
-`clean_text` is here as well, because every text that leaves a run (log, terminal, report) may have
-been written by the policy.
+Trainer, screen, report and docs/metrics.md use these names and no others; tests compare them. A value
+is None where a step has nothing to measure; "correct of ..." and "..., of all" are shares.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
-import logging
-import math
-import os
-import queue
-import resource
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from exgrpo_fast.core.text import clean_line, clean_text
-
-if TYPE_CHECKING:
-    import torch
-
-logger = logging.getLogger(__name__)
-
-MetricValue = float | int | str | None | dict[str, Any] | list[Any]
-Metrics = Mapping[str, Any]  # name -> MetricValue; numpy scalars and 0-d tensors are accepted too
+Metrics = Mapping[str, Any]  # name -> number, text, None, or a nested one; numpy and tensors too
 
 
-# --- text ----------------------------------------------------------------------------------------
+class Metric(NamedTuple):
+    name: str
+    unit: str  # "" for a plain number, a share or a text
+    meaning: str
 
 
-# --- values --------------------------------------------------------------------------------------
-
-
-def strict(value: Any) -> Any:
-    """Any metric value -> what strict JSON can hold: NaN and infinities become None."""
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None  # float(): numpy's is a subclass
-    if isinstance(value, str):
-        return clean_text(value)
-    if isinstance(value, Mapping):
-        return {clean_text(key): strict(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence | set | frozenset):
-        return [strict(inner) for inner in value]
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, tensors of any rank
-        return strict(value.tolist())
-    return clean_text(value)
-
-
-def numbers(metrics: Metrics, prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a metrics dict, nested ones under `outer/inner`."""
-    found: dict[str, float] = {}
-    for key, value in metrics.items():
-        plain = strict(value)
-        if isinstance(plain, dict):
-            found |= numbers(plain, f"{prefix}{key}/")
-        elif isinstance(plain, bool | int | float):
-            found[f"{prefix}{key}"] = float(plain)
-    return found
-
-
-# --- sinks ---------------------------------------------------------------------------------------
-
-
-class MetricSink(Protocol):
-    """Takes the metrics of a step away."""
-
-    def log(self, step: int, metrics: Metrics) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NullSink:
-    """Keeps nothing."""
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class JsonlSink:
-    """One strict-JSON object a line. The local truth of a run, so it does not give up.
-
-    The file is opened anew for each line: whoever moves, links or repairs the folder under a
-    running process finds the next line in the new place. Lines that cannot be written (disk full,
-    folder gone) wait in memory and follow as soon as writing works again.
-    """
-
-    MAX_WAITING = 100_000  # lines, about 100 MB: days of steps
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._waiting: list[bytes] = []
-        self._failing = False
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        record = {"step": step} | {k: v for k, v in strict(metrics).items() if k != "step"}
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        self._waiting = [*self._waiting, line.encode()][-self.MAX_WAITING :]
-        self._flush()
-
-    def close(self) -> None:
-        if self._waiting:
-            self._flush()
-
-    def truncate_after(self, step: int) -> None:
-        """Drop every line of a later step, and lines that are torn: the run resumes at `step`."""
-        self._waiting = [line for line in self._waiting if _step_of(line, default=step) <= step]
-        if not self.path.exists():
-            return
-        kept = [
-            line
-            for line in self.path.read_bytes().splitlines(keepends=True)
-            if _step_of(line, default=step + 1) <= step
-        ]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-
-    def _flush(self) -> None:
-        try:
-            _append(self.path, b"".join(self._waiting))
-        except OSError as error:
-            if not self._failing:
-                logger.warning("%s: %s; its lines wait in memory", self.path, error.strerror)
-            self._failing = True
-        else:
-            self._waiting, self._failing = [], False
-
-
-def _append(path: Path, data: bytes) -> None:
-    """All of `data` at the end of the file, or nothing; a torn last line is ended first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        torn = False
-        if size:
-            file.seek(size - 1)
-            torn = file.read(1) != b"\n"
-        left = memoryview(b"\n" + data if torn else data)
-        try:
-            while left:
-                left = left[file.write(left) :]
-        except OSError:
-            file.truncate(size)  # half a line would hide the whole one that follows later
-            raise
-
-
-def _step_of(line: bytes, *, default: int) -> int:
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return default
-    return step if isinstance(step, int) else default
-
-
-class TensorBoardSink:
-    """The numbers of each step as TensorBoard scalars; `resumed_from` hides the later events."""
-
-    def __init__(self, folder: Path | str, *, resumed_from: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = None if resumed_from is None else resumed_from + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in numbers(metrics).items():
-            if name != "step":
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    """Weights & Biases in a thread of its own, so that a slow or absent server costs no step.
-
-    A failed start is not retried offline: in the same process that fails too, and metrics.jsonl
-    already holds everything.
-    """
-
-    MAX_QUEUED = 10_000  # steps; more means that the server never answers, and new ones are lost
-    CLOSE_SECONDS = 10.0
-
-    def __init__(self, project: str, name: str | None = None, config: Metrics | None = None):
-        self._wandb: Any = importlib.import_module("wandb")
-        self._settings = {"project": project, "name": name, "config": strict(config or {})}
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(self.MAX_QUEUED)
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        if self._error:
-            raise self._error
-        try:
-            self._queue.put_nowait((step, numbers(metrics)))
-        except queue.Full:
-            raise TimeoutError("the W&B server has not answered for a long time") from None
-
-    def close(self) -> None:
-        if not self._error and not self._queue.full():
-            self._queue.put_nowait(None)
-            self._thread.join(self.CLOSE_SECONDS)
-
-    def _work(self) -> None:
-        try:
-            run = self._wandb.init(**self._settings)
-            while (item := self._queue.get()) is not None:
-                step, values = item
-                run.log(values, step=step)
-            run.finish()
-        except Exception as error:  # whatever W&B raises becomes one warning in the main thread
-            self._error = error
-
-
-class FanOut:
-    """Several sinks as one; a sink that raises is switched off with one warning."""
-
-    def __init__(
-        self, sinks: Sequence[MetricSink], *, warn: Callable[[str], None] = logger.warning
-    ) -> None:
-        self.sinks = list(sinks)
-        self._warn = warn
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for sink in list(self.sinks):
-            self._guard(sink, "log", step, metrics)
-
-    def close(self) -> None:
-        for sink in list(self.sinks):
-            self._guard(sink, "close")
-
-    def _guard(self, sink: MetricSink, method: str, *arguments: Any) -> None:
-        try:
-            getattr(sink, method)(*arguments)
-        except Exception as error:  # a logger's fault must not cost the run
-            self.sinks.remove(sink)
-            kind, cause = type(sink).__name__, clean_line(error, max_line=300)
-            self._warn(f"{kind} is switched off: {type(error).__name__}: {cause}")
-
-
-# --- completions ---------------------------------------------------------------------------------
-
-COMPLETION_COLUMNS = {
-    "step": "int64",
-    "question_id": "string",
-    "source": "string",
-    "prompt": "string",
-    "completion": "string",
-    "answer": "string",
-    "reward": "float32",
-    "reason": "string",
-    "num_tokens": "int32",
-    "truncated": "bool",
-    "advantage": "float32",
-    "mean_entropy": "float32",
-    "mean_logprob": "float32",
+PHASES = {  # of the clock; a phase inside another one is counted in itself alone
+    "rollout": "generation of fresh completions",
+    "reward": "rewards that were still open after generation",
+    "score": "log-probs and entropies of fresh completions under the trainer's weights",
+    "replay": "choosing, reading and storing trajectories",
+    "prior": "resampling by the prior policy",
+    "hindsight": "revisions of failed completions",
+    "update": "forward passes, backward passes and optimiser",
+    "sync": "weights on their way to the engine, and their check",
 }
 
-
-class CompletionLog:
-    """completions/step_000012.parquet: one row a trajectory, for people and for data tools."""
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        self._failing = False
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}.parquet"
-
-    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path | None:
-        """Write the rows of one step; None when the disk refuses (warned once, never raised)."""
-        path = self.path(step)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_parquet(temporary, [{**row, "step": step} for row in rows])
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            if not self._failing:
-                logger.warning("%s: %s; completions are not kept", path, error.strerror or error)
-            self._failing = True
-            return None
-        self._failing = False
-        return path
-
-    def truncate_after(self, step: int) -> None:
-        """Remove the tables of later steps: the run resumes at `step`."""
-        for path in self.folder.glob("step_*.parquet"):
-            number = path.stem.removeprefix("step_")
-            if number.isdigit() and int(number) > step:
-                path.unlink(missing_ok=True)
-
-
-def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = {"int64": pa.int64(), "int32": pa.int32(), "float32": pa.float32()}
-    types |= {"string": pa.string(), "bool": pa.bool_()}
-    arrays = {
-        name: pa.array([_cell(row.get(name), kind) for row in rows], types[kind])
-        for name, kind in COMPLETION_COLUMNS.items()
-    }
-    pq.write_table(pa.table(arrays), path, compression="zstd")
-
-
-def _cell(value: Any, kind: str) -> Any:
-    if kind == "string" and value is not None:
-        # The text stays as the policy wrote it; only what UTF-8 cannot hold is escaped.
-        return str(value).encode("utf-8", "backslashreplace").decode()
-    return strict(value) if hasattr(value, "tolist") else value
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def peak_memory_gib(device: torch.device | str) -> float:
-    """GiB: the most the CUDA allocator has held at once, elsewhere the process's resident peak."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
-
-
-class NoCompletionLog(CompletionLog):
-    """Of ranks other than 0: rank 0 has the same rows and writes them."""
-
-    def __init__(self) -> None:
-        super().__init__(Path())
-
-    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
+SECTIONS: dict[str, list[Metric]] = {
+    "Step": [
+        Metric("step", "", "number of finished steps, this one included"),
+        Metric("loss", "", "mean loss of the step's updates"),
+        Metric("loss_hex", "", "float.hex of the float32 loss: equal texts are equal bits"),
+        Metric("reward_mean", "", "mean reward of all trajectories"),
+        Metric("pass_at_1", "", "correct of all but prior-guided trajectories"),
+        Metric("pass_at_1_fresh", "", "correct of fresh trajectories"),
+        Metric("pass_at_1_replay_groups", "", "correct of fresh trajectories with a replayed one"),
+        Metric("learnable_frac", "", "groups whose rewards differ, of all groups"),
+        Metric("all_fail_frac", "", "groups without a correct trajectory, of all groups"),
+        Metric("all_pass_frac", "", "groups with only correct trajectories, of all groups"),
+        Metric("groups_discarded", "groups", "left out by dynamic sampling"),
+        Metric("unscored", "completions", "without a verdict, left out of their groups"),
+        Metric("reasons", "trajectories", "how many for each reason of the rewards and skips"),
+    ],
+    "Completions": [
+        Metric("entropy", "nats", "mean entropy of a fresh token over the vocabulary"),
+        Metric("entropy_fresh", "nats", "the same"),
+        Metric("entropy_replay", "nats", "of a replayed token, when it was generated"),
+        Metric("completion_len_mean", "tokens", "mean length of fresh completions"),
+        Metric("completion_len_replay", "tokens", "mean length of replayed trajectories"),
+        Metric("truncated_frac", "", "cut at the length limit, of fresh completions"),
+        Metric("tokens_generated", "tokens", "fresh tokens"),
+        Metric("generation_halvings", "", "times that generation ran out of memory"),
+    ],
+    "Engine against trainer": [
+        Metric("mismatch_mean", "nats", "mean difference of a token's log-prob"),
+        Metric("mismatch_p99", "nats", "its 99th percentile"),
+        Metric("mismatch_max", "nats", "its maximum"),
+        Metric("mismatch_kl", "nats", "KL(engine to trainer), k3 estimate"),
+        Metric("mismatch_corrected_frac", "", "tokens cut or masked by the correction, of all"),
+        Metric("staleness_mean", "updates", "between a token's weights and the present ones"),
+        Metric("staleness_max", "updates", "the maximum of it"),
+        Metric("sync_gap", "nats", "mean difference on the fixed prompt after a weight sync"),
+    ],
+    "Update": [
+        Metric("tokens_trained", "tokens", "completion tokens with a weight in the loss"),
+        Metric("num_trained", "tokens", "the same, as the loss has counted them"),
+        Metric("num_shaped", "tokens", "of them with the shaped ratio"),
+        Metric("grad_norm", "", "largest gradient norm of the step's updates, before clipping"),
+        Metric("lr", "", "learning rate"),
+        Metric("skipped", "updates", "refused, or without anything to learn"),
+        Metric("ratio_mean", "", "mean importance ratio of unshaped tokens"),
+        Metric("ratio_max", "", "its maximum"),
+        Metric("clip_frac_low", "", "clipped at the lower bound, of unshaped tokens"),
+        Metric("clip_frac_high", "", "clipped at the upper bound, of unshaped tokens"),
+        Metric("dual_clip_frac", "", "cut by dual-clip, of unshaped tokens"),
+        Metric("log_ratio_clamped", "tokens", "whose log-ratio met the limit of 20"),
+        Metric("approx_kl", "nats", "KL(behaviour to policy), k3 estimate, unshaped tokens"),
+        Metric("shaped_mean", "", "mean shaped ratio of the shaped tokens"),
+        Metric("entropy_mean", "nats", "mean entropy of the trained tokens during the update"),
+        Metric("kl_ref", "nats", "mean KL term to the reference policy"),
+        Metric("density", "", "tiles of the head that the backward pass computed, of all"),
+        Metric("skipped_mass", "", "probability in the tiles that it skipped, of all"),
+        Metric("rows_skipped", "tokens", "without a gradient, left out of the backward pass"),
+        Metric("padding_frac", "", "padding of the tokens that the forward passes read"),
+        Metric("prompt_tokens_shared_frac", "", "prompt tokens read once for several completions"),
+        Metric("chunk_halvings", "", "times that the loss ran out of memory and halved its chunk"),
+        Metric("microbatch_halvings", "", "times that a pack ran out of memory and was halved"),
+    ],
+    "Replay": [
+        Metric("replay_active", "", "1 once replay has started"),
+        Metric("replay_frac", "", "groups with a replayed trajectory, of all groups"),
+        Metric("replay_size", "questions", "in the replay buffer, to be asked again"),
+        Metric("replay_trajectories", "trajectories", "in the replay buffer"),
+        Metric("replay_bytes", "bytes", "of their tokens and log-probs"),
+        Metric("replay_evicted", "trajectories", "that made room for others, since the start"),
+        Metric("replay_buckets", "questions", "in each bucket, fewest correct first"),
+        Metric("replay_ages", "trajectories", "of age 0, 1, 2 to 3, 4 to 7, ... steps"),
+        Metric("retired_size", "questions", "retired, because all of a group was correct"),
+        Metric("replay_candidates", "trajectories", "scored for the choice"),
+        Metric("replay_age_mean", "steps", "mean age of the replayed trajectories"),
+        Metric("replay_age_max", "steps", "its maximum"),
+        Metric("replay_entropy_selected", "nats", "mean entropy of the chosen trajectories"),
+        Metric("replay_entropy_candidates", "nats", "mean entropy of all candidates"),
+        Metric("replay_ratio_mean", "", "mean importance ratio of replayed tokens"),
+        Metric("replay_ratio_p99", "", "its 99th percentile"),
+        Metric("replay_ratio_max", "", "its maximum"),
+    ],
+    "Prior resampling": [
+        Metric("prior_responses", "completions", "guided by the prior policy"),
+        Metric("prior_redrawn_frac", "", "redrawn by the prior, of a completion's tokens"),
+        Metric("prior_redrawn_p10", "", "its 10th percentile over completions"),
+        Metric("prior_redrawn_p90", "", "its 90th percentile over completions"),
+        Metric("prior_redrawn_by_decile", "", "the same in each tenth of the completions"),
+        Metric("prior_reward_mean", "", "mean reward of guided completions"),
+        Metric("prior_pass_at_1", "", "correct of guided completions"),
+        Metric("prior_kept_frac", "", "left by the filter, of guided completions"),
+        Metric("prior_groups_mixed", "groups", "whose rewards differ only by a guided completion"),
+        Metric("prior_same_token_frac", "", "redrawn as the same token, of redrawn tokens"),
+        Metric("prior_tested_at_triggers", "", "mean statistic of the drafts that were rejected"),
+        Metric("prior_completion_len", "tokens", "mean length of guided completions"),
+        Metric("prior_tokens", "tokens", "of guided completions"),
+        Metric("prior_rounds", "", "rounds of drafting and testing"),
+        Metric("prior_tokens_per_round", "tokens", "emitted in a round"),
+        Metric("prior_waste", "", "drafted tokens for each emitted one"),
+        Metric("prior_kl", "nats", "KL(policy to prior) on some fresh completions"),
+        Metric("prior_rate_mean", "", "mean probability of a redraw, in the exact modes"),
+        Metric("prior_seconds_draft", "s", "drafting by the policy"),
+        Metric("prior_seconds_score", "s", "scoring by the prior"),
+        Metric("prior_seconds_draw", "s", "drawing the replacements"),
+        Metric("prior_ratio_kept_mean", "", "mean importance ratio of kept guided tokens"),
+        Metric("prior_ratio_redrawn_mean", "", "mean importance ratio of redrawn tokens"),
+        Metric("prior_clip_frac", "", "clipped, of guided tokens"),
+    ],
+    "Hindsight": [
+        Metric("hindsight_groups_failed", "groups", "with completions to revise"),
+        Metric("hindsight_revisions", "completions", "written with hindsight"),
+        Metric("hindsight_skipped_long", "completions", "whose prompt would have been too long"),
+        Metric("hindsight_better", "completions", "with a higher reward than their draft"),
+        Metric("hindsight_joined", "completions", "that joined their group"),
+        Metric("hindsight_all_fail_groups", "groups", "without a success before"),
+        Metric("hindsight_all_fail_became_mixed", "groups", "of them with one after"),
+        Metric("hindsight_tokens", "tokens", "of the revisions"),
+        Metric("hindsight_reward_mean", "", "mean reward of the revisions"),
+    ],
+    "Held-out evaluation": [
+        Metric("eval_avg_at_n", "", "correct of all samples of the held-out questions"),
+        Metric("eval_pass_at_k", "", "k -> expected share of questions solved by k samples"),
+    ],
+    "Time, memory and disk": [
+        Metric("step_seconds", "s", "of the step, without evaluation and checkpoint"),
+        *(Metric(f"seconds_{phase}", "s", meaning) for phase, meaning in PHASES.items()),
+        Metric("tokens_per_second_rollout", "tokens/s", "fresh tokens by seconds_rollout"),
+        Metric("tokens_per_second_train", "tokens/s", "trained tokens by seconds_update"),
+        Metric("peak_memory_gib", "GiB", "peak of torch's allocator on CUDA, else of the process"),
+        Metric("save_failures", "", "checkpoints that the disk has refused, since the start"),
+    ],
+}
+METRICS = {metric.name: metric for metrics in SECTIONS.values() for metric in metrics}

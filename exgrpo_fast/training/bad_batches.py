@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from exgrpo_fast.run.metrics import strict
+from exgrpo_fast.run.sinks import strict
 from exgrpo_fast.training.update_stats import RefusedUpdate, Row
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.run.metrics import CompletionLog, MetricSink, peak_memory_gib
+from exgrpo_fast.run.sinks import CompletionLog, MetricSink, peak_memory_gib
 from exgrpo_fast.training.bad_batches import BadBatches
 from exgrpo_fast.training.collector import Batch, Clock, Collector
 from exgrpo_fast.training.evaluate import Evaluation, Evaluator

@@ -29,7 +29,7 @@ from exgrpo_fast.model.lora import (
 from exgrpo_fast.model.policy import load_model
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.run.checkpoint.format import load_state
-from exgrpo_fast.run.metrics import NullSink
+from exgrpo_fast.run.sinks import NullSink
 from exgrpo_fast.training.trainer import Trainer
 
 LORA = {"rank": 4, "alpha": 8.0}

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 import exgrpo_fast
-from exgrpo_fast.run.metrics import CompletionLog, JsonlSink
 from exgrpo_fast.run.report import read_run, write_report
 from exgrpo_fast.run.report.axes import Axes, tick_label, ticks
 from exgrpo_fast.run.report.completions import pick_rows
 from exgrpo_fast.run.report.figures import Line, line_figure, running_mean, stacked_figure, thin
 from exgrpo_fast.run.report.page import flat
+from exgrpo_fast.run.sinks import CompletionLog, JsonlSink
 
 
 def step_metrics(step, *, replay=True):

@@ -11,7 +11,7 @@ import torch
 from conftest import make_questions
 
 from exgrpo_fast.run.checkpoint.format import load_state, verify
-from exgrpo_fast.run.metrics import NullSink
+from exgrpo_fast.run.sinks import NullSink
 from exgrpo_fast.training.trainer import MAX_BAD_UPDATES, NumericalStop
 
 
