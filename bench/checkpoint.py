@@ -44,8 +44,8 @@ def main() -> None:
         folder = RunFolder(Path(name), resume=False)
         with open_run(
             config, folder, NullScreen(), device=arguments.device, resume_from=None
-        ) as run:
-            result = measure(run.trainer, arguments.rounds)
+        ) as trainer:
+            result = measure(trainer, arguments.rounds)
         folder.close()
     out = arguments.out or Path(f"bench/results/{arguments.device}/checkpoint.json")
     out.parent.mkdir(parents=True, exist_ok=True)

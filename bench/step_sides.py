@@ -186,8 +186,7 @@ def run_ours(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> d
         }
     )
     run_folder = RunFolder(out / "run", resume=False)
-    with open_run(config, run_folder, make_screen(), device="cpu", resume_from=None) as run:
-        trainer = run.trainer
+    with open_run(config, run_folder, make_screen(), device="cpu", resume_from=None) as trainer:
         step = trainer.step
 
         def marked() -> Any:

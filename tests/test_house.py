@@ -25,8 +25,9 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIGHT = ["core.errors", "core.text", "core.heartbeat", "core.http_client", "core.torchrun"]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
 LIGHT += ["run.metrics", "run.sinks", "run.supervisor"]
-# The bodies of commands, which those that parse arguments import inside functions.
-HEAVY = ["cli.session", "cli.buffer_session", "cli.export"]
+LIGHT += ["memory.store", "experience.replay.plan", "rollout.vllm.versions"]
+# The body of `train`, which its arguments import inside a function.
+HEAVY = ["cli.train_run"]
 
 
 def room_of(path: Path) -> str:

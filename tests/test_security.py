@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import REWARDS
 
-from exgrpo_fast.build.environment import environment
 from exgrpo_fast.cli import main
+from exgrpo_fast.cli.train_run import environment
 from exgrpo_fast.run.directory import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

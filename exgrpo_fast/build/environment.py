@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
 
 import transformers
 import xxhash
 
+from exgrpo_fast import __version__
 from exgrpo_fast.config import Config, dump_yaml
 
 
@@ -23,16 +23,6 @@ def config_digest(config: Config) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    from exgrpo_fast import __version__
-
     names = ("torch", "transformers", "safetensors", "numpy")
     versions = {"exgrpo-fast": __version__, "python": platform.python_version()}
     return versions | {name: importlib.metadata.version(name) for name in names}
-
-
-def environment(device: str) -> dict[str, Any]:
-    """env.json: what a reader needs to judge the figures of a run."""
-    from exgrpo_fast import __version__
-    from exgrpo_fast.build.doctor import collect
-
-    return {"exgrpo_fast": __version__, "device": device, **collect(self_test=False)}

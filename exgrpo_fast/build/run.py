@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +32,12 @@ from exgrpo_fast.core.rng import seed_everything
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.fit import Expected, fitted, fitted_together, wants_preflight
 from exgrpo_fast.memory.store import store_note
-from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.sinks import MetricSink, NullSink
 from exgrpo_fast.training.preflight import rehearse
 from exgrpo_fast.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a training run is made of."""
-
-    trainer: Trainer
-    policy: Policy
-    tokenizer: Tokenizer
 
 
 @contextlib.contextmanager
@@ -60,10 +49,10 @@ def open_run(
     device: str,
     resume_from: Path | None,
     processes: Processes = SINGLE_PROCESS,
-) -> Iterator[Run]:
-    """Build a training run; leaving the block ends its reward workers and metric sinks.
+) -> Iterator[Trainer]:
+    """The trainer of a run; leaving the block closes its reward workers, engine and metric sinks.
 
-    Of several `processes` the first one has rewards, an engine and the files.
+    Rank 0 alone has the reward workers, the engine and the files.
     """
     quiet_libraries()
     refuse_impossible_attention(config, device)
@@ -139,7 +128,7 @@ def open_run(
         engine.sync(state["num_steps"])
         if isinstance(trainer.replay, ReplaySource):
             screen.note(store_note(trainer.replay.store.plan, device))
-        yield Run(trainer, policy, tokenizer)
+        yield trainer
 
 
 def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:

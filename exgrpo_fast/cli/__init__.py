@@ -1,5 +1,5 @@
-"""`exgrpo-fast`: words to calls. Everything heavy is imported inside the command that needs it, so
-that a user's mistake is answered in one line before torch is loaded.
+"""`exgrpo-fast`: one file a command, with its arguments and its body. torch is imported inside the
+body, so that a user's mistake is reported in one line before it is loaded.
 
 Exit codes: 0 done, 2 usage or config, 70 numerical stop, 74 cannot save, 75 gave up after restarts,
 130/143 signals.
@@ -12,19 +12,19 @@ import sys
 from collections.abc import Sequence
 
 from exgrpo_fast import __version__
+from exgrpo_fast.cli.arguments import Parser, suggest
 from exgrpo_fast.cli.bench import add_bench
 from exgrpo_fast.cli.buffer import add_buffer
-from exgrpo_fast.cli.generate import add_eval, add_sample
-from exgrpo_fast.cli.look import (
-    add_check_data,
-    add_doctor,
-    add_reward_test,
-    add_score,
-    add_verify_checkpoint,
-)
-from exgrpo_fast.cli.parsing import Parser, suggest
+from exgrpo_fast.cli.check_data import add_check_data
+from exgrpo_fast.cli.doctor import add_doctor
+from exgrpo_fast.cli.eval import add_eval
+from exgrpo_fast.cli.export import add_export
+from exgrpo_fast.cli.init import add_init
+from exgrpo_fast.cli.reward_test import add_reward_test
+from exgrpo_fast.cli.sample import add_sample
+from exgrpo_fast.cli.score import add_score
 from exgrpo_fast.cli.train import add_train, parse_overrides, train
-from exgrpo_fast.cli.write import add_export, add_init
+from exgrpo_fast.cli.verify_checkpoint import add_verify_checkpoint
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import exgrpo_fast
-from exgrpo_fast.cli.parsing import add_command, suggest
+from exgrpo_fast.cli.arguments import add_command, suggest
 from exgrpo_fast.config import ConfigError
 
 

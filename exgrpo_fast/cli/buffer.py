@@ -1,15 +1,35 @@
-"""`exgrpo-fast buffer`: the experience of a run, looked at, made smaller, exported."""
+"""`exgrpo-fast buffer`: look into the experience store of a run, prune it, export it.
+
+PATH is a run folder, of which the newest checkpoint that verifies is taken, or a checkpoint folder.
+No action changes it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from exgrpo_fast.cli.inputs import require_absent, require_file
-from exgrpo_fast.cli.parsing import add_command, natural, positive
-from exgrpo_fast.config import ConfigError
+from exgrpo_fast.cli.arguments import (
+    add_command,
+    natural,
+    positive,
+    require_absent,
+    require_file,
+)
+from exgrpo_fast.config import ConfigError, load_config
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import clean_line, clean_text
+from exgrpo_fast.data import CheckedRow, check_data
 
+if TYPE_CHECKING:
+    from exgrpo_fast.build.saved_store import SavedStore
+    from exgrpo_fast.experience.replay.inspect import StoredQuestion, StoredTrajectory
+
+BAR_WIDTH = 40  # characters, of the longest bar
 SORT_KEYS = ("bucket", "trajectories", "visits", "entropy", "age")  # of `buffer ls`
 
 
@@ -43,55 +63,190 @@ def add_buffer(commands: Any) -> None:
     a.add_argument("--out", required=True, help="a new .parquet file")
 
 
+def open_store(path: str) -> SavedStore:
+    from exgrpo_fast.build.saved_store import SavedStore
+
+    return SavedStore.open(
+        Path(path), lambda why: print(f"checkpoint passed over: {clean_line(why)}", file=sys.stderr)
+    )
+
+
 def buffer_stats(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer stats")
-    from exgrpo_fast.cli.buffer_session import stats_session
-
-    stats_session(Path(arguments.path), as_json=arguments.json)
+    saved = open_store(arguments.path)
+    found = saved.stats()
+    print(json.dumps(found, indent=2) if arguments.json else stats_text(saved.checkpoint, found))
     return 0
 
 
 def buffer_ls(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer ls")
-    from exgrpo_fast.cli.buffer_session import list_session
-
-    list_session(
-        Path(arguments.path),
-        sort=arguments.sort,
-        bucket=arguments.bucket,
-        limit=arguments.limit,
-    )
+    saved = open_store(arguments.path)
+    found = saved.questions(sort=arguments.sort, bucket=arguments.bucket, limit=arguments.limit)
+    print(questions_text(found, saved.group_size))
     return 0
 
 
 def buffer_show(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer show")
-    from exgrpo_fast.cli.buffer_session import show_session
-
-    show_session(Path(arguments.path), arguments.id)
+    saved = open_store(arguments.path)
+    question, trajectories = saved.question(arguments.id)
+    print(question_text(question, saved.group_size))
+    if row := training_row(saved.checkpoint, question.id):
+        print(clean_text(f"\n{prompt_text(row)}\nanswer    {row.answer}"))
+    decode = saved.decoder() if trajectories else str
+    for trajectory in trajectories:
+        print(f"\n--- {trajectory_text(trajectory)}")
+        print(clean_text(decode(trajectory.token_ids)))
     return 0
 
 
 def buffer_prune(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer prune")
     require_absent(arguments.out)
-    if arguments.max_age is None and arguments.max_per_question is None:
+    limits = {"max_age": arguments.max_age, "max_per_question": arguments.max_per_question}
+    if not any(limit is not None for limit in limits.values()):
         raise ConfigError("buffer prune: give --max-age STEPS, --max-per-question N or both")
-    from exgrpo_fast.cli.buffer_session import prune_session
-
-    prune_session(
-        Path(arguments.path),
-        Path(arguments.out),
-        max_age=arguments.max_age,
-        max_per_question=arguments.max_per_question,
-    )
+    kept, dropped = open_store(arguments.path).write_pruned(Path(arguments.out), **limits)
+    print(f"{arguments.out}: {kept} trajectories stay, {dropped} were dropped")
     return 0
 
 
 def buffer_export(arguments: argparse.Namespace) -> int:
     require_file(arguments.path, "buffer export")
     require_absent(arguments.out)
-    from exgrpo_fast.cli.buffer_session import export_session
-
-    export_session(Path(arguments.path), Path(arguments.out))
+    count = open_store(arguments.path).export(Path(arguments.out))
+    print(f"{arguments.out}: {count} trajectories")
     return 0
+
+
+def training_row(checkpoint: Path, question_id: str) -> CheckedRow | None:
+    """The question's row; None where config or data of the run are not on this machine."""
+    try:
+        data = load_config(str(checkpoint.absolute().parents[1] / "config.yaml")).data
+        if data.train is None or (isinstance(data.train, str) and not Path(data.train).exists()):
+            return None
+        report = check_data(
+            data.train if isinstance(data.train, str) else data.train.model_dump(),
+            prompt_field=data.prompt_field,
+            answer_field=data.answer_field,
+            id_field=data.id_field,
+        )
+    except UserError:
+        return None
+    return next((row for row in report.rows if row.id == question_id), None)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def stats_text(checkpoint: Path, found: Mapping[str, Any]) -> str:
+    size = found["group_size"]
+    buckets = {f"{bucket}/{size}": count for bucket, count in found["buckets"].items()}
+    parts = [
+        f"{checkpoint}, after step {found['step']}",
+        aligned(
+            ("questions stored", f"{found['questions']:,}"),
+            ("questions retired", f"{found['retired']:,}"),
+            ("trajectories", f"{found['trajectories']:,}"),
+            ("never scored", f"{found['never_scored']:,}"),
+            ("evicted", f"{found['evicted']:,}"),
+            ("tokens", f"{found['tokens']:,}"),
+            ("bytes of tokens and log-probs", f"{found['bytes']:,}"),
+        ),
+        aligned(
+            ("", "mean", "min", "max"),
+            *(
+                (name, *(number(found[key][what]) for what in ("mean", "min", "max")))
+                for name, key in MEASURED.items()
+                if found[key]
+            ),
+        ),
+        histogram("questions by bucket", buckets),
+        histogram("trajectories by age, in steps", found["ages"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+MEASURED = {
+    "trajectories of a question": "trajectories_per_question",
+    "age, in steps": "age",
+    "length, in tokens": "length",
+    "last known entropy, in nats": "entropy",
+}
+
+
+def histogram(title: str, counts: Mapping[str, int]) -> str:
+    if not counts:
+        return ""
+    most = max(counts.values())
+    names, width = max(map(len, counts)), len(f"{most:,}")
+    bars = [
+        f"  {name:>{names}}  {count:>{width},}  {'#' * -(-count * BAR_WIDTH // most)}"
+        for name, count in counts.items()
+    ]
+    return "\n".join([title, *bars])
+
+
+def questions_text(found: Sequence[StoredQuestion], group_size: int) -> str:
+    header = "question|bucket|visits|last visit|trajectories|lowest entropy|newest birth".split("|")
+    rows = [
+        (
+            clean_line(question.id),
+            bucket_name(question.bucket, group_size),
+            str(question.visits),
+            str(question.last_visit),
+            str(question.trajectories),
+            number(question.lowest_entropy),
+            number(question.newest),
+        )
+        for question in found
+    ]
+    return aligned(header, *rows)
+
+
+def question_text(question: StoredQuestion, group_size: int) -> str:
+    bucket = bucket_name(question.bucket, group_size)
+    state = f"bucket {bucket}" if question.bucket >= 0 else "in no bucket"
+    state = "retired" if question.retired else state
+    visited = f", the last in step {question.last_visit}" if question.visits else ""
+    return (
+        f"question  {clean_line(question.id)}\n"
+        f"          {state}, visits: {question.visits}{visited}, "
+        f"trajectories: {question.trajectories}"
+    )
+
+
+def trajectory_text(trajectory: StoredTrajectory) -> str:
+    entropy = trajectory.entropy
+    parts = [
+        f"reward {trajectory.reward:g}",
+        f"{len(trajectory.token_ids)} tokens{' (cut)' if trajectory.truncated else ''}",
+        f"born in step {trajectory.birth_step}",
+        "never scored" if entropy is None else f"entropy {entropy:.3f}",
+        f"mean log-prob {trajectory.mean_logprob:.3f}",
+    ]
+    return ", ".join(parts)
+
+
+def prompt_text(row: CheckedRow) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(str(message.get("content", "")) for message in row.prompt)
+
+
+def bucket_name(bucket: int, group_size: int) -> str:
+    return f"{bucket}/{group_size}" if bucket >= 0 else "-"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def aligned(*rows: Sequence[str]) -> str:
+    """Columns side by side, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

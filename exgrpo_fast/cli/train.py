@@ -1,4 +1,4 @@
-"""`exgrpo-fast train`: a run under its supervisor, and its plan."""
+"""`exgrpo-fast train`: arguments, dry run and supervisor; the run itself is `train_run.py`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exgrpo_fast.cli.inputs import check_inputs, choose_device
-from exgrpo_fast.cli.parsing import add_command, gibibytes, positive, resume_point
+from exgrpo_fast.cli.arguments import (
+    add_command,
+    add_memory,
+    check_inputs,
+    choose_device,
+    positive,
+    resume_point,
+)
 from exgrpo_fast.config import (
     Config,
     ConfigError,
@@ -27,7 +33,9 @@ from exgrpo_fast.config import (
 from exgrpo_fast.core.heartbeat import Supervised
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import place_of
+from exgrpo_fast.memory.store import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
+from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 
 
 def add_train(commands: Any) -> None:
@@ -63,50 +71,33 @@ def add_train(commands: Any) -> None:
     c.epilog = "config keys: " + " ".join(all_keys())
 
 
-def add_memory(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--device-memory-gib", type=gibibytes, help="plan for a GPU of this size, not for this one"
-    )
-
-
 def train(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
     if arguments.max_steps is not None:
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"max_steps": arguments.max_steps})}
-        )
-    place = place_of()
-    refuse_with_several(config, place.count)
+        overrides.append(("train.max_steps", str(arguments.max_steps)))
+    config = load_config(arguments.config, overrides)
+    rank = place_of()
+    refuse_with_several(config, rank.count)
     check_inputs(config)
-    if arguments.dry_run and not place.is_main:
-        return 0
     if arguments.dry_run:
-        print(dump_yaml(config), end="")
-        print(derived_numbers(config))
-        if config.replay.enabled:
-            from exgrpo_fast.memory.store import store_note, store_plan
-
-            device = arguments.device or "the training device"
-            print(f"# {store_note(store_plan(config, num_questions=0), device)}")
-        gib = arguments.device_memory_gib
-        return show_plan(config, arguments.device, gib, prefix="# ", processes=place.count)
-    out = Path(arguments.out or default_out(arguments.config))
-    told: Supervised | None = arguments.supervised
-    heartbeat = told.take_over() if told else None
+        return show_dry_run(arguments, config, processes=rank.count) if rank.is_main else 0
+    out = Path(arguments.out or f"runs/{Path(arguments.config).stem}")
+    supervised: Supervised | None = arguments.supervised
+    heartbeat = supervised.take_over() if supervised else None
     resumes = arguments.resume != "never"
-    if place.is_main:
-        folder = RunFolder(out, resume=resumes, lock=told.lock if told else None)
+    if rank.is_main:
+        folder = RunFolder(out, resume=resumes, lock=supervised.lock if supervised else None)
     else:
         folder = GuestFolder(out)
     with contextlib.closing(folder):
         if resumes:
             refuse_other_config(folder.config, config)
-        # Of several processes torchrun is the supervisor.
-        if arguments.supervise and not told and place.count == 1:
+        # With several ranks torchrun is the supervisor.
+        if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
-        from exgrpo_fast.cli.session import train_session
+        from exgrpo_fast.cli.train_run import train_run
 
-        return train_session(
+        return train_run(
             config,
             folder,
             device=choose_device(arguments.device),
@@ -114,22 +105,31 @@ def train(arguments: argparse.Namespace) -> int:
             stop_after=arguments.stop_after,
             deterministic=arguments.deterministic,
             heartbeat=heartbeat,
-            place=place,
-            deadline=arguments.deadline if place.count > 1 else None,
+            rank=rank,
+            deadline=arguments.deadline if rank.count > 1 else None,
         )
 
 
-def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
-    """The same command once more, as a worker that is watched."""
-    from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
+def show_dry_run(arguments: argparse.Namespace, config: Config, *, processes: int) -> int:
+    print(dump_yaml(config), end="")
+    print(derived_numbers(config))
+    if config.replay.enabled:
+        device = arguments.device or "the training device"
+        print(f"# {store_note(store_plan(config, num_questions=0), device)}")
+    gib = arguments.device_memory_gib
+    return show_plan(config, arguments.device, gib, prefix="# ", processes=processes)
 
+
+def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
+    """Run the same command as a supervised child process, and restart it where it fails."""
     first = int(folder.newest_step() or 0) if arguments.resume != "never" else 0
 
-    def command(told: Supervised, resume: bool) -> list[str]:
-        words = [sys.executable, "-m", "exgrpo_fast", *arguments.words, "--supervised", str(told)]
+    def command(supervised: Supervised, resume: bool) -> list[str]:
+        words = [sys.executable, "-m", "exgrpo_fast", *arguments.words]
+        words += ["--supervised", str(supervised)]
         if resume:
             words += ["--resume", "auto"]
-        if resume and arguments.stop_after:  # counts the steps of all lives together
+        if resume and arguments.stop_after:  # counts the steps of all attempts together
             done = max((folder.newest_step() or 0) - first, 0)
             words += ["--stop-after", str(max(arguments.stop_after - done, 1))]
         return words
@@ -145,8 +145,10 @@ def show_plan(
     prefix: str = "",
     processes: int = 1,
 ) -> int:
-    """The memory plan of one of `processes`; ConfigError where the run does not fit. The quickstart's model is not there
-    before it is trained, and fits everywhere."""
+    """Print the memory plan of one of `processes`; ConfigError where the run does not fit.
+
+    The quickstart's model does not exist yet, and fits everywhere.
+    """
     if config.model.name == "quickstart":
         return 0
     from exgrpo_fast.memory.fit import NoShapes, plan_run
@@ -172,13 +174,9 @@ def derived_numbers(config: Config) -> str:
     per_update = sequences // train.minibatches
     return (
         f"# a step: {rollout.prompts_per_step} questions x {rollout.group_size} = {sequences} "
-        f"responses of at most {rollout.max_completion_tokens} tokens, {train.minibatches} "
-        f"updates of {per_update} responses, packs of {config.microbatch_tokens} tokens"
+        f"completions of at most {rollout.max_completion_tokens} tokens, {train.minibatches} "
+        f"updates of {per_update} completions, packs of {config.microbatch_tokens} tokens"
     )
-
-
-def default_out(config: str) -> str:
-    return f"runs/{Path(config).stem}"
 
 
 def parse_overrides(rest: Sequence[str], options: Sequence[str]) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ def load_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
     """A recipe's name or a YAML file, with dotted overrides on top -> a checked Config."""
     tree = read_yaml(*_find(source))
     for dotted, text in overrides:
-        _assign(tree, dotted, _override(dotted, text))
+        assign(tree, dotted, _override(dotted, text))
     return validate(tree)
 
 
@@ -162,7 +162,15 @@ def _annotation(path: Sequence[str]) -> Any:
     return annotation
 
 
-def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def from_dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{'train.lr': 1e-6} -> {'train': {'lr': 1e-6}}"""
+    tree: dict[str, Any] = {}
+    for dotted, value in values.items():
+        assign(tree, dotted, value)
+    return tree
+
+
+def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.replace("-", "_").split(".")
     for parent in parents:
         branch = tree.setdefault(parent, {})

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import REWARDS
 
+from exgrpo_fast.build.saved_store import SavedStore
 from exgrpo_fast.cli import main
-from exgrpo_fast.cli.buffer_session import SavedStore
 from exgrpo_fast.core.text import clean_text
 from exgrpo_fast.experience.replay.inspect import (
     known_questions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,7 +19,9 @@ import yaml
 from conftest import REWARDS
 
 from exgrpo_fast import __version__
-from exgrpo_fast.cli import main
+from exgrpo_fast.cli import main, parser
+from exgrpo_fast.cli.eval import model_config
+from exgrpo_fast.config import all_keys
 from exgrpo_fast.run.checkpoint.format import verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.training.collector import Collector
@@ -129,12 +132,14 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     """In under 3 seconds; the time itself depends on the machine, the import does not."""
     script = """
 import sys
-from exgrpo_fast.cli import main
+from exgrpo_fast.cli import main, parser
+from exgrpo_fast.cli.eval import model_config
+from exgrpo_fast.config import all_keys
 for words in ("train quickstart --train.lrr 1", "train quikstart", "train quickstart --train.lr x",
               "train quickstart --reward.functions [exat]", "train grpo", "trian",
               "train quickstart --data.train no.jsonl", "train quickstart --train.minibatches 3",
-              "eval --model m --data no.jsonl", "buffer stats nowhere",
-              "train quickstart --dry-run", "init new"):
+              "eval --model m --data no.jsonl", "sample --model m", "buffer stats nowhere",
+              "train quickstart --dry-run", "init new", "--help"):
     try:
         main(words.split())
     except SystemExit as ended:
@@ -150,9 +155,20 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
         cwd=tmp_path,
     )
     codes = [line for line in done.stderr.splitlines() if not line.startswith("exgrpo-fast: ")]
-    assert len(codes) == 12, done.stderr
-    assert all(line.endswith(" 2") for line in codes[:-2])
-    assert codes[-2:] == ["train quickstart --dry-run 0", "init new 0"]
+    assert len(codes) == 14, done.stderr
+    assert all(line.endswith(" 2") for line in codes[:-3])
+    assert codes[-3:] == ["train quickstart --dry-run 0", "init new 0", "--help 0"]
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_options_of_eval_and_sample_are_config_keys(command: str) -> None:
+    data = ["--data", "rows.jsonl"]
+    arguments = vars(parser().parse_args([command, "--model", "m", "--temperature", "0", *data]))
+    dotted = {name for name in arguments if "." in name}
+    assert dotted <= set(all_keys()) and len(dotted) == 11
+    config = model_config(argparse.Namespace(**arguments))
+    assert (config.model.name, config.eval.temperature, config.eval.top_p) == ("m", 0.0, 1.0)
+    assert (config.eval.n, config.eval.k) == {"eval": (8, [1, 8]), "sample": (4, [1])}[command]
 
 
 # --- commands that need no model ------------------------------------------------------------------
@@ -170,7 +186,7 @@ def test_dry_run_shows_what_would_be_trained(run, tmp_path: Path) -> None:
     tree = yaml.safe_load(shown.out)
     assert (shown.code, tree["train"]["max_steps"], tree["train"]["lr"]) == (0, 7, 3e-5)
     assert tree["model"]["name"] == "quickstart"
-    assert "# a step: 64 questions x 8 = 512 responses" in shown.out
+    assert "# a step: 64 questions x 8 = 512 completions" in shown.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from exgrpo_fast.cli.score import score_file
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample
-from exgrpo_fast.rewards.score import score_file
 from exgrpo_fast.rewards.verifiers.functions import exact
 
 REWARDS = '''

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exgrpo_fast.build import doctor
+from exgrpo_fast.cli import doctor
 from exgrpo_fast.rollout.vllm import versions as vllm_versions
 from exgrpo_fast.rollout.vllm.versions import Installed, find_vllm, import_trouble, troubles
 

@@ -14,7 +14,7 @@ import pytest
 
 import exgrpo_fast
 import exgrpo_kernels
-from exgrpo_fast.build import doctor
+from exgrpo_fast.cli import doctor
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_wrong_kernel_does_not_pass(monkeypatch, fault):
 
 
 def test_importing_doctor_is_light():
-    code = "import sys, exgrpo_fast.build.doctor; sys.exit('torch' in sys.modules)"
+    code = "import sys, exgrpo_fast.cli.doctor; sys.exit('torch' in sys.modules)"
     folder = str(Path(exgrpo_fast.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": folder}
     assert subprocess.run([sys.executable, "-c", code], timeout=60, env=environment).returncode == 0

@@ -1,7 +1,8 @@
-"""The body of `exgrpo-fast score`: judge a file of finished completions."""
+"""`exgrpo-fast score`: rewards for a file of completions."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -12,11 +13,30 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from exgrpo_fast.cli.arguments import add_command, require_file, require_rewards
+from exgrpo_fast.config import ConfigError
 from exgrpo_fast.data import BadRow, Row, as_answer, read_rows
-from exgrpo_fast.rewards.pool.jobs import RewardSample, Scored
-from exgrpo_fast.rewards.pool.pool import RewardPool
+from exgrpo_fast.rewards import RewardPool, RewardSample, Scored
 
 ROWS_AT_ONCE = 2048  # bounds memory; large enough to keep the workers busy
+
+
+def add_score(commands: Any) -> None:
+    c = add_command(commands, "score", score, "rows {gold, completion} -> {reward, reason, ms}")
+    c.add_argument("--in", dest="input", required=True)
+    c.add_argument("--out", dest="output", required=True)
+    c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
+
+
+def score(arguments: argparse.Namespace) -> int:
+    require_file(arguments.input, "--in")
+    functions = arguments.functions.split(",")
+    require_rewards(functions, "--functions")
+    try:
+        print(score_file(Path(arguments.input), Path(arguments.output), functions=functions))
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.output}: {error.strerror}") from None
+    return 0
 
 
 @dataclass

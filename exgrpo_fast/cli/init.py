@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from exgrpo_fast.config import ConfigError
+from exgrpo_fast.cli.arguments import add_command
+from exgrpo_fast.config import ConfigError, recipe_names
 
 START = """
 model:
-  name: {model}
+  name: Qwen/Qwen2.5-1.5B  # or a local folder
 data:
   train: "{folder}/train.jsonl"
   eval: null
@@ -40,13 +43,26 @@ ROWS = """\
 """
 
 
+def add_init(commands: Any) -> None:
+    text = "write config.yaml, reward.py and sample data into a folder"
+    c = add_command(commands, "init", init, text)
+    c.add_argument("folder")
+    c.add_argument("--recipe", default="exgrpo", choices=recipe_names())
+
+
+def init(arguments: argparse.Namespace) -> int:
+    try:
+        for path in write_project(Path(arguments.folder), recipe=arguments.recipe):
+            print(path)
+    except OSError as error:
+        raise ConfigError(f"init {arguments.folder}: {error.strerror}") from None
+    return 0
+
+
 def write_project(folder: Path, *, recipe: str) -> Iterator[Path]:
     """Write config.yaml, reward.py and train.jsonl; never over a file that is there."""
     text = (resources.files("exgrpo_fast.config") / "recipes" / f"{recipe}.yaml").read_text()
-    if recipe == "quickstart":
-        start = ""
-    else:
-        start = START.format(folder=folder, model="Qwen/Qwen2.5-1.5B  # or a local folder")
+    start = "" if recipe == "quickstart" else START.format(folder=folder)
     files = {
         "config.yaml": text + start,
         "reward.py": REWARD.replace("{folder}", str(folder)),

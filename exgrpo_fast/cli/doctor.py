@@ -1,12 +1,13 @@
-"""What this machine can do and what is missing for what; doubles as the head of a bug report.
+"""`exgrpo-fast doctor`: what is installed, what works, and what is missing; for bug reports, too.
 
-`collect` gives a JSON-ready dict and `render` the same as text. It looks, and it also tries: the
-fused loss against float64 on every device, and a reward worker. Nothing here stops the looking: a
-part that breaks is a finding.
+Beside versions and devices it tries the fused loss against float64 on each device, and a reward
+worker. A part that raises is reported as a failed check.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import re
@@ -18,7 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from exgrpo_fast.cli.arguments import add_command, add_memory, require_file
+from exgrpo_fast.cli.train import show_plan
+from exgrpo_fast.config import load_config
 from exgrpo_fast.core.text import clean_line
+from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rollout.vllm.versions import (
     UNINSTALL,
     Trouble,
@@ -32,6 +37,27 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "warn", "fail"]
 ABSENT = "not installed"
+
+
+def add_doctor(commands: Any) -> None:
+    c = add_command(
+        commands, "doctor", doctor, "what is installed, what works, what is missing for what"
+    )
+    c.add_argument("--model", help="a folder that vLLM is to run")
+    c.add_argument("--json", action="store_true")
+    c.add_argument("--config", help="show the memory plan of this config or recipe as well")
+    add_memory(c)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config) if arguments.config else None
+    if arguments.model:
+        require_file(arguments.model, "--model")
+    report = collect(model=Path(arguments.model) if arguments.model else None)
+    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    if config is not None:
+        return show_plan(config, None, arguments.device_memory_gib)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -389,12 +415,10 @@ def _relative_error(found: torch.Tensor | None, exact: torch.Tensor | None) -> f
 
 
 def reward_worker_test() -> str:
-    """Start a reward worker, and have it judge a right and a wrong answer."""
-    from exgrpo_fast.rewards import RewardPool, RewardSample
-
+    """Start a reward worker and score a correct and an incorrect answer."""
     samples = [RewardSample("2 + 2 =", f"\\boxed{{{n}}}", "4", {}) for n in (4, 5)]
     with RewardPool(["math_verify"], workers=1, timeout_seconds=30.0) as pool:
         rewards = [verdict.reward for verdict in pool.score(samples)]
     if rewards != [1.0, 0.0]:
-        raise ArithmeticError(f"a right and a wrong answer were given {rewards}")
-    return "a right and a wrong answer were told apart"
+        raise ArithmeticError(f"a correct and an incorrect answer were given {rewards}")
+    return "a correct and an incorrect answer were told apart"

@@ -1,0 +1,69 @@
+"""A model outside a training run: what `exgrpo-fast eval` and `sample` generate and score with."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from exgrpo_fast.build.data import read_questions
+from exgrpo_fast.build.engines import make_endpoint_engine, prepare_engine
+from exgrpo_fast.build.environment import quiet_libraries
+from exgrpo_fast.build.experience import make_hindsight_prompt
+from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
+from exgrpo_fast.build.rewards import make_evaluator, make_rewards
+from exgrpo_fast.config import Config
+from exgrpo_fast.core.types import Question
+from exgrpo_fast.data import question_from_text
+from exgrpo_fast.experience.scoring import Verifier
+from exgrpo_fast.rollout.engine import RolloutEngine
+from exgrpo_fast.run.display import make_screen
+from exgrpo_fast.training.evaluate import Evaluator
+
+
+class EvaluatedModel:
+    """`model.name` of a config; the weights are loaded when an evaluator is asked for."""
+
+    def __init__(
+        self, config: Config, *, device: str, endpoint: Mapping[str, Any] | None = None
+    ) -> None:
+        """`endpoint`: url, model and key_env of a vLLM server that generates; then no weights are
+        loaded here."""
+        quiet_libraries()
+        self.config = config
+        self.name = config.model.name or ""
+        self.device = device
+        self.endpoint = endpoint
+        self.screen = make_screen(sys.stderr)  # stdout is for the results alone
+        self.tokenizer = load_tokenizer(self.name)
+
+    def read(self, source: str) -> Sequence[Question]:
+        return read_questions(self.config, source, self.tokenizer, self.screen).questions
+
+    def question(self, text: str) -> Question:
+        return question_from_text(text, tokenizer=self.tokenizer)
+
+    @contextlib.contextmanager
+    def evaluator(self, prompt_ids: Sequence[int], *, revisions: int = 0) -> Iterator[Evaluator]:
+        """`prompt_ids`: of any question; `revisions`: rounds in which failed completions are
+        revised."""
+        config, tokenizer, screen = self.config, self.tokenizer, self.screen
+        try:
+            with make_rewards(config) as rewards, contextlib.ExitStack() as stack:
+                engine = self._engine(prompt_ids, stack)
+                verifier = Verifier(rewards, make_decode(tokenizer), screen)
+                prompt = make_hindsight_prompt(config, rewards, tokenizer) if revisions else None
+                yield make_evaluator(
+                    config, engine, verifier, screen, prompt=prompt, revisions=revisions
+                )
+        finally:
+            screen.close()
+
+    def _engine(self, prompt_ids: Sequence[int], stack: contextlib.ExitStack) -> RolloutEngine:
+        if self.endpoint is not None:
+            return make_endpoint_engine(self.name, self.tokenizer, **self.endpoint)
+        prepared = prepare_engine(
+            self.config, self.name, self.tokenizer, device=self.device, stack=stack
+        )
+        return prepared.attach(make_policy(self.config, self.name, device=self.device), prompt_ids)

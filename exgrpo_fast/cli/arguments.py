@@ -1,0 +1,130 @@
+"""The parser of the command line, its argument types, and checks that need no torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.rewards import RewardError, check_reference
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line with a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            message += suggest(choice[1], choice[2].replace("'", "").split(", "))
+        command = self.prog.removeprefix("exgrpo-fast").strip()
+        raise ConfigError(f"{command}: {message}" if command else message)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    made.set_defaults(run=run, options=made._option_string_actions)  # grows later
+    return made
+
+
+def add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device-memory-gib", type=gibibytes, help="plan for a GPU of this size, not for this one"
+    )
+
+
+# --- argument types ------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return int(text)
+
+
+def gibibytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a size in GiB")
+    return size
+
+
+def resume_point(text: str) -> str:
+    if text not in ("auto", "never") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither auto, never nor a step")
+    return text
+
+
+# --- checks before anything is loaded -------------------------------------------------------------
+
+
+def check_inputs(config: Config) -> None:
+    """Missing values and files, before torch is imported."""
+    if config.model.name is None:
+        raise ConfigError("model.name is not set: give a local folder or a hub name")
+    if config.data.train is None:
+        raise ConfigError("data.train is not set: give a .jsonl file, a dataset or a gym task")
+    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}:
+            require_file(source, key)
+    if looks_local(config.model.name):
+        require_file(config.model.name, "model.name")
+    if config.prior_resampling.enabled and config.prior_resampling.model is not None:
+        require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
+    require_rewards(config.reward.functions, "reward.functions")
+
+
+def looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def require_file(path: str, key: str) -> None:
+    if Path(path).exists():
+        return
+    folder = Path(path).parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    hint = f"; did you mean {folder / close[0]}?" if close else ""
+    raise ConfigError(f"{key}: {path} does not exist{hint}")
+
+
+def require_absent(out: str) -> None:
+    if Path(out).exists():
+        raise ConfigError(f"--out {out}: is there already")
+
+
+def require_rewards(references: Sequence[str], key: str) -> None:
+    for reference in references:
+        try:
+            check_reference(reference)
+        except RewardError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def choose_device(asked: str | None) -> str:
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device (exgrpo-fast doctor says more)")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,29 @@
+"""`exgrpo-fast check-data`: every malformed row of a file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from exgrpo_fast import data
+from exgrpo_fast.cli.arguments import add_command, require_file
+
+
+def add_check_data(commands: Any) -> None:
+    text = "every bad row of a file, with line and reason"
+    c = add_command(commands, "check-data", check_data, text)
+    c.add_argument("file")
+    c.add_argument("--prompt-field", default="prompt")
+    c.add_argument("--answer-field", default="answer")
+
+
+def check_data(arguments: argparse.Namespace) -> int:
+    """Exit code 1 where a row is malformed."""
+    require_file(arguments.file, "check-data")
+    report = data.check_data(
+        arguments.file, prompt_field=arguments.prompt_field, answer_field=arguments.answer_field
+    )
+    for row in report.bad_rows:
+        print(f"{row.where}: {row.reason}")
+    print(f"{report.num_good} good rows, {len(report.bad_rows)} bad ones")
+    return 1 if report.bad_rows else 0

@@ -1,0 +1,107 @@
+"""`exgrpo-fast eval`: avg@n and pass@k of a model. Its options of the model are those of `sample` too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from exgrpo_fast.cli.arguments import (
+    add_command,
+    choose_device,
+    positive,
+    positives,
+    require_file,
+    require_rewards,
+)
+from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
+
+MAX_PROMPT_TOKENS = 4096
+
+
+def add_eval(commands: Any) -> None:
+    c = add_command(commands, "eval", evaluate, "avg@n and pass@k of a model on held-out questions")
+    c.add_argument("--data", required=True, nargs="+", help=".jsonl or .parquet files")
+    c.add_argument("-n", dest="eval.n", type=positive, default=8, help="samples per question (8)")
+    c.add_argument(
+        "-k",
+        dest="eval.k",
+        type=positives,
+        default=[1, 8],
+        help="pass@k, comma separated (1,8)",
+    )
+    c.add_argument(
+        "--revise", type=positive, default=0, help="rounds in which failed completions are revised"
+    )
+    add_model_options(c)
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Options of the model and its sampling; those that are config keys have the key as `dest`."""
+    add = command.add_argument
+    name = "a folder, such as RUN/checkpoints/step_N/hf"
+    add("--model", dest="model.name", required=True, help=name)
+    add(
+        "--reward",
+        dest="reward.functions",
+        type=lambda name: [name],
+        default=["math_verify"],
+        help="reward function (math_verify)",
+    )
+    add("--prompt-field", dest="data.prompt_field", default="problem")
+    add("--answer-field", dest="data.answer_field", default="answer")
+    add(
+        "--max-completion-tokens",
+        dest="rollout.max_completion_tokens",
+        type=positive,
+        default=2048,
+    )
+    add("--temperature", dest="eval.temperature", type=float, default=1.0, help="0 = greedy (1.0)")
+    add("--top-p", dest="eval.top_p", type=float, default=1.0)
+    add("--seed", dest="train.seed", type=int, default=0)
+    add("--device", choices=["cpu", "cuda"])
+    engines = ("auto", "transformers", "vllm")
+    add("--engine", dest="rollout.engine", choices=engines, default="auto", help="(auto)")
+    add("--endpoint", metavar="URL", help="a vLLM server generates: http://host/v1")
+    add("--endpoint-model", metavar="NAME", help="its name there (the only one)")
+    add("--endpoint-key-env", metavar="VARIABLE", help="holds its key (no key)")
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    for path in arguments.data:
+        require_file(path, "--data")
+    config, endpoint = model_config(arguments), endpoint_of(arguments)
+    from exgrpo_fast.build.evaluation import EvaluatedModel
+
+    model = EvaluatedModel(config, device=choose_device(arguments.device), endpoint=endpoint)
+    questions = {file: model.read(file) for file in arguments.data}
+    prompt_ids = next(iter(questions.values()))[0].prompt_ids
+    with model.evaluator(prompt_ids, revisions=arguments.revise) as evaluator:
+        results = {file: evaluator(q).as_dict() for file, q in questions.items()}
+    print(json.dumps(results, indent=2))
+    return 0
+
+
+def model_config(arguments: argparse.Namespace) -> Config:
+    """The config that evaluation and sampling need, from the options that are config keys."""
+    values = {key: value for key, value in vars(arguments).items() if "." in key}
+    if max(values["eval.k"]) > values["eval.n"]:
+        raise ConfigError(
+            f"-k {max(values['eval.k'])} needs as many samples: -n is {values['eval.n']}"
+        )
+    require_rewards(values["reward.functions"], "--reward")
+    longest = MAX_PROMPT_TOKENS + values["rollout.max_completion_tokens"]
+    limits = {"data.max_prompt_tokens": MAX_PROMPT_TOKENS}
+    return validate(from_dotted(values | limits | {"train.max_tokens_per_microbatch": longest}))
+
+
+def endpoint_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """url, model and key_env of a vLLM server that generates; None without --endpoint."""
+    options = {"model": arguments.endpoint_model, "key_env": arguments.endpoint_key_env}
+    if arguments.endpoint is not None:
+        return {"url": arguments.endpoint, **options}
+    if any(options.values()):
+        raise ConfigError(
+            f"{arguments.command}: --endpoint-model and --endpoint-key-env need --endpoint"
+        )
+    return None

@@ -1,0 +1,27 @@
+"""`exgrpo-fast verify-checkpoint`: is a checkpoint complete and unchanged?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from exgrpo_fast.cli.arguments import add_command
+
+
+def add_verify_checkpoint(commands: Any) -> None:
+    text = "exit 0 if whole, else 1 and the bad file"
+    c = add_command(commands, "verify-checkpoint", verify_checkpoint, text)
+    c.add_argument("folder")
+
+
+def verify_checkpoint(arguments: argparse.Namespace) -> int:
+    from exgrpo_fast.run.checkpoint.format import CheckpointError, verify
+
+    try:
+        verify(Path(arguments.folder))
+    except CheckpointError as error:
+        print(f"bad: {error}")
+        return 1
+    print(f"ok: {arguments.folder}")
+    return 0
