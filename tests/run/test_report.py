@@ -17,10 +17,18 @@ import pytest
 
 import exgrpo_fast
 from exgrpo_fast.run.report import read_run, write_report
-from exgrpo_fast.run.report.axes import Axes, tick_label, ticks
 from exgrpo_fast.run.report.completions import pick_rows
-from exgrpo_fast.run.report.figures import Line, line_figure, running_mean, stacked_figure, thin
 from exgrpo_fast.run.report.page import flat
+from exgrpo_fast.run.report.svg import (
+    Axes,
+    Line,
+    line_figure,
+    running_mean,
+    stacked_figure,
+    thin,
+    tick_label,
+    ticks,
+)
 from exgrpo_fast.run.sinks import CompletionLog, JsonlSink
 
 
@@ -164,7 +172,7 @@ def test_every_curve_is_there(tmp_path):
     titles = page(make_run(tmp_path)).titles
     for title in (
         "Reward and pass@1", "Groups by outcome", "Entropy", "Completion length",
-        "Truncated share", "Reasons of the rewards", "Experience kept", "Replay buckets",
+        "Truncated share", "Reasons of the rewards", "Questions in the replay buffer", "Replay buckets",
         "Ages of stored trajectories", "Importance ratio of replayed tokens",
         "Seconds per step, by phase", "Gradient norm", "step 1", "step 20",
     ):  # fmt: skip
@@ -184,7 +192,7 @@ def test_groups_of_partial_rewards_are_counted_once(tmp_path):
     rows[1]["all_fail_frac"] = 0.4  # a tenth of the groups differ in their rewards, none is right
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shares, drawn = series(tmp_path, "Groups by outcome")
-    assert [y for _, y in shares["all wrong"]] == pytest.approx([0.3, 0.3, 0.3])
+    assert [y for _, y in shares["none correct"]] == pytest.approx([0.3, 0.3, 0.3])
     assert ">1<" in drawn and ">1.5<" not in drawn
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from exgrpo_fast.core.text import clean_text
 from exgrpo_fast.run.display import Row, best_and_worst, number_of, verdict_line
-from exgrpo_fast.run.report.markup import safe_text
 from exgrpo_fast.run.report.reading import Run
 
 COMPLETION_LIMIT = 6_000  # characters of one completion on the page
@@ -73,3 +73,12 @@ def _article(name: str, row: Row, *, with_question: bool) -> str:
 def _question(row: Row) -> str:
     prompt, answer = (safe_text(row.get(key), QUESTION_LIMIT) for key in ("prompt", "answer"))
     return f"<p class=prompt>{prompt}</p><p class=prompt>Expected answer: {answer}</p>"
+
+
+def safe_text(value: object, limit: int) -> str:
+    """Any text as HTML: cleaned, escaped, and cut in the middle above `limit` characters."""
+    safe = clean_text("" if value is None else value).strip()
+    if len(safe) > limit:
+        gone = len(safe) - limit
+        safe = f"{safe[: limit // 2]}\n… {gone} characters …\n{safe[-(limit // 2) :]}"
+    return escape(safe)

@@ -1,252 +1,272 @@
-"""Figures as SVG: curves, stacked layers, a heat map. Knows of numbers over steps, not of runs.
+"""Which figures the report shows: a table of titles, metrics and notes, and the few that compute.
 
-Colours are the numbers 1 to 7 of the style sheet. Each figure carries its data for the script that
-tells the values under the pointer. What has nothing to draw is '', and vanishes from the page.
+A figure with nothing to draw is '', and vanishes from the page.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any, NamedTuple
 
-from exgrpo_fast.run.report.axes import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Axes,
-    tick_label,
-    widened,
-)
+from exgrpo_fast.core.text import clean_text
+from exgrpo_fast.run.display import finite, number_of
+from exgrpo_fast.run.metrics import PHASES
+from exgrpo_fast.run.report.reading import Run, interval
+from exgrpo_fast.run.report.svg import Line, Mark, heat_figure, line_figure, stacked_figure
 
-MAX_POINTS = 400  # more than a figure has pixels for; longer runs are averaged into bins
-MAX_COLUMNS = 140  # of a heat map
+NUM_REASONS = NUM_PHASES = 6  # drawn on their own; the seventh colour is that of the rest
+SMALLEST_PHASE = 0.01  # share of the run's time; phases below it are drawn as 'other'
 
-Points = Sequence[tuple[float, float]]
-Layer = tuple[str, Points, int]  # name, points, colour
+Draw = Callable[[Run], str]
 
 
-# --- curves --------------------------------------------------------------------------------------
+class Section(NamedTuple):
+    title: str
+    figures: Sequence[Draw]
+    only_with: str = ""  # a metric: runs that do not write it have no such section
+
+    def draw(self, run: Run) -> list[str]:
+        if self.only_with and not run.series(self.only_with):
+            return []
+        return [draw(run) for draw in self.figures]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One curve: its raw points are faint, its running mean is drawn over them."""
+class Curves:
+    """A figure of metrics as they are logged: legend -> metric."""
 
-    name: str
-    points: Points
-    colour: int
+    title: str
+    metrics: Mapping[str, str]
+    note: str = ""
     smooth: bool = True
+    zero: bool = True
+
+    def __call__(self, run: Run) -> str:
+        series = [(legend, run.series(metric)) for legend, metric in self.metrics.items()]
+        lines = [Line(*each, colour, self.smooth) for colour, each in enumerate(series, start=1)]
+        return line_figure(self.title, lines, zero=self.zero, note=self.note)
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A measured point, maybe with an interval, such as an evaluation."""
-
-    x: float
-    y: float
-    interval: tuple[float, float] | None = None
+# --- figures that compute -------------------------------------------------------------------------
 
 
-def line_figure(
-    title: str,
-    lines: Sequence[Line],
-    *,
-    marks: Sequence[Mark] = (),
-    mark_name: str = "",
-    zero: bool = True,
-    top: float | None = None,
-    note: str = "",
-) -> str:
-    """Curves over steps, and marks upon them."""
-    lines = [line for line in lines if line.points]
-    if not lines and not marks:
-        return ""
-    xs = [x for line in lines for x, _ in line.points] + [mark.x for mark in marks]
-    ys = [y for line in lines for _, y in line.points] + [mark.y for mark in marks]
-    ys += [bound for mark in marks for bound in mark.interval or ()]
-    axes = Axes(xs, ys, zero=zero, top=top)
-    curves = [_curve(line, axes) for line in lines] + [_mark(mark, axes) for mark in marks]
-    legend = [(f"f{line.colour}", line.name) for line in lines]
-    hover: list[tuple[str, Points]] = [(line.name, thin(line.points)) for line in lines]
-    if marks:
-        legend.append(("ring", mark_name))
-        hover.append((mark_name, [(mark.x, mark.y) for mark in marks]))
-    drawn = axes.draw(tick_label) + "".join(curves)
-    return _figure(title, drawn, legend, (axes.x_low, axes.x_high), hover, note)
-
-
-def _curve(line: Line, axes: Axes) -> str:
-    points = thin(line.points)
-    if len(points) == 1:
-        [(x, y)] = points
-        return f'<circle class="f{line.colour}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3"/>'
-    if not line.smooth or len(points) < 40:
-        return f'<path class="s{line.colour}" d="{_path(points, axes)}"/>'
-    return (
-        f'<path class="s{line.colour} raw" d="{_path(points, axes)}"/>'
-        f'<path class="s{line.colour}" d="{_path(running_mean(points), axes)}"/>'
-    )
-
-
-def _mark(mark: Mark, axes: Axes) -> str:
-    x, y = axes.x(mark.x), axes.y(mark.y)
-    whisker = ""
-    if mark.interval:
-        low, high = (axes.y(bound) for bound in mark.interval)
-        whisker = f'<path class="s2" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
-    return f'{whisker}<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-
-
-def _path(points: Points, axes: Axes) -> str:
-    return "M" + "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in points)
-
-
-def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points: means of equal stretches."""
-    if len(points) <= limit:
-        return list(points)
-    edges = [round(i * len(points) / limit) for i in range(limit + 1)]
-    bins = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
-
-
-def running_mean(points: Points) -> list[tuple[float, float]]:
-    """Centred mean over about a twentieth of the run: it follows the trend without lagging."""
-    half = len(points) // 40
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    means = []
-    for i, (x, _) in enumerate(points):
-        a, b = max(0, i - half), min(len(points), i + half + 1)
-        means.append((x, (sums[b] - sums[a]) / (b - a)))
-    return means
-
-
-# --- stacked layers ------------------------------------------------------------------------------
-
-
-def stacked_figure(
-    title: str, layers: Sequence[Layer], *, note: str = "", top: float | None = None
-) -> str:
-    """Layers on top of each other; a layer counts as 0 where it has no value."""
-    layers = [layer for layer in layers if any(y for _, y in layer[1])]
-    if not layers:
-        return ""
-    on_grid = _on_one_grid([points for _, points, _ in layers])
-    grid = [x for x, _ in on_grid[0]]
-    edges = [[0.0] * len(grid)]  # the ground, then the upper edge of each layer
-    for points in on_grid:
-        edges.append([below + y for below, (_, y) in zip(edges[-1], points, strict=True)])
-    axes = Axes(grid, edges[-1], zero=True, top=top)
-    drawn = ""
-    for (_, _, colour), lower, upper in zip(layers, edges[:-1], edges[1:], strict=True):
-        outline = [*zip(grid, upper, strict=True), *zip(grid[::-1], lower[::-1], strict=True)]
-        drawn += f'<path class="f{colour} band" d="{_path(outline, axes)}Z"/>'
-    drawn += axes.draw(tick_label)
-    legend = [(f"f{colour}", name) for name, _, colour in layers]
-    hover = [(name, points) for (name, _, _), points in zip(layers, on_grid, strict=True)]
-    return _figure(title, drawn, legend, (axes.x_low, axes.x_high), hover, note)
-
-
-def _on_one_grid(series: Sequence[Points]) -> list[list[tuple[float, float]]]:
-    xs = sorted({x for points in series for x, _ in points})
-    tables = [dict(points) for points in series]
-    if len(xs) == 1:  # one step: a band of width 1 instead of an invisible line
-        [x] = xs
-        return [[(x - 0.5, table.get(x, 0.0)), (x + 0.5, table.get(x, 0.0))] for table in tables]
-    return [thin([(x, table.get(x, 0.0)) for x in xs]) for table in tables]
-
-
-# --- heat map ------------------------------------------------------------------------------------
-
-
-def heat_figure(
-    title: str,
-    columns: Sequence[tuple[int, Sequence[float]]],
-    labels: Sequence[str],
-    *,
-    of: str,
-    note: str,
-) -> str:
-    """Counts over steps, one for each label from the bottom up, darker for more.
-
-    `of` says what is counted, such as 'questions'.
-    """
-    if not any(value for _, values in columns for value in values):
-        return ""
-    stride = math.ceil(len(columns) / MAX_COLUMNS)
-    shown = list(columns)[::-1][::stride][::-1]  # the last one is always among them
-    most = max(value for _, values in shown for value in values) or 1.0
-    first, last = shown[0][0], shown[-1][0]
-    ends = (
-        f'<text x="{LEFT}" y="{HEIGHT - 7}">{first}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 7}" class="r">{last}</text>'
-    )
-    cells = _cells([values for _, values in shown], most)
-    drawn = f'<g class="f1" shape-rendering="crispEdges">{cells}</g>{_row_names(labels)}{ends}'
-    legend = [("f1", f"darkest: {most:.0f} {of}")]
-    hover = [
-        (label, [(step, values[row]) for step, values in shown]) for row, label in enumerate(labels)
+def rewards(run: Run) -> str:
+    """With the held-out evaluations before, during (from the metrics) and after."""
+    marks = {step: Mark(step, value) for step, value in run.series("eval_avg_at_n")}
+    for key, step in (("eval_before", 0), ("eval_after", run.last_step)):
+        if evaluation := run.evaluation(key):
+            marks[step] = Mark(step, float(evaluation["avg_at_n"]), interval(evaluation))
+    lines = [
+        Line("reward", run.series("reward_mean"), 1),
+        Line("pass@1, all", run.series("pass_at_1"), 3),
+        Line("pass@1, fresh", run.series("pass_at_1_fresh"), 4),
     ]
-    return _figure(title, drawn, legend, widened(first, last), hover, note)
+    shown = [marks[step] for step in sorted(marks)]
+    return line_figure("Reward and pass@1", lines, marks=shown, mark_name="held-out avg@n")
 
 
-def _cells(columns: Sequence[Sequence[float]], most: float) -> str:
-    width = (WIDTH - LEFT - RIGHT) / len(columns)
-    height = (HEIGHT - TOP - BOTTOM) / len(columns[0])
-    # square root: a bucket with a quarter of the most is half as dark, still visible
-    return "".join(
-        f'<rect x="{LEFT + column * width:.2f}" y="{HEIGHT - BOTTOM - (row + 1) * height:.1f}" '
-        f'width="{width:.2f}" height="{height - 1:.1f}" '
-        f'fill-opacity="{math.sqrt(value / most):.2f}"/>'
-        for column, values in enumerate(columns)
-        for row, value in enumerate(values)
-        if value
+def outcomes(run: Run) -> str:
+    """Groups by outcome, or the learnable share alone where the rest is not known."""
+    keys = ("learnable_frac", "all_fail_frac", "all_pass_frac")
+    learnable, fail, passed = (run.series(key) for key in keys)
+    note = "Only groups whose rewards differ carry a gradient."
+    if fail and passed:
+        # With partial rewards a group without a correct trajectory may be learnable: counted once.
+        taken = {step: share + dict(passed).get(step, 0.0) for step, share in learnable}
+        fail = [(step, min(share, max(0.0, 1.0 - taken.get(step, 0.0)))) for step, share in fail]
+        layers = [
+            ("none correct", fail, 5),
+            ("learnable", learnable, 3),
+            ("all correct", passed, 1),
+        ]
+        return stacked_figure("Groups by outcome", layers, note=note, top=1.0)
+    line = Line("learnable share", learnable, 3)
+    return line_figure("Learnable share of the groups", [line], note=note, top=1.0)
+
+
+def reasons(run: Run) -> str:
+    """The most frequent reasons of the rewards, as shares of the scored trajectories."""
+    counted = [(step["step"], _reason_counts(step)) for step in run.steps]
+    totals: dict[str, float] = {}
+    for _, counts in counted:
+        for reason, count in counts.items():
+            totals[reason] = totals.get(reason, 0) + count
+    layers = []
+    for colour, reason in enumerate(sorted(totals, key=lambda r: -totals[r])[:NUM_REASONS], 1):
+        points = [(s, c.get(reason, 0) / total) for s, c in counted if (total := sum(c.values()))]
+        layers.append((clean_text(reason, max_line=40), points, colour))
+    return stacked_figure("Reasons of the rewards", layers, top=1.0)
+
+
+def _reason_counts(step: Mapping[str, Any]) -> dict[str, float]:
+    found = step.get("reasons")
+    if not isinstance(found, dict):
+        return {}
+    return {str(name): count for name in found if (count := number_of(found, name))}
+
+
+def stored_questions(run: Run) -> str:
+    started = [step for step, active in run.series("replay_active") if active]
+    note = f"Replay is active from step {started[0]}." if started else ""
+    metrics = {"questions to replay": "replay_size", "retired, solved for good": "retired_size"}
+    return Curves("Questions in the replay buffer", metrics, note, smooth=False)(run)
+
+
+def buckets(run: Run) -> str:
+    replay = run.config.get("replay")
+    continuous = isinstance(replay, dict) and replay.get("difficulty") == "reward_std"
+    how = "how much the rewards of their group differed"
+    first = 0  # 0 to K are logged
+    if not continuous:  # questions with none or all correct have no bucket: 1 to K - 1
+        how, first = "how many of their group's trajectories were correct", 1
+    return _counts(
+        run,
+        "Replay buckets",
+        "replay_buckets",
+        lambda row, count: f"{first + row}/{2 * first + count - 1}",
+        of="questions",
+        note=f"Questions by {how}.",
     )
 
 
-def _row_names(labels: Sequence[str]) -> str:
-    height = (HEIGHT - TOP - BOTTOM) / len(labels)
-    return "".join(
-        f'<text x="{LEFT - 7}" y="{HEIGHT - BOTTOM - (row + 0.5) * height:.1f}" dy=".32em" '
-        f'class="r">{escape(label)}</text>'
-        for row, label in enumerate(labels)
+def ages(run: Run) -> str:
+    return _counts(
+        run,
+        "Ages of stored trajectories",
+        "replay_ages",
+        lambda row, count: f"{2 ** (row - 1)}+" if row else "0",
+        of="trajectories",
+        note="Steps since generation, by powers of two: 4+ is 4 to 7, and only the last is open.",
     )
 
 
-# --- what all figures share ----------------------------------------------------------------------
-
-
-def _figure(
-    title: str,
-    drawn: str,
-    legend: Sequence[tuple[str, str]],
-    span: tuple[float, float],
-    hover: Sequence[tuple[str, Points]],
-    note: str,
+def _counts(
+    run: Run, title: str, metric: str, label: Callable[[int, int], str], **options: str
 ) -> str:
-    """Title, note, legend (style, name) and drawing; for the script, the data over the span."""
-    keys = "".join(f'<span><i class="{css}"></i>{escape(name)}</span>' for css, name in legend)
-    data = {
-        "x": span,
-        "px": [LEFT, WIDTH - RIGHT],
-        "s": [[name, [[_brief(x), _brief(y)] for x, y in points]] for name, points in hover],
-    }
-    caption = f"<p>{escape(note)}</p>" if note else ""
-    return (
-        f'<figure data-hover="{escape(json.dumps(data, separators=(",", ":")))}">'
-        f"<figcaption><h3>{escape(title)}</h3>{caption}<div class=keys>{keys}</div></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}'
-        f'<path class="rule" d="M0 {TOP}V{HEIGHT - BOTTOM}"/></svg><output></output></figure>'
-    )
+    """A metric that is a list of counts. `label(row, count)`: of one of them, from 0."""
+    logged = [(s["step"], s[metric]) for s in run.steps if isinstance(s.get(metric), list)]
+    count = max((len(counts) for _, counts in logged), default=0)
+    columns = [
+        (step, [finite(value) or 0.0 for value in counts] + [0.0] * (count - len(counts)))
+        for step, counts in logged
+    ]
+    return heat_figure(title, columns, [label(row, count) for row in range(count)], **options)
 
 
-def _brief(value: float) -> float:
-    return float(f"{value:.4g}") if abs(value) < 1e4 else round(value)
+def phases(run: Run) -> str:
+    smallest = SMALLEST_PHASE * run.total("step_seconds")
+    timed = [name for name in PHASES if run.total(f"seconds_{name}") > smallest][:NUM_PHASES]
+    layers = [(name, run.series(f"seconds_{name}"), i) for i, name in enumerate(timed, start=1)]
+    known: dict[int, float] = {}
+    for _, points, _ in layers:
+        for step, seconds in points:
+            known[step] = known.get(step, 0.0) + seconds
+    rest = [(step, max(s - known.get(step, 0.0), 0.0)) for step, s in run.series("step_seconds")]
+    return stacked_figure("Seconds per step, by phase", [*layers, ("other", rest, 7)])
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+LEARNING = [
+    rewards,
+    outcomes,
+    Curves(
+        "Entropy",
+        {"all": "entropy", "replayed": "entropy_replay", "fresh": "entropy_fresh"},
+        "Mean over tokens, in nats. A fall towards 0 means the policy stops exploring.",
+    ),
+    Curves(
+        "Completion length", {"fresh": "completion_len_mean", "replayed": "completion_len_replay"}
+    ),
+    Curves(
+        "Truncated share",
+        {"cut at the length limit": "truncated_frac"},
+        "A cut completion rarely holds an answer.",
+    ),
+    reasons,
+]
+REPLAY = [
+    stored_questions,
+    buckets,
+    ages,
+    Curves("Groups with a replayed trajectory", {"share": "replay_frac"}),
+    Curves("Age of replayed trajectories, in steps", {"mean": "replay_age_mean"}),
+    Curves(
+        "Importance ratio of replayed tokens",
+        {
+            "mean": "replay_ratio_mean",
+            "99th percentile": "replay_ratio_p99",
+            "mean after shaping": "shaped_mean",
+        },
+    ),
+]
+PRIOR = [
+    Curves(
+        "Tokens redrawn by the prior",
+        {
+            "mean share": "prior_redrawn_frac",
+            "90th percentile": "prior_redrawn_p90",
+            "10th percentile": "prior_redrawn_p10",
+        },
+        "It rises where the policy has become surer of a token than the prior.",
+    ),
+    Curves(
+        "Guided and fresh completions",
+        {"pass@1, fresh": "pass_at_1_fresh", "pass@1, guided": "prior_pass_at_1"},
+    ),
+    Curves("Groups mixed only by a guided one", {"groups": "prior_groups_mixed"}),
+    Curves(
+        "Importance ratio of guided tokens",
+        {"kept": "prior_ratio_kept_mean", "redrawn": "prior_ratio_redrawn_mean"},
+    ),
+    Curves("KL of policy to prior, in nats", {"fresh tokens": "prior_kl"}),
+    Curves(
+        "Drafts", {"tokens per round": "prior_tokens_per_round", "drafted per token": "prior_waste"}
+    ),
+]
+HINDSIGHT = [
+    Curves(
+        "Revisions of a step",
+        {
+            "written": "hindsight_revisions",
+            "joined their group": "hindsight_joined",
+            "better than their draft": "hindsight_better",
+        },
+    ),
+    Curves(
+        "Groups without a success",
+        {
+            "before": "hindsight_all_fail_groups",
+            "of them mixed by a revision": "hindsight_all_fail_became_mixed",
+        },
+        "Only a group whose rewards differ carries a gradient.",
+    ),
+    Curves("Reward of the revisions", {"mean": "hindsight_reward_mean"}),
+]
+TIME = [
+    phases,
+    Curves(
+        "Tokens per second",
+        {"rollout": "tokens_per_second_rollout", "training": "tokens_per_second_train"},
+    ),
+]
+HEALTH = [
+    Curves("Gradient norm", {"before clipping": "grad_norm"}),
+    Curves("Clipped share of the tokens", {"low": "clip_frac_low", "high": "clip_frac_high"}),
+    Curves(
+        "Engine against trainer, log-prob",
+        {"mean difference": "mismatch_mean", "largest": "mismatch_max"},
+        "Large values: the engine samples from another policy than the one trained.",
+    ),
+    Curves("Peak memory, GiB", {"peak": "peak_memory_gib"}, smooth=False),
+    Curves("Learning rate", {"lr": "lr"}, smooth=False),
+    Curves("Loss", {"loss": "loss"}, zero=False),
+]
+EXPERIENCE_SECTIONS = (
+    Section("Learning", LEARNING),
+    Section("Experience replay", REPLAY, only_with="replay_active"),
+    Section("Resampling by a prior policy", PRIOR, only_with="prior_responses"),
+    Section("Hindsight", HINDSIGHT, only_with="hindsight_revisions"),
+)
+MACHINE_SECTIONS = (Section("Time", TIME), Section("Health", HEALTH))

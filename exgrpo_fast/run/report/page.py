@@ -10,18 +10,10 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from exgrpo_fast.run.report.completions import completions_section
+from exgrpo_fast.run.report.completions import completions_section, safe_text
+from exgrpo_fast.run.report.figures import EXPERIENCE_SECTIONS, MACHINE_SECTIONS, Section
 from exgrpo_fast.run.report.headline import facts, headline
-from exgrpo_fast.run.report.markup import safe_text
 from exgrpo_fast.run.report.reading import Run
-from exgrpo_fast.run.report.run_figures import (
-    health_figures,
-    hindsight_figures,
-    learning_figures,
-    machine_figures,
-    prior_figures,
-    replay_figures,
-)
 
 
 def render(run: Run) -> str:
@@ -37,13 +29,9 @@ def render(run: Run) -> str:
 <title>{subject} · {name}</title><style>{style}</style></head><body>
 <header><p class=eyebrow>exgrpo-fast · {name}</p><h1>{subject}</h1>
 {headline(run)}{facts(run)}</header><main>
-{_figures_section("Learning", learning_figures(run))}
-{_figures_section("Experience replay", replay_figures(run))}
-{_figures_section("Guidance by a prior", prior_figures(run))}
-{_figures_section("Hindsight", hindsight_figures(run))}
+{_figures(EXPERIENCE_SECTIONS, run)}
 {completions_section(run)}
-{_figures_section("Time", machine_figures(run))}
-{_figures_section("Health", health_figures(run))}
+{_figures(MACHINE_SECTIONS, run)}
 <h2>What was run</h2>
 {_table_section("Configuration", run.config)}
 {_table_section("Environment", environment)}
@@ -70,9 +58,10 @@ def _security_policy(script: str) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{tag}'"
 
 
-def _figures_section(title: str, figures: Sequence[str]) -> str:
-    shown = "".join(figures)
-    return f"<h2>{escape(title)}</h2><div class=grid>{shown}</div>" if shown else ""
+def _figures(sections: Sequence[Section], run: Run) -> str:
+    """Sections without a figure are left out."""
+    drawn = [(section.title, "".join(section.draw(run))) for section in sections]
+    return "".join(f"<h2>{escape(t)}</h2><div class=grid>{d}</div>" for t, d in drawn if d)
 
 
 def _table_section(title: str, tree: Mapping[str, Any]) -> str:
