@@ -105,8 +105,8 @@ def flatten(state: Any) -> Any:
     """A nested state in which every tensor is a plain tensor or a DTensor."""
     if isinstance(state, Mapping):
         return {str(key): flatten(value) for key, value in state.items()}
-    if isinstance(state, Tensor) and type(state) not in (Tensor, DTensor):
-        parts, _ = state.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(state, DTensor) and hasattr(state, "__tensor_flatten__"):
+        parts, _ = state.__tensor_flatten__()
         return {"quantised": {part: getattr(state, part) for part in parts}}
     return state
 

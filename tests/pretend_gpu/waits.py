@@ -1,0 +1,84 @@
+"""What made the host wait for the pretend GPU, and where the project asked for it."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+OURS = Path(__file__).resolve().parent
+ROOT = OURS.parents[1]
+
+
+@dataclass(frozen=True)
+class HostWait:
+    """One point at which the host stands still until the stream is empty."""
+
+    kind: str
+    place: str  # file:line function, of the innermost frame of the repository
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.place}"
+
+
+class SynchronizingOperation(RuntimeError):
+    """A wait under `torch.cuda.set_sync_debug_mode("error")`."""
+
+
+class Waits:
+    """The log of one pretend GPU, in order."""
+
+    def __init__(self) -> None:
+        self.log: list[HostWait] = []
+        self.raises = False
+
+    def __len__(self) -> int:
+        return len(self.log)
+
+    def note(self, kind: str) -> None:
+        wait = HostWait(kind, place_of_caller())
+        self.log.append(wait)
+        if self.raises:
+            raise SynchronizingOperation(f"called a synchronizing CUDA operation: {wait}")
+
+    def set_debug_mode(self, mode: int | str) -> None:
+        """`torch.cuda.set_sync_debug_mode`: "error" or 2 raises at the next wait."""
+        self.raises = mode in ("error", 2)
+
+    @contextmanager
+    def during(self) -> Iterator[Waits]:
+        """A log of the block alone, filled when the block ends."""
+        part, start = Waits(), len(self.log)
+        try:
+            yield part
+        finally:
+            part.log = self.log[start:]
+
+    def at(self, text: str) -> list[HostWait]:
+        """Those whose place holds `text`."""
+        return [wait for wait in self.log if text in wait.place]
+
+    def report(self) -> str:
+        """One line a place, the most frequent first."""
+        counts = Counter(map(str, self.log))
+        lines = [f"{count:6d}  {wait}" for wait, count in counts.most_common()]
+        return "\n".join([f"{len(self)} host waits", *lines])
+
+
+def place_of_caller() -> str:
+    """The innermost frame of the repository outside of the pretence, or of all where there is none."""
+    frames = [f for f in traceback.extract_stack() if not _is_pretence(Path(f.filename))]
+    inside = [
+        f for f in frames if Path(f.filename).is_relative_to(ROOT) and "/.venv" not in f.filename
+    ]
+    frame = (inside or frames)[-1]
+    path = Path(frame.filename)
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return f"{name}:{frame.lineno} {frame.name}"
+
+
+def _is_pretence(path: Path) -> bool:
+    return path.parent == OURS and not path.name.startswith("test_")
