@@ -12,6 +12,7 @@ from exgrpo_fast.build.engines import make_endpoint_engine, prepare_engine
 from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.experience import make_hindsight_prompt
 from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
+from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.rewards import make_evaluator, make_rewards
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.types import Question
@@ -32,10 +33,10 @@ class EvaluatedModel:
         loaded here."""
         quiet_libraries()
         self.config = config
-        self.name = config.model.name or ""
         self.device = device
         self.endpoint = endpoint
         self.screen = make_screen(sys.stderr)  # stdout is for the results alone
+        self.name = model_folder(config.model.name or "", self.screen)
         self.tokenizer = load_tokenizer(self.name)
 
     def read(self, source: str) -> Sequence[Question]:

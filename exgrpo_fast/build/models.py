@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
@@ -31,9 +32,10 @@ from exgrpo_fast.training.reference import AdapterOff, Reference
 
 
 def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:
-    """Where the initial policy lies; the quickstart's is made here first."""
+    """Where the initial policy lies; what is no folder yet is made one here first."""
     if config.model.name != "quickstart":
-        return require(config.model.name, "model.name", "a local folder or a hub name")
+        name = require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
+        return model_folder(name, screen)
     from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
 
     path = folder.path / "warm_start"

@@ -82,7 +82,9 @@ def resume_point(text: str) -> str:
 def check_inputs(config: Config) -> None:
     """Missing values and files, before torch is imported."""
     if config.model.name is None:
-        raise ConfigError("model.name is not set: give a local folder or a hub name")
+        raise ConfigError(
+            "model.name is not set: give a folder, a hub name, a .gguf file or smollm2"
+        )
     if config.data.train is None:
         raise ConfigError("data.train is not set: give a .jsonl file, a dataset or a gym task")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -96,7 +98,7 @@ def check_inputs(config: Config) -> None:
 
 
 def looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
 def require_file(path: str, key: str) -> None:

@@ -141,6 +141,7 @@ PACKAGES = {
     "transformers": Package(True, "5.17", "5.25", "no model can be loaded", _TRAIN),
     "peft": Package(False, "0.19", "0.22", "no adapters (model.lora)", _TRAIN),
     "datasets": Package(True, "4", "6", "no data from a hub", _TRAIN),
+    "gguf": Package(False, "0.19", "0.20", "no GGUF models (model.name smollm2)", _TRAIN),
     "safetensors": Package(True, "0.5", "1", "no checkpoint can be saved", _TRAIN),
     "pyarrow": Package(True, "17", "27", "no completion tables and no parquet data", _TRAIN),
     "math-verify": Package(True, "0.9", "0.10", "the math_verify reward cannot run", _TRAIN),

@@ -151,9 +151,13 @@ def show_plan(
     """
     if config.model.name == "quickstart":
         return 0
+    from exgrpo_fast.build.pretrained import cached_folder
     from exgrpo_fast.memory.fit import NoShapes, plan_run
 
-    name = require(config.model.name, "model.name", "a local folder or a hub name")
+    name = cached_folder(require(config.model.name, "model.name", "a folder, a hub name, a GGUF"))
+    if name is None:
+        print(f"{prefix}no memory plan before model.name {config.model.name} is converted once")
+        return 0
     try:
         planned = plan_run(
             config, name, device=device, memory_gib=gib, is_local=True, processes=processes

@@ -67,7 +67,7 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     name: str | None = Field(
-        default=None, description="a local folder, a hub name, or 'quickstart'"
+        default=None, description="a folder, a hub name, a .gguf file, 'smollm2' or 'quickstart'"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
