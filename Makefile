@@ -88,7 +88,7 @@ $(VLLM_VENV)/.dev: pyproject.toml tests/with_vllm/constraints.txt
 # verl pins packages that its losses and its head do not need; it comes without dependencies.
 $(ADAPTERS_VENV)/.dev: pyproject.toml constraints.txt tests/constraints-adapters.txt
 	$(PYTHON) -m venv $(ADAPTERS_VENV)
-	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl ray tensordict torchdata hydra-core codetiming orjson
+	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl ray tensordict torchdata hydra-core codetiming orjson "liger-kernel>=0.8.5,<0.9"
 	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -c tests/constraints-adapters.txt verl
 	touch $@
 
