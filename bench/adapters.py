@@ -101,7 +101,9 @@ def micro_batch(options: argparse.Namespace, device: torch.device) -> dict[str, 
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def step_of(side: str, options: argparse.Namespace, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+def step_of(
+    side: str, options: argparse.Namespace, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
     """A function that makes the loss and all gradients once, and returns the head's [V, D]."""
     from exgrpo_kernels.adapters.trl import use_fused_head
 

@@ -8,10 +8,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
+
 from exgrpo_kernels import PolicyObjective
 from exgrpo_kernels import policy_loss as vector_policy_loss
 from exgrpo_kernels.adapters import AdapterError, prime_rl
-from torch import Tensor
 
 
 @dataclass

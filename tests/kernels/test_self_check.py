@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from exgrpo_kernels import __main__ as check
 
 

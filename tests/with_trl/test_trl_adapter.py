@@ -13,11 +13,12 @@ trl = pytest.importorskip("trl", reason="make test-adapters installs TRL")
 
 import trl.trainer.utils as trl_utils  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from exgrpo_kernels.adapters import AdapterError  # noqa: E402
-from exgrpo_kernels.adapters import trl as adapter  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+
+from exgrpo_kernels.adapters import AdapterError  # noqa: E402
+from exgrpo_kernels.adapters import trl as adapter  # noqa: E402
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(95))]
 
@@ -313,9 +314,7 @@ def test_outputs_that_ours_lacks_are_trls() -> None:
     targets = torch.tensor([1, 2, 3])
     arguments = (hidden, weight, None, targets, 1.0, 32, None, 1.0, ("log_probs", "is_top1"))
     head = adapter.LogprobHead(trl_utils._ChunkedLogProbFunction)
-    for ours, theirs in zip(
-        head.apply(*arguments), head.original.apply(*arguments), strict=True
-    ):
+    for ours, theirs in zip(head.apply(*arguments), head.original.apply(*arguments), strict=True):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 

@@ -10,14 +10,15 @@ import torch
 
 pytest.importorskip("verl", reason="make test-adapters installs verl")
 
-from exgrpo_kernels.adapters import AdapterError  # noqa: E402
-from exgrpo_kernels.adapters import verl as adapter  # noqa: E402
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.utils.experimental.torch_functional import (  # noqa: E402
     FusedLinearForPPO,
     FusedLinearForPPOFunction,
 )
 from verl.workers.config import ActorConfig  # noqa: E402
+
+from exgrpo_kernels.adapters import AdapterError  # noqa: E402
+from exgrpo_kernels.adapters import verl as adapter  # noqa: E402
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
 
