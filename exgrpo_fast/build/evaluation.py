@@ -13,7 +13,7 @@ from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.experience import make_hindsight_prompt
 from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
 from exgrpo_fast.build.pretrained import model_folder
-from exgrpo_fast.build.rewards import make_evaluator, make_rewards
+from exgrpo_fast.build.rewards import check_rewards, make_evaluator, make_rewards
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import question_from_text
@@ -46,13 +46,15 @@ class EvaluatedModel:
         return question_from_text(text, tokenizer=self.tokenizer)
 
     @contextlib.contextmanager
-    def evaluator(self, prompt_ids: Sequence[int], *, revisions: int = 0) -> Iterator[Evaluator]:
-        """`prompt_ids`: of any question; `revisions`: rounds in which failed completions are
-        revised."""
+    def evaluator(self, question: Question, *, revisions: int = 0) -> Iterator[Evaluator]:
+        """`question`: any of those that will be asked; `revisions`: rounds in which failed
+        completions are revised. RewardError for a reward that fails on the question's row."""
         config, tokenizer, screen = self.config, self.tokenizer, self.screen
         try:
             with make_rewards(config) as rewards, contextlib.ExitStack() as stack:
-                engine = self._engine(prompt_ids, stack)
+                if question.answer:  # a question typed by hand has none
+                    check_rewards(config, rewards, question)
+                engine = self._engine(question.prompt_ids, stack)
                 verifier = Verifier(rewards, make_decode(tokenizer), screen)
                 prompt = make_hindsight_prompt(config, rewards, tokenizer) if revisions else None
                 yield make_evaluator(

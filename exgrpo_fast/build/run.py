@@ -23,7 +23,7 @@ from exgrpo_fast.build.models import (
     refuse_other_tokenizer,
     start_folder,
 )
-from exgrpo_fast.build.rewards import make_rewards
+from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.build.rollouts import make_engine, prepare_rollouts
 from exgrpo_fast.build.trainer import clean_journal_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
@@ -62,6 +62,7 @@ def open_run(
         check_prior(config, start, tokenizer)
         rewards = stack.enter_context(make_rewards(config)) if processes.is_main else None
         train, held_out = load_data(config, tokenizer, screen)
+        processes.run_on_rank0(lambda: check_rewards(config, rewards, train[0]))
         if config.data.check_answers:
             questions = [*train, *held_out]
             processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))

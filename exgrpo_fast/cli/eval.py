@@ -75,8 +75,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     model = EvaluatedModel(config, device=choose_device(arguments.device), endpoint=endpoint)
     questions = {file: model.read(file) for file in arguments.data}
-    prompt_ids = next(iter(questions.values()))[0].prompt_ids
-    with model.evaluator(prompt_ids, revisions=arguments.revise) as evaluator:
+    first = next(iter(questions.values()))[0]
+    with model.evaluator(first, revisions=arguments.revise) as evaluator:
         results = {file: evaluator(q).as_dict() for file, q in questions.items()}
     print(json.dumps(results, indent=2))
     return 0

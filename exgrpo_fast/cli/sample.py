@@ -39,7 +39,7 @@ def sample(arguments: argparse.Namespace) -> int:
         question = questions[row]
     else:
         question = model.question(arguments.prompt)
-    with model.evaluator(question.prompt_ids) as evaluator:
+    with model.evaluator(question) as evaluator:
         samples = evaluator.sample([question])
     print(clean_text(f"question  {question.prompt}\nanswer    {question.answer or '(none given)'}"))
     for sample in samples:

@@ -60,6 +60,12 @@ class Verdict:
     milliseconds: float = 0.0
     scored: bool = True  # False: no verdict was possible; the trajectory is left out of its group
     checks: tuple[tuple[str, bool], ...] = ()  # rubrics by name: met or not
+    correct: bool | None = None  # None: where the reward is 1
+
+    @property
+    def successful(self) -> bool:
+        """Whether every reward function gave full marks."""
+        return self.reward == 1.0 if self.correct is None else self.correct
 
 
 @dataclass(frozen=True)
@@ -96,18 +102,18 @@ class Trajectory:
 
     @property
     def reward(self) -> float:
-        return self._verified + self.penalty + self.bonus
+        return self._scored.reward + self.penalty + self.bonus
 
     @property
     def successful(self) -> bool:
         """Whether the verifier gave full marks, penalties apart."""
-        return self._verified == 1.0
+        return self._scored.successful
 
     @property
-    def _verified(self) -> float:
+    def _scored(self) -> Verdict:
         if self.verdict is None:
             raise RuntimeError(f"question {self.question.id}: the reward is asked before scoring")
-        return self.verdict.reward
+        return self.verdict
 
     @property
     def num_tokens(self) -> int:

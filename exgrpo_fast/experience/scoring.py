@@ -8,16 +8,25 @@ from typing import Any
 
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Completion, Question, Trajectory, Verdict
-from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer, ScoreFuture
+from exgrpo_fast.rewards import (
+    FAULTS,
+    RewardError,
+    RewardPool,
+    RewardSample,
+    RubricScorer,
+    ScoreFuture,
+)
 from exgrpo_fast.rollout.engine import Observer
-from exgrpo_fast.run.display import Advance, Screen
+from exgrpo_fast.run.display import Screen
 
 Decode = Callable[[Sequence[int]], str]
 Scorer = RewardPool | RubricScorer
+# A reward that fails on such a share of the verdicts, of at least so many, fails by itself.
+NEARLY_ALL, ENOUGH = 0.95, 4
 
 
 class Verifier:
-    """Asks the rewards about responses; the row's own columns are handed on with them."""
+    """Asks the rewards about completions; the row's own columns are handed on with them."""
 
     def __init__(
         self,
@@ -32,30 +41,17 @@ class Verifier:
         self.decode = decode
         self.screen = screen
 
-    def verify(
-        self, questions: Sequence[Question], responses: Sequence[Completion | Trajectory]
-    ) -> list[Verdict]:
-        """One verdict each."""
-        samples = [self.sample(*pair) for pair in zip(questions, responses, strict=True)]
-        with self.screen.phase("reward", len(samples)) as advance:
-            return self.score_on_rank0(lambda: self.score(samples, advance))
-
-    def score(self, samples: Sequence[RewardSample], advance: Advance) -> list[Verdict]:
-        """In the first process alone."""
-        assert self.rewards is not None
-        return self.rewards.score(samples, advance)
-
-    def score_on_rank0(self, judge: Callable[[], list[Verdict]]) -> list[Verdict]:
-        """The verdicts that `judge` gives in the first process."""
-        return self.processes.run_on_rank0(judge, pack=pack_verdicts, unpack=unpack_verdicts)
+    def score_on_rank0(self, score: Callable[[], list[Verdict]]) -> list[Verdict]:
+        """The verdicts of `score`, which is called in the first process alone."""
+        return self.processes.run_on_rank0(score, pack=pack_verdicts, unpack=unpack_verdicts)
 
     def sample(
-        self, question: Question, response: Completion | Trajectory, draft: str | None = None
+        self, question: Question, completion: Completion | Trajectory, draft: str | None = None
     ) -> RewardSample:
-        columns = {**question.columns, "truncated": response.truncated}
+        columns = {**question.columns, "truncated": completion.truncated}
         if draft is not None:
             columns["draft"] = draft
-        text = self.decode(response.token_ids.tolist())
+        text = self.decode(completion.token_ids.tolist())
         return RewardSample(question.prompt, text, question.answer, columns)
 
 
@@ -71,9 +67,9 @@ def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:
 
 
 class StreamingScorer(Observer):
-    """Has responses scored while others are still being generated.
+    """Has completions scored while others are still being generated.
 
-    A judge is asked at the end: it wants all of them side by side.
+    A judge, and a reward that is per group, are asked at the end, with all of them.
     """
 
     def __init__(
@@ -98,7 +94,7 @@ class StreamingScorer(Observer):
         self.meanwhile = meanwhile if verifier.processes.count == 1 else None
         self.beside = beside
         self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
-        self.ticket: ScoreFuture | None = None
+        self.future: ScoreFuture | None = None
         self.places: list[int] = []  # of the samples handed in, in that order
         self.samples: list[RewardSample] = []
 
@@ -112,7 +108,7 @@ class StreamingScorer(Observer):
         self.places += places
         self.samples += samples
         if self.pool is not None:
-            self.ticket = self.pool.submit(samples, append_to=self.ticket)
+            self.future = self.pool.submit(samples, append_to=self.future)
         self.advance(len(places))
 
     def on_poll(self) -> None:
@@ -121,18 +117,35 @@ class StreamingScorer(Observer):
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
         self.beside()
-        if self.pool is not None and self.ticket is not None:
+        if self.pool is not None and self.future is not None:
             self.pool.poll()
 
-    def verdicts(self) -> list[Verdict]:
-        """One for each request, in their order; waits for what is open."""
-        return self.verifier.score_on_rank0(self._verdicts)
+    def verdicts(self, others: Sequence[Trajectory] = ()) -> list[Verdict]:
+        """One for each request, in their order, then one for each of `others`; waits for all.
 
-    def _verdicts(self) -> list[Verdict]:
-        with self.verifier.screen.phase("reward", len(self.samples)) as advance:
-            if self.pool is not None and self.ticket is not None:
-                found = self.pool.verdicts(self.ticket, advance)
+        `others`: further members of the same groups. RewardError where nearly all verdicts are
+        errors of the reward itself.
+        """
+        return self.verifier.score_on_rank0(lambda: self._verdicts(others))
+
+    def _verdicts(self, others: Sequence[Trajectory]) -> list[Verdict]:
+        samples = [self.verifier.sample(other.question, other) for other in others]
+        rewards = self.verifier.rewards
+        assert rewards is not None
+        with self.verifier.screen.phase("reward", len(self.samples) + len(samples)) as advance:
+            if self.pool is not None:
+                self.future = self.pool.submit(samples, append_to=self.future)
+                found = self.pool.verdicts(self.future, advance)
             else:
-                found = self.verifier.score(self.samples, advance)
-        by_place = dict(zip(self.places, found, strict=True))
-        return [by_place[place] for place in range(len(self.questions))]
+                found = rewards.score([*self.samples, *samples], advance)
+        refuse_failing_reward(found, rewards.fault)
+        by_place = dict(zip(self.places, found, strict=False))
+        in_order = [by_place[place] for place in range(len(self.questions))]
+        return in_order + found[len(in_order) :]
+
+
+def refuse_failing_reward(verdicts: Sequence[Verdict], fault: str) -> None:
+    """RewardError where nearly all verdicts are errors of the reward itself; `fault`: the last."""
+    num_faults = sum(verdict.reason.startswith(FAULTS) for verdict in verdicts)
+    if num_faults >= max(ENOUGH, NEARLY_ALL * len(verdicts)):
+        raise RewardError(f"{num_faults} of {len(verdicts)} rewards are errors; {fault}")

@@ -229,8 +229,7 @@ class Collector:
             guided_ones, fresh, cost = self.prior.score(guided, fresh, step=step)
         others = [*(t for found in sample.slots for t in found), *guided_ones]
         with clock.measure("reward"):  # what is still open
-            verdicts = grading.verdicts()
-            verdicts += self.verifier.verify([t.question for t in others], others)
+            verdicts = grading.verdicts(others)
         judged = iter(self._judged(pair) for pair in zip([*fresh, *others], verdicts, strict=True))
         own = [[next(judged) for _ in range(n)] for n in slots]
         first = [[next(judged) for _ in found] for found in sample.slots]

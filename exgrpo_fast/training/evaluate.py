@@ -96,7 +96,7 @@ class Evaluator:
 
     def _successes(self, samples: Sequence[Sample]) -> np.ndarray:
         """Correct completions of each question; unscored ones count as incorrect."""
-        correct = [s.verdict.reward == 1.0 for s in samples]
+        correct = [s.verdict.successful for s in samples]
         return np.array(correct).reshape(-1, self.n).sum(axis=1)
 
     def _revised(self, samples: Sequence[Sample]) -> list[float]:
@@ -109,7 +109,7 @@ class Evaluator:
 
     def _revise(self, samples: list[Sample], number: int) -> list[Sample]:
         assert self.prompt is not None
-        failed = [i for i, sample in enumerate(samples) if sample.verdict.reward != 1.0]
+        failed = [i for i, sample in enumerate(samples) if not sample.verdict.successful]
         asked = {
             i: question
             for i in failed

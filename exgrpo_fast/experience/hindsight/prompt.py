@@ -66,7 +66,7 @@ class HindsightPrompt:
     def _met_and_missed(self, verdict: Verdict) -> tuple[list[str], list[str]]:
         texts = self.public_texts()
         checks = [(texts.get(name, name), met) for name, met in verdict.checks]
-        checks = checks or [(ANSWER, verdict.reward >= 1.0)]
+        checks = checks or [(ANSWER, verdict.successful)]
         return [text for text, met in checks if met], [text for text, met in checks if not met]
 
     def _render(self, conversation: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:

@@ -1,12 +1,15 @@
-"""What travels through a pool: samples, the jobs made of them, and tickets to collect verdicts by."""
+"""What travels through a pool: samples, the jobs made of them, and a future with their verdicts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+# Reasons that speak of a broken reward rather than of a completion; the first one is a prefix.
+FAULTS = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
 
 
 class RewardSample(NamedTuple):
@@ -14,7 +17,7 @@ class RewardSample(NamedTuple):
 
     prompt: str
     completion: str
-    answer: str
+    answer: Any  # text or a number, as the row has it
     columns: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -26,57 +29,104 @@ class Scored(NamedTuple):
     milliseconds: float = 0.0
     scored: bool = True
     checks: tuple[tuple[str, bool], ...] = ()
+    correct: bool | None = None
+
+    @property
+    def successful(self) -> bool:
+        return self.reward == 1.0 if self.correct is None else self.correct
+
+    @property
+    def is_fault(self) -> bool:
+        return self.reason.startswith(FAULTS)
 
 
 @dataclass(eq=False)
 class Job:
-    """One distinct sample of a ticket, and the places in the ticket that its verdict fills."""
+    """The samples of one call: a distinct one, or all of a question where a reward is per group."""
 
-    ticket: ScoreFuture
-    text: str  # JSON: "prompt", "completion", "answer", {columns}, checking_gold
-    places: list[int] = field(default_factory=list)
-    scored: Scored | None = None
-    deaths: int = 0  # workers that died of their own while they had it
+    future: ScoreFuture
+    samples: list[str]  # JSON: [prompt, completion, answer, columns]
+    places: list[list[int]]  # for each sample, those in the future that its verdict fills
+    scored: list[Scored] | None = None
+    crashes: int = 0  # workers that ended of their own accord while they had it
+
+    @property
+    def text(self) -> str:
+        return f"[{', '.join(self.samples)}], {json.dumps(self.future.checking_gold)}"
 
 
+@dataclass(eq=False)
 class ScoreFuture:
     """Samples that were handed in, and their verdicts as they arrive."""
 
-    def __init__(self) -> None:
-        self.verdicts: list[Scored | None] = []  # in the order of the samples; None: not known yet
-        self.num_done = 0
-        self._jobs: dict[str, Job] = {}
+    checking_gold: bool = False
+    verdicts: list[Scored | None] = field(default_factory=list)  # in order; None: not known yet
+    num_done: int = 0
+    complete: bool = False  # no sample will be added
+    _unsent: list[tuple[int, RewardSample]] = field(default_factory=list)
+    _jobs: list[Job] = field(default_factory=list)
+    _job_of_text: dict[str, Job] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
         return self.num_done == len(self.verdicts)
 
-    def add(self, samples: Sequence[RewardSample], *, checking_gold: bool = False) -> list[Job]:
-        """Take more samples; return the jobs they make.
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
 
-        Equal samples are one job: the K responses of an easy question are often the same.
-        """
+    def add(self, samples: Sequence[RewardSample]) -> None:
+        self._unsent += enumerate(samples, start=len(self.verdicts))
+        self.verdicts += [None] * len(samples)
+
+    def take_jobs(self, *, per_group: bool) -> list[Job]:
+        """The jobs of what was added since the last call."""
+        unsent, self._unsent = self._unsent, []
+        return self._group_jobs(unsent) if per_group else self._single_jobs(unsent)
+
+    def _single_jobs(self, unsent: Iterable[tuple[int, RewardSample]]) -> list[Job]:
+        """Equal samples are one job: the K completions of an easy question are often the same."""
         new: list[Job] = []
-        for sample in samples:
-            text = json.dumps([*sample[:3], dict(sample.columns), checking_gold], default=str)[1:-1]
-            job = self._jobs.get(text)
+        for place, sample in unsent:
+            text = _as_json(sample)
+            job = self._job_of_text.get(text)
             if job is None:
-                job = self._jobs[text] = Job(self, text)
+                job = self._job_of_text[text] = Job(self, [text], [[]])
                 new.append(job)
-            job.places.append(len(self.verdicts))
-            self.verdicts.append(job.scored)
-            self.num_done += job.scored is not None
+            job.places[0].append(place)
+            if job.scored is not None:
+                self.verdicts[place] = job.scored[0]
+                self.num_done += 1
+        self._jobs += new
         return new
 
-    def settle(self, job: Job, scored: Scored) -> None:
-        """The verdict of a job, for every sample that it stands for."""
-        job.scored = scored
-        for place in job.places:
-            self.verdicts[place] = scored
-        self.num_done += len(job.places)
+    def _group_jobs(self, unsent: Iterable[tuple[int, RewardSample]]) -> list[Job]:
+        """One job for each question: its prompt and answer. Without a prompt nothing is known."""
+        jobs: dict[Any, Job] = {}
+        for place, sample in unsent:
+            key = json.dumps([sample.prompt, sample.answer]) if sample.prompt else place
+            job = jobs.setdefault(key, Job(self, [], []))
+            job.samples.append(_as_json(sample))
+            job.places.append([place])
+        self._jobs += jobs.values()
+        return list(jobs.values())
+
+    def set_result(self, job: Job, scored: Sequence[Scored]) -> None:
+        """The verdicts of a job, one for each of its samples."""
+        job.scored = list(scored)
+        for places, of_sample in zip(job.places, job.scored, strict=True):
+            for place in places:
+                self.verdicts[place] = of_sample
+            self.num_done += len(places)
 
     def cancel(self) -> None:
-        """Settle what is open as unscored."""
-        for job in self._jobs.values():
+        """What is open becomes unscored."""
+        cancelled = Scored(0.0, "cancelled", scored=False)
+        self.take_jobs(per_group=False)
+        for job in self._jobs:
             if job.scored is None:
-                self.settle(job, Scored(0.0, "cancelled", scored=False))
+                self.set_result(job, [cancelled] * len(job.samples))
+
+
+def _as_json(sample: RewardSample) -> str:
+    return json.dumps([*sample[:3], dict(sample.columns)], default=str)

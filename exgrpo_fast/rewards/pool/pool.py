@@ -1,14 +1,17 @@
-"""Rewards at arm's length: worker processes that may hang, crash or be killed, and are replaced.
+"""Reward functions in worker processes that may hang, crash or be killed, and are replaced.
 
 A pool takes samples and gives one verdict for each, in order, whatever the reward functions do.
 `score` waits for them. While something else goes on, `submit` hands samples in, `poll` moves things
 along without ever waiting, and `finish` or `verdicts` waits for what is left:
 
-    ticket = pool.submit(first_samples)
+    future = pool.submit(first_samples)
     while generating:
-        pool.submit(more_samples, onto=ticket)
+        pool.submit(more_samples, append_to=future)
         pool.poll()
-    verdicts = pool.verdicts(ticket)
+    verdicts = pool.verdicts(future)
+
+A reward that is `per_group` gets all completions of a question in one call: its samples wait until
+the future is complete.
 
 Each worker is given a few jobs at a time and answers them one by one; the clock of a job starts
 when the answer before it arrived. When a worker misses the deadline its whole process group is
@@ -36,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import REWARDS, as_reference, check_reference
-from exgrpo_fast.rewards.pool.jobs import Job, RewardSample, Scored, ScoreFuture
+from exgrpo_fast.rewards.pool.jobs import FAULTS, Job, RewardSample, Scored, ScoreFuture
 from exgrpo_fast.rewards.pool.worker_process import WorkerProcess, inside_worker
 from exgrpo_fast.rewards.rubrics.rubrics import RubricText
 
@@ -49,8 +52,9 @@ POLL_SECONDS = 0.02  # of work in one `poll`, which may start one more thing bef
 JOBS_PER_MESSAGE = 8  # fewer round trips; a killed worker hands at most 7 jobs back
 CHARS_PER_MESSAGE = 1 << 18  # or fewer jobs, because a message is put together in one go
 START_SECONDS = 60.0  # imports on a busy machine; 0.6 s when idle
-DEATHS_PER_JOB = 3  # a worker may be killed by others; a job that kills three is guilty
+CRASHES_PER_JOB = 3  # others may kill a worker; a job that three have ended with is given up
 SOFT_SHARE = 0.8  # the timer inside fires first: it costs no new worker
+TIE = 1e-6  # rewards that differ by rounding
 HARD_PER_SOFT = 2.0  # for a reward with a time limit of its own
 
 # A worker is replaced when it is worn, because SymPy's caches only grow.
@@ -120,12 +124,16 @@ class RewardPool:
         self._memory = memory_bytes or (MEMORY_BUILT_IN if built_in else MEMORY_USER)
         self._worn_bytes = WORN_BYTES if built_in else self._memory // 2
         self._selector = selectors.DefaultSelector()
+        self._per_group: bool | None = (
+            None  # whether a function is; known once a worker has started
+        )
+        self._unsent: list[ScoreFuture] = []  # with samples that are no jobs yet
         self._waiting: deque[Job] = deque()
         self._workers: list[_Worker] = []
         self._killed: list[_Worker] = []  # not yet out of the system's table
         self._failed_starts = 0
         self._logged: set[tuple[str, str]] = set()
-        self._last_detail = ""
+        self.fault = ""  # the last error of a function, in a line
         self._finalizer = weakref.finalize(
             self, _shut_down, self._workers, self._killed, self._selector, os.getpid()
         )
@@ -163,21 +171,21 @@ class RewardPool:
         on_finished: Callable[[int], object] = lambda count: None,
     ) -> list[Scored]:
         """`score` without torch. `checking_gold` asks the functions about the answers instead."""
-        self._last_detail = ""
         return self.finish(self.submit(samples, checking_gold=checking_gold), on_finished)
 
-    def check(self, sample: RewardSample | None = None) -> None:
-        """Import the functions and call each once; RewardError in one line where one fails.
+    def check(self, *samples: RewardSample) -> None:
+        """Import the functions and call each; RewardError in one line where one fails on all.
 
-        With a real sample a column that a function asks for and the data lacks is found, too.
+        With real samples a column that a function asks for and the data lacks is found, too.
         """
-        probe = sample or RewardSample("What is 1 + 1?", "\\boxed{2}", "2")
-        scored = self.run([probe])[0]
-        faults = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
-        if sample is None:
-            faults = faults[:-1]
-        if scored.reason.startswith(faults):
-            raise RewardError(self._last_detail or f"the reward failed: {scored.reason}")
+        self.fault = ""
+        found = self.run(samples or [RewardSample("What is 1 + 1?", "\\boxed{2}", "2")])
+        faults = FAULTS if samples else FAULTS[:-1]
+        if all(scored.reason.startswith(faults) for scored in found):
+            hint = (
+                "; completions are texts, not lists of messages" if _of_messages(self.fault) else ""
+            )
+            raise RewardError(f"{self.fault or f'the reward failed: {found[0].reason}'}{hint}")
 
     # --- while something else goes on -------------------------------------------------------------
 
@@ -188,15 +196,17 @@ class RewardPool:
         append_to: ScoreFuture | None = None,
         checking_gold: bool = False,
     ) -> ScoreFuture:
-        """Hand samples in, and return the ticket that collects their verdicts, in order.
+        """Hand samples in, and return the future that collects their verdicts, in order.
 
-        `append_to`: add them to an earlier ticket. Within one ticket equal samples are scored once.
+        `append_to`: add them to an earlier one. Within a future equal samples are scored once.
         Never waits; costs what `poll` costs, and 3 us per 1,000 characters.
         """
-        ticket = ScoreFuture() if append_to is None else append_to
-        self._waiting += ticket.add(samples, checking_gold=checking_gold)
+        future = ScoreFuture(checking_gold) if append_to is None else append_to
+        future.add(samples)
+        if future not in self._unsent:
+            self._unsent.append(future)
         self.poll()
-        return ticket
+        return future
 
     def poll(self) -> None:
         """Send, receive, kill and replace what can be at once: at most 50 ms, never waiting.
@@ -210,45 +220,46 @@ class RewardPool:
             pass
 
     def finish(
-        self, ticket: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
+        self, future: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
     ) -> list[Scored]:
-        """Wait for the rest of a ticket; `on_finished(count)` first for what is there already.
+        """Wait for the rest of a future; `on_finished(count)` first for what is there already.
 
-        An exception, Ctrl-C above all, cancels the ticket.
+        An exception, Ctrl-C above all, cancels the future.
         """
         self._check_open()
-        num_told = 0
+        future.complete = True
+        num_reported = 0
         try:
             while True:
-                if ticket.num_done > num_told:
-                    on_finished(ticket.num_done - num_told)
-                    num_told = ticket.num_done
-                if ticket.done:
-                    return [scored for scored in ticket.verdicts if scored is not None]
+                if future.num_done > num_reported:
+                    on_finished(future.num_done - num_reported)
+                    num_reported = future.num_done
+                if future.done:
+                    return [scored for scored in future.verdicts if scored is not None]
                 self._turn(wait=True)
         except BaseException:
-            self.cancel(ticket)
+            self.cancel(future)
             raise
 
     def verdicts(
-        self, ticket: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
+        self, future: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
     ) -> list[Verdict]:
         """`finish`, as the trainer's `Verdict`."""
         from exgrpo_fast.core.types import Verdict
 
-        return [Verdict(*scored) for scored in self.finish(ticket, on_finished)]
+        return [Verdict(*scored) for scored in self.finish(future, on_finished)]
 
-    def cancel(self, ticket: ScoreFuture) -> None:
+    def cancel(self, future: ScoreFuture) -> None:
         """Cancel what a future still lacks; it is unscored with reason `cancelled`.
 
         Workers that have begun with it are killed.
         """
-        for worker in [w for w in self._workers if any(job.ticket is ticket for job in w.jobs)]:
+        for worker in [w for w in self._workers if any(job.future is future for job in w.jobs)]:
             self._remove(worker)
             self._requeue(worker)
-        others = [job for job in self._waiting if job.ticket is not ticket]
-        self._waiting = deque(others)
-        ticket.cancel()
+        self._waiting = deque(job for job in self._waiting if job.future is not future)
+        self._unsent = [other for other in self._unsent if other is not future]
+        future.cancel()
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -257,10 +268,11 @@ class RewardPool:
     # --- one turn ---------------------------------------------------------------------------------
 
     def _turn(self, *, wait: bool) -> bool:
-        """Everything that can be done now, once; `wait` until something can. Whether it was."""
+        """Do once what can be done; True where there was something. `wait`: until there is."""
         self._killed[:] = [worker for worker in self._killed if not worker.gone()]
         self._replace_worn()
         started = self._start_missing()
+        self._take_jobs()
         self._dispatch()
         events = self._selector.select(0.0 if started or not wait else self._until_deadline())
         for key, mask in events:
@@ -271,12 +283,25 @@ class RewardPool:
         killed = self._kill_late()
         return bool(started or events or killed)
 
+    def _take_jobs(self) -> None:
+        """What was handed in becomes jobs as soon as a worker has said how: one by one or grouped."""
+        if self._per_group is None:
+            return
+        for future in self._unsent:
+            grouped = self._per_group and not future.checking_gold
+            if future.complete or not grouped:
+                self._waiting += future.take_jobs(per_group=grouped)
+        self._unsent = [future for future in self._unsent if future.has_unsent]
+
     def _until_deadline(self) -> float:
         waited = [self._deadline(w) for w in self._workers if w.jobs or not w.ready]
         return max(0.0, min(waited, default=0.0) - time.monotonic())
 
     def _deadline(self, worker: _Worker) -> float:
-        return worker.waited_since + (self._hard_seconds if worker.ready else START_SECONDS)
+        seconds = START_SECONDS
+        if worker.ready:
+            seconds = self._hard_seconds * (len(worker.jobs[0].samples) if worker.jobs else 1)
+        return worker.waited_since + seconds
 
     def _dispatch(self) -> None:
         num_free = self._max_busy - sum(bool(worker.jobs) for worker in self._workers)
@@ -298,7 +323,7 @@ class RewardPool:
         worker.write(f'{{"jobs": [{", ".join(lines)}]}}')
 
     def _receive(self, worker: _Worker) -> bool:
-        """Take what a worker has said, or its end; whether there was either."""
+        """Read a worker's messages, or notice its end; True where there was either."""
         replies = worker.read()
         if replies is None:
             self._on_worker_exit(worker)
@@ -310,6 +335,7 @@ class RewardPool:
                 self._settle(worker, reply)
             else:
                 worker.ready, self._failed_starts = True, 0
+                self._per_group = reply["per_group"]
                 worker.start_bytes = reply["resident_bytes"]
                 self.rubrics = {name: RubricText(*r) for name, r in reply["rubrics"].items()}
         return bool(replies)
@@ -319,36 +345,46 @@ class RewardPool:
         job = worker.jobs.popleft()
         worker.waited_since = time.monotonic()
         worker.resident_bytes = reply["resident_bytes"]
-        job.ticket.settle(job, self._combine(reply))
+        milliseconds = round(reply["ms"] / len(job.samples), 3)
+        scored = [self._combine(results, milliseconds) for results in reply["results"]]
+        job.future.set_result(job, scored)
 
-    def _combine(self, reply: Mapping[str, Any]) -> Scored:
-        """The weighted sum; None does not count; the reason of the first that is not ok."""
-        total, reasons, checks, counted = 0.0, [], [], False
-        for name, weight, result in zip(
-            self.functions, self._weights, reply["results"], strict=True
-        ):
+    def _combine(self, results: Sequence[Sequence[Any]], milliseconds: float) -> Scored:
+        """The weighted sum over the functions; None does not count.
+
+        The reason is that of the first fault, else of the first function that is not ok. Correct is
+        what earns the best of every function: at least 1 where its weight is positive, at most 0
+        where it is negative. A sum would let one function outbid another, and .7 + .2 + .1 is not 1.
+        """
+        total, best, reasons, checks = 0.0, [], [], []
+        for name, weight, result in zip(self.functions, self._weights, results, strict=True):
             reward, reason, detail, found = result
             checks += [(rubric, met) for rubric, met in found]
             if detail:
                 self._log_once(name, reason, detail)
             if reward is not None:
-                total, counted = total + weight * reward, True
+                total += weight * reward
                 reasons.append(reason)
-        if not counted:
-            return Scored(0.0, "unscored", reply["ms"], False, tuple(checks))
-        reason = next((r for r in reasons if r != "ok"), "ok")
-        return Scored(total, reason, reply["ms"], checks=tuple(checks))
+                if weight != 0.0:
+                    best.append(reward >= 1.0 - TIE if weight > 0 else reward <= TIE)
+        if not reasons:
+            return Scored(0.0, "unscored", milliseconds, False, tuple(checks))
+        not_ok = [reason for reason in reasons if reason != "ok"]
+        faults = [reason for reason in not_ok if reason.startswith(FAULTS)]
+        reason = [*faults, *not_ok, "ok"][0]
+        correct = bool(best) and all(best)
+        return Scored(total, reason, milliseconds, checks=tuple(checks), correct=correct)
 
     def _log_once(self, name: str, reason: str, detail: str) -> None:
         name = Path(name).name
-        self._last_detail = f"reward {name}: {detail}"
+        self.fault = f"reward {name}: {detail}"
         if (name, reason) not in self._logged:
             self._logged.add((name, reason))
             logger.warning(
                 "reward %s: %s; counted as %s, and further ones only counted", name, detail, reason
             )
 
-    # --- birth and death --------------------------------------------------------------------------
+    # --- start and end of workers -----------------------------------------------------------------
 
     def _start_missing(self) -> bool:
         """One worker a turn; the spare comes last, so that it delays nobody's first job."""
@@ -388,14 +424,15 @@ class RewardPool:
                 job = worker.jobs.popleft()
                 self._log_once(self._names, "timeout", "killed at the time limit")
                 milliseconds = 1000 * (now - worker.waited_since)
-                job.ticket.settle(job, Scored(0.0, "timeout", round(milliseconds, 3)))
+                scored = Scored(0.0, "timeout", round(milliseconds / len(job.samples), 3))
+                job.future.set_result(job, [scored] * len(job.samples))
                 self._requeue(worker)
             else:
                 self._count_failed_start(f"not ready after {START_SECONDS:g} s")
         return killed
 
     def _on_worker_exit(self, worker: _Worker) -> None:
-        """A worker is gone without our doing: its job is tried again: the job need not be the cause."""
+        """A worker is gone without our doing. Its job need not be the cause, and is tried again."""
         self._remove(worker)
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(0.01)  # its pipes are closed: it has ended, or is about to
@@ -404,11 +441,11 @@ class RewardPool:
             self._count_failed_start(f"ended with {how}")
         elif worker.jobs:
             job = worker.jobs[0]
-            job.deaths += 1
-            if job.deaths >= DEATHS_PER_JOB:
+            job.crashes += 1
+            if job.crashes >= CRASHES_PER_JOB:
                 worker.jobs.popleft()
                 self._log_once(self._names, "worker_died", f"ended the worker ({how})")
-                job.ticket.settle(job, Scored(0.0, "worker_died"))
+                job.future.set_result(job, [Scored(0.0, "worker_died")] * len(job.samples))
         self._requeue(worker)
 
     @property
@@ -421,7 +458,7 @@ class RewardPool:
 
     def _count_failed_start(self, how: str) -> None:
         self._failed_starts += 1
-        if self._failed_starts >= DEATHS_PER_JOB:
+        if self._failed_starts >= CRASHES_PER_JOB:
             self._failed_starts = 0
             raise RewardError(f"the reward worker does not start ({self._names}): it {how}")
 
@@ -429,6 +466,11 @@ class RewardPool:
         self._workers.remove(worker)
         self._killed.append(worker)
         worker.kill()
+
+
+def _of_messages(fault: str) -> bool:
+    """Whether a function has taken a text for a list of messages: `completion[0]["content"]`."""
+    return "string indices must be integers" in fault
 
 
 def _hard_seconds(reference: str, timeout_seconds: float) -> float:

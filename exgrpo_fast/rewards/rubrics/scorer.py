@@ -33,16 +33,20 @@ class RubricScorer:
         self._judge = judge
 
     @property
+    def fault(self) -> str:
+        return self.pool.fault
+
+    @property
     def rubrics(self) -> dict[str, RubricText]:
         """By name; known after the first call."""
         return self.pool.rubrics
 
-    def check(self, sample: RewardSample | None = None) -> None:
+    def check(self, *samples: RewardSample) -> None:
         """Try the checks, and the judge where it is needed; one line where one of them fails.
 
         RewardError of the pool, JudgeError of the judge.
         """
-        self.pool.check(sample)
+        self.pool.check(*samples)
         if any(text.judged for text in self.rubrics.values()):
             self._needed_judge().check()
 
@@ -106,4 +110,5 @@ class RubricScorer:
         reward, reason = summarise(self.rubrics, checks)
         if scored.reason.startswith("error:"):  # a check that failed is worth more words
             reason = scored.reason
-        return Scored(reward, reason, scored.milliseconds, checks=checks)
+        correct = all(met for name, met in checks if self.rubrics[name].weight)
+        return Scored(reward, reason, scored.milliseconds, checks=checks, correct=correct)

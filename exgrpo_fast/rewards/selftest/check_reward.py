@@ -2,7 +2,7 @@ r"""The body of `exgrpo-fast reward-test`: what does a reward accept, and how lo
 
 Three questions, each with a boxed answer: does every gold answer earn the reward itself, does the
 gold answer of another row earn nothing, and does the reward withstand the answers of nasty.py?
-"Accepted" is a total reward of exactly 1, as everywhere.
+"Accepted" is what counts as correct everywhere: full marks of every function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from exgrpo_fast.data import DataError, check_data
-from exgrpo_fast.rewards.pool.jobs import RewardSample, Scored
+from exgrpo_fast.rewards.pool.jobs import RewardSample
 from exgrpo_fast.rewards.pool.pool import RewardPool
 from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
 from exgrpo_fast.rewards.verifiers.numerals import plain_form
@@ -171,7 +171,7 @@ def check_reward(
     columns = golds[0].columns  # of the first row, so that a reward that asks for some has them
     nasty_samples = [RewardSample("", n.completion, n.gold, columns) for n in nasty]
     with RewardPool(functions, workers=workers) as pool:
-        pool.check(right_samples[0])
+        pool.check(*right_samples[:3])
         of_golds, of_others = pool.run(right_samples), pool.run(other_samples)
         of_nasty = pool.run(nasty_samples)
     everything = [*of_golds, *of_others, *of_nasty]
@@ -182,18 +182,18 @@ def check_reward(
         golds_failed=[
             f"{gold.answer!r}: {scored.reason}"
             for gold, scored in zip(golds, of_golds, strict=True)
-            if not _accepted(scored)
+            if not scored.successful
         ],
         num_others=len(others),
         others_accepted=[
             f"{answer!r} for {gold.answer!r}"
             for (gold, answer), scored in zip(others, of_others, strict=True)
-            if _accepted(scored)
+            if scored.successful
         ],
         num_nasty=len(nasty),
         nasty_late=[n.name for n, s in judged if s.milliseconds > IN_TIME_MS],
-        nasty_accepted=[n.name for n, s in judged if _accepted(s) and not n.right],
-        nasty_refused=[n.name for n, s in judged if n.right and not _accepted(s)],
+        nasty_accepted=[n.name for n, s in judged if s.successful and not n.right],
+        nasty_refused=[n.name for n, s in judged if n.right and not s.successful],
         milliseconds=sorted(scored.milliseconds for scored in everything),
         reasons=dict(Counter(scored.reason for scored in everything).most_common()),
     )
@@ -211,10 +211,6 @@ def _answers_of_others(golds: Sequence[Gold]) -> Iterable[tuple[Gold, str]]:
             if plain_form(other.answer) != plain_form(gold.answer):
                 yield gold, other.answer
                 break
-
-
-def _accepted(scored: Scored) -> bool:
-    return scored.reward == 1.0
 
 
 def _percent_other(these: Sequence[str], total: int) -> float:
