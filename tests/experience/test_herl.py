@@ -265,7 +265,6 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
     that fails costs no response its reward, it only leaves them out."""
     path = tmp_path / "rubrics.py"
     path.write_text(RUBRICS_FILE)
-    asked_before: list[bool] = []
     answers = {"right kind": 1, "right rude": 0, "wrong kind": 1, "wrong rude": 0}
 
     class Handler(BaseHTTPRequestHandler):
@@ -273,11 +272,9 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked = body["messages"][-1]["content"]
             kind = next((v for text, v in answers.items() if text in asked), 1)
-            first = not asked_before  # the probe at the start asks two things
-            asked_before.append(True)
-            content = json.dumps({"results": [1, 0] if first else [kind]})
+            content = json.dumps({"results": [kind]})
             reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-            self.send_response(200 if first else status)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(reply)))
             self.end_headers()
             self.wfile.write(reply)
@@ -365,9 +362,9 @@ def test_responses_are_scored_while_others_are_generated(tokenizer, make_test_tr
     class Watch(StreamingScorer):
         def on_poll(self) -> None:
             super().on_poll()
-            if self.ticket is not None:
+            if self.future is not None:
                 time.sleep(0.05)  # a token takes longer on a model of any size
-                done.append((len(self.samples), self.ticket.num_done))
+                done.append((len(self.samples), self.future.num_done))
 
     grading = Watch(collector.verifier, [questions[0]] * 2 + [questions[1]] * 2)
     completions = collector.fresh.sample(questions, [2, 2], step=1, observer=grading)

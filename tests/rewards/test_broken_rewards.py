@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from exgrpo_fast.config import validate
 from exgrpo_fast.core.types import Verdict
 from exgrpo_fast.experience.scoring import refuse_failing_reward
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample
+from exgrpo_fast.rewards.pool import worker
+from exgrpo_fast.rewards.pool.calling import SoftTimeout
 
 REWARDS = '''
 import asyncio
@@ -196,6 +199,19 @@ def test_a_long_call_into_c_costs_its_own_sample_and_no_worker(rewards) -> None:
         assert {s[:2] for s in found} == {(0.0, "timeout")}
         assert pool.run([RewardSample("q", "3", "3")])[0][:2] == (3.0, "ok")
         assert process.poll() is None
+
+
+def test_an_alarm_raises_inside_a_reward_and_nowhere_else() -> None:
+    worker._set_timers(60.0, 60.0)
+    try:
+        for number in (signal.SIGALRM, signal.SIGPROF):
+            with pytest.raises(SoftTimeout):
+                worker._interruptible(lambda n=number: [signal.raise_signal(n)])
+            signal.raise_signal(number)  # where a result is sent
+    finally:
+        worker._stop_timers()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
 # --- several functions ----------------------------------------------------------------------------
