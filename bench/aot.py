@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from exgrpo_kernels import PolicyObjective, rowwise, runtime, sparse_kernels
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
-from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.objective import LossColumns
 
 # Bytes of shared memory a block may have: CUDA C++ programming guide, technical specifications.
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -151,8 +151,7 @@ def launches_of(
     inputs = RowInputs(
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(vocab) if full else None,
-        vector if full else None,
-        1.0,
+        vector if full else 1.0,
         30.0 if full else None,
     )
     rows.statistics(inputs)
@@ -162,18 +161,9 @@ def launches_of(
     for loss in losses:
         rows.name = f"{label}, {loss}"
         objective = PolicyObjective(**LOSSES[loss])
-        columns = loss_columns(
-            objective,
-            2,
-            FP32,
-            vector.device,
-            advantages=vector,
-            behaviour_logprobs=vector,
-            weights=vector,
-            shaping=extra,
-            ref_logprobs=vector if objective.kl_coef else None,
-            sequence_ids=None,
-        )
+        ref_logprobs = vector if objective.kl_coef else None
+        columns = LossColumns(vector, vector, vector, extra, ref_logprobs)
+        columns = columns.checked(objective, 2, FP32, vector.device)
         rows.policy_gradient(inputs, objective, columns)
     return rows.launches
 

@@ -26,7 +26,7 @@ from inputs import make_batch
 
 from exgrpo_kernels import PolicyObjective, linear_logprob, rowwise, runtime
 from exgrpo_kernels.linear_head import RowInputs
-from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.objective import LossColumns
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 15) -> float:
@@ -79,19 +79,9 @@ def row_kernel(rows: int, vocab: int) -> list[dict]:
     targets = torch.randint(vocab, (rows,), device="cuda")
     vector = torch.full((rows,), 1.0, device="cuda")
     objective = PolicyObjective()
-    columns = loss_columns(
-        objective,
-        rows,
-        torch.float32,
-        vector.device,
-        advantages=vector,
-        behaviour_logprobs=-12 * vector,
-        weights=vector,
-        shaping=None,
-        ref_logprobs=None,
-        sequence_ids=None,
-    )
-    inputs = RowInputs(targets, None, None, 1.0, None)
+    columns = LossColumns(vector, -12 * vector, vector)
+    columns = columns.checked(objective, rows, torch.float32, vector.device)
+    inputs = RowInputs(targets)
     grid = itertools.product(
         (torch.bfloat16, torch.float32), (2048, 4096, 8192, 16384), (4, 8, 16), (1, 2, 4)
     )
@@ -135,19 +125,8 @@ def density(tokens: int, vocab: int, hidden: int) -> list[dict]:
     rows = rowwise.TritonRows(logits, operand_dtype=torch.float32, keeps_masses=True)
     objective = PolicyObjective(surrogate="reinforce")
     ones = torch.ones(tokens, device="cuda")
-    columns = loss_columns(
-        objective,
-        tokens,
-        torch.float32,
-        ones.device,
-        advantages=ones,
-        behaviour_logprobs=ones,
-        weights=ones,
-        shaping=None,
-        ref_logprobs=None,
-        sequence_ids=None,
-    )
-    rows.policy_gradient(RowInputs(batch.targets, None, None, 1.0, None), objective, columns)
+    columns = LossColumns(ones, ones, ones).checked(objective, tokens, torch.float32, ones.device)
+    rows.policy_gradient(RowInputs(batch.targets), objective, columns)
     assert rows.masses is not None
     masses, found = rows.masses, []
     order = torch.argsort(out.logprobs)

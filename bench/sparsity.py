@@ -25,7 +25,7 @@ from inputs import make_batch
 from torch import Tensor
 
 from exgrpo_kernels import PolicyObjective, linear_logprob, runtime, sparse_backward
-from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.objective import LossColumns
 from exgrpo_kernels.policy_loss import row_order
 from exgrpo_kernels.sparse_backward import COLUMNS, ROWS
 
@@ -59,18 +59,8 @@ def rules(arguments: argparse.Namespace) -> tuple[list[dict], dict]:
     n, v = len(hidden), len(weight)
     out = linear_logprob(hidden, weight, batch.targets)
     objective = PolicyObjective()
-    columns = loss_columns(
-        objective,
-        n,
-        torch.float32,
-        hidden.device,
-        advantages=batch.advantages,
-        behaviour_logprobs=batch.behaviour_logprobs,
-        weights=batch.weights,
-        shaping=None,
-        ref_logprobs=None,
-        sequence_ids=None,
-    )
+    columns = LossColumns(batch.advantages, batch.behaviour_logprobs, batch.weights)
+    columns = columns.checked(objective, n, torch.float32, hidden.device)
     c1 = -batch.advantages * batch.weights
     mean = sparse_backward.mean_coefficient(c1, c1 != 0)
     natural = torch.arange(n)

@@ -3,11 +3,11 @@
     linear_logprob      hidden x weight -> log-probabilities, entropy, lse; any loss can follow
     linear_policy_loss  hidden x weight -> the policy loss, gradients made in the forward
     policy_loss         the same objective on vectors of log-probabilities
-    policy_loss_from_logits   the same objective where logits exist, gradients in their place
-    vocab_parallel_linear_logprob, vocab_parallel_policy_loss   the first two, of a head in parts
-    PolicyObjective     which ratio, clip, surrogate, KL and entropy terms make up that loss
+    policy_loss_from_logits   the same objective where logits exist, overwritten by gradients
+    vocab_parallel_linear_logprob, vocab_parallel_policy_loss   the first two, of a sharded head
+    PolicyObjective     the ratio, clip, surrogate, KL and entropy terms of that loss
 
-Beside each function stands a `*_reference` in plain PyTorch that is its specification.
+`*_reference` functions in plain PyTorch are the specifications.
 """
 
 from exgrpo_kernels.linear_head import LinearLogprob, NonFiniteHidden

@@ -1,12 +1,14 @@
 """The linear head: its checked inputs, the coefficients of its rows, and the sums dX, dW, db.
 
-What happens to a chunk of raw logits is the protocol `ChunkRows`: plain PyTorch follows it in
-`rowwise_torch`, Triton in `rowwise`. The checks, the GEMMs and the sums around it are here.
+A backend implements the protocol `ChunkRows` for the rows of one chunk of logits: `rowwise_torch`
+in plain PyTorch, `rowwise` in Triton. The checks, the GEMMs and the sums over chunks are here.
 
-Legend: N tokens, R rows of a chunk, L rows of a chunk that stay in its GEMMs, V vocabulary, D hidden.
+Legend: N tokens, R rows of a chunk, L rows of a chunk that take part in its GEMMs, V vocabulary,
+D hidden.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +20,13 @@ from exgrpo_kernels.objective import LossColumns, PolicyObjective
 from exgrpo_kernels.sparse_backward import TileMasses, Tiles, TileSelector
 
 HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Operator schemas of the fields of `RowInputs` and `LinearHead`; see their `arguments`.
+ROW_SCHEMA = "Tensor targets, Tensor? bias, Tensor? temperatures, float temperature, float? softcap"
+HEAD_SCHEMA = (
+    f"Tensor hidden, Tensor weight, {ROW_SCHEMA}, "
+    "ScalarType logits_dtype, str backend, SymInt? chunk_rows"
+)
 
 
 class NonFiniteHidden(ValueError):
@@ -36,65 +45,90 @@ class LinearLogprob(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RowInputs:
-    """What a row of logits x meets: z = softcap(x + bias) / temperature, and its target.
+class HeadOptions:
+    """The options that every function of a linear head takes, unchecked; see `linear_logprob`."""
 
-    `temperatures_N` is None where every row has `temperature`.
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    logits_dtype: torch.dtype | None = None
+    backend: str = "auto"
+    chunk_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class RowInputs:
+    """The inputs of rows of logits x: z = softcap(x + bias) / temperature, and the targets.
+
+    `temperature` is a number, or [N] in the compute dtype.
     """
 
     targets_N: Tensor
-    bias_V: Tensor | None
-    temperatures_N: Tensor | None
-    temperature: float
-    softcap: float | None
+    bias_V: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
 
     def __len__(self) -> int:
         return self.targets_N.shape[0]
 
     @property
-    def tau(self) -> Tensor | float:
-        return self.temperature if self.temperatures_N is None else self.temperatures_N
+    def temperatures_N(self) -> Tensor | None:
+        """The temperatures where every row has its own."""
+        return self.temperature if isinstance(self.temperature, Tensor) else None
+
+    @property
+    def common_temperature(self) -> float:
+        """The temperature of all rows, 1 where every row has its own."""
+        return 1.0 if isinstance(self.temperature, Tensor) else self.temperature
 
     def rows(self, index: slice | Tensor) -> "RowInputs":
-        tau = self.temperatures_N
-        return replace(
-            self,
-            targets_N=self.targets_N[index],
-            temperatures_N=None if tau is None else tau[index],
-        )
+        tau = self.temperature
+        tau = tau[index] if isinstance(tau, Tensor) else tau
+        return replace(self, targets_N=self.targets_N[index], temperature=tau)
 
     def arguments(self) -> tuple:
-        """The fields in order, as a registered operator takes them."""
-        return self.targets_N, self.bias_V, self.temperatures_N, self.temperature, self.softcap
+        """The fields as an operator with ROW_SCHEMA takes them; see `from_arguments`."""
+        tau = self.temperatures_N, self.common_temperature
+        return self.targets_N, self.bias_V, *tau, self.softcap
+
+    @staticmethod
+    def from_arguments(
+        targets: Tensor,
+        bias: Tensor | None,
+        temperatures: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+    ) -> "RowInputs":
+        tau = temperature if temperatures is None else temperatures
+        return RowInputs(targets, bias, tau, softcap)
 
     def with_checked_values(self, num_tokens: int, trained_N: Tensor | None) -> "RowInputs":
-        """Check what only the values tell; rows that are not trained may hold anything."""
+        """Check values, which shapes do not tell; rows that are not trained may hold anything."""
         in_range = (self.targets_N >= 0) & (self.targets_N < num_tokens)
         allowed = in_range if trained_N is None else in_range | ~trained_N
         runtime.require(
             allowed.all(), f"targets must lie in [0, {num_tokens}) on every trained row"
         )
-        tau = self.temperatures_N
-        if tau is not None:
+        tau = self.temperature
+        if isinstance(tau, Tensor):
             tau = tau if trained_N is None else torch.where(trained_N, tau, 1.0)
             positive = (tau > 0) & tau.isfinite()
             runtime.require(positive.all(), "temperature must be > 0 and finite on every row")
         targets = torch.where(in_range, self.targets_N, 0)
-        return replace(self, targets_N=targets, temperatures_N=tau)
+        return replace(self, targets_N=targets, temperature=tau)
 
 
 def row_inputs(
+    targets: Tensor,
+    options: HeadOptions,
+    *,
     num_rows: int,
     num_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
 ) -> RowInputs:
-    """Check everything that shapes, dtypes and devices tell; ValueError names the argument."""
+    """Check shapes, dtypes and devices; ValueError names the argument. `dtype` is to compute in."""
+    bias, temperature, softcap = options.bias, options.temperature, options.softcap
     if targets.shape != (num_rows,):
         raise ValueError(f"targets must have shape [{num_rows}], got {list(targets.shape)}")
     if targets.dtype != torch.int64:
@@ -115,16 +149,16 @@ def row_inputs(
                 f"temperature must be a number or have shape [{num_rows}], "
                 f"got {list(temperature.shape)}"
             )
-        return RowInputs(targets, bias, temperature.detach().to(dtype), 1.0, softcap)
+        return RowInputs(targets, bias, temperature.detach().to(dtype), softcap)
     temperature = float(temperature)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    return RowInputs(targets, bias, None, temperature, softcap)
+    return RowInputs(targets, bias, temperature, softcap)
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The logits hidden @ weight^T, rounded to `logits_dtype`, and what their rows meet."""
+    """The logits hidden @ weight^T, rounded to `logits_dtype`, and the inputs of their rows."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -145,23 +179,18 @@ class LinearHead:
         return replace(self, hidden_ND=self.hidden_ND[index], inputs=self.inputs.rows(index))
 
     def arguments(self) -> tuple:
-        """The fields one by one, as a registered operator takes them; see `from_arguments`."""
-        return (
-            self.hidden_ND,
-            self.weight_VD,
-            *self.inputs.arguments(),
-            self.logits_dtype,
-            self.backend,
-            self.chunk_rows,
-        )
+        """The fields as an operator with HEAD_SCHEMA takes them; see `from_arguments`."""
+        tensors, settings = self.inputs.arguments(), (self.logits_dtype, self.backend)
+        return self.hidden_ND, self.weight_VD, *tensors, *settings, self.chunk_rows
 
     @staticmethod
     def from_arguments(hidden: Tensor, weight: Tensor, *arguments) -> "LinearHead":
         *inputs, logits_dtype, backend, chunk_rows = arguments
-        return LinearHead(hidden, weight, RowInputs(*inputs), logits_dtype, backend, chunk_rows)
+        inputs = RowInputs.from_arguments(*inputs)
+        return LinearHead(hidden, weight, inputs, logits_dtype, backend, chunk_rows)
 
     def with_checked_values(self, trained_N: Tensor | None = None) -> "LinearHead":
-        """Check what only the values tell; rows that are not trained may hold anything.
+        """Check values, which shapes do not tell; rows that are not trained may hold anything.
 
         ValueError on a CPU. On CUDA a device-side assert for what would read out of bounds, while
         a non-finite hidden state makes a NaN loss there, which costs nothing and kills no run;
@@ -179,23 +208,15 @@ class LinearHead:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any input is, else float32."""
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
 
 
 def linear_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logits_dtype: torch.dtype | None,
-    backend: str,
-    chunk_rows: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions
 ) -> LinearHead:
-    """Check everything that shapes, dtypes and devices tell; ValueError names the argument."""
+    """Check shapes, dtypes and devices; ValueError names the argument."""
     for name, value, shape in (("hidden", hidden, "[N, D]"), ("weight", weight, "[V, D]")):
         if value.ndim != 2:
             raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
@@ -212,22 +233,17 @@ def linear_head(
         raise ValueError(f"weight must hold at least one token, got shape {list(weight.shape)}")
     if weight.device != hidden.device:
         raise ValueError(f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    logits_dtype, chunk_rows = options.logits_dtype, options.chunk_rows
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    dtype = compute_dtype(hidden, weight)
+    device, dtype = hidden.device, compute_dtype(hidden, weight)
     if logits_dtype not in (None, dtype, torch.bfloat16):
         raise ValueError(f"logits_dtype must be {dtype}, torch.bfloat16 or None: {logits_dtype}")
+    num_tokens = len(weight)
     inputs = row_inputs(
-        num_rows,
-        len(weight),
-        hidden.device,
-        dtype,
-        targets=targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        targets, options, num_rows=num_rows, num_tokens=num_tokens, device=device, dtype=dtype
     )
-    backend = runtime.resolve_backend(backend, hidden.device, dtype)
+    backend = runtime.resolve_backend(options.backend, device, dtype)
     return LinearHead(hidden, weight, inputs, logits_dtype or dtype, backend, chunk_rows)
 
 
@@ -242,7 +258,7 @@ class RowCoefficients(NamedTuple):
     c3: Tensor | None = None
 
     def alive(self) -> Tensor:
-        """(R,) bool: rows that send anything back. NaN is alive."""
+        """(R,) bool: rows with a non-zero gradient. NaN is alive."""
         alive = self.c1 != 0
         for other in (self.c2, self.c3):
             alive = alive if other is None else alive | (other != 0)
@@ -258,9 +274,9 @@ class RowCoefficients(NamedTuple):
 class LogitGradient(NamedTuple):
     """dL/dlogits of a chunk is scale[:, None] * dlogits; a scale of None is one.
 
-    `kept` says which rows of the chunk these are; None: all of them, in order, perhaps with
-    padding behind. Rows that are not `alive` are exactly zero; None: all are alive. `masses` are
-    there when the buffer was made to keep them.
+    `kept` are the rows of the chunk that these are; None: all of them, in order, perhaps followed
+    by padding. Rows that are not `alive` are exactly zero; None: all are alive. `masses` are None
+    unless the buffer was made to keep them.
     """
 
     dlogits_LV: Tensor
@@ -270,14 +286,14 @@ class LogitGradient(NamedTuple):
     masses: TileMasses | None = None
 
     def num_alive(self, num_rows: int) -> int | Tensor:
-        """How many of the chunk's `num_rows` rows send anything back."""
+        """How many of the chunk's `num_rows` rows have a non-zero gradient."""
         if self.alive_L is not None:
             return self.alive_L.sum()
         return num_rows if self.kept_L is None else len(self.kept_L)
 
 
 class ChunkRows(Protocol):
-    """A chunk of raw logits and what can be done with its rows; `inputs` are those of its rows."""
+    """A chunk of raw logits and the operations on its rows; `inputs` are those of its rows."""
 
     logits: Tensor
 
@@ -298,7 +314,7 @@ class ChunkRows(Protocol):
     def policy_gradient(
         self, inputs: RowInputs, objective: PolicyObjective, columns: LossColumns
     ) -> tuple[LinearLogprob, LogitGradient]:
-        """Statistics of raw logits, the coefficients they give, and the gradient, in one go."""
+        """Statistics and gradient of raw logits; the coefficients follow from the statistics."""
         ...
 
 
@@ -312,7 +328,7 @@ def write_logits(rows: ChunkRows, chunk: LinearHead) -> None:
 
 
 def padded(rows_RD: Tensor, num_rows: int) -> Tensor:
-    """(R, D) -> (num_rows, D), zeros behind."""
+    """(R, D) -> (num_rows, D), zero rows at the end."""
     if len(rows_RD) == num_rows:
         return rows_RD
     out = rows_RD.new_zeros(num_rows, rows_RD.shape[1])
@@ -347,7 +363,7 @@ class HeadGradients:
 
     @staticmethod
     def like(
-        head: LinearHead, needs: tuple[bool, bool, bool], main_grad: Tensor | None = None
+        head: LinearHead, needs: Sequence[bool], main_grad: Tensor | None = None
     ) -> "HeadGradients":
         """`needs` says whether hidden, weight and bias want a gradient; dW may join `main_grad`."""
         needs_hidden, needs_weight, needs_bias = needs
@@ -372,7 +388,7 @@ class HeadGradients:
         rows: slice | Tensor,
         selector: TileSelector | None = None,
     ) -> None:
-        """Add a chunk whose rows are `rows` of the whole, or what `selector` keeps of it."""
+        """Add a chunk whose rows are `rows` of the batch, or the tiles of it that `selector` keeps."""
         dlogits, scale, kept, alive, masses = gradient
         tiles = None
         if selector is not None:
@@ -407,7 +423,7 @@ class HeadGradients:
         rows: slice | Tensor,
         tiles: Tiles | None,
     ) -> None:
-        """Write the rows `rows` of dX: straight to their place where nothing follows the product."""
+        """Write the rows `rows` of dX, in place where no further operation follows the product."""
         dlogits, scale = gradient.dlogits_LV, gradient.scale_L
         residue = None if tiles is None else tiles.residue_RT
         # a scale is applied, and a residue added, before anything is rounded

@@ -15,16 +15,18 @@ Legend: N tokens, R rows of a chunk, V vocabulary, D hidden.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import (
+    HEAD_SCHEMA,
     ChunkRows,
     Gradients,
     HeadGradients,
+    HeadOptions,
     LinearHead,
     LinearLogprob,
     RowCoefficients,
@@ -79,7 +81,7 @@ def logprob_reference(
 
 
 def buffer_dtypes(head: LinearHead) -> tuple[torch.dtype, torch.dtype]:
-    """Of the logits in the buffer, and of the gradient that takes their place in the GEMMs."""
+    """Of the logits in the buffer, and of their gradient in the GEMMs."""
     is_triton = head.backend == "triton"
     operands = runtime.gemm_dtype(head.hidden_ND, head.weight_VD, head.dtype, is_triton=is_triton)
     # a gradient may be narrower than its logits, never wider
@@ -97,7 +99,7 @@ def chunk_size(head: LinearHead, num_rows: int) -> int:
 def chunk_buffer(
     head: LinearHead, num_rows: int, selector: TileSelector | None = None
 ) -> ChunkRows:
-    """The buffer that every chunk of `num_rows` rows uses again."""
+    """The buffer that all chunks of `num_rows` rows share."""
     size, num_columns = chunk_size(head, num_rows), len(head.weight_VD)
     dtype, operands = buffer_dtypes(head)
     logits = runtime.empty_logits(size, num_columns, dtype, head.hidden_ND.device)
@@ -148,14 +150,14 @@ def recompute_gradients(
     head: LinearHead,
     outputs: LinearLogprob,
     coefficients: RowCoefficients,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
     main_grad: Tensor | None = None,
     selector: TileSelector | None = None,
 ) -> Gradients:
     """dX, dW, db from the statistics of a finished forward pass; makes each chunk of logits again.
 
-    The second phase of everything whose coefficients need all rows first. Rows that send nothing
-    back are not even made again, where the host can see them.
+    The second phase where coefficients need the statistics of all rows. Rows without a gradient
+    are left out where the host can read the coefficients.
     """
     gradients = HeadGradients.like(head, needs, main_grad)
     order = None
@@ -176,77 +178,32 @@ def recompute_gradients(
 # ---- operators: torch.compile and CUDA graphs see one node each ----------------------------------
 
 
-@torch.library.custom_op("exgrpo_kernels::linear_logprob", mutates_args=())
-def linear_logprob_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype,
-    backend: str,
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "exgrpo_kernels::linear_logprob",
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def linear_logprob_operator(*arguments):
     """`score_rows` of the fields of a `LinearHead`."""
-    head = LinearHead.from_arguments(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperatures,
-        temperature,
-        softcap,
-        logits_dtype,
-        backend,
-        chunk_rows,
-    )
-    logprobs, entropy, lse = score_rows(head)
-    return logprobs, entropy, lse
+    return tuple(score_rows(LinearHead.from_arguments(*arguments)))
 
 
 @linear_logprob_operator.register_fake
-def _(hidden, weight, *arguments):
-    return tuple(new_outputs(LinearHead.from_arguments(hidden, weight, *arguments)))
+def _(*arguments):
+    return tuple(new_outputs(LinearHead.from_arguments(*arguments)))
 
 
-@torch.library.custom_op("exgrpo_kernels::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype,
-    backend: str,
-    chunk_rows: int | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    c1: Tensor,
-    c2: Tensor | None,
-    c3: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """`recompute_gradients`, of which only the wanted gradients come back, in order."""
-    head = LinearHead.from_arguments(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperatures,
-        temperature,
-        softcap,
-        logits_dtype,
-        backend,
-        chunk_rows,
-    )
+@torch.library.custom_op(
+    "exgrpo_kernels::linear_logprob_backward",
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, Tensor logprobs, Tensor entropy, Tensor lse, "
+    "Tensor c1, Tensor? c2, Tensor? c3, bool[] needs) -> Tensor[]",
+)
+def linear_logprob_backward_operator(*arguments):
+    """`recompute_gradients`; only the gradients of `needs` come back, in order."""
+    *head, logprobs, entropy, lse, c1, c2, c3, needs = arguments
     outputs, coefficients = LinearLogprob(logprobs, entropy, lse), RowCoefficients(c1, c2, c3)
-    wanted = needs[0], needs[1], needs[2]
-    gradients = recompute_gradients(head, outputs, coefficients, wanted)
+    gradients = recompute_gradients(LinearHead.from_arguments(*head), outputs, coefficients, needs)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -325,15 +282,6 @@ def linear_logprob(
     Errors: ValueError naming the argument, for shapes, dtypes, devices, temperature <= 0 and a
     target outside [0, V); on CUDA the last two are device-side asserts, which do not synchronise.
     """
-    head = linear_head(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logits_dtype=logits_dtype,
-        backend=backend,
-        chunk_rows=chunk_rows,
-    ).with_checked_values()
+    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows)
+    head = linear_head(hidden, weight, targets, options).with_checked_values()
     return LinearLogprob(*linear_logprob_operator(*head.arguments()))

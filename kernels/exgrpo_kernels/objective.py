@@ -28,7 +28,7 @@ LOG_RATIO_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """What one token's loss is made of. All fields are validated; a bad one is a ValueError.
+    """The loss of one token. All fields are validated; a bad one is a ValueError.
 
     With r the ratio, A the advantage, lo = 1 - clip_low and hi = 1 + clip_high (None: no bound):
 
@@ -125,28 +125,31 @@ def resolve_objective(objective: PolicyObjective | None) -> PolicyObjective:
     return objective
 
 
-# ---- columns: what every token brings ------------------------------------------------------------
+# ---- columns --------------------------------------------------------------------------------------
+
+
+# Operator schema of the fields of `LossColumns`.
+COLUMNS_SCHEMA = "Tensor?[] columns"
 
 
 @dataclass(frozen=True)
 class LossColumns:
-    """Checked [N] columns in which every row of weight 0 holds harmless values.
+    """[N] columns of a loss; those of the public functions, unchecked until `checked`."""
 
-    Rows of weight 0 are selected away here, before any arithmetic, so whatever they held (NaN,
-    inf) reaches neither a value nor a gradient.
-    """
-
-    weights: Tensor
-    trained: Tensor
     advantages: Tensor
     behaviour_logprobs: Tensor
-    shaping: Tensor | None
-    ref_logprobs: Tensor | None
-    sequence_ids: Tensor | None
+    weights: Tensor
+    shaping: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    sequence_ids: Tensor | None = None
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
-        """The fields in order, as a registered operator takes them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+    @property
+    def trained(self) -> Tensor:
+        return self.weights != 0
+
+    def arguments(self) -> list[Tensor | None]:
+        """The fields in order, as an operator with COLUMNS_SCHEMA takes them."""
+        return [getattr(self, f.name) for f in fields(self)]
 
     def rows(self, rows: slice | Tensor) -> "LossColumns":
         """Some of the rows; where sequence ids are cut, they are numbered again from 0."""
@@ -155,6 +158,45 @@ class LossColumns:
         if self.sequence_ids is not None and len(picked["weights"]) < len(self.weights):
             picked["sequence_ids"] = picked["sequence_ids"].unique(return_inverse=True)[1]
         return replace(self, **picked)
+
+    def checked(
+        self,
+        objective: PolicyObjective,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "LossColumns":
+        """The columns in `dtype`, detached, with harmless values in every row of weight 0.
+
+        Those rows are selected away here, before any arithmetic, so whatever they held (NaN, inf)
+        reaches neither a value nor a gradient. ValueError names the column.
+        """
+        shape = f"of shape [{num_rows}]"
+        if objective.kl_coef != 0 and self.ref_logprobs is None:
+            raise ValueError(f"kl_coef={objective.kl_coef} needs ref_logprobs {shape}")
+        if objective.ratio_level == "sequence" and self.sequence_ids is None:
+            raise ValueError(f"ratio_level='sequence' needs sequence_ids, int64 {shape}")
+        check_vector("weights", self.weights, num_rows, device)
+        weights = self.weights.detach().to(dtype)
+        trained = weights != 0
+
+        def column(name: str) -> Tensor:
+            value = getattr(self, name)
+            check_vector(name, value, num_rows, device)
+            return torch.where(trained, value.detach().to(dtype), 0.0)
+
+        shaping = None if self.shaping is None else column("shaping")
+        if shaping is not None:
+            # NaN fails this too
+            require(shaping.ge(0).all(), "shaping must be >= 0 on every row with a weight")
+        return LossColumns(
+            advantages=column("advantages"),
+            behaviour_logprobs=column("behaviour_logprobs"),
+            weights=weights,
+            shaping=shaping,
+            ref_logprobs=None if self.ref_logprobs is None else column("ref_logprobs"),
+            sequence_ids=checked_ids(self.sequence_ids, trained, device),
+        )
 
 
 def check_vector(name: str, value: Tensor, num_rows: int, device: torch.device) -> None:
@@ -169,60 +211,24 @@ def check_vector(name: str, value: Tensor, num_rows: int, device: torch.device) 
         raise ValueError(f"{name} must be on {device}, got {value.device}")
 
 
-def loss_columns(
-    objective: PolicyObjective,
-    num_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    advantages: Tensor,
-    behaviour_logprobs: Tensor,
-    weights: Tensor,
-    shaping: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sequence_ids: Tensor | None,
-) -> LossColumns:
-    """Check the columns and select the rows of weight 0 away."""
-    if objective.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef={objective.kl_coef} needs ref_logprobs of shape [{num_rows}]")
-    if objective.ratio_level == "sequence" and sequence_ids is None:
-        raise ValueError(f"ratio_level='sequence' needs sequence_ids, int64 of shape [{num_rows}]")
-    check_vector("weights", weights, num_rows, device)
-    weights = weights.detach().to(dtype)
-    trained = weights != 0
-
-    def column(name: str, value: Tensor) -> Tensor:
-        check_vector(name, value, num_rows, device)
-        return torch.where(trained, value.detach().to(dtype), 0.0)
-
-    if shaping is not None:
-        shaping = column("shaping", shaping)
-        # NaN fails this too
-        require(shaping.ge(0).all(), "shaping must be >= 0 on every row with a weight")
-    if sequence_ids is not None:
-        if sequence_ids.shape != (num_rows,) or sequence_ids.dtype != torch.int64:
-            raise ValueError(
-                f"sequence_ids must be int64 of shape [{num_rows}], got "
-                f"{sequence_ids.dtype} of shape {list(sequence_ids.shape)}"
-            )
-        if sequence_ids.device not in (device, torch.device("cpu")):
-            raise ValueError(
-                f"sequence_ids must be on {device} or the CPU, got {sequence_ids.device}"
-            )
-        if sequence_ids.device == device:
-            sequence_ids = torch.where(trained, sequence_ids, 0)
-        # Segment buffers have N entries, so that their size is known without asking the device.
-        in_range = ((sequence_ids >= 0) & (sequence_ids < num_rows)).all()
-        require(in_range, f"sequence_ids must lie in [0, {num_rows}) on every row with a weight")
-    return LossColumns(
-        weights=weights,
-        trained=trained,
-        advantages=column("advantages", advantages),
-        behaviour_logprobs=column("behaviour_logprobs", behaviour_logprobs),
-        shaping=shaping,
-        ref_logprobs=None if ref_logprobs is None else column("ref_logprobs", ref_logprobs),
-        sequence_ids=sequence_ids,
-    )
+def checked_ids(ids: Tensor | None, trained: Tensor, device: torch.device) -> Tensor | None:
+    """Sequence ids, on `device` or the CPU; 0 in every row that is not trained."""
+    if ids is None:
+        return None
+    num_rows = len(trained)
+    if ids.shape != (num_rows,) or ids.dtype != torch.int64:
+        raise ValueError(
+            f"sequence_ids must be int64 of shape [{num_rows}], got "
+            f"{ids.dtype} of shape {list(ids.shape)}"
+        )
+    if ids.device not in (device, torch.device("cpu")):
+        raise ValueError(f"sequence_ids must be on {device} or the CPU, got {ids.device}")
+    if ids.device == device:
+        ids = torch.where(trained, ids, 0)
+    # Segment buffers have N entries, so that their size is known without asking the device.
+    in_range = ((ids >= 0) & (ids < num_rows)).all()
+    require(in_range, f"sequence_ids must lie in [0, {num_rows}) on every row with a weight")
+    return ids
 
 
 # ---- the loss, written once ----------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """The fused linear policy loss: from hidden states to gradients, one chunk of logits at a time.
 
-For a token-level loss the coefficients of a row are known as soon as its log-probability is, so
-its gradients are made in the forward while the chunk is still there: three GEMMs and no logits
-made twice. A sequence-level ratio couples rows: where the host knows the sequences, chunks follow
-them and nothing changes; else all rows are scored first, the coefficients follow, and a second
-pass makes the logits again: four GEMMs.
+For a token-level loss the coefficients of a row follow from its own log-probability, so its
+gradients are made in the forward, while the chunk exists: three GEMMs, no recomputation. A
+sequence-level ratio couples rows: where the host can read the sequence ids, chunks hold whole
+sequences and the same holds; else all rows are scored first, then the coefficients computed, and
+a second pass recomputes the logits: four GEMMs.
 
 The loss itself is `objective.token_losses`; the row algebra is `linear_logprob`'s.
 Legend: N tokens, V vocabulary, D hidden.
@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import (
+    HEAD_SCHEMA,
     HeadGradients,
+    HeadOptions,
     LinearHead,
     LinearLogprob,
     RowCoefficients,
@@ -39,16 +41,16 @@ from exgrpo_kernels.linear_logprob import (
     store_outputs,
 )
 from exgrpo_kernels.objective import (
+    COLUMNS_SCHEMA,
     LossColumns,
     PolicyObjective,
     check_vector,
-    loss_columns,
     loss_metrics,
     resolve_objective,
     row_scalars,
     token_losses,
 )
-from exgrpo_kernels.sparse_backward import DEFAULT_THRESHOLD, TAILS, Tail, TileSelector
+from exgrpo_kernels.sparse_backward import DEFAULT_THRESHOLD, TAILS, Sparsity, TileSelector
 
 SPARSITIES = ("auto", "off")
 
@@ -127,10 +129,10 @@ def one_phase_pass(
 
 
 def row_order(objective: PolicyObjective, columns: LossColumns, targets_N: Tensor) -> Tensor:
-    """(N,) -> rows by what they will need of the vocabulary, known before any logits are.
+    """(N,) -> rows sorted so that neighbours share tiles, from what is known before the logits.
 
-    First those that may send something back, by how sure the behaviour policy was in powers of
-    two, then by target; neighbours share their tiles, and the silent rows come last.
+    First those that may have a gradient, by 1 - p of the behaviour policy in powers of two, then
+    by target; rows of weight or advantage 0 come last.
     """
     others = -torch.expm1(columns.behaviour_logprobs.float().clamp(-80.0, -1e-9))
     doubt = others.log2().floor().clamp(min=-31.0).long() + 32
@@ -154,7 +156,7 @@ def chunk_plan(
 
 
 def sequence_plan(columns: LossColumns, num_rows: int, chunk_rows: int) -> list[slice] | None:
-    """Chunks of whole sequences; None where one is too long, in pieces, or unknown to the host."""
+    """Chunks of whole sequences; None where one is too long, split, or not readable by the host."""
     if num_rows <= chunk_rows:
         return [slice(0, num_rows)]
     ids = columns.sequence_ids
@@ -186,56 +188,24 @@ def sequence_plan(columns: LossColumns, num_rows: int, chunk_rows: int) -> list[
 # ---- operators: torch.compile and CUDA graphs see one node ---------------------------------------
 
 
-@torch.library.custom_op("exgrpo_kernels::linear_policy_loss", mutates_args=("main_grad",))
-def linear_policy_loss_operator(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype,
-    backend: str,
-    chunk_rows: int | None,
-    weights: Tensor,
-    trained: Tensor,
-    advantages: Tensor,
-    behaviour_logprobs: Tensor,
-    shaping: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sequence_ids: Tensor | None,
-    objective: str,
-    needs: list[bool],
-    main_grad: Tensor | None,
-    threshold: float | None,
-    tail: str,
-    is_auto: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, what sparsity dropped, and dX, dW, db; empty where not wanted."""
-    head = LinearHead.from_arguments(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperatures,
-        temperature,
-        softcap,
-        logits_dtype,
-        backend,
-        chunk_rows,
-    )
-    columns = LossColumns(
-        weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
-    )
+@torch.library.custom_op(
+    "exgrpo_kernels::linear_policy_loss",
+    mutates_args=("main_grad",),
+    schema=f"({HEAD_SCHEMA}, {COLUMNS_SCHEMA}, str objective, bool[] needs, "
+    "Tensor(a!)? main_grad, float? threshold, str tail, bool is_auto) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_policy_loss_operator(*arguments):
+    """logprobs, entropy, metrics of the sparsity, and dX, dW, db; empty where not wanted."""
+    *head, columns, objective, needs, main_grad, threshold, tail, is_auto = arguments
+    head, columns = LinearHead.from_arguments(*head), LossColumns(*columns)
     policy = PolicyObjective.from_text(objective)
-    wanted = needs[0], needs[1], needs[2]
-    selector = TileSelector(threshold, tail_named(tail), is_auto=is_auto, device=hidden.device)
-    if not any(wanted):
+    selector = TileSelector(Sparsity(threshold, tail, is_auto), head.hidden_ND.device)
+    if not any(needs):
         outputs, made = score_rows(head), (None, None, None)
         selector.count_rows(len(head))
     elif plan := chunk_plan(policy, columns, head, reorders=selector.wants_masses):
-        gradients = HeadGradients.like(head, wanted, main_grad)
+        gradients = HeadGradients.like(head, needs, main_grad)
         outputs = one_phase_pass(head, policy, columns, gradients, selector, plan)
         made = gradients.finish(head)
     else:
@@ -243,16 +213,15 @@ def linear_policy_loss_operator(
         outputs = score_rows(head)
         scalars = row_scalars(policy, outputs.logprobs, outputs.entropy, columns)
         coefficients = RowCoefficients(*scalars)
-        made = recompute_gradients(head, outputs, coefficients, wanted, main_grad, selector)
-    dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in made)
-    dropped = selector.metrics(len(head)).float()
-    return outputs.logprobs, outputs.entropy, dropped, dhidden, dweight, dbias
+        made = recompute_gradients(head, outputs, coefficients, needs, main_grad, selector)
+    made = (head.hidden_ND.new_empty(0) if g is None else g for g in made)
+    return outputs.logprobs, outputs.entropy, selector.metrics(len(head)).float(), *made
 
 
 @linear_policy_loss_operator.register_fake
 def _(hidden, weight, targets, bias, *arguments):
-    *_, needs, main_grad, _, _, _ = arguments
-    outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *arguments[:6]))
+    *rest, _, _, needs, main_grad, _, _, _ = arguments
+    outputs = new_outputs(LinearHead.from_arguments(hidden, weight, targets, bias, *rest))
     wanted = needs[0], needs[1] and main_grad is None, needs[2]
     gradients = (
         torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -267,7 +236,7 @@ def _(hidden, weight, targets, bias, *arguments):
 
 
 class WithGradients(torch.autograd.Function):
-    """Gives a finished loss the gradients that were made beside it."""
+    """Attaches gradients that were made in the forward to a finished loss."""
 
     @staticmethod
     def forward(ctx, loss, first, second, third, *gradients):
@@ -315,27 +284,28 @@ def finished_loss(
     return PolicyLoss(losses.weighted.sum(), logprobs, entropy, losses.ratio, metrics)
 
 
-def resolve_sparsity(sparsity: str | float, num_tokens: int) -> tuple[float | None, bool]:
-    """(threshold, is_auto) of the argument `sparsity`; a threshold of None is dense."""
+def resolve_sparsity(sparsity: str | float, tail: str, num_tokens: int) -> Sparsity:
+    """The arguments `sparsity` and `tail`, checked, for a vocabulary of `num_tokens`."""
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
     if isinstance(sparsity, int | float) and not isinstance(sparsity, bool):
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity as a number must lie in [0, 1), got {sparsity}")
-        return float(sparsity), False
+        return Sparsity(float(sparsity), tail, is_auto=False)
     if sparsity not in SPARSITIES:
         raise ValueError(
             f"sparsity must be one of {', '.join(SPARSITIES)} or a number, got {sparsity!r}"
         )
     is_off = sparsity == "off" or num_tokens < runtime.SPARSE_VOCABULARY
     if is_off or torch.are_deterministic_algorithms_enabled():
-        return None, False
-    return DEFAULT_THRESHOLD, True
+        return Sparsity(None, tail, is_auto=False)
+    return Sparsity(DEFAULT_THRESHOLD, tail, is_auto=True)
 
 
-def tail_named(tail: str) -> Tail:
-    for known in TAILS:
-        if tail == known:
-            return known
-    raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+def needs_gradients(*inputs: Tensor | None) -> list[bool]:
+    """Which of the inputs require a gradient that is to be made now."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and value is not None and value.requires_grad for value in inputs]
 
 
 # ---- public --------------------------------------------------------------------------------------
@@ -356,7 +326,7 @@ def policy_loss(
     """(N,), (N,) -> scalar: the objective on vectors of log-probabilities, by plain autograd.
 
     The columns are those of `linear_policy_loss`. `entropy` may be None when the objective has no
-    entropy term. For log-probabilities that come from elsewhere, or from `linear_logprob`.
+    entropy term. For log-probabilities of `linear_logprob` or of a model that is not of ours.
     """
     objective = resolve_objective(objective)
     num_rows, device = logprobs.numel(), logprobs.device
@@ -370,18 +340,9 @@ def policy_loss(
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     logprobs = logprobs.to(dtype)
     entropy = None if entropy is None else entropy.to(dtype)
-    columns = loss_columns(
-        objective,
-        num_rows,
-        dtype,
-        device,
-        advantages=advantages,
-        behaviour_logprobs=behaviour_logprobs,
-        weights=weights,
-        shaping=shaping,
-        ref_logprobs=ref_logprobs,
-        sequence_ids=sequence_ids,
-    )
+    columns = LossColumns(
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+    ).checked(objective, num_rows, dtype, device)
     losses = token_losses(objective, logprobs, entropy, columns)
     detached = logprobs.detach(), None if entropy is None else entropy.detach()
     metrics = loss_metrics(objective, *detached, columns, losses)
@@ -444,48 +405,23 @@ def linear_policy_loss(
     checked on a CPU. On CUDA the first four are device-side asserts, and the last makes a NaN loss.
     """
     objective = resolve_objective(objective)
-    threshold, is_auto = resolve_sparsity(sparsity, len(weight))
-    tail_named(tail)
+    selection = resolve_sparsity(sparsity, tail, len(weight))
     check_main_grad(weight_main_grad, weight)
     check_vector("weights", weights, len(hidden), hidden.device)
-    head = linear_head(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logits_dtype=logits_dtype,
-        backend=backend,
-        chunk_rows=chunk_rows,
-    ).with_checked_values(weights.detach() != 0)
-    columns = loss_columns(
-        objective,
-        len(head),
-        head.dtype,
-        hidden.device,
-        advantages=advantages,
-        behaviour_logprobs=behaviour_logprobs,
-        weights=weights,
-        shaping=shaping,
-        ref_logprobs=ref_logprobs,
-        sequence_ids=sequence_ids,
-    )
-
-    def wants(value: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and value is not None and value.requires_grad
-
-    needs = [wants(hidden), wants(weight), wants(bias)]
+    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows)
+    head = linear_head(hidden, weight, targets, options).with_checked_values(weights.detach() != 0)
+    columns = LossColumns(
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+    ).checked(objective, len(head), head.dtype, hidden.device)
+    needs = needs_gradients(hidden, weight, bias)
     with torch.no_grad():
         logprobs, entropy, dropped, *gradients = linear_policy_loss_operator(
             *head.arguments(),
-            *columns.arguments(),
+            columns.arguments(),
             objective.as_text(),
             needs,
             weight_main_grad,
-            threshold,
-            tail,
-            is_auto,
+            *selection,
         )
         result = finished_loss(objective, columns, targets, len(weight), logprobs, entropy)
         names = ("density", "skipped_mass", "rows_skipped")

@@ -1,4 +1,4 @@
-"""The policy loss for those who hold logits already: their gradient takes their memory.
+"""The policy loss where the logits exist already: their gradient overwrites them.
 
 Statistics, coefficients and gradient are those of the row kernels; no GEMM is made here.
 Legend: N tokens, V vocabulary.
@@ -8,43 +8,37 @@ import torch
 from torch import Tensor
 
 from exgrpo_kernels import runtime
-from exgrpo_kernels.linear_head import HEAD_DTYPES, RowInputs, compute_dtype, row_inputs
+from exgrpo_kernels.linear_head import (
+    HEAD_DTYPES,
+    ROW_SCHEMA,
+    HeadOptions,
+    RowInputs,
+    compute_dtype,
+    row_inputs,
+)
 from exgrpo_kernels.objective import (
+    COLUMNS_SCHEMA,
     LossColumns,
     PolicyObjective,
     check_vector,
-    loss_columns,
     resolve_objective,
 )
-from exgrpo_kernels.policy_loss import PolicyLoss, WithGradients, finished_loss
+from exgrpo_kernels.policy_loss import PolicyLoss, WithGradients, finished_loss, needs_gradients
 from exgrpo_kernels.rowwise_torch import TorchRows
 
 # ---- operator ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("exgrpo_kernels::policy_loss_from_logits_", mutates_args=("logits",))
-def policy_loss_from_logits_operator(
-    logits: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    backend: str,
-    weights: Tensor,
-    trained: Tensor,
-    advantages: Tensor,
-    behaviour_logprobs: Tensor,
-    shaping: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sequence_ids: Tensor | None,
-    objective: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "exgrpo_kernels::policy_loss_from_logits_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {ROW_SCHEMA}, str backend, {COLUMNS_SCHEMA}, str objective) -> "
+    "(Tensor, Tensor)",
+)
+def policy_loss_from_logits_operator(logits, *arguments):
     """logprobs, entropy; the gradient for an upstream gradient of 1 replaces `logits`."""
-    inputs = RowInputs(targets, bias, temperatures, temperature, softcap)
-    columns = LossColumns(
-        weights, trained, advantages, behaviour_logprobs, shaping, ref_logprobs, sequence_ids
-    )
+    *inputs, backend, columns, objective = arguments
+    inputs, columns = RowInputs.from_arguments(*inputs), LossColumns(*columns)
     policy = PolicyObjective.from_text(objective)
     dtype = compute_dtype(logits)
     if backend == "triton":
@@ -55,7 +49,7 @@ def policy_loss_from_logits_operator(
         # PyTorch reads low-precision logits through a float32 copy
         buffer = TorchRows(
             logits.to(dtype),
-            has_softcap=softcap is not None,
+            has_softcap=inputs.softcap is not None,
             operand_dtype=dtype,
             closes_gaps=False,
         )
@@ -97,8 +91,8 @@ def policy_loss_from_logits(
     """(N, V), (N,) -> float32 scalar: the loss of `linear_policy_loss` where logits exist already.
 
     logits     bfloat16, float16, float32 or float64, rows with any stride. With `in_place`, and
-               when they require a gradient, the gradient takes their memory: their values are
-               gone after this call, and autograd refuses to go on if anyone saved them.
+               when they require a gradient, the gradient overwrites them: their values are
+               gone after this call, and autograd raises if another node saved them.
     The other arguments, their errors and the result are those of `linear_policy_loss`; a bias gets
     no gradient here. In low precision the gradient is rounded to the dtype of the logits.
     """
@@ -111,34 +105,23 @@ def policy_loss_from_logits(
     dtype, device = compute_dtype(logits), logits.device
     check_vector("weights", weights, num_rows, device)
     inputs = row_inputs(
-        num_rows,
-        num_tokens,
-        device,
-        dtype,
-        targets=targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
+        targets,
+        HeadOptions(bias, temperature, softcap),
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        device=device,
+        dtype=dtype,
     ).with_checked_values(num_tokens, weights.detach() != 0)
-    columns = loss_columns(
-        objective,
-        num_rows,
-        dtype,
-        device,
-        advantages=advantages,
-        behaviour_logprobs=behaviour_logprobs,
-        weights=weights,
-        shaping=shaping,
-        ref_logprobs=ref_logprobs,
-        sequence_ids=sequence_ids,
-    )
+    columns = LossColumns(
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+    ).checked(objective, num_rows, dtype, device)
     backend = runtime.resolve_backend(backend, device, dtype)
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    (wants_gradient,) = needs_gradients(logits)
     # a detached tensor shares the version counter, by which autograd sees the change
     made = logits.detach() if in_place and wants_gradient else logits.detach().clone()
     with torch.no_grad():
         logprobs, entropy = policy_loss_from_logits_operator(
-            made, *inputs.arguments(), backend, *columns.arguments(), objective.as_text()
+            made, *inputs.arguments(), backend, columns.arguments(), objective.as_text()
         )
         result = finished_loss(objective, columns, targets, num_tokens, logprobs, entropy)
     if not wants_gradient:

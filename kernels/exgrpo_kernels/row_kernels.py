@@ -1,4 +1,4 @@
-"""The Triton row kernels: everything a row of logits goes through, in one or two sweeps.
+"""The Triton row kernels: statistics, loss and gradient of a row of logits, in one or two sweeps.
 
 The first sweep walks a row in blocks of columns and keeps, online,
 
@@ -18,7 +18,7 @@ The coefficients of a token-level loss are `policy_coefficient`, the derivative 
 Legend: R rows of a chunk, V vocabulary, T tiles of MASS_TILE columns.
 """
 
-# Triton's language has no types that a checker knows.
+# Triton's language has no type stubs.
 # pyright: basic, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -58,7 +58,7 @@ def tanh_and_slope(x):
 
 @triton.jit
 def log_of_one_plus(x):
-    """log(1 + x) for x >= 0, accurate where 1 + x rounds: 2 atanh(x / (2 + x)) by its series."""
+    """log(1 + x) for x >= 0, accurate where 1 + x rounds: the series of 2 atanh(x / (2 + x))."""
     t = x / (2.0 + x)
     square = t * t
     tail = square * (1.0 / 5.0 + square * (1.0 / 7.0 + square * (1.0 / 9.0)))
@@ -68,7 +68,7 @@ def log_of_one_plus(x):
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(x) for x <= 0, accurate near 0: what a nearly certain target leaves to the others."""
+    """1 - exp(x) for x <= 0, accurate near 0: the mass beside a nearly certain target."""
     tail = 1.0 + x * 0.2 * (1.0 + x * (1.0 / 6.0) * (1.0 + x * (1.0 / 7.0)))
     series = -x * (1.0 + x * 0.5 * (1.0 + x * (1.0 / 3.0) * (1.0 + x * 0.25 * tail)))
     return tl.where(x > -0.3, series, 1.0 - tl.exp(x))
@@ -107,8 +107,8 @@ def row_statistics(
 ):
     """-> log p(target), entropy, shift m, log sum exp(z - m).
 
-    The target stays out of the sums until the end: the log-probability of a nearly certain token
-    is minus the sum of the others, which 1 + sum would round away.
+    The target is added to the sums last: the log-probability of a nearly certain token is minus
+    the sum of the others, which 1 + sum would round away.
     """
     top = MINUS_INFINITY
     others = tl.zeros([BLOCK], tl.float32)

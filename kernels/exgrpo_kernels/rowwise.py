@@ -1,7 +1,4 @@
-"""`ChunkRows` on the Triton row kernels: buffers, launches and what comes of them.
-
-`row_kernels` has the kernels themselves, and what they compute.
-"""
+"""`ChunkRows` on the Triton row kernels: buffers and launches; the kernels are in `row_kernels`."""
 
 import math
 
@@ -18,7 +15,7 @@ from exgrpo_kernels.sparse_backward import TileMasses, mean_coefficient, num_til
 class TritonRows:
     """`ChunkRows` on the row kernels; the buffer holds raw logits until a gradient replaces them.
 
-    A gradient of a narrower dtype takes the first part of its row in the same memory.
+    A gradient of a narrower dtype is written to the start of its row in the same memory.
     """
 
     def __init__(
@@ -129,7 +126,7 @@ class TritonRows:
         return LinearLogprob(*(new(num_rows, dtype=torch.float32) for _ in range(3)))
 
     def places(self) -> tuple:
-        """Where the kernel reads and writes."""
+        """The buffers that the kernels read and write, and their strides."""
         masses = self.masses
         return (
             self.logits,
@@ -156,12 +153,11 @@ class TritonRows:
 
 def row_arguments(inputs: RowInputs) -> tuple:
     """The vectors and numbers of `RowInputs` in the order of the kernels."""
+    bias, tau = inputs.bias_V, inputs.temperatures_N
     return (
-        inputs.bias_V if inputs.bias_V is None else inputs.bias_V.contiguous(),
+        None if bias is None else bias.contiguous(),
         inputs.targets_N.contiguous(),
-        inputs.temperatures_N
-        if inputs.temperatures_N is None
-        else inputs.temperatures_N.contiguous(),
-        1.0 / inputs.temperature,
+        None if tau is None else tau.contiguous(),
+        1.0 / inputs.common_temperature,
         inputs.softcap,
     )

@@ -1,7 +1,7 @@
 """The rows of one chunk of logits in plain PyTorch: for CPUs, and for float64.
 
-Every pass works in place or in blocks of a few rows, so beside the chunk there is little. `exp` of
-a logit is left unnormalised, and what it has to be divided by joins the small side of the GEMMs.
+Every pass works in place or in blocks of a few rows, so little memory is needed beside the chunk.
+`exp` of a logit is left unnormalised; its divisor is applied to the small operand of the GEMMs.
 
 Legend: R rows of a chunk, L live ones among them, B rows of a block, V vocabulary, D hidden.
 """
@@ -24,7 +24,7 @@ LOWEST_SHIFTED_LOGIT = -1000.0
 class TorchRows:
     """`ChunkRows` in plain PyTorch; between its steps the buffer holds z - shift.
 
-    Under a softcap it holds x until the gradient: z near the cap does not tell the slope there.
+    With a softcap it holds x until the gradient: near the cap the slope is lost in z.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class TorchRows:
     ):
         """`logits` (R, V) is the buffer to use; the GEMMs get operands of `operand_dtype`.
 
-        With `closes_gaps`, rows without coefficients never enter a GEMM where the host can see
-        them; else they become exact zeros.
+        With `closes_gaps`, rows without a gradient are left out of the GEMMs where the host can
+        read the coefficients; else they become exact zeros.
         """
         self.logits, self.operand_dtype = logits, operand_dtype
         self.keeps_masses, self.keeps_sums = keeps_masses, keeps_sums
@@ -66,7 +66,7 @@ class TorchRows:
         return self.statistics_(self.logits[: len(inputs)], inputs, leaves_exps=leaves_exps)
 
     def statistics_beside(self, inputs: RowInputs) -> LinearLogprob:
-        """The same, of copies of a few rows: the buffer keeps x."""
+        """The same on copies of a few rows at a time: the buffer keeps x."""
         assert self.slope is not None
         # an operator returns them: no two may share memory
         found = [self.logits.new_empty(len(inputs)) for _ in range(5)]
@@ -200,7 +200,7 @@ class TorchRows:
             if not has_exps:
                 z_RV.exp_()
             z_RV[rows_R, targets] = torch.expm1(logprobs) * total
-            return -c1 / (total * inputs.tau)
+            return -c1 / (total * inputs.temperature)
 
         # dz = (e / total) (c2 (z - shift) + b), b = -c1 + c3 + c2 (H - log total), plus c1 at y
         offset = -c1 if c3 is None else c3 - c1
@@ -227,7 +227,7 @@ class TorchRows:
             z[rows_R[: len(z)], targets[rows]] = at_target[rows]
             if slope is not None:
                 z.mul_(slope)
-        return 1.0 / (total * inputs.tau)
+        return 1.0 / (total * inputs.temperature)
 
 
 def scale_(x_RV: Tensor, inputs: RowInputs, slope_RV: Tensor | None = None) -> Tensor:
@@ -235,7 +235,7 @@ def scale_(x_RV: Tensor, inputs: RowInputs, slope_RV: Tensor | None = None) -> T
 
     It is 1 / cosh^2: as 1 - tanh^2 it would lose its digits where tanh nears 1.
     """
-    tau = inputs.tau
+    tau = inputs.temperature
     if inputs.bias_V is not None:
         x_RV.add_(inputs.bias_V.to(x_RV.dtype)[None])
     if inputs.softcap is not None:

@@ -1,6 +1,4 @@
-"""What the machine can do: the backend, the size of a chunk, three GEMMs and the device assert.
-
-The only file that looks at devices; the mathematics above it is the same everywhere.
+"""Everything that depends on the device: backend, chunk size, the three GEMMs, device asserts.
 Shapes: R rows of one chunk, V vocabulary, D hidden.
 """
 
@@ -14,21 +12,21 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: no graph can hold it
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, not in a compiled graph
 
 # ---- sizes on a GPU: predictions of the roofline until a GPU has measured them -------------------
-# 4096 rows of bfloat16 logits of a 152k vocabulary: all but the dW accumulator that we hold.
+# 4096 rows of bfloat16 logits of a 152k vocabulary; beside it only the dW accumulator is held.
 CUDA_CHUNK_BYTES = 1280 * 2**20
 # Rows of a GEMM tile; the last chunk is padded to a multiple.
 ROW_GRANULE = 128
-# Columns and warps of the row kernel: 8 KiB to 16 KiB of a row under way in each of its programs.
+# Columns and warps of the row kernel: 8 KiB to 16 KiB of a row in flight in each program.
 ROW_BLOCK, ROW_WARPS = 4096, 8
 ROW_REGISTERS = 128
 # Of a multiprocessor of compute capability 8.9, the smallest that is compiled for.
 LEAST_SHARED_BYTES = 101_376
 # Above this density the gathered products lose to dense ones (predicted: 0.6 on an H200).
 BREAK_EVEN_DENSITY = 0.5
-# Below this vocabulary there is nothing to win, and "auto" does not look.
+# Below this vocabulary sparse products cannot pay, and "auto" is dense.
 SPARSE_VOCABULARY = 8192
 
 # ---- sizes on a CPU ------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def sparse_shape_for(num_hidden: int, itemsize: int, shared_bytes: int) -> Spars
 
 
 def num_programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one for each multiprocessor, a few where Python plays GPU."""
+    """Programs of a persistent kernel: one per multiprocessor, a few in the interpreter."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -178,12 +176,12 @@ def empty_logits(num_rows: int, num_columns: int, dtype: torch.dtype, device: to
 
 
 def can_read_values(device: torch.device) -> bool:
-    """Whether the host may look at tensor values: on a CPU at no cost, in debug mode at any."""
+    """Whether the host may read tensor values: on a CPU, and in debug mode despite the wait."""
     return device.type == "cpu" or os.environ.get("EXGRPO_KERNELS_DEBUG") == "1"
 
 
 def is_free_to_read(value: Tensor) -> bool:
-    """Whether the host may look at `value`; a compiled graph cannot branch on it."""
+    """Whether the host may read `value`; a compiled graph cannot branch on it."""
     return can_read_values(value.device) and not torch.compiler.is_compiling()
 
 
@@ -207,8 +205,8 @@ def gemm_dtype(
 ) -> torch.dtype:
     """The operand dtype: bfloat16 where it is accumulated in float32, else `compute`.
 
-    float16 stays out: coefficients divided by token counts underflow its range. The interpreter
-    takes what a GPU would.
+    Never float16: coefficients divided by token counts underflow its range. The interpreter uses
+    the dtype that a GPU would.
     """
     low = hidden.dtype == weight.dtype == torch.bfloat16
     return torch.bfloat16 if low and (hidden.is_cuda or is_triton) else compute

@@ -1,23 +1,23 @@
-"""Block-sparse dX and dW: only the tiles of the logit gradient that carry any of it are multiplied.
+"""Block-sparse dX and dW: only tiles of the logit gradient that are large enough are multiplied.
 
-A policy is nearly certain of most tokens, so most of its logit gradient is next to nothing. The
-row sweep leaves the mass of every tile of COLUMNS columns, sum |dz|, where the logits are. A tile of
-ROWS rows is kept when the mass of any of its rows reaches
+A policy is nearly certain of most tokens, so most of its logit gradient is close to zero. The row
+sweep stores the mass sum |dz| of every tile of COLUMNS columns. A tile of ROWS rows is kept when
+the mass of any of its rows reaches
 
-    mass >= threshold * mean |c1|,      the mean over the rows of the chunk that send anything back.
+    mass >= threshold * mean |c1|,      the mean over the rows of the chunk with a gradient.
 
-The rule is on mass, not on single elements: a flat row has no large element, and all of the
-gradient. It is relative to the mean of the batch, not to the row: rows of weight or advantage 0
-vanish, rows of high weight are protected. What is dropped is always measured.
+The rule is on mass, not on single elements: in a flat row no element is large, but their sum is.
+It is relative to the mean of the batch, not to the row: rows of weight or advantage 0 are dropped,
+rows of high weight are kept. The share that is dropped is returned as a metric.
 
-Beside the products stands what they are to be, `*_reference`: the dense ones of the masked gradient.
+`masked_reference` is the specification: the dense products of the masked gradient.
 Legend: R rows of a chunk, V vocabulary, D hidden, G groups of ROWS rows, T tiles of COLUMNS columns,
 L columns that a block of rows needs.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,20 @@ ROWS, COLUMNS = 128, 64
 # Columns that are copied together on a CPU: as many rows of the weight, and of its gradient.
 GATHERED = 2048
 
-Tail = Literal["drop", "centroid", "dense_dw"]
-TAILS: tuple[Tail, ...] = ("drop", "centroid", "dense_dw")
+TAILS = ("drop", "centroid", "dense_dw")
 DEFAULT_THRESHOLD = 1e-4
+
+
+class Sparsity(NamedTuple):
+    """Which tiles are dropped; a threshold of None is dense.
+
+    With `is_auto` a chunk that keeps more than `runtime.BREAK_EVEN_DENSITY` of its tiles is
+    multiplied densely, and nothing of it is dropped.
+    """
+
+    threshold: float | None
+    tail: str
+    is_auto: bool
 
 
 # ---- which tiles are kept ------------------------------------------------------------------------
@@ -85,7 +96,7 @@ def masked_reference(dlogits_RV: Tensor, kept_GT: Tensor) -> Tensor:
 
 
 def row_blocks(kept_GT: Tensor, num_rows: int, num_columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, columns (L,)) of what every group of rows keeps, at most GATHERED columns at a time.
+    """(rows, columns (L,)) that every group of rows keeps, at most GATHERED columns at a time.
 
     Reads the values of a CPU.
     """
@@ -102,8 +113,8 @@ def row_blocks(kept_GT: Tensor, num_rows: int, num_columns: int) -> Iterator[tup
 class GatheredProducts:
     """Both products over kept tiles, for all chunks of one call.
 
-    What is gathered lies in buffers that every step uses again: pieces of ever new sizes would
-    leave the heap full of holes, up to 100 MiB of them.
+    Gathers go into buffers that are reused: allocations of changing sizes fragmented the heap by
+    up to 100 MiB.
     """
 
     def __init__(self) -> None:
@@ -163,7 +174,7 @@ def weight_gradient_add(
     )
 
 
-# ---- what was dropped, put back as one number per tile -------------------------------------------
+# ---- dropped tiles, replaced by one number each --------------------------------------------------
 
 
 def residues(sums_RT: Tensor, kept_GT: Tensor) -> Tensor:
@@ -182,7 +193,7 @@ def tile_means(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def centroids_of_hidden(residue_RT: Tensor, weight_VD: Tensor) -> Tensor:
-    """(R, T), (V, D) -> (R, D): what dropped tiles would add to dX, were their rows of W equal.
+    """(R, T), (V, D) -> (R, D): the dX of dropped tiles if the rows of W within a tile were equal.
 
     It restores sum_v dz_v = 0, whose loss pushes every hidden state along the mean embedding.
     """
@@ -190,7 +201,7 @@ def centroids_of_hidden(residue_RT: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def add_centroids_of_weight(out_VD: Tensor, residue_RT: Tensor, hidden_RD: Tensor) -> None:
-    """Spread what each dropped tile summed to evenly over its rows of dW."""
+    """Spread the sum of each dropped tile evenly over its rows of dW."""
     per_tile = residue_RT.t() @ hidden_RD.to(residue_RT.dtype)
     whole = len(out_VD) // COLUMNS
     body = out_VD[: whole * COLUMNS].unflatten(0, (-1, COLUMNS))
@@ -200,13 +211,13 @@ def add_centroids_of_weight(out_VD: Tensor, residue_RT: Tensor, hidden_RD: Tenso
         tail += (per_tile[whole] / len(tail)).to(out_VD.dtype)
 
 
-# ---- one call: what is kept of every chunk, and what that dropped --------------------------------
+# ---- the tiles of one call, and the share that is dropped ----------------------------------------
 
 
 class TileMasses(NamedTuple):
-    """sum |dz| of every tile of a chunk, and the mean |c1| of its rows that send anything back.
+    """sum |dz| of every tile of a chunk, and the mean |c1| of its rows with a gradient.
 
-    `sums` are signed, and None unless the tail wants them.
+    `sums` are signed, and None unless the tail needs them.
     """
 
     masses_RT: Tensor
@@ -221,7 +232,7 @@ def mean_coefficient(c1_R: Tensor, alive_R: Tensor) -> Tensor:
 
 
 class DensityMemory:
-    """Densities that reach the host without making it wait: on CUDA one call late."""
+    """Densities copied to the host without a wait: on CUDA one call late."""
 
     def __init__(self) -> None:
         self.last = 0.0
@@ -229,7 +240,7 @@ class DensityMemory:
         self.arrived: torch.cuda.Event | None = None
 
     def latest(self, density: Tensor) -> float:
-        """The newest density the host can know; a first call takes its rows to be sparse."""
+        """The newest density that has arrived; 0 before the first."""
         if runtime.can_read_values(density.device):
             return float(density)
         if torch.cuda.is_current_stream_capturing():
@@ -250,14 +261,10 @@ _MEMORIES: defaultdict[torch.device, DensityMemory] = defaultdict(DensityMemory)
 
 
 class TileSelector:
-    """Chooses the tiles of each chunk of one call, and adds up what was kept and dropped.
+    """Chooses the tiles of each chunk of one call, and adds up what was kept and dropped."""
 
-    A threshold of None multiplies everything. With `is_auto` a chunk that keeps more than
-    `runtime.BREAK_EVEN_DENSITY` of its tiles is multiplied densely, and drops nothing.
-    """
-
-    def __init__(self, threshold: float | None, tail: Tail, *, is_auto: bool, device: torch.device):
-        self.threshold, self.tail, self.is_auto = threshold, tail, is_auto
+    def __init__(self, sparsity: Sparsity, device: torch.device):
+        self.threshold, self.tail, self.is_auto = sparsity
         self.memory = _MEMORIES[device]
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.tiles = self.kept = self.mass = self.skipped = self.alive = zero

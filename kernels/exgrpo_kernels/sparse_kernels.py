@@ -1,19 +1,19 @@
 """The Triton products over kept tiles: dX and dW that gather along their inner dimension.
 
-The bitmap of kept tiles becomes, on the device, one list of tiles for each block of output; sizes
-stay there, kernels read counts, and the host waits for nothing. A program multiplies what a list
-names, with the inner loop of a dense GEMM, and writes its output once: no atomics, the same bits
-every time. Work is taken longest list first, round robin over a persistent grid.
+The bitmap of kept tiles becomes one list of tiles per block of output. Lists and their lengths stay
+on the device, so the host never waits. A program multiplies the tiles of a list, with the inner
+loop of a dense GEMM, and writes its output once: no atomics, deterministic. Longest lists first,
+round robin over a persistent grid.
 
-A block of dX whose list is longer than twice the mean is split into segments, or a few confident
-blocks would finish long before the one with the forking tokens; a second pass adds the segments in
+A block of dX whose list is longer than twice the mean is split into segments, so that one block
+with many uncertain tokens does not run long after the others; a second pass adds the segments in
 order. Lists of dW are short and many, and are never split.
 
 Legend: R rows of a chunk, V vocabulary, D hidden, G groups of ROWS rows, T tiles of COLUMNS
 columns, I items (blocks of output), S segments.
 """
 
-# Triton's language has no types that a checker knows.
+# Triton's language has no type stubs.
 # pyright: basic, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportOptionalOperand=false, reportOperatorIssue=false
@@ -49,7 +49,7 @@ class Lists(NamedTuple):
 
 
 def lists_of(needed_IK: Tensor) -> Lists:
-    """(I, K) bool -> the lists of True columns; items with the longest list first in `order`."""
+    """(I, K) bool -> the lists of True columns; `order` sorts items by the length of their list."""
     entries = torch.argsort(~needed_IK, dim=1, stable=True).to(torch.int32)
     counts = needed_IK.sum(1, dtype=torch.int32)
     order = torch.argsort(counts, descending=True, stable=True).to(torch.int32)

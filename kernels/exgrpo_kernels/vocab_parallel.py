@@ -1,20 +1,20 @@
-"""The fused losses where the head is split by rows of the vocabulary over several processes.
+"""The fused losses of a head that is sharded by rows of the vocabulary over several ranks.
 
-Each process holds some rows of the head and all of the hidden states. What a row needs of the
-others are three sums over the vocabulary, so only [N] vectors travel in the forward pass. With M the
-greatest lse of any process and S, E, T summed over the processes,
+Each rank holds some rows of the head and all hidden states. A token needs three sums over the
+vocabulary, so the forward all-reduces [N] vectors only. With M the greatest lse of any rank and
+S, E, T summed over the ranks,
 
     S = sum_r exp(lse_r - M)    E = sum_r exp(lse_r - M) (E_r[z] - M)    T = z_y - M, of y's owner
     lse = M + log S             entropy = log S - E / S                  logprob = T - log S
 
 In the backward pass dz_j = c1 (1[j=y] - p_j) + c2 p_j (log p_j + H) + c3 p_j with these statistics.
-A process that does not hold y has the same gradient with c1 = 0 and c3 - c1 in place of c3, so the
-passes over the chunks are those of `linear_logprob`, on either backend. dW stays where its rows
-are; dX is summed over the processes. The scheme is that of Megatron-LM (1909.08053, section 3), with
-the entropy added and without the logits.
+A rank that does not hold y has the same gradient with c1 = 0 and c3 - c1 in place of c3, so the
+passes over the chunks are those of `linear_logprob`, on either backend. dW is sharded like the
+head; dX is summed over the ranks. The scheme is that of Megatron-LM (1909.08053, section 3), with
+an entropy and without the logits.
 
-Every process calls with the same hidden states, targets and columns, and gets the same results.
-Legend: N tokens, V vocabulary, P rows of the head that this process holds, D hidden.
+Every rank calls with the same hidden states, targets and columns, and gets the same results.
+Legend: N tokens, V vocabulary, P rows of the head that this rank holds, D hidden.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -22,7 +22,8 @@ Legend: N tokens, V vocabulary, P rows of the head that this process holds, D hi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from exgrpo_kernels import runtime
 from exgrpo_kernels.linear_head import (
     Gradients,
+    HeadOptions,
     LinearHead,
     LinearLogprob,
     RowCoefficients,
@@ -40,25 +42,30 @@ from exgrpo_kernels.linear_head import (
 )
 from exgrpo_kernels.linear_logprob import recompute_gradients, score_rows
 from exgrpo_kernels.objective import (
+    LossColumns,
     PolicyObjective,
     check_vector,
-    loss_columns,
     loss_metrics,
     resolve_objective,
     row_scalars,
     token_losses,
 )
-from exgrpo_kernels.policy_loss import PolicyLoss, WithGradients, check_main_grad
+from exgrpo_kernels.policy_loss import (
+    PolicyLoss,
+    WithGradients,
+    check_main_grad,
+    needs_gradients,
+)
 
-# In place of -inf, whose columns alone in one part would leave it no greatest logit. Their
-# probabilities are 0 all the same.
+# In place of -inf: a shard of such columns alone would have no finite maximum. Their probabilities
+# are 0 all the same.
 LOWEST_BIAS = -1e30
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The part of a linear head that one process holds; `head.inputs.targets_N` count from its
-    first row, and are 0 where another process holds the target."""
+    """The shard of a linear head that this rank holds; `head.inputs.targets_N` count from its
+    first row, and are 0 where another rank holds the target."""
 
     head: LinearHead
     is_owner_N: Tensor  # bool
@@ -74,7 +81,7 @@ class VocabShard:
 
     def score(self, trained_N: Tensor | None) -> tuple[LinearLogprob, LinearLogprob]:
         """(N,) x 3 of the target over the whole vocabulary; and the same with the log-probability
-        of the row's own local target, as the gradient of this part takes it."""
+        of the local target, as the gradient of this shard needs it."""
         local = score_rows(self.head)
         greatest = self.max(local.lse.clone())
         gap = local.lse - greatest
@@ -91,7 +98,7 @@ class VocabShard:
         is_token = owners == 1
         allowed = is_token if trained_N is None else is_token | ~trained_N
         runtime.require(
-            allowed.all(), "targets must be held by exactly one process on every trained row"
+            allowed.all(), "targets must be held by exactly one rank on every trained row"
         )
         log_total = total.log()
         logprobs = torch.where(is_token, target - log_total, 0.0)
@@ -105,10 +112,10 @@ class VocabShard:
         self,
         local: LinearLogprob,
         coefficients: RowCoefficients,
-        needs: tuple[bool, bool, bool],
+        needs: Sequence[bool],
         main_grad: Tensor | None = None,
     ) -> Gradients:
-        """dX of all processes; dW and db of this one's rows."""
+        """dX summed over the ranks; dW and db of the rows of this one."""
         c1, c2, c3 = coefficients
         of_others = torch.where(self.is_owner_N, 0.0, -c1)
         c3 = of_others if c3 is None else c3 + of_others
@@ -121,34 +128,23 @@ def vocab_shard(
     hidden: Tensor,
     weight_shard: Tensor,
     targets: Tensor,
+    options: HeadOptions,
     *,
     vocab_start: int,
     group: Any,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logits_dtype: torch.dtype | None,
-    backend: str,
     trained: Tensor | None = None,
 ) -> VocabShard:
-    """Check everything that this process can see; ValueError names the argument."""
+    """Check everything that this rank can see; ValueError names the argument."""
     if not 0 <= vocab_start:
         raise ValueError(f"vocab_start must be >= 0, got {vocab_start}")
-    if bias is not None:
-        bias = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
-        bias = bias.clamp(min=LOWEST_BIAS)
+    if options.bias is not None:
+        bias = options.bias.detach()
+        bias = bias.to(torch.promote_types(bias.dtype, torch.float32)).clamp(min=LOWEST_BIAS)
+        options = replace(options, bias=bias)
     is_owner = (targets >= vocab_start) & (targets < vocab_start + len(weight_shard))
-    head = linear_head(
-        hidden.detach(),
-        weight_shard.detach(),
-        torch.where(is_owner, targets - vocab_start, 0),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logits_dtype=logits_dtype,
-        backend=backend,
-    ).with_checked_values(trained)
-    return VocabShard(head, is_owner, group)
+    local_targets = torch.where(is_owner, targets - vocab_start, 0)
+    head = linear_head(hidden.detach(), weight_shard.detach(), local_targets, options)
+    return VocabShard(head.with_checked_values(trained), is_owner, group)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -197,31 +193,23 @@ def vocab_parallel_linear_logprob(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> LinearLogprob:
-    """(N, D), (P, D), (N,) -> (N,) float32 x 3: `linear_logprob` of a head in parts.
+    """(N, D), (P, D), (N,) -> (N,) float32 x 3: `linear_logprob` of a sharded head.
 
-    weight_shard   rows `vocab_start` to `vocab_start + P` of the head, P >= 1; the processes hold
-                   each row of the vocabulary once, in parts of any sizes
+    weight_shard   rows `vocab_start` to `vocab_start + P` of the head, P >= 1; each row of the
+                   vocabulary is held by one rank, and shards may differ in size
     bias           [P], of the same rows
     targets        int64, in [0, V) of the whole vocabulary
     group          a torch.distributed process group; None is the default one
     the others     as in `linear_logprob`
 
-    hidden, targets and what is made of the results must be the same on every process: dX comes
-    back whole on each, dW and db for its own rows. Forward and backward are collective. Two
+    hidden, targets and the upstream gradients must be the same on every rank: each gets the full
+    dX, and dW and db of its own rows. Forward and backward are collective. Two
     all-reduces, of [N] and [4, N], in the forward, one of [N, D] in the backward.
-    Errors: ValueError as in `linear_logprob`; a target that no process holds is one on all of them.
+    Errors: ValueError as in `linear_logprob`; a target that no rank holds raises on all of them.
     """
+    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend)
     shard = vocab_shard(
-        hidden,
-        weight_shard,
-        targets,
-        vocab_start=vocab_start,
-        group=group,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logits_dtype=logits_dtype,
-        backend=backend,
+        hidden, weight_shard, targets, options, vocab_start=vocab_start, group=group
     )
     return LinearLogprob(*VocabParallelLogprob.apply(hidden, weight_shard, bias, shard))
 
@@ -247,51 +235,35 @@ def vocab_parallel_policy_loss(
     weight_main_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """(N, D), (P, D), (N,) -> float32 scalar: `linear_policy_loss` of a head in parts.
+    """(N, D), (P, D), (N,) -> float32 scalar: `linear_policy_loss` of a sharded head.
 
     weight_shard, vocab_start, group, bias, targets   as in `vocab_parallel_linear_logprob`
     weight_main_grad                                  float32 [P, D]
     the others                                        as in `linear_policy_loss`
 
-    Loss, log-probabilities and metrics are the whole ones, the same on every process; the
-    gradients are made here, in the forward. All rows are scored before the first gradient, because
-    a coefficient needs all parts: four GEMMs, and no communication inside the loop over chunks.
+    Loss, log-probabilities and metrics are the same on every rank; the gradients are made here, in
+    the forward. All rows are scored before the first gradient, because a coefficient needs all
+    shards: four GEMMs, and no communication inside the loop over chunks.
     There is no block-sparse backward.
     """
     objective = resolve_objective(objective)
     check_main_grad(weight_main_grad, weight_shard)
     check_vector("weights", weights, len(hidden), hidden.device)
     trained = weights.detach() != 0
+    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend)
     shard = vocab_shard(
         hidden,
         weight_shard,
         targets,
+        options,
         vocab_start=vocab_start,
         group=group,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logits_dtype=logits_dtype,
-        backend=backend,
         trained=trained,
     )
-    columns = loss_columns(
-        objective,
-        len(hidden),
-        shard.head.dtype,
-        hidden.device,
-        advantages=advantages,
-        behaviour_logprobs=behaviour_logprobs,
-        weights=weights,
-        shaping=shaping,
-        ref_logprobs=ref_logprobs,
-        sequence_ids=sequence_ids,
-    )
-
-    def wants(value: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and value is not None and value.requires_grad
-
-    needs = wants(hidden), wants(weight_shard), wants(bias)
+    columns = LossColumns(
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+    ).checked(objective, len(hidden), shard.head.dtype, hidden.device)
+    needs = needs_gradients(hidden, weight_shard, bias)
     with torch.no_grad():
         (logprobs, entropy, _), local = shard.score(trained)
         losses = token_losses(objective, logprobs, entropy, columns)

@@ -19,7 +19,7 @@ from exgrpo_kernels import (
     policy_loss_from_logits,
     runtime,
 )
-from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.objective import LossColumns
 from exgrpo_kernels.policy_loss import sequence_plan
 
 CPU = torch.device("cpu")
@@ -148,18 +148,9 @@ def test_rounded_logits_are_those_of_an_engine_that_rounds(backend):
 def columns_of(ids: list[int], weights: list[float] | None = None):
     n = len(ids)
     ones = torch.ones(n)
-    return loss_columns(
-        PolicyObjective(ratio_level="sequence"),
-        n,
-        torch.float32,
-        CPU,
-        advantages=ones,
-        behaviour_logprobs=ones,
-        weights=ones if weights is None else torch.tensor(weights),
-        shaping=None,
-        ref_logprobs=None,
-        sequence_ids=torch.tensor(ids),
-    )
+    weights_N = ones if weights is None else torch.tensor(weights)
+    columns = LossColumns(ones, ones, weights_N, sequence_ids=torch.tensor(ids))
+    return columns.checked(PolicyObjective(ratio_level="sequence"), n, torch.float32, CPU)
 
 
 @pytest.mark.parametrize(

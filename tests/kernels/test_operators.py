@@ -10,9 +10,9 @@ from cases import Case, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exgrpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss, runtime
-from exgrpo_kernels.linear_head import HeadGradients, linear_head
+from exgrpo_kernels.linear_head import HeadGradients, HeadOptions, linear_head
 from exgrpo_kernels.linear_logprob import linear_logprob_backward_operator, linear_logprob_operator
-from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.objective import LossColumns
 from exgrpo_kernels.policy_loss import linear_policy_loss_operator
 from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits_operator
 
@@ -24,25 +24,10 @@ CASE = Case(num_rows=6, num_tokens=70, num_hidden=8)
 def example(backend: str):
     """(fields of the head, fields of the columns) of a small batch."""
     batch = make_batch(CASE)
-    head = linear_head(
-        batch.hidden,
-        batch.weight,
-        batch.targets,
-        bias=None,
-        temperature=0.9,
-        softcap=None,
-        logits_dtype=None,
-        backend=backend,
-    )
-    columns = loss_columns(
-        OBJECTIVE,
-        6,
-        torch.float32,
-        batch.hidden.device,
-        shaping=None,
-        **{k: v for k, v in batch.columns.items() if k != "sequence_ids"},
-        sequence_ids=None,
-    )
+    options = HeadOptions(temperature=0.9, backend=backend)
+    head = linear_head(batch.hidden, batch.weight, batch.targets, options)
+    columns = {k: v for k, v in batch.columns.items() if k != "sequence_ids"}
+    columns = LossColumns(**columns).checked(OBJECTIVE, 6, torch.float32, batch.hidden.device)
     return head, columns
 
 
@@ -59,7 +44,7 @@ def test_operators_keep_their_schemas(backend):
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(linear_logprob_backward_operator, backward, test_utils=utilities)
     objective = OBJECTIVE.as_text()
-    loss = (*head.arguments(), *columns.arguments(), objective, [True, True, False])
+    loss = (*head.arguments(), columns.arguments(), objective, [True, True, False])
     for main_grad in (None, torch.zeros_like(head.weight_VD)):
         torch.library.opcheck(
             linear_policy_loss_operator,
@@ -67,7 +52,7 @@ def test_operators_keep_their_schemas(backend):
             test_utils=utilities,
         )
     inputs = head.inputs.arguments()
-    from_logits = (torch.randn(6, 70), *inputs, backend, *columns.arguments(), objective)
+    from_logits = (torch.randn(6, 70), *inputs, backend, columns.arguments(), objective)
     torch.library.opcheck(policy_loss_from_logits_operator, from_logits, test_utils=utilities)
 
 

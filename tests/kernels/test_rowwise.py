@@ -39,7 +39,7 @@ from exgrpo_kernels import (
     runtime,
 )
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
-from exgrpo_kernels.objective import LossColumns, loss_columns
+from exgrpo_kernels.objective import LossColumns
 from exgrpo_kernels.policy_loss import linear_policy_loss_reference
 
 
@@ -164,7 +164,7 @@ def test_scalar_functions_are_accurate_relative_to_their_value():
 def row_inputs(num_rows: int, num_columns: int) -> RowInputs:
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(num_columns, (num_rows,), generator=generator)
-    return RowInputs(targets.to(DEVICE), None, None, 0.8, None)
+    return RowInputs(targets.to(DEVICE), temperature=0.8)
 
 
 def some_columns(objective: PolicyObjective, num_rows: int, **changes) -> LossColumns:
@@ -173,12 +173,9 @@ def some_columns(objective: PolicyObjective, num_rows: int, **changes) -> LossCo
         "advantages": torch.randn(num_rows, generator=generator),
         "behaviour_logprobs": -6 + torch.randn(num_rows, generator=generator),
         "weights": torch.ones(num_rows),
-        "shaping": None,
-        "ref_logprobs": None,
-        "sequence_ids": None,
     } | changes
-    columns = {k: None if c is None else c.to(DEVICE) for k, c in columns.items()}
-    return loss_columns(objective, num_rows, torch.float32, DEVICE, **columns)
+    unchecked = LossColumns(**{k: c.to(DEVICE) for k, c in columns.items()})
+    return unchecked.checked(objective, num_rows, torch.float32, DEVICE)
 
 
 def some_logits(num_rows: int, num_columns: int, dtype=torch.float32) -> torch.Tensor:

@@ -245,13 +245,10 @@ def test_what_was_skipped_is_what_was_skipped():
     advantages = batch.columns["advantages"] * batch.columns["weights"]
     p = (batch.hidden @ batch.weight.t()).double().softmax(-1)
     dz = -advantages[:, None].double() * (torch.nn.functional.one_hot(batch.targets, 2000) - p)
-    from exgrpo_kernels.objective import loss_columns
+    from exgrpo_kernels.objective import LossColumns
     from exgrpo_kernels.policy_loss import row_order
 
-    columns = {k: None for k in ("shaping", "ref_logprobs", "sequence_ids")} | {
-        k: c for k, c in batch.columns.items() if k not in ("ref_logprobs", "sequence_ids")
-    }
-    checked = loss_columns(batch.objective, 256, torch.float32, p.device, **columns)
+    checked = LossColumns(**batch.columns).checked(batch.objective, 256, torch.float32, p.device)
     order = row_order(batch.objective, checked, batch.targets)
     masses = sparse_backward.tile_sums(dz.abs())[order]
     kept = sparse_backward.keep_tiles(masses, advantages.abs().mean(), 1e-2)

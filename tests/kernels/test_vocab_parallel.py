@@ -40,7 +40,7 @@ def test_every_process_has_the_loss_and_gradients_of_the_whole_head(reports, dty
 def test_a_target_belongs_to_exactly_one_process(reports) -> None:
     for report in reports:
         for which in ("nobody's target", "everybody's target"):
-            assert "held by exactly one process" in report[which]
+            assert "held by exactly one rank" in report[which]
 
 
 def test_arguments_are_checked_before_anything_is_sent() -> None:
