@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from exgrpo_kernels import PolicyObjective, rowwise, runtime, sparse_kernels
 from exgrpo_kernels.linear_head import LinearLogprob, RowCoefficients, RowInputs
@@ -40,14 +42,7 @@ from exgrpo_kernels.objective import LossColumns
 # Bytes of shared memory a block may have: CUDA C++ programming guide, technical specifications.
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TARGETS = (80, 89, 90, 100)
-TYPE_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Launch(NamedTuple):
@@ -56,8 +51,8 @@ class Launch(NamedTuple):
     name: str
     kernel: Any
     signature: dict[str, str]
-    constants: dict[str, Any]
-    attributes: dict[tuple[int], list]
+    constants: dict[tuple, Any]
+    attributes: dict[tuple, list]
     options: dict[str, int]
     target: int | None = None  # only this one; None: all
 
@@ -87,24 +82,12 @@ def specialised(
     options: dict[str, int],
     target: int | None = None,
 ) -> Launch:
-    """Types, constants and alignments as Triton's own launcher derives them."""
-    signature, constants, attributes = {}, {}, {}
-    compiled_in = {p.name for p in kernel.params if p.is_constexpr}
-    for index, parameter in enumerate(kernel.arg_names):
-        value = values[parameter]
-        aligned = False
-        if parameter in compiled_in or value is None or (type(value) is int and value == 1):
-            signature[parameter], constants[parameter] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter] = "*" + TYPE_NAMES[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
-        elif isinstance(value, int):
-            signature[parameter] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        else:
-            signature[parameter] = "fp32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+    """Types, constants and alignments, found by Triton's own launcher."""
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**values)
+    packed = kernel._pack_args(backend, {}, bound, specialization, {})
+    _, signature, constants, attributes = packed
     return Launch(name, kernel, signature, constants, attributes, options, target)
 
 
@@ -142,14 +125,17 @@ def launches_of(
     vocab: int,
     full: bool,
     losses: list[str],
+    *,
+    num_rows: int = 2,
+    offset: int = 0,
 ) -> list[Launch]:
-    rows = Recorder(
-        torch.empty(2, vocab, dtype=logits_dtype), operand_dtype=gradient_dtype, keeps_masses=full
-    )
+    """Launches for `num_rows` rows whose columns start at element `offset` of a longer vector."""
+    logits = torch.empty(max(2, num_rows), vocab, dtype=logits_dtype)
+    rows = Recorder(logits, operand_dtype=gradient_dtype, keeps_masses=full)
     rows.launches, rows.name = [], label
-    vector = torch.ones(2)
+    vector = torch.ones(offset + num_rows)[offset:]
     inputs = RowInputs(
-        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(offset + num_rows, dtype=torch.int64)[offset:],
         torch.zeros(vocab) if full else None,
         vector if full else 1.0,
         30.0 if full else None,
@@ -163,7 +149,7 @@ def launches_of(
         objective = PolicyObjective(**LOSSES[loss])
         ref_logprobs = vector if objective.kl_coef else None
         columns = LossColumns(vector, vector, vector, extra, ref_logprobs)
-        columns = columns.checked(objective, 2, FP32, vector.device)
+        columns = columns.checked(objective, num_rows, FP32, vector.device)
         rows.policy_gradient(inputs, objective, columns)
     return rows.launches
 
@@ -171,8 +157,20 @@ def launches_of(
 # ---- the launches of the block-sparse products -------------------------------------------------
 
 
-def sparse_launches() -> list[Launch]:
-    """Both products in bfloat16 and float32, with the shape that each chip's memory allows."""
+# (dtype of the gradient, dtype of the head, hidden size); a float16 or mixed head computes in float32
+PRODUCTS = (
+    (BF16, BF16, 1536),
+    (BF16, BF16, 96),
+    (FP32, FP32, 1536),
+    (FP32, torch.float16, 1536),
+    (FP32, BF16, 1536),
+)
+
+
+def sparse_launches(
+    chips: Iterable[int] = tuple(SHARED_LIMIT), products=PRODUCTS, num_rows: int = 256
+) -> list[Launch]:
+    """Both products in every pair of dtypes, with the shape that each chip's memory allows."""
     launches: list[Launch] = []
 
     def record(kernel, num_work, device, *arguments, **constants):
@@ -190,16 +188,17 @@ def sparse_launches() -> list[Launch]:
     saved = sparse_kernels.launch, runtime.sparse_kernel_shape
     sparse_kernels.launch = record
     runtime.sparse_kernel_shape = shape
-    for chip in SHARED_LIMIT:
+    for chip in chips:
         target = chip
-        for dtype, hidden in ((BF16, 1536), (BF16, 96), (FP32, 1536)):
-            label = f"{TYPE_NAMES[dtype]}, D={hidden}"
-            weight, states = (
-                torch.empty(320, hidden, dtype=dtype),
-                torch.empty(256, hidden, dtype=dtype),
-            )
-            dlogits, kept = torch.empty(256, 320, dtype=dtype), torch.ones(2, 5, dtype=torch.bool)
+        for dtype, weight_dtype, hidden in products:
+            label = f"{TYPE_NAMES[dtype]} x {TYPE_NAMES[weight_dtype]}, D={hidden}"
+            weight = torch.empty(320, hidden, dtype=weight_dtype)
+            states = torch.empty(num_rows, hidden, dtype=dtype)
+            dlogits = torch.empty(num_rows, 320, dtype=dtype)
+            kept = torch.ones(-(-num_rows // 128), 5, dtype=torch.bool)
             sparse_kernels.hidden_gradient_into(torch.empty_like(states), dlogits, weight, kept)
+            if weight_dtype != dtype:
+                continue  # dW multiplies the hidden states in the dtype of the gradient
             total = torch.empty(320, hidden)
             for overwrite in (False, True):
                 label = f"{TYPE_NAMES[dtype]}, D={hidden}{', overwrites' if overwrite else ''}"

@@ -185,6 +185,7 @@ class LossColumns:
             check_vector(name, value, num_rows, device)
             return torch.where(trained, value.detach().to(dtype), 0.0)
 
+        ids = checked_ids(self.sequence_ids, trained, device)
         shaping = None if self.shaping is None else column("shaping")
         if shaping is not None:
             # NaN fails this too
@@ -195,7 +196,8 @@ class LossColumns:
             weights=weights,
             shaping=shaping,
             ref_logprobs=None if self.ref_logprobs is None else column("ref_logprobs"),
-            sequence_ids=checked_ids(self.sequence_ids, trained, device),
+            # a token-level loss has no use for them, and renumbering those of a chunk waits
+            sequence_ids=ids if objective.ratio_level == "sequence" else None,
         )
 
 

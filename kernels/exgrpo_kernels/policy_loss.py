@@ -380,8 +380,8 @@ def linear_policy_loss(
     weights              [N], mask x normaliser x correction; nothing is divided inside
     shaping              [N], 0: the surrogate; g > 0: w / (w + g) with the unclipped ratio w
     ref_logprobs         [N], needed when objective.kl_coef > 0
-    sequence_ids         int64 [N] in [0, N), needed when objective.ratio_level is "sequence";
-                         on the CPU they let chunks follow the sequences, which saves a GEMM
+    sequence_ids         int64 [N] in [0, N), needed when objective.ratio_level is "sequence", else
+                         ignored; on the CPU they let chunks hold whole sequences, which saves a GEMM
     objective            `PolicyObjective`, which gives the formulas and their papers
     weight_main_grad     float32 [V, D]: dW is added to it here, and `weight` gets none from
                          autograd; the upstream gradient of the loss must then be 1
@@ -389,7 +389,8 @@ def linear_policy_loss(
     sparsity             "off"; a threshold: tiles of 64 x 64 whose gradient mass stays under it, as
                          a share of the mean |c1|, are not multiplied (`sparse_backward`); "auto":
                          1e-4, and dense where too few tiles would be dropped to pay, for a small
-                         vocabulary, and under torch.use_deterministic_algorithms(True)
+                         vocabulary, and under torch.use_deterministic_algorithms(True). On CUDA
+                         "auto" goes by the last density that has arrived: bits may differ
     tail                 what becomes of dropped tiles: "drop"; "centroid", one value per tile;
                          "dense_dw", nothing is dropped from dW
     chunk_rows           at most so many rows of logits at a time; None: by the device. Fewer take

@@ -270,6 +270,15 @@ def store_zeros(out, masses, sums, num_columns, BLOCK: tl.constexpr):
 
 
 # ---- kernels: a program walks over rows ----------------------------------------------------------
+# Lengths change from step to step, and slices of a vector start at any element: specialising on
+# either would compile each kernel several times in the first steps. ROWS is the number of rows of a
+# chunk and of its GEMMs, VECTORS are read one element at a time.
+ROWS = ("num_rows", "num_padded")
+VECTORS = (
+    *("targets", "temperatures", "logprobs", "entropies", "lses", "c1s", "c2s", "c3s"),
+    *("weights", "advantages", "behaviour_logprobs", "shapings", "ref_logprobs"),
+)
+walks_rows = triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=VECTORS)
 
 
 @triton.jit
@@ -279,7 +288,7 @@ def row_inverse_temperature(temperatures, r, inverse_temperature):
     return inverse_temperature
 
 
-@triton.jit
+@walks_rows
 def statistics_kernel(
     logits,
     logits_stride,
@@ -308,7 +317,7 @@ def statistics_kernel(
         tl.store(lses + r, top + log_total)
 
 
-@triton.jit
+@walks_rows
 def gradient_kernel(
     logits,
     logits_stride,
@@ -375,7 +384,7 @@ def gradient_kernel(
             store_zeros(out + r * out_stride, row_masses, row_sums, num_columns, BLOCK)
 
 
-@triton.jit
+@walks_rows
 def policy_gradient_kernel(
     logits,
     logits_stride,

@@ -92,9 +92,10 @@ def segments_of(lists: Lists) -> Segments:
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+# What follows the number of rows changes from step to step and must not start a compilation.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity", "num_rows"))
 def hidden_gradient_kernel(
     dlogits,
     dlogits_stride,
@@ -146,7 +147,8 @@ def hidden_gradient_kernel(
                     mask=inside[:, None] & (part < num_hidden)[None, :],
                     other=0.0,
                 )
-                sums = tl.dot(a, b, sums, input_precision=PRECISION)
+                # a head of another dtype is converted as it is read
+                sums = tl.dot(a, b.to(a.dtype), sums, input_precision=PRECISION)
             places = segment.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             tl.store(
                 partial + places[:, None] * num_hidden + part[None, :],
@@ -155,7 +157,7 @@ def hidden_gradient_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def add_segments_kernel(
     partial,
     out,
@@ -188,7 +190,7 @@ def add_segments_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("entries_stride", "num_rows"))
 def weight_gradient_kernel(
     dlogits,
     dlogits_stride,
@@ -272,11 +274,11 @@ def launch(kernel, num_work: int, device: torch.device, *arguments, **constants)
 def hidden_gradient_into(
     out_RD: Tensor, dlogits_RV: Tensor, weight_VD: Tensor, kept_GT: Tensor
 ) -> None:
-    """out = dlogits @ weight over the kept tiles; operands of one dtype, out of any."""
+    """out = dlogits @ weight over the kept tiles, in the dtype of `dlogits`; any dtypes."""
     lists = lists_of(kept_GT)
     segments = segments_of(lists)
     num_items, num_hidden = len(lists.counts_I), weight_VD.shape[1]
-    shape = runtime.sparse_kernel_shape(num_hidden, weight_VD.dtype, out_RD.device)
+    shape = runtime.sparse_kernel_shape(num_hidden, dlogits_RV.dtype, out_RD.device)
     capacity, block_rows = 2 * num_items, ROWS
     partial = out_RD.new_empty(capacity * block_rows, num_hidden, dtype=torch.float32)
     launch(
@@ -299,7 +301,7 @@ def hidden_gradient_into(
         len(dlogits_RV),
         dlogits_RV.shape[1],
         num_hidden,
-        PRECISION=precision(weight_VD.dtype),
+        PRECISION=precision(dlogits_RV.dtype),
         BLOCK_ROWS=block_rows,
         BLOCK_HIDDEN=shape.block_hidden,
         num_warps=shape.num_warps,

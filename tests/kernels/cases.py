@@ -63,6 +63,7 @@ class Case:
     num_tokens: int = 130
     num_hidden: int = 4
     dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # None: that of the hidden states
     logits_dtype: torch.dtype | None = None
     scale: float = 1.0
     certain: bool = False
@@ -134,7 +135,7 @@ def make_batch(case: Case) -> Batch:
         temperature = 0.5 + torch.rand(n, generator=generator)
     else:
         temperature = float(case.temperature)
-    hidden, weight = hidden.to(case.dtype), weight.to(case.dtype)
+    hidden, weight = hidden.to(case.dtype), weight.to(case.weight_dtype or case.dtype)
     truth = linear_logprob_reference(
         hidden.double(),
         weight.double(),
@@ -259,11 +260,12 @@ def assert_keeps_the_rule(ours: Outputs, plain: Outputs, truth: Outputs, roundin
         assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_policy_loss(case: Case, backend: str) -> None:
+def check_policy_loss(case: Case, backend: str, **arguments) -> None:
     """`linear_policy_loss` on one case."""
     batch = make_batch(case)
-    ours = run_loss(linear_policy_loss, batch, case, None, backend=backend)
-    plain = run_loss(linear_policy_loss_reference, batch, case, None)
+    ours = run_loss(linear_policy_loss, batch, case, None, backend=backend, **arguments)
+    common = torch.promote_types(batch.hidden.dtype, batch.weight.dtype)
+    plain = run_loss(linear_policy_loss_reference, batch, case, common)
     truth = run_loss(linear_policy_loss_reference, batch, case, F64)
     rounding = logit_rounding(batch) + ratio_rounding(batch, truth["logprobs"])
     assert_keeps_the_rule(ours, plain, truth, rounding)

@@ -52,6 +52,8 @@ def install_bfloat16_rounding() -> None:
     dot = builder.create_dot
 
     def create_dot(self, a, b, accumulator, *settings):
+        # Triton's compiler refuses anything else, its interpreter not in every version
+        assert a.dtype.scalar == b.dtype.scalar, f"dot of {a.dtype} and {b.dtype}"
         return dot(self, widened(a), widened(b), accumulator, *settings)
 
     builder.create_dot = create_dot

@@ -29,7 +29,7 @@ def test_every_launch_compiles_clean(version):
     lines = finished.stdout.splitlines()
     if version != "installed":
         assert lines[0].startswith(f"triton {version}:")
-    assert lines[-1] == "156 compiled clean, 0 with problems"
+    assert lines[-1] == "164 compiled clean, 0 with problems"
 
 
 def test_a_kernel_that_spills_is_reported(tmp_path):
@@ -50,3 +50,44 @@ def test_a_kernel_that_spills_is_reported(tmp_path):
     )
     assert finished.returncode == 1, finished.stderr[-2000:]
     assert "spills" in finished.stdout and "0 compiled clean, 1 with problems" in finished.stdout
+
+
+# Prints how many specialisations each kernel has over steps whose lengths change.
+LENGTHS = """
+import collections
+import aot
+from exgrpo_kernels import runtime
+
+runtime.padded_rows = lambda num_rows, chunk_rows, device: -(-num_rows // 16) * 16
+launches = []
+for step in range(20):
+    rows = 1 + 37 * step
+    launches += aot.launches_of(
+        "", aot.FP32, aot.FP32, 300, True, ["clip k3"], num_rows=rows, offset=step
+    )
+    launches += aot.sparse_launches([90], [(aot.BF16, aot.BF16, 96)], num_rows=rows)
+kinds = collections.defaultdict(set)
+for launch in launches:
+    parts = launch.signature, launch.constants, launch.attributes
+    kinds[launch.name].add(str(parts))
+print(*(f"{name.split()[0]} {len(found)}" for name, found in sorted(kinds.items())), sep=",")
+"""
+
+
+def test_lengths_that_change_from_step_to_step_compile_nothing_new(tmp_path):
+    script = tmp_path / "lengths.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n{LENGTHS}")
+    environment = os.environ | {"PYTHONPATH": "kernels", "TRITON_INTERPRET": "0"}
+    finished = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.strip().split(",") == [
+        "add_segments 1",
+        "gradient 1",
+        "hidden_gradient 1",
+        "policy_gradient 1",
+        "statistics 1",
+        "weight_gradient 1",
+        "weight_gradient 1",
+    ]

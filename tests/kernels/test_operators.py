@@ -75,6 +75,51 @@ def test_a_weight_without_a_gradient_takes_no_room():
         assert (6, 8) in made
 
 
+class NoWaits(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: an operator whose result it has to read."""
+
+    WAITS = ("_local_scalar_dense", "_unique2", "nonzero", "item", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split(".")[0] not in self.WAITS, f"the host waits in {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_no_wait_in_any_chunk(level, softcap, monkeypatch):
+    """As on a GPU, whose values the host cannot read, with sequence ids and several chunks."""
+    monkeypatch.setattr(runtime, "can_read_values", lambda device: False)
+    # below an operator no mode is active: call its body
+    body = linear_policy_loss_operator._init_fn
+    monkeypatch.setitem(linear_policy_loss.__globals__, "linear_policy_loss_operator", body)
+    batch = make_batch(Case(num_rows=6, num_tokens=70, num_hidden=8, masked=0.3, silent=0.3))
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    with NoWaits():
+        result = linear_policy_loss(
+            hidden,
+            weight,
+            batch.targets,
+            objective=PolicyObjective(ratio_level=level, entropy_coef=0.01),
+            softcap=softcap,
+            chunk_rows=2,
+            backend="torch",
+            **batch.columns,
+        )
+        result.loss.backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
+def test_a_token_level_loss_does_not_touch_sequence_ids():
+    """On the CPU beside columns on a GPU they would be indexed by rows of another device."""
+    ids, ones = torch.arange(6), torch.ones(6, device="meta")
+    columns = LossColumns(ones, ones, ones, sequence_ids=ids)
+    checked = columns.checked(OBJECTIVE, 6, torch.float32, ones.device)
+    assert checked.sequence_ids is None
+    sequence = PolicyObjective(ratio_level="sequence")
+    assert columns.checked(sequence, 6, torch.float32, ones.device).sequence_ids is ids
+
+
 def policy_step(hidden, weight, targets, columns, backend):
     result = linear_policy_loss(
         hidden * 1.0, weight, targets, objective=OBJECTIVE, backend=backend, **columns

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case, make_batch, random_case
+from cases import Case, check_policy_loss, make_batch, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import shuffled_programs
@@ -186,6 +186,17 @@ def test_threshold_zero_is_the_dense_result(backend, objective):
         torch.testing.assert_close(getattr(sparse, name), getattr(dense, name))
     assert sparse.metrics["density"] == 1 and sparse.metrics["skipped_mass"] == 0
     assert sparse.metrics["rows_skipped"] == dense.metrics["rows_skipped"]
+
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+PAIRS = [(BRAIN, BRAIN), (HALF, HALF), (FULL, FULL), (FULL, BRAIN), (BRAIN, FULL), (HALF, FULL)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("hidden", "weight"), PAIRS)
+def test_any_pair_of_dtypes(hidden, weight, backend):
+    case = Case(num_rows=40, num_tokens=200, num_hidden=8, dtype=hidden, weight_dtype=weight)
+    check_policy_loss(case, backend, sparsity=1e-7)
 
 
 def certain_batch(seed: int = 0):
