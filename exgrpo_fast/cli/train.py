@@ -83,7 +83,8 @@ def train(arguments: argparse.Namespace) -> int:
         return show_dry_run(arguments, config, processes=rank.count) if rank.is_main else 0
     out = Path(arguments.out or f"runs/{Path(arguments.config).stem}")
     supervised: Supervised | None = arguments.supervised
-    heartbeat = supervised.take_over() if supervised else None
+    if supervised:
+        supervised.take_over()
     resumes = arguments.resume != "never"
     if rank.is_main:
         folder = RunFolder(out, resume=resumes, lock=supervised.lock if supervised else None)
@@ -104,7 +105,7 @@ def train(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             stop_after=arguments.stop_after,
             deterministic=arguments.deterministic,
-            heartbeat=heartbeat,
+            supervised=supervised is not None,
             rank=rank,
             deadline=arguments.deadline if rank.count > 1 else None,
         )

@@ -16,7 +16,6 @@ from exgrpo_fast.build.run import open_run
 from exgrpo_fast.cli.doctor import collect
 from exgrpo_fast.config import Config, ConfigError, dump_yaml
 from exgrpo_fast.core.errors import NumericalStop
-from exgrpo_fast.core.heartbeat import Heartbeat
 from exgrpo_fast.core.process_group import MainRankFailed, RankLost, RanksDiverged, joined
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 from exgrpo_fast.model.oom import OutOfMemory
@@ -24,7 +23,7 @@ from exgrpo_fast.rollout.engine import EngineLost
 from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
 from exgrpo_fast.run.directory import RunFolder
-from exgrpo_fast.run.display import HeartbeatScreen, NullScreen, Screen, make_screen
+from exgrpo_fast.run.display import NullScreen, Screen, make_screen
 from exgrpo_fast.run.report import write_report
 from exgrpo_fast.run.sinks import peak_memory_gib
 from exgrpo_fast.training.trainer import Trainer
@@ -51,7 +50,7 @@ def train_run(
     resume: str = "never",
     stop_after: int | None = None,
     deterministic: bool = False,
-    heartbeat: Heartbeat | None = None,
+    supervised: bool = False,
     rank: RankInfo = SINGLE,
     deadline: float | None = None,
 ) -> int:
@@ -62,8 +61,7 @@ def train_run(
     started = time.perf_counter()
     folder.start_log()
     screen = make_screen() if rank.is_main else NullScreen()
-    if heartbeat:
-        screen = HeartbeatScreen(screen, heartbeat)
+    if supervised:
         # On the supervisor's SIGABRT: the stacks of all threads.
         faulthandler.enable(file=folder.log.open("a"))
     try:

@@ -1,7 +1,8 @@
 """Signs of life from a worker to its supervisor, through a pipe: one line a beat, naming the phase.
 
-They are beaten by the main thread alone: one from a thread of its own would go on while the main
-thread hangs.
+The code that does the work calls `HEARTBEAT`: the trainer at each phase, the policy at each forward
+pass, observers during generation, the reward pool at each verdict. The screen has no part in it.
+Calls from other threads than the main one write nothing: they would go on while that one hangs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,14 +22,25 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Heartbeat:
-    """Writes the innermost phase; outside of all, 'start' and from the first step on 'between'."""
+    """Writes the innermost phase; outside of all it is 'start', from the second step on 'between'.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    Without a descriptor, where nobody supervises, nothing is written.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
         self._phases = ["start"]
         self._last = 0.0
-        os.set_blocking(descriptor, False)
-        self._write()
+        self._step: int | None = None
+        self._descriptor: int | None = None
+        if descriptor is not None:
+            self.connect(descriptor)
+
+    def connect(self, descriptor: int | None) -> None:
+        """Write to this pipe from now on."""
+        self._descriptor = descriptor
+        if descriptor is not None:
+            os.set_blocking(descriptor, False)
+            self._write()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -39,20 +52,27 @@ class Heartbeat:
             self._phases.pop()
             self._write()
 
-    def started(self) -> None:
-        """The first step is behind the run."""
-        self._phases[0] = "between"
+    def begin_step(self, step: int) -> None:
+        if self._step is not None:
+            self._phases[0] = "between"
+        self._step = step
         self._write()
 
     def beat(self) -> None:
+        """A sign of progress; called as often as one likes."""
         if time.monotonic() - self._last >= SECONDS_BETWEEN_BEATS:
             self._write()
 
     def _write(self) -> None:
+        if self._descriptor is None or threading.current_thread() is not threading.main_thread():
+            return
         self._last = time.monotonic()
         # A full pipe means that the supervisor has beats to read yet, a broken one that it is gone.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._descriptor, f"{self._phases[-1]}\n".encode())
+
+
+HEARTBEAT = Heartbeat()  # of this process
 
 
 @dataclass(frozen=True)
@@ -70,12 +90,12 @@ class Supervised:
     def parse(word: str) -> Supervised:
         return Supervised(*map(int, word.split(",")))
 
-    def take_over(self) -> Heartbeat:
-        """Live no longer than the supervisor, and keep its descriptors from children."""
+    def take_over(self) -> None:
+        """Connect HEARTBEAT, end with the supervisor, and keep its descriptors from children."""
         die_with(self.parent)
         os.set_inheritable(self.heartbeat, False)
         os.set_inheritable(self.lock, False)
-        return Heartbeat(self.heartbeat)
+        HEARTBEAT.connect(self.heartbeat)
 
 
 def die_with(parent: int) -> None:

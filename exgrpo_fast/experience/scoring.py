@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Completion, Question, Trajectory, Verdict
 from exgrpo_fast.rewards import (
@@ -110,9 +111,10 @@ class StreamingScorer(Observer):
         if self.pool is not None:
             self.future = self.pool.submit(samples, append_to=self.future)
         self.advance(len(places))
+        HEARTBEAT.beat()
 
     def on_poll(self) -> None:
-        self.verifier.screen.heartbeat()
+        HEARTBEAT.beat()
         if self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
@@ -132,7 +134,8 @@ class StreamingScorer(Observer):
         samples = [self.verifier.sample(other.question, other) for other in others]
         rewards = self.verifier.rewards
         assert rewards is not None
-        with self.verifier.screen.phase("reward", len(self.samples) + len(samples)) as advance:
+        phase = self.verifier.screen.phase("reward", len(self.samples) + len(samples))
+        with HEARTBEAT.phase("reward"), phase as advance:
             if self.pool is not None:
                 self.future = self.pool.submit(samples, append_to=self.future)
                 found = self.pool.verdicts(self.future, advance)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION
@@ -143,6 +144,7 @@ class Policy:
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
+        HEARTBEAT.beat()
         attention = BACKENDS[self.attention](packed.layout, self.device)
         with self.autocast(), self._offloading():
             output = self.model.base_model(

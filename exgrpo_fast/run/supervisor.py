@@ -29,7 +29,7 @@ SECONDS_TO_DUMP = 10.0  # between SIGABRT, which writes the stacks into run.log,
 DEADLINE_SECONDS = 300.0
 # Phases that may be silent for longer, as multiples of the deadline: downloads and loading; a slow
 # disk; a judge that is asked again and again.
-PATIENCE = {"start": 6.0, "read data": 6.0, "save": 2.0, "between": 2.0, "reward": 2.0}
+PATIENCE = {"start": 6.0, "save": 2.0, "between": 2.0, "reward": 2.0}
 MEDIANS = 10.0  # a phase is also allowed so many times its own median silence
 
 Command = Callable[[Supervised, bool], Sequence[str]]  # (its end, whether to resume) -> words

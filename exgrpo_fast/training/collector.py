@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import Completion, Group, Question, Trajectory, Verdict
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSource
@@ -57,7 +58,8 @@ class Clock:
         start = time.perf_counter()
         self._inner.append(0.0)
         try:
-            yield
+            with HEARTBEAT.phase(phase):
+                yield
         finally:
             elapsed = time.perf_counter() - start
             own = elapsed - self._inner.pop()

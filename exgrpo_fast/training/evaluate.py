@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import Completion, Question, Verdict
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
@@ -79,7 +80,9 @@ class Evaluator:
         self, questions: Sequence[Question], on_poll: Callable[[], None] = lambda: None
     ) -> Evaluation:
         """`on_poll` is called while completions are generated, and may raise."""
-        samples = self.sample(questions, on_poll)
+        with HEARTBEAT.phase("evaluate"):
+            samples = self.sample(questions, on_poll)
+            revised = self._revised(samples)
         successes = self._successes(samples)
         low, high = bootstrap_interval(successes / self.n, seed=self.seed)
         return Evaluation(
@@ -91,7 +94,7 @@ class Evaluator:
             questions=len(questions),
             truncated=float(np.mean([s.completion.truncated for s in samples])),
             completion_len_mean=float(np.mean([len(s.completion.token_ids) for s in samples])),
-            avg_at_n_revised=self._revised(samples),
+            avg_at_n_revised=revised,
         )
 
     def _successes(self, samples: Sequence[Sample]) -> np.ndarray:

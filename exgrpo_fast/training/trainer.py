@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from exgrpo_fast.core.errors import Interrupted, NumericalStop
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.rng import random_state, restore_random_state
 from exgrpo_fast.core.types import Question
@@ -86,6 +87,7 @@ class Trainer:
     def step(self) -> tuple[Batch, dict[str, Any]]:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
         step, clock = self.num_steps + 1, Clock()
+        HEARTBEAT.begin_step(step)
         batch = self.collector.collect(step, clock, self._give_up_when_stopped)
         replay = self.replay.finish(
             batch.generated,
@@ -142,7 +144,7 @@ class Trainer:
 
     def save(self) -> Path:
         """The folder of a checkpoint of this step, once it is durable."""
-        with self.screen.phase("save"):
+        with HEARTBEAT.phase("save"), self.screen.phase("save"):
             self.writer.wait()
             if self.processes.broadcast(self.writer.committed == self.num_steps):
                 return self.checkpoints.folder / f"step_{self.num_steps}"
@@ -152,7 +154,7 @@ class Trainer:
         """Start a checkpoint if one is due; raise if the previous one failed."""
         self.writer.poll()
         if self._due(self.checkpoint_every):
-            with self.screen.phase("save"):
+            with HEARTBEAT.phase("save"), self.screen.phase("save"):
                 self.writer.save(self.num_steps, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:

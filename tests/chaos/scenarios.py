@@ -113,7 +113,7 @@ def _let_live(life: Life, out: Path, rng: random.Random) -> None:
     if kind == 0:
         life.alive_for(rng.uniform(0.0, 1.5))
         return
-    while life.phase in ("start", "read data") and life.alive_for(0.005):
+    while life.phase == "start" and life.alive_for(0.005):
         pass
     life.alive_for(rng.uniform(0.0, 1.0))
     while kind == 2 and not any((out / "checkpoints").glob(".tmp-step_*")):

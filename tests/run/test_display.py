@@ -197,7 +197,7 @@ def test_a_slow_phase_speaks_the_first_time_only():
             advance(2)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
-    assert re.fullmatch(r"rollout · 2/4 · 0\.0 s · 0\.0 s left", lines[0])
+    assert re.fullmatch(r"rollout · 2/4 · \d\.\d s · \d\.\d s left", lines[0])
     assert lines[1] == "rollout · done · 4 in 0.1 s"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
+from conftest import make_questions
 
 from exgrpo_fast.core import heartbeat as module
-from exgrpo_fast.core.heartbeat import Heartbeat, Supervised
-from exgrpo_fast.run.display import HeartbeatScreen, NullScreen
+from exgrpo_fast.core.heartbeat import HEARTBEAT, Heartbeat, Supervised
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def test_the_innermost_phase_is_named(pipe, monkeypatch) -> None:
             beats.beat()
         beats.beat()
     assert read() == ["rollout", "reward", "reward", "rollout", "rollout", "start"]
-    beats.started()
+    beats.begin_step(4)
+    assert read() == ["start"]
+    beats.begin_step(5)
     with pytest.raises(RuntimeError), beats.phase("update"):
         raise RuntimeError
     assert read() == ["between", "update", "between"]
@@ -68,35 +72,60 @@ def test_a_full_pipe_and_a_gone_reader_keep_nobody_waiting() -> None:
     os.close(writer)
 
 
-def test_a_watched_screen_shows_everything_and_beats(pipe, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SECONDS_BETWEEN_BEATS", 0.0)
+def test_other_threads_are_silent(pipe) -> None:
     read, writer = pipe
-    shown: list[object] = []
+    beats = Heartbeat(writer)
 
-    class Recorder(NullScreen):
-        def step(self, metrics, *, total_steps) -> None:
-            shown.append((metrics, total_steps))
+    def work() -> None:
+        with beats.phase("checkpoint"):
+            pass
 
-        def completions(self, rows) -> None:
-            shown.append(rows)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert read() == ["start"]
 
-        def note(self, text) -> None:
-            shown.append(text)
 
-        def close(self) -> None:
-            shown.append("closed")
+def test_without_a_supervisor_nothing_is_written() -> None:
+    beats = Heartbeat()
+    with beats.phase("update"):
+        beats.beat()
+    beats.begin_step(1)
 
-    screen = HeartbeatScreen(Recorder(), Heartbeat(writer))
-    with screen.phase("rollout", 8) as advance:
-        advance()
-        advance(3)
-        screen.heartbeat()
-    screen.step({"step": 1}, total_steps=2)
-    screen.note("n")
-    screen.completions([{"a": 1}])
-    screen.close()
-    assert shown == [({"step": 1}, 2), "n", [{"a": 1}], "closed"]
-    assert read() == ["start", *["rollout"] * 4, "start", "between", "between"]
+
+@pytest.fixture
+def heard(pipe, monkeypatch) -> Iterator[Callable[[], list[str]]]:
+    """What HEARTBEAT writes, with no beat left out."""
+    read, writer = pipe
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_BEATS", 0.0)
+    HEARTBEAT.connect(writer)
+    yield read
+    HEARTBEAT.connect(None)
+
+
+def test_the_trainer_beats_without_a_screen(heard, tokenizer, make_test_trainer) -> None:
+    """The screen of this trainer shows nothing; every phase and every pass is heard all the same."""
+    questions = make_questions(tokenizer, "abcd")
+    trainer = make_test_trainer(
+        questions,
+        function="even_length",
+        held_out=questions[:1],
+        train={"max_tokens_per_microbatch": 100},
+    )
+    heard()
+    trainer.step()
+    phases = heard()
+    assert [*dict.fromkeys(phases)] == [
+        "start", "replay", "rollout", "score", "prior", "reward", "update", "sync",
+    ]  # fmt: skip
+    assert phases.count("rollout") > 12  # one for each token
+    assert phases.count("score") >= 2
+    assert phases.count("update") >= 3
+    trainer.step()
+    assert heard()[0] == "between"
+    trainer.save()
+    trainer.evaluate()
+    assert {"save", "evaluate", "reward"} <= set(heard())
 
 
 def test_what_a_worker_is_told_is_one_word() -> None:

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HEAD = """
 import faulthandler, os, pathlib, signal, subprocess, sys, time
-from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.core.heartbeat import HEARTBEAT as heartbeat, Supervised
 told, resume = Supervised.parse(sys.argv[1]), sys.argv[2] == "True"
-heartbeat = told.take_over()
+told.take_over()
 life = int(pathlib.Path("lives").read_text()) if pathlib.Path("lives").exists() else 0
 pathlib.Path("lives").write_text(str(life + 1))
 assert resume == (life > 0)

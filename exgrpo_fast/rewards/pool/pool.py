@@ -37,6 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import REWARDS, as_reference, check_reference
 from exgrpo_fast.rewards.pool.jobs import FAULTS, Job, RewardSample, Scored, ScoreFuture
@@ -232,6 +233,7 @@ class RewardPool:
         try:
             while True:
                 if future.num_done > num_reported:
+                    HEARTBEAT.beat()
                     on_finished(future.num_done - num_reported)
                     num_reported = future.num_done
                 if future.done:

@@ -16,7 +16,6 @@ from typing import TextIO
 from rich.console import Console
 
 from exgrpo_fast.run.display.completions import best_and_worst, excerpt, verdict_line
-from exgrpo_fast.run.display.heartbeat_screen import HeartbeatScreen
 from exgrpo_fast.run.display.live import RichScreen
 from exgrpo_fast.run.display.numbers import (
     duration,
@@ -41,7 +40,6 @@ __all__ = [
     "Screen",
     "StepLine",
     "StepReader",
-    "HeartbeatScreen",
     "best_and_worst",
     "duration",
     "evaluation_line",

@@ -78,9 +78,6 @@ class RichScreen:
             self._scroll(Text(f"{name} · {count}{duration(seconds)}", "dim"))
         self._known.add(name)
 
-    def heartbeat(self) -> None:
-        pass
-
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
         self._start()
         line = self._reader.read(metrics, total_steps)

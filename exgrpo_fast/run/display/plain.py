@@ -61,9 +61,6 @@ class PlainScreen:
             self._print(phase.progress())
             wait = self._again_after
 
-    def heartbeat(self) -> None:
-        pass
-
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
         line = self._reader.read(metrics, total_steps)
         self._print(plain_line(line))

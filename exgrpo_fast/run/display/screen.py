@@ -20,10 +20,6 @@ class Screen(Protocol):
         """A long piece of work; the block calls `advance(count=1)` as it proceeds."""
         ...
 
-    def heartbeat(self) -> None:
-        """A sign of life inside a phase, with nothing to show."""
-        ...
-
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
         """The metrics of a finished step."""
         ...
@@ -45,9 +41,6 @@ class NullScreen:
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
         yield lambda count=1: None
-
-    def heartbeat(self) -> None:
-        pass
 
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
         pass
