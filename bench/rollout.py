@@ -35,7 +35,7 @@ from typing import Any
 
 from loss import machine
 
-from exgrpo_fast.build.engines import prepare_engine
+from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.models import load_tokenizer, make_policy
 from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
@@ -107,13 +107,13 @@ def start_engines(
     for name, (kind, servers) in wanted.items():
         config, began = make_config(arguments, folder, kind, servers), time.perf_counter()
         try:
-            prepared = prepare_engine(
-                config, str(folder), tokenizer, device=arguments.device, stack=stack
+            reserved = stack.enter_context(
+                reserve_engine(config, str(folder), tokenizer, device=arguments.device)
             )
             waited = time.perf_counter() - began
             policy = policy or make_policy(config, str(folder), device=arguments.device)
             began = time.perf_counter()
-            engines[name] = prepared.attach(policy, prompt)
+            engines[name] = build_engine(config, policy, tokenizer, reserved, prompt_ids=prompt)
             engines[name].sync(0)
         except UserError as error:
             absent[name] = str(error)

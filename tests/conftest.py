@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from exgrpo_fast.build.engines import make_transformers_engine
+from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_policy, make_reference
 from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.build.rewards import make_rewards
@@ -154,11 +155,13 @@ def make_test_trainer(
         policy = make_policy(config, str(model_folder), device="cpu")
         rewards = make_rewards(config)
         pools.append(rewards)
+        engine = engine or make_transformers_engine(config, policy, tokenizer)
         return make_trainer(
             config,
             policy=policy,
             reference=make_reference(config, str(model_folder), policy, device="cpu"),
-            engine=engine or make_transformers_engine(config, policy, tokenizer),
+            engine=engine,
+            prior=make_prior(config, policy, tokenizer, engine, None),
             rewards=rewards,
             train=questions,
             held_out=held_out,

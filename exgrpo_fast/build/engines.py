@@ -1,24 +1,28 @@
-"""Builds the rollout engine that a config asks for.
+"""The rollout engine of a config, in two steps.
 
-vLLM has to be up before the trainer's weights take their memory, but needs them to stay in step;
-so an engine is made in two halves: `prepare_engine`, then what it returns is given the policy.
+`reserve_engine` comes before the policy: vLLM takes its memory when it starts, and beside a
+trainer's weights there would be too little; rollout servers load while the trainer does.
+`build_engine` comes after it: an engine needs the policy whose weights it follows.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.build.environment import config_digest
+from exgrpo_fast.build.models import make_plain_policy
+from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
 from exgrpo_fast.config.limits import engine_kind
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.memory.engine import EnginePlan, engine_plan
 from exgrpo_fast.memory.plan import Machine, Planner
@@ -26,59 +30,85 @@ from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.rollout.journal import JournalledEngine
 from exgrpo_fast.rollout.mismatch import MismatchRule
+from exgrpo_fast.rollout.server.engine import ServerEngine
+from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
+from exgrpo_fast.rollout.server.weight_transfer import BroadcastSender, SharedMemorySender
+from exgrpo_fast.rollout.shared_engine import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.rollout.sync_check import TOLERANCE, VerifiedEngine
-
-if TYPE_CHECKING:
-    from exgrpo_fast.rollout.vllm.engine import VllmEngine
-    from exgrpo_fast.rollout.vllm.model import VllmModel
+from exgrpo_fast.rollout.vllm.engine import VllmEngine
+from exgrpo_fast.rollout.vllm.model import VllmModel
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 600.0  # a large model is read from a slow disk
 Note = Callable[[str], None]
+E = TypeVar("E")
 
 
-@dataclass
-class PreparedEngine:
-    """An engine without its policy."""
+@dataclass(frozen=True)
+class Reservation:
+    """What was started for an engine before the policy's weights were loaded."""
 
-    make: Callable[[Policy, Sequence[int]], RolloutEngine]
-    prior: VllmModel | None = None  # beside an engine in this process, to guide its drafts
-    drafting: VllmEngine | None = None
-
-    def attach(self, policy: Policy, prompt_ids: Sequence[int]) -> RolloutEngine:
-        """`prompt_ids`: of any question."""
-        return self.make(policy, prompt_ids)
-
-
-def mismatch_rule(config: Config, device: str) -> MismatchRule:
-    """The trainer's own weights have no mismatch to correct."""
-    if engine_kind(config, device) == "transformers":
-        return MismatchRule()
-    return MismatchRule(**config.algorithm.mismatch.model_dump())
+    folder: str  # of the weights to begin with
+    stack: ExitStack  # closed at the end of the block
+    plan: EnginePlan | None = None  # of vLLM; None for transformers, and on ranks other than 0
+    vllm: VllmModel | None = None  # in this process
+    vllm_prior: VllmModel | None = None  # beside it: the prior policy of EAPO
+    servers: tuple[ServerProcess, ...] = ()
 
 
-def prepare_engine(
+@contextmanager
+def reserve_engine(
     config: Config,
     folder: str,
     tokenizer: Tokenizer,
     *,
     device: str,
-    stack: ExitStack,
+    processes: Processes = SINGLE_PROCESS,
     log_folder: Path | None = None,
     note: Note = lambda line: None,
-) -> PreparedEngine:
-    """`folder`: of the weights to begin with; `stack`: ends what is started here."""
-    kind = engine_kind(config, device)
-    if kind == "transformers":
-        return PreparedEngine(
-            lambda policy, prompt_ids: make_transformers_engine(config, policy, tokenizer)
+) -> Iterator[Reservation]:
+    """Start vLLM in this process or in servers, on rank 0; the end of the block closes it."""
+    refuse_unplaced_engine(config, device, processes.count)
+    with ExitStack() as stack:
+        nothing = Reservation(folder, stack)
+
+        def reserve() -> Reservation:
+            if engine_kind(config, device) == "transformers":
+                return nothing
+            return reserve_vllm(config, nothing, tokenizer, device, log_folder, note)
+
+        yield processes.run_on_rank0(reserve, pack=lambda made: None) or nothing
+
+
+def refuse_unplaced_engine(config: Config, device: str, count: int) -> None:
+    """ConfigError where the engine has no device of its own beside `count` ranks."""
+    kind, server = engine_kind(config, device), config.rollout.server
+    refuse_engine_with_several(config, kind, count)
+    is_placed = server.gpus is not None or server.urls
+    if kind == "vllm_server" and count > 1 and device == "cuda" and not is_placed:
+        raise ConfigError(
+            f"rollout.server.gpus is not set: with {count} processes, name GPUs that none of them "
+            f"trains on, or rollout.server.urls"
         )
+
+
+def reserve_vllm(
+    config: Config,
+    nothing: Reservation,
+    tokenizer: Tokenizer,
+    device: str,
+    log_folder: Path | None,
+    note: Note,
+) -> Reservation:
+    """vLLM in this process, with EAPO's prior beside it where both stay awake; or its servers."""
+    folder, stack, kind = nothing.folder, nothing.stack, engine_kind(config, device)
     plan = plan_engine(config, folder, device=device, shared=kind == "vllm")
     if kind == "vllm" or not config.rollout.server.urls:
         note(plan.note())
-    model = {
+    arguments: dict[str, Any] = {
         "folder": folder,
         "eos_token_ids": end_of_sequence_ids(generation_config(folder), tokenizer),
         "device": device,
@@ -89,23 +119,112 @@ def prepare_engine(
         "seed": config.train.seed,
         "can_sleep": plan.sleeps,
     }
-    tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.compute_dtype(device)]
+    if kind == "vllm_server":
+        servers = start_servers(config, arguments, stack, device=device, log_folder=log_folder)
+        return Reservation(folder, stack, plan, servers=servers)
+    vllm = with_less_memory_once(lambda changes: VllmModel(**arguments | changes), arguments)
+    stack.callback(vllm.close)
+    prior = None
+    if prior_runs_in_vllm(config, plan):
+        # Engines of one process have to be made together, and end together. One token more: to
+        # score a whole sequence is to ask for what follows it.
+        arguments["folder"] = config.prior_resampling.model
+        arguments["max_model_len"] += 1
+        prior = VllmModel(**arguments)
+        stack.callback(prior.close)
+    if plan.sleeps:
+        vllm.sleep()
+    return Reservation(folder, stack, plan, vllm, prior)
 
-    def verified(
-        engine: RolloutEngine, policy: Policy, prompt_ids: Sequence[int]
-    ) -> VerifiedEngine:
-        return VerifiedEngine(
-            engine,
-            policy,
+
+def build_engine(
+    config: Config,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    reserved: Reservation,
+    *,
+    prompt_ids: Sequence[int],
+    journal: Path | None = None,
+    version: int = 0,
+) -> RolloutEngine:
+    """The engine that follows the weights of `policy`: inside out, what generates, the check of its
+    weights, the journal, and the broadcast to other ranks.
+
+    `prompt_ids`: of any question, for the check; `journal`: folder of the finished rollouts, so that
+    a resumed run does not generate them again; `version`: finished steps.
+    """
+    processes = policy.processes
+    if not processes.is_main:
+        return SharedEngine(None, policy, processes)
+    source = AnnouncedPolicy(policy, processes) if processes.count > 1 else policy
+    if reserved.plan is None:
+        engine = transformers_engine(config, source, tokenizer, reserved.folder)
+    else:
+        dtype = config.model.compute_dtype(policy.device.type)
+        engine = VerifiedEngine(
+            vllm_engine(config, source, reserved, reserved.plan),
+            source,
             prompt_ids=prompt_ids,
-            max_model_len=plan.max_model_len,
-            tolerance=tolerance,
+            max_model_len=reserved.plan.max_model_len,
+            tolerance=config.rollout.sync_tolerance or TOLERANCE[dtype],
         )
+    if journal is not None:
+        identity = config_digest(config)
+        engine = JournalledEngine(engine, journal, identity=identity, version=version)
+    return SharedEngine(engine, policy, processes) if processes.count > 1 else engine
 
-    if kind == "vllm":
-        return _prepare_in_process(config, model, plan, stack=stack, verified=verified)
-    attach = _prepare_servers(config, model, device=device, stack=stack, log_folder=log_folder)
-    return PreparedEngine(lambda policy, ids: verified(attach(policy), policy, ids))
+
+def find_layer(engine: RolloutEngine, kind: type[E]) -> E | None:
+    """The engine of this class: `engine`, or one that it wraps; None where there is none."""
+    layer: Any = engine
+    while layer is not None and not isinstance(layer, kind):
+        layer = getattr(layer, "engine", None)
+    return layer
+
+
+def transformers_engine(
+    config: Config, source: Policy, tokenizer: Tokenizer, folder: str
+) -> RolloutEngine:
+    """`generate` of transformers; beside a sharded policy by a whole copy on rank 0."""
+    if not isinstance(source, AnnouncedPolicy):
+        return make_transformers_engine(config, source, tokenizer)
+    copy = make_plain_policy(config, folder, dtype=torch.float32, device=source.device.type)
+    copy.model.requires_grad_(False)
+    copy.sizes.are_fixed = True  # the other ranks wait: nothing is done twice
+    return CopiedEngine(make_transformers_engine(config, copy, tokenizer), copy, source)
+
+
+def vllm_engine(
+    config: Config, source: Policy, reserved: Reservation, plan: EnginePlan
+) -> RolloutEngine:
+    """vLLM in this process, or its servers as soon as they have loaded."""
+    if reserved.vllm is not None:
+        return VllmEngine(reserved.vllm, source, sleeps=plan.sleeps)
+    server = config.rollout.server
+    for process in reserved.servers:
+        process.wait_until_ready(deadline=START_SECONDS)
+    key = os.environ.get(server.key_env, "")
+    connections = [process.connection for process in reserved.servers] or [
+        ServerConnection(name=url, key=key, url=url) for url in server.urls or []
+    ]
+    dtype = getattr(torch, config.model.compute_dtype(source.device.type))
+    if server.weights == "shared_memory":
+        sender = SharedMemorySender(dtype)
+    else:
+        sender = BroadcastSender(
+            dtype, device=source.device, num_servers=len(connections), host=server.host
+        )
+    reserved.stack.callback(sender.close)
+    return ServerEngine(
+        connections, source, sender, processes=reserved.servers, deadline=server.deadline_seconds
+    )
+
+
+def mismatch_rule(config: Config, device: str) -> MismatchRule:
+    """The trainer's own weights have no mismatch to correct."""
+    if engine_kind(config, device) == "transformers":
+        return MismatchRule()
+    return MismatchRule(**config.algorithm.mismatch.model_dump())
 
 
 def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> EnginePlan:
@@ -129,41 +248,8 @@ def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> En
 
 def count_parameters(model: Any) -> int:
     """From the shapes alone: nothing is allocated."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model).num_parameters()
-
-
-def _prepare_in_process(
-    config: Config,
-    model: dict[str, Any],
-    plan: EnginePlan,
-    *,
-    stack: ExitStack,
-    verified: Callable[[RolloutEngine, Policy, Sequence[int]], VerifiedEngine],
-) -> PreparedEngine:
-    from exgrpo_fast.rollout.vllm.engine import VllmEngine
-    from exgrpo_fast.rollout.vllm.model import VllmModel
-
-    vllm = with_less_memory_once(lambda changes: VllmModel(**{**model, **changes}), model)
-    stack.callback(vllm.close)
-    prepared = PreparedEngine(lambda policy, prompt_ids: attach(policy, prompt_ids))
-    if prior_runs_in_vllm(config, plan):
-        # Engines of one process have to be made together, and end together. One token more: to
-        # score a whole sequence is to ask for what follows it.
-        prior = {**model, "folder": config.prior_resampling.model}
-        prior["max_model_len"] = plan.max_model_len + 1
-        prepared.prior = VllmModel(**prior)
-        stack.callback(prepared.prior.close)
-    if plan.sleeps:
-        vllm.sleep()
-
-    def attach(policy: Policy, prompt_ids: Sequence[int]) -> RolloutEngine:
-        prepared.drafting = VllmEngine(vllm, policy, sleeps=plan.sleeps)
-        return verified(prepared.drafting, policy, prompt_ids)
-
-    return prepared
 
 
 def prior_runs_in_vllm(config: Config, plan: EnginePlan) -> bool:
@@ -192,50 +278,23 @@ def with_less_memory_once(make: Callable[[dict[str, Any]], Any], model: dict[str
     )
 
 
-def _prepare_servers(
+def start_servers(
     config: Config,
-    model: dict[str, Any],
+    arguments: dict[str, Any],
+    stack: ExitStack,
     *,
     device: str,
-    stack: ExitStack,
     log_folder: Path | None,
-) -> Callable[[Policy], RolloutEngine]:
-    from exgrpo_fast.rollout.server.engine import ServerEngine
-    from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
-    from exgrpo_fast.rollout.server.weight_transfer import BroadcastSender, SharedMemorySender
-
-    server = config.rollout.server
-    processes: list[ServerProcess] = []
+) -> tuple[ServerProcess, ...]:
+    """Those that `rollout.server.urls` does not name; they load in the background."""
+    server, started = config.rollout.server, []
     for number in range(0 if server.urls else server.count):
         gpu = server_gpu(config, number) if device == "cuda" else None
-        log = log_folder / f"rollout-{number}.log" if log_folder else None
-        process = ServerProcess(model, name=str(number), gpu=gpu, log=log)
+        path = log_folder / f"rollout-{number}.log" if log_folder else None
+        process = ServerProcess(arguments, name=str(number), gpu=gpu, log=path)
         stack.callback(process.close)
-        processes.append(process)  # they load while the trainer does
-
-    def attach(policy: Policy) -> RolloutEngine:
-        for process in processes:
-            process.wait_until_ready(deadline=START_SECONDS)
-        key = os.environ.get(server.key_env, "")
-        connections = [process.connection for process in processes] or [
-            ServerConnection(name=url, key=key, url=url) for url in server.urls or []
-        ]
-        dtype = getattr(torch, model["dtype"])
-        if server.weights == "shared_memory":
-            sender = SharedMemorySender(dtype)
-        else:
-            sender = BroadcastSender(
-                dtype,
-                device=torch.device(device),
-                num_servers=len(connections),
-                host=server.host,
-            )
-        stack.callback(sender.close)
-        return ServerEngine(
-            connections, policy, sender, processes=processes, deadline=server.deadline_seconds
-        )
-
-    return attach
+        started.append(process)
+    return tuple(started)
 
 
 def server_gpu(config: Config, number: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from exgrpo_fast.build.data import read_questions
-from exgrpo_fast.build.engines import make_endpoint_engine, prepare_engine
+from exgrpo_fast.build.engines import build_engine, make_endpoint_engine, reserve_engine
 from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.experience import make_hindsight_prompt
 from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
@@ -66,7 +66,7 @@ class EvaluatedModel:
     def _engine(self, prompt_ids: Sequence[int], stack: contextlib.ExitStack) -> RolloutEngine:
         if self.endpoint is not None:
             return make_endpoint_engine(self.name, self.tokenizer, **self.endpoint)
-        prepared = prepare_engine(
-            self.config, self.name, self.tokenizer, device=self.device, stack=stack
-        )
-        return prepared.attach(make_policy(self.config, self.name, device=self.device), prompt_ids)
+        config, name, device = self.config, self.name, self.device
+        reserved = stack.enter_context(reserve_engine(config, name, self.tokenizer, device=device))
+        policy = make_policy(config, name, device=device)
+        return build_engine(config, policy, self.tokenizer, reserved, prompt_ids=prompt_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from exgrpo_fast.build.engines import PreparedEngine, end_of_sequence_ids
+from exgrpo_fast.build.engines import end_of_sequence_ids, find_layer
 from exgrpo_fast.build.models import load_tokenizer, make_encode, make_policy, vocabulary_of
 from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
@@ -18,6 +18,7 @@ from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.source import NoPrior, PriorRecipe, PriorSource
 from exgrpo_fast.experience.prior.triggers import Trigger
+from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
 from exgrpo_fast.experience.replay.pool import load_pool, solutions_of
 from exgrpo_fast.experience.replay.protocol import NoReplay, Replay
 from exgrpo_fast.experience.replay.selectors import (
@@ -32,6 +33,9 @@ from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.memory.store import store_plan
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rewards import RewardPool
+from exgrpo_fast.rollout.engine import RolloutEngine
+from exgrpo_fast.rollout.vllm.engine import VllmEngine
+from exgrpo_fast.rollout.vllm.model import VllmModel
 
 
 def make_replay(
@@ -110,9 +114,14 @@ def check_prior(config: Config, start: str, tokenizer: Tokenizer) -> None:
 
 
 def make_prior(
-    config: Config, policy: Policy, tokenizer: Tokenizer, prepared: PreparedEngine | None = None
+    config: Config,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    engine: RolloutEngine,
+    vllm_prior: VllmModel | None,
 ) -> PriorSource | NoPrior:
-    """With the two vLLM models of a prepared engine, or else in the trainer's own process."""
+    """`vllm_prior`: the prior that was reserved beside the vLLM in `engine`, which then drafts;
+    None: both by transformers, with the trainer's own policy."""
     settings, rollout = config.prior_resampling, config.rollout
     if not settings.enabled:
         return NoPrior()
@@ -121,13 +130,15 @@ def make_prior(
     prior.model.requires_grad_(False)
     eos = end_of_sequence_ids(policy.model.generation_config, tokenizer)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    width = policy.head.weight.shape[0]
-    drafter = TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos)
-    scorer = TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width)
-    if prepared is not None and prepared.prior is not None and prepared.drafting is not None:
-        from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
-
-        drafter, scorer = VllmDrafter(prepared.drafting), VllmPrior(prepared.prior)
+    if vllm_prior is not None:
+        drafting = find_layer(engine, VllmEngine)
+        if drafting is None:
+            raise TypeError("a prior in vLLM needs an engine in vLLM to draft for it")
+        drafter, scorer = VllmDrafter(drafting), VllmPrior(vllm_prior)
+    else:
+        width = policy.head.weight.shape[0]
+        drafter = TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos)
+        scorer = TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width)
     resampler = Resampler(
         drafter,
         scorer,
@@ -173,7 +184,7 @@ def make_hindsight_prompt(
     tokenizer: Tokenizer,
     processes: Processes = SINGLE_PROCESS,
 ) -> HindsightPrompt:
-    """`rewards`: None in all processes but the first, which tells the others the words."""
+    """`rewards`: None on all ranks but 0, which broadcasts the texts of the rubrics."""
 
     def public_texts() -> dict[str, str]:
         assert rewards is not None

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.build.data import load_data, refuse_bad_golds
+from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import quiet_libraries
-from exgrpo_fast.build.experience import check_prior
+from exgrpo_fast.build.experience import check_prior, make_prior
 from exgrpo_fast.build.models import (
     adapter_of,
     load_tokenizer,
@@ -24,13 +25,12 @@ from exgrpo_fast.build.models import (
     start_folder,
 )
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
-from exgrpo_fast.build.rollouts import make_engine, prepare_rollouts
 from exgrpo_fast.build.trainer import clean_journal_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
 from exgrpo_fast.core.rng import seed_everything
 from exgrpo_fast.experience.replay.source import ReplaySource
-from exgrpo_fast.memory.fit import Expected, fitted, fitted_together, wants_preflight
+from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
 from exgrpo_fast.memory.store import store_note
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
@@ -56,11 +56,10 @@ def open_run(
     """
     quiet_libraries()
     refuse_impossible_attention(config, device)
-    with contextlib.ExitStack() as stack:
-        start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
-        tokenizer = load_tokenizer(start)
-        check_prior(config, start, tokenizer)
-        rewards = stack.enter_context(make_rewards(config)) if processes.is_main else None
+    start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
+    tokenizer = load_tokenizer(start)
+    check_prior(config, start, tokenizer)
+    with make_rewards(config) if processes.is_main else contextlib.nullcontext() as rewards:
         train, held_out = load_data(config, tokenizer, screen)
         processes.run_on_rank0(lambda: check_rewards(config, rewards, train[0]))
         if config.data.check_answers:
@@ -69,67 +68,78 @@ def open_run(
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
-        if processes.count == 1:
-            config, expected = fitted(config, start, device=device, note=screen.note)
-        else:
-            config, expected = fitted_together(
-                config, start, device=device, note=screen.note, processes=processes
-            )
+        config, expected = resolve_auto(
+            config, start, device=device, note=screen.note, processes=processes
+        )
         model_path = str(resume_from / "hf") if resume_from else start
-        prepared = prepare_rollouts(
-            config, model_path, tokenizer, folder, screen, stack, processes, device=device
-        )
-        adapter = adapter_of(config, resume_from)
-        policy = make_policy(
+        with reserve_engine(
             config,
-            start if adapter else model_path,
+            model_path,
+            tokenizer,
             device=device,
-            adapter=adapter,
             processes=processes,
-        )
-        refuse_broken_weights(policy, model_path)
-        state: dict[str, Any] = {"num_steps": 0}
-        if resume_from:
-            state = load_state(resume_from, mesh=host_mesh(processes))
-        sink: MetricSink = NullSink()
-        if processes.is_main:
-            clean_journal_after(state["num_steps"], folder, screen)
-            sink = make_sink(config, folder, screen, resumed_from=state["num_steps"])
-        stack.enter_context(contextlib.closing(sink))
-        engine = make_engine(
-            config,
-            prepared,
-            policy,
-            folder,
-            model_path=model_path,
-            prompt_ids=train[0].prompt_ids,
-            num_steps=state["num_steps"],
-            device=device,
-        )
-        trainer = make_trainer(
-            config,
-            policy=policy,
-            reference=make_reference(config, start, policy, device=device),
-            engine=engine,
-            rewards=rewards,
-            train=train,
-            held_out=held_out,
-            tokenizer=tokenizer,
-            folder=folder,
-            screen=screen,
-            sink=sink,
-            prepared=prepared,
-            processes=processes,
-        )
-        if resume_from:
-            restore_run(trainer, state)
-            trainer.writer.committed = state["num_steps"]
-        if expected is not None and wants_preflight(config, device):
-            screen.note(run_preflight(config, trainer, expected))
-        engine.sync(state["num_steps"])
-        if isinstance(trainer.replay, ReplaySource):
-            screen.note(store_note(trainer.replay.store.plan, device))
-        yield trainer
+            log_folder=folder.path,
+            note=screen.note,
+        ) as reserved:
+            adapter = adapter_of(config, resume_from)
+            policy = make_policy(
+                config,
+                start if adapter else model_path,
+                device=device,
+                adapter=adapter,
+                processes=processes,
+            )
+            refuse_broken_weights(policy, model_path)
+            state: dict[str, Any] = {"num_steps": 0}
+            if resume_from:
+                state = load_state(resume_from, mesh=host_mesh(processes))
+            engine = build_engine(
+                config,
+                policy,
+                tokenizer,
+                reserved,
+                prompt_ids=train[0].prompt_ids,
+                journal=folder.rollouts,
+                version=state["num_steps"],
+            )
+            with contextlib.closing(
+                open_sink(config, folder, screen, state["num_steps"], processes)
+            ) as sink:
+                trainer = make_trainer(
+                    config,
+                    policy=policy,
+                    reference=make_reference(config, start, policy, device=device),
+                    engine=engine,
+                    prior=make_prior(config, policy, tokenizer, engine, reserved.vllm_prior),
+                    rewards=rewards,
+                    train=train,
+                    held_out=held_out,
+                    tokenizer=tokenizer,
+                    folder=folder,
+                    screen=screen,
+                    sink=sink,
+                    processes=processes,
+                )
+                if resume_from:
+                    restore_run(trainer, state)
+                    trainer.writer.committed = state["num_steps"]
+                if expected is not None and wants_preflight(config, device):
+                    screen.note(run_preflight(config, trainer, expected))
+                engine.sync(state["num_steps"])
+                if isinstance(trainer.replay, ReplaySource):
+                    screen.note(store_note(trainer.replay.store.plan, device))
+                yield trainer
+
+
+def open_sink(
+    config: Config, folder: RunFolder, screen: Screen, num_steps: int, processes: Processes
+) -> MetricSink:
+    """The metrics of a run after `num_steps`, on rank 0; what an interrupted run wrote about later
+    steps is dropped."""
+    if not processes.is_main:
+        return NullSink()
+    clean_journal_after(num_steps, folder, screen)
+    return make_sink(config, folder, screen, resumed_from=num_steps)
 
 
 def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:

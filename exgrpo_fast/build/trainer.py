@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from exgrpo_fast.build.engines import PreparedEngine, mismatch_rule
+from exgrpo_fast.build.engines import find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
-from exgrpo_fast.build.experience import make_hindsight, make_prior, make_replay
+from exgrpo_fast.build.experience import make_hindsight, make_replay
 from exgrpo_fast.build.models import vocabulary_of
 from exgrpo_fast.build.rewards import make_evaluator, make_verifier
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
+from exgrpo_fast.experience.prior.source import NoPrior, PriorSource
 from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.journal import JournalledEngine
-from exgrpo_fast.rollout.shared_engine import SharedEngine
 from exgrpo_fast.run.checkpoint.distributed import SharedCheckpointWriter
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
@@ -58,12 +58,12 @@ def make_trainer(
     folder: RunFolder,
     screen: Screen,
     sink: MetricSink,
-    prepared: PreparedEngine | None = None,
+    prior: PriorSource | NoPrior,
     processes: Processes = SINGLE_PROCESS,
 ) -> Trainer:
     """Sources, collector, learner, evaluator and trainer, from the bottom up.
 
-    `rewards`: None in all processes but the first, which judges and writes for them.
+    `rewards`: None on all ranks but 0, which scores and writes for them.
     """
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
@@ -83,7 +83,7 @@ def make_trainer(
         fresh=fresh,
         replay=replay,
         verifier=verifier,
-        prior=make_prior(config, policy, tokenizer, prepared),
+        prior=prior,
         hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
         screen=screen,
         overlong=OverlongRule(
@@ -189,7 +189,7 @@ def make_writer(
         },
     )
     model = HuggingFaceFolder(policy, tokenizer)
-    on_committed = forgetting(engine)
+    on_committed = journal_cleanup(engine)
     if processes.count == 1:
         return CheckpointWriter(checkpoints, model, warn=screen.note, on_committed=on_committed)
     return SharedCheckpointWriter(
@@ -197,11 +197,10 @@ def make_writer(
     )
 
 
-def forgetting(engine: RolloutEngine) -> Callable[[int], None]:
-    """What lets go of the rollouts that a checkpoint has made superfluous."""
-    if isinstance(engine, SharedEngine) and engine.engine is not None:
-        engine = engine.engine
-    return engine.forget_before if isinstance(engine, JournalledEngine) else lambda step: None
+def journal_cleanup(engine: RolloutEngine) -> Callable[[int], None]:
+    """Deletes the rollouts that a checkpoint has made superfluous."""
+    journal = find_layer(engine, JournalledEngine)
+    return journal.forget_before if journal else lambda step: None
 
 
 def make_sink(

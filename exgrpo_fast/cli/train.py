@@ -153,16 +153,15 @@ def show_plan(
     if config.model.name == "quickstart":
         return 0
     from exgrpo_fast.build.pretrained import cached_folder
-    from exgrpo_fast.memory.fit import NoShapes, plan_run
+    from exgrpo_fast.memory.fit import NoShapes, machine_of, plan_run
 
     name = cached_folder(require(config.model.name, "model.name", "a folder, a hub name, a GGUF"))
     if name is None:
         print(f"{prefix}no memory plan before model.name {config.model.name} is converted once")
         return 0
     try:
-        planned = plan_run(
-            config, name, device=device, memory_gib=gib, is_local=True, processes=processes
-        )
+        machine = machine_of(config, device=device, memory_gib=gib, processes=processes)
+        planned = plan_run(config, name, machine, is_local=True)
     except NoShapes as error:
         cause = clean_line(error, max_line=200)
         print(f"{prefix}no memory plan without the model's config.json here ({cause})")

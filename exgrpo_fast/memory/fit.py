@@ -1,9 +1,9 @@
-"""The memory plan of a run before its weights are loaded: of this machine, or of one to be had."""
+"""The memory plan of a run before its weights are loaded, on this machine or another GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
 from exgrpo_fast.config.limits import engine_kind
-from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table, with_sizes
 
@@ -47,17 +47,8 @@ class Expected(NamedTuple):
         return Expected(plan.states.optimiser, plan.states_and_passes)
 
 
-def plan_run(
-    config: Config,
-    folder: str,
-    *,
-    device: str | None,
-    memory_gib: float | None = None,
-    is_local: bool = False,
-    processes: int = 1,
-) -> Planned:
-    """`folder`: of the model, its config.json is enough; `memory_gib`: of a GPU that is not here;
-    `is_local`: nothing is asked of the hub; `processes`: that share the weights.
+def plan_run(config: Config, folder: str, machine: Machine, *, is_local: bool = False) -> Planned:
+    """`folder`: of the model, its config.json is enough; `is_local`: nothing is asked of the hub.
 
     NoShapes where the model's config cannot be read.
     """
@@ -67,7 +58,7 @@ def plan_run(
         )
     except (OSError, ValueError) as error:
         raise NoShapes(f"model.name {folder}: {str(error).splitlines()[0]}") from None
-    planner = Planner(model, machine(config, device, memory_gib, processes))
+    planner = Planner(model, machine)
     made = planner.plan(config)
     text = table(made, config)
     if made.fits:
@@ -75,18 +66,23 @@ def plan_run(
     return Planned(made, text, refusal(made, cheapest(planner, config)))
 
 
-def machine(
-    config: Config, device: str | None, memory_gib: float | None, processes: int = 1
+def machine_of(
+    config: Config,
+    *,
+    device: str | None = None,
+    memory_gib: float | None = None,
+    processes: int = 1,
 ) -> Machine:
-    """With `memory_gib` a GPU that has vLLM, where `auto` leaves the engine open."""
+    """This machine, or with `memory_gib` a GPU that is not here and has vLLM, where `auto` leaves
+    the engine open. `processes`: that share the weights."""
     kind: Literal["cpu", "cuda"] = "cpu"
     if device == "cuda" or (device is None and (memory_gib or torch.cuda.is_available())):
         kind = "cuda"
-    if memory_gib is not None:
+    if memory_gib is None:
+        num_bytes, engine = device_bytes() if kind == "cuda" else None, engine_kind(config, kind)
+    else:
         num_bytes, engine = int(memory_gib * 2**30), config.rollout.engine
         engine = "vllm" if engine == "auto" else engine
-    else:
-        num_bytes, engine = device_bytes() if kind == "cuda" else None, engine_kind(config, kind)
     refuse_engine_with_several(config, engine, processes)
     return Machine(kind, num_bytes, engine, processes)
 
@@ -96,36 +92,33 @@ def device_bytes() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def fitted(
-    config: Config, folder: str, *, device: str, note: Callable[[str], None]
+def resolve_auto(
+    config: Config,
+    folder: str,
+    *,
+    device: str,
+    note: Callable[[str], None],
+    processes: Processes = SINGLE_PROCESS,
 ) -> tuple[Config, Expected | None]:
-    """The config with `auto` resolved, and what is planned; ConfigError where the run cannot
-    fit.
+    """The config with `auto` resolved, and what rank 0 plans for all, on the smallest GPU.
 
-    On a CPU a plan is made only where the preflight asks for it.
+    ConfigError where the run cannot fit. On a CPU a plan is made only where the preflight asks
+    for it.
     """
     if device != "cuda" and not wants_preflight(config, device):
         return config, None
-    made = plan_run(config, folder, device=device).accepted(note)
-    return made.config, Expected.of(made)
+    machine = machine_of(config, device=device, processes=processes.count)
+    if machine.num_bytes is not None:
+        smallest = -int(processes.all_reduce_max(-machine.num_bytes))
+        machine = replace(machine, num_bytes=smallest)
 
-
-def fitted_together(
-    config: Config, folder: str, *, device: str, note: Callable[[str], None], processes: Processes
-) -> tuple[Config, Expected | None]:
-    """As `fitted`, for several processes: the first one plans for all, on the smallest GPU."""
-    if device != "cuda" and not wants_preflight(config, device):
-        return config, None
-    gib = -processes.all_reduce_max(-device_bytes()) / 2**30 if device == "cuda" else None
-
-    def planned() -> dict[str, Any]:
-        found = plan_run(config, folder, device=device, memory_gib=gib, processes=processes.count)
-        made = found.accepted(note)
+    def plan() -> dict[str, Any]:
+        made = plan_run(config, folder, machine).accepted(note)
         sizes = [made.config.microbatch_tokens, made.config.tile_tokens]
         return {"sizes": sizes, "expected": Expected.of(made)}
 
-    told = processes.run_on_rank0(planned)
-    return with_sizes(config, *told["sizes"]), Expected(*told["expected"])
+    planned = processes.run_on_rank0(plan)
+    return with_sizes(config, *planned["sizes"]), Expected(*planned["expected"])
 
 
 def wants_preflight(config: Config, device: str) -> bool:

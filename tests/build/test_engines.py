@@ -12,9 +12,16 @@ from conftest import small_config
 from transformers import GenerationConfig
 
 import exgrpo_fast.build.engines as engines
+from exgrpo_fast.build.experience import make_prior
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.config import Config, ConfigError, limits
+from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter
+from exgrpo_fast.experience.prior.source import PriorSource
+from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
 from exgrpo_fast.memory.engine import engine_plan, kv_bytes_per_token, max_model_len
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.mismatch import NO_CORRECTION
+from exgrpo_fast.rollout.vllm.engine import VllmEngine
 
 # Qwen2.5-7B's shapes
 LARGE = SimpleNamespace(
@@ -163,3 +170,72 @@ def test_generation_ahead_needs_an_engine_elsewhere() -> None:
         ConfigError, match="rollout.generate_ahead needs rollout.engine vllm_server"
     ):
         config_of(generate_ahead=True)
+
+
+# --- reserved before the policy, built after it ---------------------------------------------------
+
+
+class FakeVllm:
+    """Stands in for a `VllmModel`: what was asked for, and whether it was closed."""
+
+    cache_block_tokens = 16
+
+    def __init__(self, folder: str, **arguments: Any) -> None:
+        self.folder, self.arguments, self.closed = folder, arguments, False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def guided(model_folder: Path, vllm_installed, monkeypatch) -> Config:
+    monkeypatch.setattr(engines, "VllmModel", FakeVllm)
+    prior = {"enabled": True, "model": str(model_folder)}
+    sections = {"rollout": {"engine": "vllm"}, "prior_resampling": prior}
+    return small_config(model_folder, "right", sections)
+
+
+def test_eapo_drafts_and_scores_in_the_vllm_of_the_run(guided, model_folder, tokenizer) -> None:
+    with engines.reserve_engine(guided, str(model_folder), tokenizer, device="cpu") as reserved:
+        policy = make_policy(guided, str(model_folder), device="cpu")
+        engine = engines.build_engine(guided, policy, tokenizer, reserved, prompt_ids=(5, 6))
+        source = make_prior(guided, policy, tokenizer, engine, reserved.vllm_prior)
+        models: Any = [reserved.vllm, reserved.vllm_prior]
+    assert isinstance(source, PriorSource)
+    drafter, scorer = source.resampler.drafter, source.resampler.scorer
+    assert isinstance(drafter, VllmDrafter) and isinstance(scorer, VllmPrior)
+    assert drafter.engine is engines.find_layer(engine, VllmEngine)
+    assert [drafter.engine.model, scorer.model] == models
+    lengths = [model.arguments["max_model_len"] for model in models]
+    assert lengths == [32 + 12, 32 + 12 + 1] and all(model.closed for model in models)
+
+
+def test_a_prior_in_vllm_never_falls_back_to_transformers(guided, model_folder, tokenizer) -> None:
+    policy = make_policy(guided, str(model_folder), device="cpu")
+    other = engines.make_transformers_engine(guided, policy, tokenizer)
+    with pytest.raises(TypeError, match="needs an engine in vLLM"):
+        make_prior(guided, policy, tokenizer, other, FakeVllm("prior"))  # pyright: ignore
+
+
+def test_without_vllm_nothing_is_reserved_and_the_policy_itself_drafts(
+    model_folder, tokenizer
+) -> None:
+    prior = {"enabled": True, "model": str(model_folder)}
+    config = small_config(model_folder, "right", {"prior_resampling": prior})
+    with engines.reserve_engine(config, str(model_folder), tokenizer, device="cpu") as reserved:
+        policy = make_policy(config, str(model_folder), device="cpu")
+        engine = engines.build_engine(config, policy, tokenizer, reserved, prompt_ids=(5, 6))
+    assert (reserved.plan, reserved.vllm, reserved.vllm_prior) == (None, None, None)
+    assert isinstance(engine, TransformersEngine) and engine.policy is policy
+    source = make_prior(config, policy, tokenizer, engine, reserved.vllm_prior)
+    assert isinstance(source, PriorSource)
+    assert isinstance(source.resampler.drafter, TransformersDrafter)
+
+
+def test_servers_of_several_processes_need_gpus_of_their_own(vllm_installed) -> None:
+    config = config_of(engine="vllm_server")
+    engines.refuse_unplaced_engine(config, "cpu", 2)
+    with pytest.raises(ConfigError, match="rollout.server.gpus is not set: with 2 processes"):
+        engines.refuse_unplaced_engine(config, "cuda", 2)
+    placed = config_of(engine="vllm_server", server={"gpus": [2]})
+    engines.refuse_unplaced_engine(placed, "cuda", 2)

@@ -181,10 +181,10 @@ def test_a_run_takes_the_sizes_of_the_smallest_gpu(
 ) -> None:
     SEVEN_BILLION.save_pretrained(tmp_path)
     monkeypatch.setattr(planning, "device_bytes", lambda: 80 * GIB)
-    config, notes = exgrpo(), []
+    config, notes = exgrpo(rollout__server__urls="[http://there:1]"), []
 
-    def fitted(smallest: int) -> tuple[Config, planning.Expected | None]:
-        return planning.fitted_together(
+    def resolved(smallest: int) -> tuple[Config, planning.Expected | None]:
+        return planning.resolve_auto(
             config,
             str(tmp_path),
             device="cuda",
@@ -192,7 +192,7 @@ def test_a_run_takes_the_sizes_of_the_smallest_gpu(
             processes=OneOfEight(smallest),
         )
 
-    found = [fitted(gib) for gib in (80, 31)]
+    found = [resolved(gib) for gib in (80, 31)]
     assert [c.train.max_tokens_per_microbatch for c, _ in found] == [16384, 8192]
     for smallest, (_, expected) in zip((80, 31), found, strict=True):
         made = planner_for(8, smallest).plan(config)
@@ -200,4 +200,4 @@ def test_a_run_takes_the_sizes_of_the_smallest_gpu(
         assert made.states.optimiser == PARAMETERS
     assert all("the first of 8 processes" in note for note in notes)
     with pytest.raises(ConfigError, match="this run does not fit"):
-        fitted(16)
+        resolved(16)

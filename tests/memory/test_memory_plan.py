@@ -18,7 +18,7 @@ from exgrpo_fast.build.run import run_preflight
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
 from exgrpo_fast.memory.advice import cheapest, refusal
-from exgrpo_fast.memory.fit import Expected, plan_run
+from exgrpo_fast.memory.fit import Expected, machine_of, plan_run
 from exgrpo_fast.memory.plan import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
@@ -239,7 +239,7 @@ def test_scoring_holds_one_pack_at_a_time(
 
 def test_seven_billion_on_80_gib(seven_billion: Path) -> None:
     config = exgrpo(seven_billion, model__weights="bfloat16")
-    planned = plan_run(config, str(seven_billion), device=None, memory_gib=80)
+    planned = plan_run(config, str(seven_billion), machine_of(config, memory_gib=80))
     made = planned.plan
     assert planned.refusal is None and made.engine is not None
     assert made.config.train.max_tokens_per_microbatch == 16384
@@ -329,7 +329,7 @@ def test_released_gradients_are_planned(
     assert saved == pytest.approx(2 * (7_615_616_512 - 152064 * 3584) - above, rel=1e-3)
     logits = "forward pass, logits"
     assert made.rows[logits] == usual.rows[logits]
-    text = plan_run(made.config, str(seven_billion), device=None, memory_gib=80).text
+    text = plan_run(made.config, str(seven_billion), machine_of(made.config, memory_gib=80)).text
     assert "gradient of the head            -         -      1.02" in text
     assert "train.gradient_release: one pack an update" in text
 

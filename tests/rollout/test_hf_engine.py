@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from exgrpo_fast.build import rollouts
+from exgrpo_fast.build import engines
 from exgrpo_fast.config import validate
 from exgrpo_fast.core.process_group import Processes
 from exgrpo_fast.core.torchrun import RankInfo
@@ -16,6 +16,7 @@ from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
 from exgrpo_fast.rollout.hf.drawing import hash_uniform, invert_cdf, keep_nucleus
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.rollout.shared_engine import AnnouncedPolicy
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (20, 21)]
 REQUESTS = [Request(p, request_seed(0, 1, str(p), i)) for i in range(5) for p in PROMPTS]
@@ -111,15 +112,15 @@ def test_where_not_one_sequence_can_be_generated_the_keys_are_named(policy) -> N
     assert len(refused) == 3  # of 4, 2, 1 sequences
 
 
-def test_among_several_processes_a_batch_is_not_generated_again(policy, monkeypatch) -> None:
-    """The copy that the first process generates with."""
-    monkeypatch.setattr(rollouts, "make_plain_policy", lambda *arguments, **options: policy)
-    source: Any = SimpleNamespace(
-        processes=Processes(RankInfo(count=2)), model=None, temperature=1.0, device="cpu"
-    )
-    prepared: Any = SimpleNamespace(attach=lambda copy, prompt_ids: engine(copy))
+def test_among_several_processes_a_batch_is_not_generated_again(
+    policy, tokenizer, monkeypatch
+) -> None:
+    """The copy that rank 0 generates with."""
+    monkeypatch.setattr(engines, "make_plain_policy", lambda *arguments, **options: policy)
+    sharded: Any = SimpleNamespace(model=None, temperature=1.0, device=torch.device("cpu"))
+    source = AnnouncedPolicy(sharded, Processes(RankInfo(count=2)))
     config = validate({"rollout": {"engine": "transformers"}})
-    made = rollouts.attach(config, prepared, source, "folder", (5,), device="cpu")
+    made = engines.transformers_engine(config, source, tokenizer, "folder")
     refused = out_of_memory_above(policy, 1)
     with pytest.raises(OutOfMemory, match=r"several processes.*lower rollout\.max_batch_sequences"):
         made.generate(REQUESTS, Sampling(10))
