@@ -16,6 +16,7 @@ from exgrpo_fast.cli.arguments import Parser, suggest
 from exgrpo_fast.cli.bench import add_bench
 from exgrpo_fast.cli.buffer import add_buffer
 from exgrpo_fast.cli.check_data import add_check_data
+from exgrpo_fast.cli.diagnose import add_diagnose
 from exgrpo_fast.cli.doctor import add_doctor
 from exgrpo_fast.cli.eval import add_eval
 from exgrpo_fast.cli.export import add_export
@@ -36,6 +37,7 @@ COMMANDS = (
     add_sample,
     add_init,
     add_doctor,
+    add_diagnose,
     add_score,
     add_reward_test,
     add_check_data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,3 +166,22 @@ def test_clip_bounds_come_from_verl() -> None:
     )
     made = adapter.verl_objective(adapter.OBJECTIVES["exgrpo"], config)
     assert (made.clip_low, made.clip_high, made.dual_clip) == (0.1, 0.3, 3.0)
+
+
+def test_diagnose_reads_what_verls_file_logger_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.utils.tracking import FileLogger
+
+    from exgrpo_fast.run.diagnosis.checks import diagnose
+    from exgrpo_fast.run.diagnosis.logs import read_log
+
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "run.jsonl"))
+    logger = FileLogger("project", "experiment")
+    for step in range(12):
+        data = {"critic/score/mean": 0.05 * step, "actor/entropy": 1.0, "actor/lr": 1e-6}
+        logger.log(data | {"response_length/clip_ratio": 0.8}, step)
+    logger.finish()
+    log = read_log(tmp_path / "run.jsonl")
+    assert (log.trainer, log.num_steps) == ("verl", 12)
+    assert [finding.check for finding in diagnose(log)] == ["truncation"]

@@ -1,0 +1,278 @@
+"""The checks of `exgrpo-fast diagnose`: series in, findings out.
+
+Every threshold is a rule of thumb with its reason beside it. A rolling mean over `WINDOW` steps
+stands for the value of a step, so that a single batch raises no alarm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from exgrpo_fast.run.diagnosis.logs import Log, Series
+
+WINDOW = 5
+# Keys that mend a finding, in the words of the trainer that wrote the log.
+KEYS = {
+    "exgrpo-fast": {
+        "length": "rollout.max_completion_tokens",
+        "lr": "train.lr",
+        "group": "rollout.group_size",
+        "kl": "algorithm.kl.coef",
+        "entropy": "algorithm.clip_high, algorithm.entropy_coef",
+        "reward": "reward.functions; exgrpo-fast reward-test",
+        "hard": "recipe exgrpo, prior_resampling (recipe eapo), easier questions",
+        "easy": "data.train with harder questions",
+        "sync": "rollout.mismatch, rollout.engine",
+        "clip": "train.max_grad_norm",
+    },
+    "TRL": {
+        "length": "max_completion_length",
+        "lr": "learning_rate",
+        "group": "num_generations",
+        "kl": "beta",
+        "entropy": "epsilon_high, entropy_coef",
+        "reward": "reward_funcs",
+        "hard": "easier prompts, num_generations, a replay buffer (ReplayGRPOTrainer)",
+        "easy": "train_dataset with harder prompts",
+        "sync": "vllm_importance_sampling_correction",
+        "clip": "max_grad_norm",
+    },
+    "verl": {
+        "length": "data.max_response_length",
+        "lr": "actor_rollout_ref.actor.optim.lr",
+        "group": "actor_rollout_ref.rollout.n",
+        "kl": "actor_rollout_ref.actor.kl_loss_coef",
+        "entropy": "actor_rollout_ref.actor.clip_ratio_high, entropy_coeff",
+        "reward": "reward.custom_reward_function",
+        "hard": "easier prompts, actor_rollout_ref.rollout.n, a custom sampler with replay",
+        "easy": "data.train_files with harder prompts",
+        "sync": "algorithm.rollout_correction",
+        "clip": "actor_rollout_ref.actor.grad_clip",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong or worth a look, since when, and which key changes it."""
+
+    check: str
+    is_wrong: bool  # False: worth a look
+    text: str  # one sentence with its number
+    since_step: int | None
+    key: str
+
+    def line(self) -> str:
+        mark = "WRONG" if self.is_wrong else "note "
+        since = "" if self.since_step is None else f" (since step {self.since_step})"
+        return f"{mark}  {self.check}: {self.text}{since} -> {self.key}"
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def rolling(series: Series) -> Series:
+    """(step, mean of the last `WINDOW` values up to it)."""
+    values = [value for _, value in series]
+    return [(at, mean(values[max(0, i + 1 - WINDOW) : i + 1])) for i, (at, _) in enumerate(series)]
+
+
+def since(series: Series, holds: Callable[[float], bool]) -> int | None:
+    """First step of the last unbroken stretch, up to the end, on which the rolling mean holds."""
+    start = None
+    for at, value in rolling(series):
+        start = (at if start is None else start) if holds(value) else None
+    return start
+
+
+def tail(values: Sequence[float]) -> Sequence[float]:
+    """The last quarter, at least `WINDOW` values where there are so many."""
+    return values[-max(WINDOW, len(values) // 4) :]
+
+
+def head(values: Sequence[float]) -> Sequence[float]:
+    return values[:WINDOW]
+
+
+def gained(log: Log) -> float | None:
+    """Reward of the last quarter minus that of the first steps."""
+    rewards = log.values("reward")
+    return None if len(rewards) < 2 * WINDOW else mean(tail(rewards)) - mean(head(rewards))
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def zero_variance(log: Log) -> Iterator[Finding]:
+    """Groups whose rewards are all equal have no gradient: above 0.7 most of the work is lost."""
+    shares = log.values("zero_variance")
+    if not shares or (share := mean(tail(shares))) <= 0.7:
+        return
+    begun = since(log.series["zero_variance"], lambda value: value > 0.7)
+    text = f"{share:.0%} of groups carry no gradient"
+    fail, passed = log.values("all_fail"), log.values("all_pass")
+    reward = mean(tail(log.values("reward"))) if log.values("reward") else None
+    is_hard = mean(tail(fail)) >= mean(tail(passed)) if fail and passed else None
+    if is_hard is None and reward is not None:
+        is_hard = reward < 0.5
+    if is_hard:
+        text += ": hardly any completion is correct" if reward is None else f": reward {reward:.3g}"
+    elif is_hard is False:
+        text += ": nearly all completions are correct"
+    key = KEYS[log.trainer]["easy" if is_hard is False else "hard"]
+    # A solved task is no fault of the run.
+    yield Finding("zero-variance groups", is_hard is not False, text, begun, key)
+
+
+def entropy(log: Log) -> Iterator[Finding]:
+    """Below a fifth of its start exploration is nearly over; wrong where reward no longer gains."""
+    values = log.values("entropy")
+    if len(values) < 2 * WINDOW:
+        return
+    first, last = mean(head(values)), mean(tail(values))
+    if first <= 0:
+        return
+    if last < 0.2 * first:
+        begun = since(log.series["entropy"], lambda value: value < 0.2 * first)
+        rose = gained(log)
+        yield Finding(
+            "entropy collapse",
+            rose is None or rose <= 0.02,
+            f"{first:.3g} -> {last:.3g} nats",
+            begun,
+            KEYS[log.trainer]["entropy"],
+        )
+    if last > max(2.0 * first, first + 0.5):
+        begun = since(log.series["entropy"], lambda value: value > max(2.0 * first, first + 0.5))
+        text = f"{first:.3g} -> {last:.3g} nats: the policy drifts towards noise"
+        yield Finding("entropy growth", True, text, begun, KEYS[log.trainer]["lr"])
+
+
+def drift(log: Log) -> Iterator[Finding]:
+    """Trust region and reference: 0.3 of tokens clipped or 0.5 nats a token is far outside both."""
+    limits = {
+        "clip_frac": (0.3, "of tokens are clipped", "lr"),
+        "kl_behaviour": (0.1, "nats between behaviour and updated policy, per token", "lr"),
+        "kl_ref": (0.5, "nats from the reference policy, per token", "kl"),
+    }
+    for signal, (limit, words, key) in limits.items():
+        values = log.values(signal)
+        if values and (value := mean(tail(values))) > limit:
+            begun = since(log.series[signal], lambda v, limit=limit: v > limit)
+            yield Finding(
+                "ratio and KL drift", True, f"{value:.3g} {words}", begun, KEYS[log.trainer][key]
+            )
+
+
+def truncation(log: Log) -> Iterator[Finding]:
+    """A truncated completion has no answer: above 0.2 the limit shapes the reward."""
+    values = log.values("truncated")
+    if values and (share := mean(tail(values))) > 0.2:
+        begun = since(log.series["truncated"], lambda value: value > 0.2)
+        text = f"{share:.0%} of completions reach the length limit"
+        yield Finding("truncation", True, text, begun, KEYS[log.trainer]["length"])
+
+
+def length_growth(log: Log) -> Iterator[Finding]:
+    """Twice the length without more reward: length pays by itself somewhere."""
+    values, rose = log.values("length"), gained(log)
+    if len(values) < 2 * WINDOW or rose is None:
+        return
+    first, last = mean(head(values)), mean(tail(values))
+    if last > 2 * first and rose <= 0.02:
+        begun = since(log.series["length"], lambda value: value > 2 * first)
+        text = f"{first:.0f} -> {last:.0f} tokens, reward {rose:+.3f}"
+        yield Finding("length growth", True, text, begun, KEYS[log.trainer]["length"])
+
+
+def reward_faults(log: Log) -> Iterator[Finding]:
+    """A reward that fails counts as 0 or as nothing; one that never differs teaches nothing."""
+    errors = log.values("reward_errors")
+    if errors and (share := mean(tail(errors))) > 0.05:
+        begun = since(log.series["reward_errors"], lambda value: value > 0.05)
+        text = f"the reward fails on {share:.0%} of completions"
+        yield Finding("reward faults", True, text, begun, KEYS[log.trainer]["reward"])
+    rewards = log.values("reward")
+    if len(rewards) >= WINDOW and max(rewards) == min(rewards):
+        text = f"every step has the same mean reward, {rewards[0]:.3g}"
+        yield Finding(
+            "reward faults", True, text, log.series["reward"][0][0], KEYS[log.trainer]["reward"]
+        )
+
+
+def reward_fall(log: Log) -> Iterator[Finding]:
+    """The end lies a quarter of the whole range below the best stretch."""
+    points = rolling(log.series.get("reward", []))[WINDOW - 1 :]
+    if len(points) < 2 * WINDOW:
+        return
+    best_at, best = max(points, key=lambda point: point[1])
+    lowest, last = min(value for _, value in points), points[-1][1]
+    # 0.05: what a batch of a few hundred completions varies by itself
+    if best - last > max(0.25 * (best - lowest), 0.05) and points[-1][0] > best_at:
+        text = f"{best:.3g} at step {best_at}, {last:.3g} at the end"
+        yield Finding("reward fell", True, text, best_at, KEYS[log.trainer]["lr"])
+
+
+def updates(log: Log) -> Iterator[Finding]:
+    """Learning rate and gradient norm."""
+    rates = log.values("lr")
+    if rates and max(rates) == 0.0:
+        yield Finding(
+            "learning rate",
+            True,
+            "it is 0 in every step",
+            log.series["lr"][0][0],
+            KEYS[log.trainer]["lr"],
+        )
+    uses_lora = bool((log.config.get("model") or {}).get("lora"))
+    # Full fine-tunes by RL use 1e-6 to 1e-5; toys and adapters more.
+    if rates and not uses_lora and max(rates) > 1e-4 and log.trainer != "exgrpo-fast":
+        text = f"{max(rates):.1e} is large for a full fine-tune"
+        yield Finding("learning rate", False, text, None, KEYS[log.trainer]["lr"])
+    norms = log.values("grad_norm")
+    if len(norms) >= 2 * WINDOW:
+        first, last = mean(head(norms)), mean(tail(norms))
+        if first > 0 and last > 20 * first:
+            begun = since(log.series["grad_norm"], lambda value: value > 20 * first)
+            text = f"{first:.3g} -> {last:.3g}"
+            yield Finding(
+                "gradient norm",
+                True,
+                text,
+                begun,
+                f"{KEYS[log.trainer]['lr']}, {KEYS[log.trainer]['clip']}",
+            )
+    skipped = log.values("skipped_updates")
+    if skipped and sum(skipped) > 0.2 * len(skipped):
+        text = f"{sum(skipped):.0f} updates of {len(skipped)} steps were refused or empty"
+        yield Finding("updates", False, text, None, KEYS[log.trainer]["group"])
+
+
+def mismatch(log: Log) -> Iterator[Finding]:
+    """Engine and trainer disagree: 0.02 nats a token is ten times what bfloat16 rounding makes."""
+    values = log.values("mismatch")
+    if values and (value := mean(tail(values))) > 0.02:
+        begun = since(log.series["mismatch"], lambda v: v > 0.02)
+        text = f"engine and trainer differ by {value:.3g} nats a token"
+        yield Finding("engine mismatch", True, text, begun, KEYS[log.trainer]["sync"])
+
+
+CHECKS = (
+    reward_faults,
+    zero_variance,
+    truncation,
+    mismatch,
+    drift,
+    entropy,
+    length_growth,
+    reward_fall,
+    updates,
+)
+
+
+def diagnose(log: Log) -> list[Finding]:
+    """All findings, those that are wrong first."""
+    found = [finding for check in CHECKS for finding in check(log)]
+    return sorted(found, key=lambda finding: not finding.is_wrong)
