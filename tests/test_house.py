@@ -24,7 +24,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What may be loaded before torch, so that a mistake is answered at once: these, and what they load.
 LIGHT = ["core.errors", "core.text", "core.heartbeat", "core.http_client", "core.torchrun"]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
-LIGHT += ["run.metrics", "run.sinks", "run.supervisor"]
+LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor"]
 LIGHT += ["memory.store", "experience.replay.plan", "rollout.vllm.versions"]
 # The body of `train`, which its arguments import inside a function.
 HEAVY = ["cli.train_run"]
