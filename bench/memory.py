@@ -28,7 +28,7 @@ from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser
@@ -161,9 +161,7 @@ def make_learner(policy: Policy, optimiser: Optimiser, response: int) -> Learner
     return Learner(
         policy,
         optimiser,
-        advantage=ADVANTAGES["dr_grpo"],
-        aggregation="constant",
-        max_completion_tokens=response,
+        weights=WeightRule("constant", response),
     )
 
 

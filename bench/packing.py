@@ -28,7 +28,8 @@ from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.model import packing
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.advantages import AdvantageRule, dr_grpo
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_kernels import PolicyObjective
@@ -69,7 +70,7 @@ def make_groups(prompt_tokens: int, longest: int) -> list[Group]:
             )
             for place, length in enumerate(lengths)
         )
-        groups.append(Group(question, responses))
+        groups.append(AdvantageRule(dr_grpo).apply(Group(question, responses)))
     return groups
 
 
@@ -91,9 +92,7 @@ def measure(prompt_tokens: int, longest: int, repeats: int) -> dict[str, Any]:
     learner = Learner(
         policy,
         Optimiser(policy.trainable_parameters, lr=1e-6),
-        advantage=ADVANTAGES["dr_grpo"],
-        aggregation="constant",
-        max_completion_tokens=longest,
+        weights=WeightRule("constant", longest),
     )
     groups = make_groups(prompt_tokens, longest)
     ways: dict[str, Callable[[], Any]] = {

@@ -25,12 +25,13 @@ from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.build.rewards import make_rewards
 from exgrpo_fast.build.trainer import make_trainer
 from exgrpo_fast.config import Config, validate
-from exgrpo_fast.core.types import Completion, Question
+from exgrpo_fast.core.types import Completion, Group, Question
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import NullScreen
 from exgrpo_fast.run.metrics import METRICS
 from exgrpo_fast.run.sinks import NullSink
+from exgrpo_fast.training.batch import LossTerm
 from exgrpo_fast.training.trainer import Trainer
 
 REWARDS = Path(__file__).parent / "reward_functions.py"
@@ -86,6 +87,11 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> 
         )
         for i, name in enumerate(names)
     ]
+
+
+def terms_of(trainer: Trainer, groups: Sequence[Group]) -> list[LossTerm]:
+    """What the learner makes of groups whose advantages are not known yet."""
+    return trainer.learner.weights.terms([trainer.collector.advantages.apply(g) for g in groups])
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

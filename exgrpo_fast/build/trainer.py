@@ -34,10 +34,11 @@ from exgrpo_fast.run.sinks import (
     TensorBoardSink,
     WandbSink,
 )
-from exgrpo_fast.training.advantages import ADVANTAGES, Advantage, grpo_sample_std
+from exgrpo_fast.training.advantages import ADVANTAGES, AdvantageRule, grpo_sample_std
 from exgrpo_fast.training.bad_batches import BadBatches, NoBadBatches
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.collector import Collector, OverlongRule
-from exgrpo_fast.training.learner import Learner, ReplayTerm
+from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
 from exgrpo_fast.training.reference import Reference
@@ -86,6 +87,7 @@ def make_trainer(
         prior=prior,
         hindsight=make_hindsight(config, fresh, verifier, rewards, tokenizer),
         screen=screen,
+        advantages=make_advantages(config),
         overlong=OverlongRule(
             rollout.max_completion_tokens, algorithm.overlong.soft_penalty_tokens
         ),
@@ -96,15 +98,16 @@ def make_trainer(
     learner = Learner(
         policy,
         make_optimiser(config, policy),
-        advantage=make_advantage(config),
-        aggregation=algorithm.aggregation,
-        max_completion_tokens=rollout.max_completion_tokens,
+        weights=WeightRule(
+            algorithm.aggregation,
+            rollout.max_completion_tokens,
+            mask_truncated=algorithm.overlong.mask_truncated,
+            replay_coef=config.replay.coef,
+        ),
         minibatches=config.train.minibatches,
-        mask_truncated=algorithm.overlong.mask_truncated,
         reference=reference,
         sparsity=config.train.sparsity,
         tail=config.train.sparse_tail,
-        replay=ReplayTerm(config.replay.baseline, config.replay.coef),
     )
     evaluator = make_evaluator(config, engine, verifier, screen)
     return Trainer(
@@ -132,11 +135,11 @@ def make_trainer(
     )
 
 
-def make_advantage(config: Config) -> Advantage:
+def make_advantages(config: Config) -> AdvantageRule:
     algorithm = config.algorithm
-    if (algorithm.advantage, algorithm.std) == ("grpo", "sample"):
-        return grpo_sample_std
-    return ADVANTAGES[algorithm.advantage]
+    with_sample_std = (algorithm.advantage, algorithm.std) == ("grpo", "sample")
+    advantage = grpo_sample_std if with_sample_std else ADVANTAGES[algorithm.advantage]
+    return AdvantageRule(advantage, config.replay.baseline)
 
 
 def make_objective(config: Config) -> PolicyObjective:

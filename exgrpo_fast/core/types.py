@@ -92,6 +92,7 @@ class Trajectory:
     shaping: float = 0.0  # 0 = clipped ratio; g > 0 = unclipped w / (w + g)
     proximal_logprobs: Tensor | None = None  # float32 [T]; the clip is taken around these
     token_weights: Tensor | None = None  # float32 [T], factors of its tokens' weights
+    ref_logprobs: Tensor | None = None  # float32 [T], under the reference policy of a KL term
     baseline_weight: float = 1.0  # of its reward in the group's mean
     masked: bool = False  # counts in the group's statistics alone, neither in loss nor normaliser
     guidance: Guidance | None = None  # of a prior-guided response
@@ -126,6 +127,7 @@ class Group:
 
     question: Question
     trajectories: tuple[Trajectory, ...]
+    advantages: tuple[float, ...] = ()  # of each, once all rewards are final
 
     @property
     def rewards(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""Sequences -> padding-free micro-batches, and trajectories -> TokenColumns.
+"""Sequences -> padding-free micro-batches.
 
 Responses to the same prompt that meet in a pack share one reading of it.
 
@@ -12,18 +12,16 @@ Legend of shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from exgrpo_fast.core.types import TokenColumns, Trajectory
+from exgrpo_fast.core.types import Trajectory
 from exgrpo_fast.model.attention.layout import AttentionLayout
 from exgrpo_fast.model.oom import Extent
-
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,6 @@ class Pack:
     targets: Tensor  # int64 [N]
     lengths: tuple[int, ...]  # response tokens of each sequence, sum N
     index: tuple[int, ...]
-
-    def rows_of(self, wanted: Sequence[bool]) -> Tensor:
-        """bool [N]: the rows of those of the caller's sequences that are wanted."""
-        lengths = torch.tensor(self.lengths)
-        mask = torch.tensor([wanted[i] for i in self.index]).repeat_interleave(lengths)
-        return mask.to(self.targets.device)
 
     def places_in(self, responses: Ragged) -> Tensor:
         """int64 [N]: where each row stands among the caller's responses."""
@@ -213,70 +205,3 @@ def _join(
         lengths=tuple(lengths.tolist()),
         index=tuple(members.tolist()),
     )
-
-
-# --- trajectories -> columns ----------------------------------------------------------------------
-
-
-def token_weights(
-    aggregation: Aggregation, *, num_sequences: int, num_tokens: int, max_completion_tokens: int
-) -> Callable[[int], float]:
-    """length of a trajectory -> the weight of each of its tokens.
-
-    token_mean     1 / tokens of the update batch                     DAPO, arXiv 2503.14476 eq. 8
-    sequence_mean  1 / (sequences x own length)                       GRPO, arXiv 2402.03300 eq. 3
-    constant       1 / (sequences x max_completion_tokens)            Dr.GRPO, arXiv 2503.20783
-
-    `num_sequences` counts every trajectory of the update batch but the masked ones, also those
-    without a gradient, and `num_tokens` their tokens; so neither micro-batches nor skipped rows
-    change the loss.
-    """
-    if aggregation == "token_mean":
-        return lambda length: 1.0 / max(num_tokens, 1)
-    if aggregation == "sequence_mean":
-        return lambda length: 1.0 / (num_sequences * length)
-    return lambda length: 1.0 / (num_sequences * max_completion_tokens)
-
-
-def fill_columns(
-    packed: Pack,
-    trajectories: Sequence[Trajectory],
-    *,
-    behaviour_logprobs: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    weights: Sequence[float],
-    ref_logprobs: Sequence[Tensor] | None = None,
-) -> TokenColumns:
-    """The columns of one pack; the sequences are the caller's lists, `packed.index` picks.
-
-    Log-probs and advantages come by the token [T], weights by the trajectory; a trajectory's own
-    `token_weights` are factors of them.
-    """
-    device = packed.targets.device
-    lengths = torch.tensor(packed.lengths, device=device)
-
-    def spread(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device).repeat_interleave(lengths)
-
-    def join(values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([values[i] for i in packed.index]).to(device, torch.float32)
-
-    weights_N = spread([weights[i] for i in packed.index])
-    if any(t.token_weights is not None for t in trajectories):
-        weights_N = weights_N * join([factors_of(t) for t in trajectories])
-    return TokenColumns(
-        targets=packed.targets,
-        behaviour_logprobs=join(behaviour_logprobs),
-        advantages=join(advantages),
-        weights=weights_N,
-        shaping=spread([trajectories[i].shaping for i in packed.index]),
-        sequence_ids=torch.arange(len(packed.index), device=device).repeat_interleave(lengths),
-        ref_logprobs=None if ref_logprobs is None else join(ref_logprobs),
-    )
-
-
-def factors_of(trajectory: Trajectory) -> Tensor:
-    """float32 [T]: its `token_weights`, or ones."""
-    if trajectory.token_weights is None:
-        return torch.ones(trajectory.num_tokens)
-    return trajectory.token_weights

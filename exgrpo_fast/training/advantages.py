@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from exgrpo_fast.core.types import Group
 
 Advantage = Callable[..., list[float]]  # (rewards, of=None): `of` are those the statistics are of
 Baseline = Literal["pooled", "fresh", "split"]
@@ -48,6 +51,25 @@ def rloo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[fl
 
 
 ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """How a run turns the rewards of a group into its advantages."""
+
+    advantage: Advantage = grpo
+    baseline: Baseline = "pooled"
+
+    def apply(self, group: Group) -> Group:
+        """The group with its advantages. Applied once, when its rewards are final."""
+        advantages = group_advantages(
+            group.rewards,
+            group.replayed,
+            advantage=self.advantage,
+            baseline=self.baseline,
+            weights=group.baseline_weights,
+        )
+        return replace(group, advantages=tuple(advantages))
 
 
 def group_advantages(

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from exgrpo_fast.run.sinks import strict
-from exgrpo_fast.training.update_stats import RefusedUpdate, Row
+from exgrpo_fast.training.batch import LossTerm
+from exgrpo_fast.training.update_stats import RefusedUpdate
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class BadBatches:
 
 
 def _write(path: Path, step: int, update: RefusedUpdate) -> None:
-    trajectories = [row.trajectory for row in update.rows]
+    trajectories = [term.trajectory for term in update.terms]
     prompts = [torch.tensor(t.question.prompt_ids, dtype=torch.int64) for t in trajectories]
     columns = {
         "prompt_ids": torch.cat(prompts),
@@ -50,17 +51,17 @@ def _write(path: Path, step: int, update: RefusedUpdate) -> None:
         "token_ids": torch.cat([t.token_ids for t in trajectories]),
         "lengths": torch.tensor([t.num_tokens for t in trajectories]),
         "behaviour_logprobs": torch.cat([t.behaviour_logprobs for t in trajectories]),
-        "advantages": torch.tensor([row.advantage for row in update.rows]),
-        "weights": torch.tensor([row.weight for row in update.rows]),
+        "advantages": torch.tensor([term.advantage for term in update.terms]),
+        "weights": torch.tensor([term.weight for term in update.terms]),
     }
     save_file({name: t.cpu().contiguous() for name, t in columns.items()}, f"{path}.safetensors")
     content = {"step": step, "reason": update.reason, "grad_norm": update.grad_norm}
-    content["rows"] = [_describe(row) for row in update.rows]
+    content["rows"] = [_describe(term) for term in update.terms]
     Path(f"{path}.json").write_text(json.dumps(strict(content), indent=1, allow_nan=False) + "\n")
 
 
-def _describe(row: Row) -> dict[str, Any]:
-    trajectory = row.trajectory
+def _describe(term: LossTerm) -> dict[str, Any]:
+    trajectory = term.trajectory
     return {
         "question_id": trajectory.question.id,
         "source": trajectory.source,

@@ -26,6 +26,7 @@ from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 from exgrpo_fast.rollout.engine import Generation
 from exgrpo_fast.rollout.mismatch import Mismatch
 from exgrpo_fast.run.display import Screen
+from exgrpo_fast.training.advantages import AdvantageRule
 
 
 class NothingScored(UserError):
@@ -121,6 +122,7 @@ class Collector:
         prior: PriorSource | NoPrior,
         hindsight: HindsightSource | None = None,
         screen: Screen,
+        advantages: AdvantageRule,
         overlong: OverlongRule,
         prompts_per_step: int,
         group_size: int,
@@ -134,6 +136,7 @@ class Collector:
         self.prior = prior
         self.hindsight = hindsight
         self.screen = screen
+        self.advantages = advantages
         self.overlong = overlong
         self.prompts_per_step = prompts_per_step
         self.group_size = group_size
@@ -194,7 +197,11 @@ class Collector:
             with clock.measure("hindsight"), self.screen.phase("hindsight"):
                 groups, report = self.hindsight.revise(batch.groups, step=step)
             batch = replace(batch, groups=tuple(groups), hindsight=report)
-        return batch
+        return replace(
+            batch,
+            groups=tuple(map(self.advantages.apply, batch.groups)),
+            discarded=tuple(map(self.advantages.apply, batch.discarded)),
+        )
 
     def _refill(self, batch: Batch, step: int, clock: Clock) -> Batch:
         """DAPO's dynamic sampling: groups without a gradient make room for new questions."""

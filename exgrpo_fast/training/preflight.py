@@ -120,5 +120,6 @@ def worst_groups(
             )
             for place in range(group_size)
         )
-        groups.append(Group(question, responses))
+        advantages = [0.5 if place % 2 == 0 else -0.5 for place in range(group_size)]
+        groups.append(Group(question, responses, tuple(advantages)))
     return groups

@@ -14,13 +14,13 @@ which the trained policy cancels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.core.types import Group, Trajectory
 from exgrpo_fast.model.lora import switched_off
 from exgrpo_fast.model.packing import Ragged, sequences_of
 from exgrpo_fast.model.policy import Policy, Scores
@@ -58,6 +58,15 @@ class Reference:
         for policy in (base, previous):
             if isinstance(policy, Policy):
                 policy.model.requires_grad_(False)
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The same groups, their trajectories with `ref_logprobs`."""
+        scored = iter(self.logprobs([t for group in groups for t in group.trajectories]))
+
+        def with_reference(trajectory: Trajectory) -> Trajectory:
+            return replace(trajectory, ref_logprobs=next(scored))
+
+        return [replace(g, trajectories=tuple(map(with_reference, g.trajectories))) for g in groups]
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """float32 [T] of each, on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from exgrpo_fast.core.types import Group, Trajectory
 from exgrpo_fast.experience.prior.metrics import guidance_metrics
 from exgrpo_fast.training.collector import Batch, Clock
-from exgrpo_fast.training.update_stats import Row, UpdateReport
+from exgrpo_fast.training.update_stats import UpdateReport
 
 
 def pass_at_1(groups: Sequence[Group]) -> float:
@@ -62,7 +62,7 @@ def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) ->
         **batch.mismatch.metrics(),
         "grad_norm": max(update.grad_norms, default=None),
         "lr": update.lr,
-        **update.read.metrics(),
+        **update.sums.read.metrics(),
         "chunk_halvings": update.chunk_halvings,
         "microbatch_halvings": update.microbatch_halvings,
         **(batch.hindsight.metrics() if batch.hindsight else {}),
@@ -92,7 +92,7 @@ def _fresh_pass_rate_beside_replay(groups: Sequence[Group]) -> float | None:
 
 
 def completion_rows(
-    step: int, rows: Iterable[Row], decode: Callable[[Sequence[int]], str]
+    step: int, groups: Sequence[Group], decode: Callable[[Sequence[int]], str]
 ) -> list[dict[str, Any]]:
     """The completion table of one step."""
     return [
@@ -107,10 +107,10 @@ def completion_rows(
             "reason": t.verdict.reason if t.verdict else "",
             "num_tokens": t.num_tokens,
             "truncated": t.truncated,
-            "advantage": row.advantage,
+            "advantage": advantage,
             "mean_entropy": float(t.entropies.mean()),
             "mean_logprob": float(t.behaviour_logprobs.mean()),
         }
-        for row in rows
-        for t in (row.trajectory,)
+        for group in groups
+        for t, advantage in zip(group.trajectories, group.advantages, strict=True)
     ]

@@ -187,8 +187,8 @@ class Trainer:
         self.sink.log(self.num_steps, metrics)
         self.screen.step(metrics, total_steps=self.max_steps)
         if self.num_steps == 1 or self._due(self.completions_every):
-            rows = self.learner.rows(batch.generated)
-            table = completion_rows(self.num_steps, rows, self.collector.verifier.decode)
+            decode = self.collector.verifier.decode
+            table = completion_rows(self.num_steps, batch.generated, decode)
             self.completion_log.write(self.num_steps, table)
             shown = next((g for g in batch.groups if g.learnable), batch.generated[0])
             self.screen.completions([r for r in table if r["question_id"] == shown.question.id])

@@ -1,4 +1,4 @@
-"""What an update saw: rows that were refused, sums over micro-batches, ratios of old tokens."""
+"""What the updates of a step saw: sums over packs and ranks, ratios, and what was refused."""
 
 from __future__ import annotations
 
@@ -12,18 +12,10 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.process_group import Processes
-from exgrpo_fast.core.types import TokenColumns, Trajectory
 from exgrpo_fast.model.packing import Pack
-from exgrpo_kernels import PolicyObjective
-
-
-@dataclass(frozen=True)
-class Row:
-    """One trajectory with what the group made of it."""
-
-    trajectory: Trajectory
-    advantage: float
-    weight: float  # of each of its tokens: mask x loss normaliser
+from exgrpo_fast.training.batch import LossTerm, TrainingPack, UpdateBatch
+from exgrpo_fast.training.optim.optimiser import UpdateOutcome
+from exgrpo_kernels import PolicyLoss, PolicyObjective
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,7 @@ class RefusedUpdate:
     """An update that left the weights alone because its numbers are broken."""
 
     reason: str
-    rows: Sequence[Row]
+    terms: Sequence[LossTerm]
     grad_norm: float | None  # None: already the forward was not finite
 
 
@@ -76,29 +68,6 @@ class TokensRead:
             "padding_frac": padding / self.forwarded if self.forwarded else None,
             "prompt_tokens_shared_frac": self.prompts_shared / prompts if prompts else None,
         }
-
-
-@dataclass
-class UpdateReport:
-    """Means over the optimiser updates of one step."""
-
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    lr: float = 0.0
-    tokens_trained: int = 0
-    read: TokensRead = field(default_factory=TokensRead)
-    skipped: Counter[str] = field(default_factory=Counter)
-    kernel_metrics: dict[str, float | None] = field(default_factory=dict)
-    replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, per micro-batch
-    guided: list[GuidedTokens] = field(default_factory=list)  # per micro-batch
-    refused: list[RefusedUpdate] = field(default_factory=list)
-    # times that memory ran out, in scoring or in the update, and the pass was done again
-    chunk_halvings: int = 0
-    microbatch_halvings: int = 0
-
-    @property
-    def loss(self) -> float:
-        return sum(self.losses) / len(self.losses) if self.losses else 0.0
 
 
 class MetricSums:
@@ -158,48 +127,95 @@ class MetricSums:
 
 @dataclass
 class BatchSums:
-    """What the micro-batches of one update add up to."""
+    """What the packs of one update, or of several, add up to."""
 
     loss: float = 0.0
     num_tokens: int = 0
     read: TokensRead = field(default_factory=TokensRead)
     metrics: MetricSums = field(default_factory=MetricSums)
-    replay_ratios: list[Tensor] = field(default_factory=list)
-    guided: list[GuidedTokens] = field(default_factory=list)
+    replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, by pack
+    guided: list[GuidedTokens] = field(default_factory=list)  # by pack
+
+    def add(self, part: TrainingPack, result: PolicyLoss, objective: PolicyObjective) -> None:
+        """One pack, after its backward pass: reading its figures waits for the device."""
+        self.loss += float(result.loss.detach())
+        self.num_tokens += part.columns.num_tokens
+        self.read.add(part.pack)
+        self.metrics.add(result.metrics)
+        self.replay_ratios.append(result.ratio[part.rows_of(lambda t: t.source == "replay")])
+        if any(term.trajectory.guidance is not None for term in part.terms):
+            self.guided.append(guided_tokens(part, result.ratio, objective))
+
+    def join(self, other: BatchSums) -> None:
+        self.loss += other.loss
+        self.num_tokens += other.num_tokens
+        self.read.join(other.read)
+        self.metrics.join(other.metrics)
+        self.replay_ratios += other.replay_ratios
+        self.guided += other.guided
 
     def over(self, processes: Processes) -> BatchSums:
-        """What those of all processes add up to, by rank; the same on each."""
-        if processes.count == 1:
-            return self
-        assert not self.guided, "guided tokens stay in one process"
-        total = BatchSums()
+        """The sum over all ranks, in their order; the same on each."""
+        total = BatchSums(guided=self.guided)  # a prior is refused beside other ranks
         own = [self.loss, self.num_tokens, self.metrics.sums, self.metrics.rows, vars(self.read)]
         for loss, num_tokens, sums, rows, read, ratios in processes.gather(
             [*own, [ratio.tolist() for ratio in self.replay_ratios]]
         ):
-            total.read.join(TokensRead(**read))
-            total.loss += loss
-            total.num_tokens += num_tokens
-            total.metrics.join(MetricSums(sums, rows))
-            total.replay_ratios += [torch.tensor(ratio) for ratio in ratios]
+            tensors = [torch.tensor(ratio) for ratio in ratios]
+            metrics = MetricSums(sums, rows)
+            total.join(BatchSums(loss, num_tokens, TokensRead(**read), metrics, tensors))
         return total
 
 
-def guided_tokens(
-    packed: Pack,
-    trajectories: Sequence[Trajectory],
-    columns: TokenColumns,
-    ratio_N: Tensor,
-    objective: PolicyObjective,
-) -> GuidedTokens:
-    members = [trajectories[i] for i in packed.index]
+@dataclass
+class UpdateReport:
+    """The optimiser updates of one step."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    lr: float = 0.0
+    sums: BatchSums = field(default_factory=BatchSums)
+    skipped: Counter[str] = field(default_factory=Counter)
+    refused: list[RefusedUpdate] = field(default_factory=list)
+    # times that memory ran out, in scoring or in the update, and the pass was done again
+    chunk_halvings: int = 0
+    microbatch_halvings: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean over the updates."""
+        return sum(self.losses) / len(self.losses) if self.losses else 0.0
+
+    def add(self, sums: BatchSums, outcome: UpdateOutcome) -> None:
+        self.losses.append(sums.loss)
+        self.grad_norms.append(outcome.grad_norm)
+        self.lr = outcome.lr
+        self.sums.join(sums)
+
+    def refuse(self, reason: str, batch: UpdateBatch, grad_norm: float | None) -> None:
+        self.skipped[reason] += 1
+        self.refused.append(RefusedUpdate(reason, batch.terms, grad_norm))
+
+    @property
+    def tokens_trained(self) -> int:
+        return self.sums.num_tokens
+
+    @property
+    def kernel_metrics(self) -> dict[str, float | None]:
+        """The kernels' metrics, and the ratios of replayed and of prior-guided tokens."""
+        ratios = replay_ratio_metrics(self.sums.replay_ratios)
+        return self.sums.metrics.joined() | ratios | guided_ratio_metrics(self.sums.guided)
+
+
+def guided_tokens(part: TrainingPack, ratio_N: Tensor, objective: PolicyObjective) -> GuidedTokens:
+    members = [term.trajectory for term in part.terms]
     redrawn_N = torch.cat(
         [torch.zeros(t.num_tokens) if t.guidance is None else t.guidance.redrawn for t in members]
     )
-    high_N = columns.advantages > 0
+    high_N = part.columns.advantages > 0
     clipped_N = high_N & (ratio_N > 1 + (objective.clip_high or float("inf")))
     clipped_N |= ~high_N & (ratio_N < 1 - (objective.clip_low or float("inf")))
-    rows = packed.rows_of([t.guidance is not None for t in trajectories])
+    rows = part.rows_of(lambda t: t.guidance is not None)
     return GuidedTokens(ratio_N[rows].cpu(), redrawn_N.bool()[rows.cpu()], clipped_N[rows].cpu())
 
 

@@ -28,7 +28,8 @@ from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.shared_engine import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.rollout.sync_check import VerifiedEngine
-from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.advantages import AdvantageRule
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
 from exgrpo_fast.training.preflight import DoesNotFit, rehearse
@@ -95,7 +96,7 @@ def make_groups(step: int, count: int = 5) -> list[Group]:
                     verdict=Verdict(float(place % 2)),
                 )
             )
-        groups.append(Group(question, tuple(members)))
+        groups.append(AdvantageRule().apply(Group(question, tuple(members))))
     return groups
 
 
@@ -123,9 +124,7 @@ def make_learner(policy: Policy, **settings: Any) -> tuple[Learner, Recording]:
     learner = Learner(
         policy,
         optimiser,
-        advantage=ADVANTAGES["grpo"],
-        aggregation="token_mean",
-        max_completion_tokens=16,
+        weights=WeightRule("token_mean", 16),
         **settings,
     )
     return learner, optimiser

@@ -22,7 +22,7 @@ from exgrpo_fast.memory.plan import Machine, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
-from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.preflight import worst_groups
@@ -69,9 +69,7 @@ def measure(**keys: Any) -> dict[str, list[float]]:
     learner = Learner(
         policy,
         Optimiser(policy.trainable_parameters, lr=1e-6),
-        advantage=ADVANTAGES["dr_grpo"],
-        aggregation="constant",
-        max_completion_tokens=RESPONSE,
+        weights=WeightRule("constant", RESPONSE),
     )
     groups = worst_groups(
         8 * COUNT,

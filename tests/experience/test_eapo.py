@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_questions
+from conftest import make_questions, terms_of
 
 from exgrpo_fast.build.models import load_tokenizer
 from exgrpo_fast.build.quickstart.model import make_model
@@ -180,7 +180,7 @@ def test_what_failed_stays_in_the_baseline_and_leaves_the_loss(make_eapo) -> Non
     seen = {True: 0, False: 0}
     for _ in range(4):
         batch, metrics = trainer.step()
-        rows = trainer.learner.rows(batch.groups)
+        rows = terms_of(trainer, batch.groups)
         kept = [row.trajectory for row in rows if not row.trajectory.masked]
         normaliser = 1 / sum(t.num_tokens for t in kept)
         for row in rows:
@@ -310,7 +310,7 @@ def test_e5_losses(make_eapo, tokenizer) -> None:
             for i, (logprobs, reward) in enumerate(zip(olds, rewards, strict=True))
         ]
         group = Group(question, tuple(source_of(trainer).judged(t) for t in members))
-        rows = trainer.learner.rows([group])
+        rows = terms_of(trainer, [group])
         result = policy_loss(
             torch.cat([*fresh, now]),
             torch.zeros(11),
@@ -360,7 +360,7 @@ def test_e4_advantages(make_eapo, tokenizer, rewards: list[int], expected: list[
         )
         for i, reward in enumerate(rewards)
     ]
-    rows = trainer.learner.rows([Group(question, tuple(members))])
+    rows = terms_of(trainer, [Group(question, tuple(members))])
     assert [row.advantage for row in rows] == pytest.approx(expected, abs=6e-7)
 
 

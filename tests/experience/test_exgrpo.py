@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ScriptedEngine, make_questions
+from conftest import ScriptedEngine, make_questions, terms_of
 from toy_runs import replayed_in
 
 from exgrpo_fast.core.types import Group, Trajectory, Verdict
@@ -343,7 +343,7 @@ def test_o4_advantages_weights_and_objective_of_the_trainer(
                 )
             )
         groups.append(Group(question, tuple(members)))
-    rows = trainer.learner.rows(groups)
+    rows = terms_of(trainer, groups)
     new = torch.cat([torch.tensor(O4[key][0]) for key in O4]).requires_grad_()
     lengths = torch.tensor([row.trajectory.num_tokens for row in rows])
 
@@ -434,6 +434,6 @@ def test_o8_every_group_weighs_the_same_while_experience_is_short(
 
     fresh = [Group(question, (member("fresh"),) * 4) for _ in range(118)]
     mixed = [Group(question, (member("replay"), *(member("fresh"),) * 3)) for _ in range(10)]
-    rows = trainer.learner.rows([*mixed, *fresh])
+    rows = terms_of(trainer, [*mixed, *fresh])
     per_group = torch.tensor([12 * row.weight for row in rows]).view(128, 4).sum(1)
     assert per_group.tolist() == pytest.approx([0.0078125] * 128)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ScriptedEngine, make_questions
+from conftest import ScriptedEngine, make_questions, terms_of
 
 from exgrpo_fast.core.types import Completion, Group, Trajectory, Verdict
 from exgrpo_fast.experience.hindsight.source import HindsightSource
@@ -90,7 +90,7 @@ def test_h3_bonus_winner_and_advantages(tokenizer, make_test_trainer) -> None:
     shaped = [0.2, 0.615, 0.595, 0.0, 0.4, 0.2, 0.6, 0.9]
     assert group.rewards == pytest.approx(shaped, abs=1e-9)
     assert [t.source for t in group.trajectories] == ["fresh"] * 7 + ["hindsight"]
-    advantages = [row.advantage for row in trainer.learner.rows([group])]
+    advantages = [row.advantage for row in terms_of(trainer, [group])]
     expected = [-0.813967, 0.600887, 0.532701, -1.495825, -0.132110, -0.813967, 0.549748, 1.572534]
     assert advantages == pytest.approx(expected, abs=6e-7)
     assert metrics["hindsight_revisions"] == len(engine.asked) == 3
@@ -450,7 +450,7 @@ def test_h5_loss(tokenizer, make_test_trainer, aggregation: str, loss: float) ->
         )
         for i, (ratios, reward) in enumerate(zip(H5_RATIOS, [0.525, 0.4, 0.95], strict=True))
     ]
-    rows = trainer.learner.rows([Group(question, tuple(members))])
+    rows = terms_of(trainer, [Group(question, tuple(members))])
     assert [row.advantage for row in rows] == pytest.approx(
         [-0.346843, -0.780396, 1.127239], abs=6e-7
     )

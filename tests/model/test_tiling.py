@@ -29,7 +29,7 @@ from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.policy import Policy, PolicyError
 from exgrpo_fast.model.tiling import decoder_layers, run_in_tiles, run_tiled
 from exgrpo_fast.run.checkpoint.format import load_state
-from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.preflight import worst_groups
@@ -305,9 +305,7 @@ def rehearsal_peak(tile: int, checkpointing: bool) -> float:
     learner = Learner(
         policy,
         Optimiser(policy.trainable_parameters, lr=1e-6),
-        advantage=ADVANTAGES["dr_grpo"],
-        aggregation="constant",
-        max_completion_tokens=228,
+        weights=WeightRule("constant", 228),
     )
     groups = worst_groups(2, 2, prompt_tokens=58, completion_tokens=228, vocabulary=32)
     learner.rehearse(groups, PolicyObjective())

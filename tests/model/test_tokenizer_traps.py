@@ -50,7 +50,7 @@ def test_padding_is_never_trained(
     policy = trainer.learner.policy
     trainer.engine = make_transformers_engine(small_config(folder, "right", {}), policy, loaded)
     trainer.collector.fresh.engine = trainer.engine
-    groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
+    groups = [with_rewards(trainer, group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
     lengths = {t.num_tokens for group in groups for t in group.trajectories}
     prompts = {len(group.question.prompt_ids) for group in groups}
     assert len(prompts) > 1 and lengths

@@ -22,7 +22,7 @@ from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, released, states, update
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.training.advantages import ADVANTAGES
+from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim import optimiser as optim
 from exgrpo_fast.training.optim.gradient_release import (
@@ -69,9 +69,7 @@ def make_learner(
     return Learner(
         made,
         kind(made.trainable_parameters, **{"lr": 1e-3, **(optimiser or {})}),
-        advantage=ADVANTAGES["dr_grpo"],
-        aggregation="token_mean",
-        max_completion_tokens=RESPONSE,
+        weights=WeightRule("token_mean", RESPONSE),
     )
 
 
@@ -115,7 +113,7 @@ def assert_same_updates(learners: list[Learner], count: int = 4) -> list[float]:
         for name in ("losses", "grad_norms", "lr", "tokens_trained", "kernel_metrics", "skipped"):
             assert getattr(ours, name) == getattr(usual, name), name
         assert usual.losses and not usual.skipped
-        assert ours.read.metrics() == usual.read.metrics()
+        assert ours.sums.read.metrics() == usual.sums.read.metrics()
     usual, ours = map(state_of, learners)
     assert same(ours, usual) and len(ours["moments"]) == len(ours["weights"])
     assert all(p.grad is None for p in learners[1].policy.trainable_parameters)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_questions
+from conftest import make_questions, terms_of
 from safetensors.torch import load_file
 from test_learner import collect, moments, questions_of, same, weights, with_rewards
 
@@ -38,7 +38,7 @@ def test_a_refused_batch_is_kept(tokenizer, make_test_trainer) -> None:
     said = json.loads((folder / names[0]).read_text())
     assert (said["step"], said["reason"]) == (1, "update_gradient_too_large")
     assert said["grad_norm"] == metrics["grad_norm"]
-    rows = [row for row in trainer.learner.rows(batch.groups) if row.advantage]
+    rows = [row for row in terms_of(trainer, batch.groups) if row.advantage]
     columns = load_file(folder / names[1])
     assert columns["lengths"].tolist() == [row.trajectory.num_tokens for row in rows]
     assert columns["advantages"].tolist() == pytest.approx([row.advantage for row in rows])
@@ -51,13 +51,13 @@ def test_a_refused_batch_is_kept(tokenizer, make_test_trainer) -> None:
 
 def test_a_nan_is_kept_as_it_was(tokenizer, make_test_trainer) -> None:
     trainer = make_test_trainer(questions_of(tokenizer), function="even_length")
-    groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
+    groups = [with_rewards(trainer, group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
     first = groups[0].trajectories[0]
     broken = replace(first, behaviour_logprobs=first.behaviour_logprobs * float("nan"))
     groups[0] = replace(groups[0], trajectories=(broken, *groups[0].trajectories[1:]))
     report = trainer.learner.update(groups, trainer.objective)
     [refused] = report.refused
-    assert refused.reason == "update_not_finite" and len(refused.rows) == 16
+    assert refused.reason == "update_not_finite" and len(refused.terms) == 16
     trainer.bad_batches.write(7, report.refused)
     columns = load_file(trainer.bad_batches.folder / "step_7.0.safetensors")
     assert columns["behaviour_logprobs"].isnan().sum() == first.num_tokens
@@ -65,7 +65,7 @@ def test_a_nan_is_kept_as_it_was(tokenizer, make_test_trainer) -> None:
 
 def test_only_the_first_refused_batches_are_kept(tmp_path: Path, tokenizer, make_test_trainer):
     trainer = make_test_trainer(questions_of(tokenizer), function="even_length")
-    rows = trainer.learner.rows(collect(trainer))
+    rows = terms_of(trainer, collect(trainer))
     kept = BadBatches(tmp_path / "bad")
     for step in range(kept.MAX_KEPT + 3):
         kept.write(step, [RefusedUpdate("update_not_finite", rows, None)])
@@ -213,7 +213,7 @@ def test_generation_is_done_again_in_halves(make) -> None:
 def test_memory_that_runs_out_in_the_middle_leaves_no_gradient_behind(make) -> None:
     """Half of the batch is in the gradients when the second pack does not fit."""
     plain, trainer = (make(max_tokens_per_microbatch=128) for _ in range(2))
-    groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(plain)]
+    groups = [with_rewards(plain, group, [1.0, 0.0, 1.0, 0.0]) for group in collect(plain)]
     policy = trainer.learner.policy
     forward, calls = policy.hidden_states, []
 
@@ -253,7 +253,7 @@ def test_where_not_one_sequence_fits_the_run_ends_with_a_table(make, scoring: bo
 @pytest.mark.parametrize("scoring", [False, True])
 def test_among_several_processes_nothing_smaller_is_tried(make, scoring: bool) -> None:
     trainer = make()
-    groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
+    groups = [with_rewards(trainer, group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
     policy = trainer.learner.policy
     device = Device(policy, 4, scoring=scoring)
     policy.processes = Processes(RankInfo(rank=0, count=2, local=0))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_questions
+from conftest import make_questions, terms_of
 
 from exgrpo_fast.core.types import Group, Trajectory, Verdict
 from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.training.batch import carries_gradient
 from exgrpo_fast.training.collector import Clock
-from exgrpo_fast.training.learner import carries_gradient, split_evenly
+from exgrpo_fast.training.learner import split_evenly
 from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
 from exgrpo_fast.training.update_stats import MetricSums
 
@@ -43,11 +44,11 @@ def collect(trainer) -> list[Group]:
     return list(trainer.collector.collect(1, Clock()).groups)
 
 
-def with_rewards(group: Group, rewards: list[float]) -> Group:
-    judged = [
+def with_rewards(trainer, group: Group, rewards: list[float]) -> Group:
+    scored = [
         replace(t, verdict=Verdict(r)) for t, r in zip(group.trajectories, rewards, strict=True)
     ]
-    return replace(group, trajectories=tuple(judged))
+    return trainer.collector.advantages.apply(Group(group.question, tuple(scored)))
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -87,15 +88,15 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test
     assert shared.losses == pytest.approx(alone.losses, rel=1e-6, abs=1e-9)
     for name, expected in gradients[1].items():
         assert (gradients[0][name] - expected).norm() <= 1e-6 * expected.norm(), name
-    trained = [row for row in learner.rows(groups) if carries_gradient(row, trainer.objective)]
+    trained = [row for row in terms_of(trainer, groups) if carries_gradient(row, trainer.objective)]
     own = sum(len(row.trajectory.question.prompt_ids) for row in trained)
     read = sum(map(len, {row.trajectory.question.prompt_ids for row in trained}))
     assert own > 4 * read
-    assert shared.read.metrics() == {
+    assert shared.sums.read.metrics() == {
         "padding_frac": 0.0,
         "prompt_tokens_shared_frac": pytest.approx(1 - read / own),
     }
-    assert alone.read.metrics() == {"padding_frac": 0.0, "prompt_tokens_shared_frac": 0.0}
+    assert alone.sums.read.metrics() == {"padding_frac": 0.0, "prompt_tokens_shared_frac": 0.0}
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -155,11 +156,12 @@ def test_aggregation_is_a_choice_of_weights(
         for length in LENGTHS
     ]
     group = Group(questions[0], tuple(members))
-    rows = trainer.learner.rows([group])
+    rows = terms_of(trainer, [group])
     assert [row.weight for row in rows] == pytest.approx(expected)
     assert [row.advantage for row in rows] == [0.75, -0.25, -0.25, -0.25]
-    trainer.learner.mask_truncated = True  # out of the loss, still in its denominators
-    rows = trainer.learner.rows([group])
+    masking = replace(trainer.learner.weights, mask_truncated=True)
+    trainer.learner.weights = masking  # out of the loss, still in its denominators
+    rows = terms_of(trainer, [group])
     assert [row.weight for row in rows] == pytest.approx([*expected[:3], 0.0])
 
 
@@ -168,7 +170,7 @@ def test_the_loss_on_policy_is_minus_the_weighted_advantages(tokenizer, make_tes
         questions_of(tokenizer), function="even_length", algorithm={"aggregation": "token_mean"}
     )
     groups = collect(trainer)
-    rows = trainer.learner.rows(groups)
+    rows = terms_of(trainer, groups)
     expected = -sum(row.weight * row.advantage * row.trajectory.num_tokens for row in rows)
     report = trainer.learner.update(groups, trainer.objective)
     assert report.loss == pytest.approx(expected, abs=1e-6) and abs(expected) > 1e-4
@@ -185,7 +187,7 @@ def test_truncated_responses_are_not_trained_on(tokenizer, make_test_trainer) ->
     )
     groups = [
         replace(g, trajectories=tuple(replace(t, truncated=i > 1) for i, t in enumerate(members)))
-        for g in (with_rewards(g, [1.0, 0.0, 1.0, 0.0]) for g in collect(trainer))
+        for g in (with_rewards(trainer, g, [1.0, 0.0, 1.0, 0.0]) for g in collect(trainer))
         for members in (g.trajectories,)
     ]
     report = trainer.learner.update(groups, trainer.objective)
@@ -200,7 +202,7 @@ def test_equal_rewards_move_neither_weights_nor_moments(tokenizer, make_test_tra
     trainer.step()
     before, momentum = weights(trainer), moments(trainer)
     assert any(float(t.abs().sum()) for m in momentum.values() for t in m.values())
-    groups = [with_rewards(group, [0.7] * 4) for group in collect(trainer)]
+    groups = [with_rewards(trainer, group, [0.7] * 4) for group in collect(trainer)]
     report = trainer.learner.update(groups, trainer.objective)
     assert (report.skipped, report.losses) == ({"update_without_gradient": 1}, [])
     assert same(weights(trainer), before) and same(moments(trainer), momentum)
@@ -211,7 +213,7 @@ def test_a_nan_from_the_rollout_is_refused_and_counted(tokenizer, make_test_trai
     trainer = make_test_trainer(questions_of(tokenizer), function="even_length")
     trainer.step()
     before, momentum = weights(trainer), moments(trainer)
-    groups = [with_rewards(group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
+    groups = [with_rewards(trainer, group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
     first = groups[0].trajectories[0]
     broken = replace(first, behaviour_logprobs=first.behaviour_logprobs * float("nan"))
     groups[0] = replace(groups[0], trajectories=(broken, *groups[0].trajectories[1:]))
@@ -241,7 +243,7 @@ def test_the_kl_term_is_taken_to_the_initial_policy(tokenizer, make_test_trainer
     recorder = learner.optimiser = GradientRecorder(learner.policy)
 
     def report():
-        equal = [with_rewards(group, [0.0] * 4) for group in collect(trainer)]
+        equal = [with_rewards(trainer, group, [0.0] * 4) for group in collect(trainer)]
         return equal, learner.update(equal, trainer.objective)
 
     _, at_start = report()
