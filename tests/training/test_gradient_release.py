@@ -350,6 +350,16 @@ def test_the_rehearsal_is_one_pack_and_changes_nothing() -> None:
     assert not learner.update(batch(), OBJECTIVE).skipped
 
 
+def test_a_pack_of_one_completion_is_rehearsed_too() -> None:
+    learner = make_learner(ReleasingOptimiser, pack_tokens=PROMPT + RESPONSE)
+    seen, hidden_states = [], learner.policy.hidden_states
+    learner.policy.hidden_states = lambda packed: (seen.append(1), hidden_states(packed))[1]
+    rehearsal = rehearse(
+        learner, OBJECTIVE, prompt_tokens=PROMPT, completion_tokens=RESPONSE, state_bytes=1000.0
+    )
+    assert rehearsal.sequences == 1 and len(seen) == 2
+
+
 # --- a run ----------------------------------------------------------------------------------------
 
 TRAIN: dict[str, Any] = {"minibatches": 2, "warmup_steps": 3, "max_grad_norm": 0.05}
