@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,9 @@ def check_inputs(config: Config) -> None:
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
     require_rewards(config.reward.functions, "reward.functions")
+    for package in config.log.to:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"log.to: {package} is not installed: pip install {package}")
 
 
 def looks_local(name: str) -> bool:

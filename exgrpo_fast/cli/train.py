@@ -30,7 +30,7 @@ from exgrpo_fast.config import (
     refuse_with_several,
     require,
 )
-from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.memory.store import store_note, store_plan
@@ -90,7 +90,7 @@ def train(arguments: argparse.Namespace) -> int:
         folder = RunFolder(out, resume=resumes, lock=supervised.lock if supervised else None)
     else:
         folder = GuestFolder(out)
-    with contextlib.closing(folder):
+    with contextlib.closing(folder), HEARTBEAT.failures_reported(folder.append_to_log):
         if resumes:
             refuse_other_config(folder.config, config)
         # With several ranks torchrun is the supervisor.

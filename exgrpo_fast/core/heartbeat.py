@@ -9,16 +9,46 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import clean_line, clean_text
 
 SECONDS_BETWEEN_BEATS = 0.1
+MESSAGE_BYTES, FRAMES_BYTES = 200, 1600  # as JSON in one write, which a pipe does not split
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that ended a worker. Equal steps and messages are the same failure."""
+
+    step: int | None  # None: before the first one
+    message: str  # one line, addresses of objects left out
+    last_frames: str
+
+    @staticmethod
+    def of(error: Exception, step: int | None) -> Failure:
+        message = re.sub(r"\b0x[0-9a-f]+", "0x...", f"{type(error).__name__}: {error}")
+        frames = clean_text("".join(traceback.format_exception(error))).encode()
+        return Failure(
+            step,
+            clean_line(message).encode()[:MESSAGE_BYTES].decode(errors="ignore"),
+            frames[-FRAMES_BYTES:].decode(errors="ignore"),
+        )
+
+    def __str__(self) -> str:
+        where = "before the first step" if self.step is None else f"at step {self.step}"
+        return f"{self.message}, {where}"
 
 
 class Heartbeat:
@@ -63,13 +93,30 @@ class Heartbeat:
         if time.monotonic() - self._last >= SECONDS_BETWEEN_BEATS:
             self._write()
 
-    def _write(self) -> None:
+    @contextlib.contextmanager
+    def failures_reported(self, log: Callable[[str], None]) -> Iterator[None]:
+        """Exit with 1 at an unexpected exception: the supervisor shows it, `log` gets it whole.
+
+        Without a supervisor, and for a user's mistake, nothing changes.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self._descriptor is None:
+                raise
+            log("".join(traceback.format_exception(error)).rstrip())
+            self._write(json.dumps(asdict(Failure.of(error, self._step)), ensure_ascii=False))
+            raise SystemExit(1) from None
+
+    def _write(self, line: str | None = None) -> None:
         if self._descriptor is None or threading.current_thread() is not threading.main_thread():
             return
         self._last = time.monotonic()
         # A full pipe means that the supervisor has beats to read yet, a broken one that it is gone.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(self._descriptor, f"{self._phases[-1]}\n".encode())
+            os.write(self._descriptor, f"{line or self._phases[-1]}\n".encode())
 
 
 HEARTBEAT = Heartbeat()  # of this process

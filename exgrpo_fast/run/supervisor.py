@@ -1,13 +1,14 @@
 """Watches over a training run from another process: no torch, no GPU, nothing that can hang.
 
 A worker that dies or gives no sign of life is started again from its newest checkpoint. A user's
-mistake, broken numbers, a disk that refuses and a signal are answers, not accidents: they end the
-run with the worker's own exit code.
+mistake, broken numbers, a disk that refuses and a signal end the run with the worker's own exit code,
+and so does an exception that comes a second time at the same step with the same message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from types import FrameType
 
-from exgrpo_fast.core.heartbeat import Supervised
+from exgrpo_fast.core.heartbeat import Failure, Supervised
 from exgrpo_fast.run.directory import RunFolder
 
 EXIT_GAVE_UP = 75
@@ -62,16 +63,25 @@ class Supervisor:
         self.worker: subprocess.Popen[bytes] | None = None
         self.signals: list[int] = []
         self.phase = "start"
+        self.failure: Failure | None = None  # of the present worker, as it reported
 
     def run(self) -> int:
         """The exit code of the run: the worker's, 128 + a signal's, or 75."""
         restarts, newest = 0, self.folder.newest_step()
+        seen: set[tuple[int | None, str]] = set()
         with self._signals_passed_on():
             code = self._life(resume=False)
             while not self.signals and code not in FINAL_CODES:
                 restarts = restarts + 1 if self.folder.newest_step() == newest else 1
                 newest = self.folder.newest_step()
                 what = f"the run ended in phase {self.phase} ({describe(code)})"
+                if failure := self.failure:
+                    what = f"the run ended with {failure}"
+                    if (failure.step, failure.message) in seen:
+                        self._say(f"{what} again; it is not restarted, run.log has the tracebacks")
+                        return code
+                    seen.add((failure.step, failure.message))
+                    print(failure.last_frames.rstrip(), file=sys.stderr)
                 if restarts > MAX_RESTARTS:
                     self._say(f"{what}; gave up after {MAX_RESTARTS} restarts without a checkpoint")
                     return EXIT_GAVE_UP
@@ -84,7 +94,7 @@ class Supervisor:
         """Start a worker and watch it to its end; its exit code, negative for a signal."""
         reader, writer = os.pipe()
         told = Supervised(os.getpid(), writer, self.folder.lock_descriptor)
-        self.phase = "start"
+        self.phase, self.failure = "start", None
         try:
             self.worker = subprocess.Popen(
                 self.command(told, resume),
@@ -118,7 +128,12 @@ class Supervisor:
                 if not beats:
                     return
                 deadlines.seen(self.phase, now - last)
-                self.phase, last = beats.decode().split("\n")[-2], now
+                last = now
+                for line in beats.decode().split("\n")[:-1]:
+                    if line.startswith("{"):
+                        self.failure = Failure(**json.loads(line))
+                    else:
+                        self.phase = line
             elif now - last > allowed:
                 self._end_what_hangs(now - last)
                 return

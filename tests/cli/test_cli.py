@@ -128,6 +128,12 @@ def test_a_mistake_is_one_line_and_exit_2(refused, tmp_path: Path, words: str, s
     assert said in refused(*words.split())
 
 
+def test_a_logger_that_is_not_installed_is_a_mistake(refused, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = refused("train", "quickstart", "--log.to", "[wandb]")
+    assert said == "log.to: wandb is not installed: pip install wandb"
+
+
 def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     """In under 3 seconds; the time itself depends on the machine, the import does not."""
     script = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import pytest
 from conftest import make_questions
 
 from exgrpo_fast.core import heartbeat as module
-from exgrpo_fast.core.heartbeat import HEARTBEAT, Heartbeat, Supervised
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.heartbeat import HEARTBEAT, Failure, Heartbeat, Supervised
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def pipe():
 
     def read() -> list[str]:
         try:
-            return os.read(reader, 1 << 16).decode().split()
+            return os.read(reader, 1 << 16).decode().splitlines()
         except BlockingIOError:
             return []
 
@@ -126,6 +128,27 @@ def test_the_trainer_beats_without_a_screen(heard, tokenizer, make_test_trainer)
     trainer.save()
     trainer.evaluate()
     assert {"save", "evaluate", "reward"} <= set(heard())
+
+
+def test_a_failure_is_reported_in_one_line(pipe) -> None:
+    read, writer = pipe
+    beats, logged = Heartbeat(writer), []
+    with pytest.raises(SystemExit, match="1"), beats.failures_reported(logged.append):
+        raise KeyError('\u00e9"\n' * 1000)
+    (line,) = [line for line in read() if line != "start"]
+    failure = Failure(**json.loads(line))
+    assert failure.step is None and failure.message.startswith("KeyError: 'é\"")
+    assert len(line.encode()) < 4096  # a longer write to a pipe may be split
+    assert "test_heartbeat.py" in logged[0]
+
+
+def test_a_mistake_and_a_run_without_supervisor_are_left_alone(pipe) -> None:
+    read, writer = pipe
+    with pytest.raises(UserError), Heartbeat(writer).failures_reported(print):
+        raise UserError("a wrong key")
+    with pytest.raises(KeyError), Heartbeat().failures_reported(print):
+        raise KeyError("a")
+    assert read() == ["start"]
 
 
 def test_what_a_worker_is_told_is_one_word() -> None:

@@ -28,6 +28,8 @@ told.take_over()
 life = int(pathlib.Path("lives").read_text()) if pathlib.Path("lives").exists() else 0
 pathlib.Path("lives").write_text(str(life + 1))
 assert resume == (life > 0)
+from exgrpo_fast.run.directory import GuestFolder, RunFolder
+folder = GuestFolder(pathlib.Path("."))
 def save(step):
     os.makedirs(f"checkpoints/step_{step}")
 """
@@ -95,6 +97,31 @@ def test_three_restarts_without_a_checkpoint_are_enough(supervise, tmp_path: Pat
     assert log_of(tmp_path).count(f"{said}; restart ") == 3
     assert f"{said}; gave up after 3 restarts without a checkpoint" in log_of(tmp_path)
     assert "restart 3 of 3 from the beginning" in capsys.readouterr().err
+
+
+FAILS = """
+with heartbeat.failures_reported(lambda text: RunFolder.append_to_log(folder, text)):
+    heartbeat.begin_step(STEP)
+    raise ValueError(f"no such row at {hex(id(object()) + life)}")
+"""
+
+
+def test_the_same_exception_at_the_same_step_ends_the_run_at_the_second_time(
+    supervise, tmp_path: Path, capsys
+) -> None:
+    """A checkpoint in between makes no difference, nor does an address in the message."""
+    assert supervise("save(life)" + FAILS.replace("STEP", "7")) == (1, 2)
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == 1
+    what = "the run ended with ValueError: no such row at 0x..., at step 7"
+    assert f"{what}; restart 1 of 3 from step 0" in said
+    assert f"{what} again; it is not restarted, run.log has the tracebacks" in said
+    assert log_of(tmp_path).count("Traceback") == 2
+
+
+def test_exceptions_of_different_steps_are_tried_again(supervise, capsys) -> None:
+    assert supervise(FAILS.replace("STEP", "life")) == (75, 4)
+    assert capsys.readouterr().err.count("Traceback") == 4
 
 
 def test_progress_forgives(supervise, tmp_path: Path) -> None:
