@@ -16,7 +16,7 @@ FLOORS = [
     ["rewards", "rollout"],
     ["experience"],
     ["training", "memory"],
-    ["build"],
+    ["build", "adapters"],
     ["cli"],
     ["__main__", "__init__"],
 ]

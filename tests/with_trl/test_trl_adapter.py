@@ -61,7 +61,9 @@ def save_tiny_model(out: Path) -> Path:
     return folder
 
 
-def make_trainer(kind: type, out: Path, *, peft: bool = False, **settings):
+def make_trainer(
+    kind: type, out: Path, *, peft: bool = False, reward=even_words, replay=None, **settings
+):
     defaults = {
         "output_dir": str(out),
         "per_device_train_batch_size": 4,
@@ -84,11 +86,12 @@ def make_trainer(kind: type, out: Path, *, peft: bool = False, **settings):
     torch.manual_seed(3)
     trainer = kind(
         model=str(save_tiny_model(out)),  # TRL loads the reference policy from there
-        reward_funcs=even_words,
+        reward_funcs=reward,
         args=trl.GRPOConfig(**(defaults | settings)),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer(),
         peft_config=lora if peft else None,
+        **({} if replay is None else {"replay": replay}),
     )
     # `train()` sets it at the start of each window; the tests of one micro-batch do not train.
     trainer.current_gradient_accumulation_steps = 1

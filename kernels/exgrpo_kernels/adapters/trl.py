@@ -156,6 +156,7 @@ class Columns:
     weights: Tensor
     ref_logprobs: Tensor | None
     sequence_ids: Tensor | None
+    shaping: Tensor | None
 
     def rows(self, mask: Tensor) -> dict[str, Tensor | None]:
         """[M] each, of the M positions of the bool mask [B, C], row by row."""
@@ -176,6 +177,7 @@ class LossHead:
         self.columns = columns
         self.objective = objective
         self.is_valid = is_valid  # bool [B, C]
+        self.loss: Tensor | None = None  # of the last call, without gradient
 
     def apply(
         self,
@@ -203,6 +205,7 @@ class LossHead:
                 **self.columns.rows(self.is_valid),
             )
         assert made.entropy is not None
+        self.loss = made.loss.detach()
         logprobs = made.logprobs.detach().clone()
         if len(logprobs):
             logprobs = torch.cat([logprobs[:1] + (made.loss - made.loss.detach()), logprobs[1:]])
@@ -243,6 +246,9 @@ class FusedGRPOTrainer(GRPOTrainer):
     Takes the arguments of `GRPOTrainer`. The first micro-batches compare the gradient with
     autograd through TRL's own loss and raise `AdapterError` where they differ. Settings that one
     `PolicyObjective` cannot say train as in TRL, which is said once: see `why_not_fused`.
+
+    One input more than TRL's: `shaping` [B], 0 for a row of the surrogate, g > 0 for one of
+    w / (w + g) (ExGRPO's replayed trajectories); such a batch needs `old_per_token_logps`.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -344,6 +350,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             advantages = ((advantages * mask).sum(1, keepdim=True) / lengths).expand_as(mask)
         old, reference = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
         ids = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+        shaping = inputs.get("shaping")
         return Columns(
             advantages=advantages,
             # reinforce does not read them
@@ -351,6 +358,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             weights=self.token_weights(mask, inputs),
             ref_logprobs=None if self.beta == 0.0 or reference is None else reference.float(),
             sequence_ids=ids if is_sequence_level and not is_on_policy else None,
+            shaping=None if shaping is None else shaping[:, None].expand_as(mask),
         )
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -371,7 +379,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         objective = self.fused_objective(is_on_policy=is_on_policy)
         columns = self.fused_columns(mask, inputs, is_on_policy=is_on_policy)
         is_valid = completion_mask.bool()
-        with installed(LossHead(columns, objective, is_valid)):
+        head = LossHead(columns, objective, is_valid)
+        with installed(head):
             logprobs, entropy, _ = super()._get_per_token_logps_and_entropies(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -381,6 +390,8 @@ class FusedGRPOTrainer(GRPOTrainer):
                 **{name: inputs[name] for name in MODEL_INPUTS if name in inputs},
             )
         value = self._trl_value(model, inputs, logprobs, entropy, objective, columns, is_valid)
+        if columns.shaping is not None and head.loss is not None:
+            value = head.loss  # TRL has no shaped rows
         return value + carried(logprobs)
 
     def _trl_value(
@@ -407,7 +418,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             ours = leaf.detach()[is_valid].requires_grad_()
             loss = policy_loss(ours, objective=objective, **columns.rows(is_valid)).loss
             (gradient,) = torch.autograd.grad(loss, ours)
-            error = (gradient - expected[is_valid]).norm() / expected.norm().clamp(min=1e-20)
+            expected = expected[is_valid]
+            if columns.shaping is not None:  # TRL has no shaped rows
+                is_plain = columns.shaping[is_valid] == 0
+                gradient, expected = gradient[is_plain], expected[is_plain]
+            error = (gradient - expected).norm() / expected.norm().clamp(min=1e-20)
             if error > GRADIENT_TOLERANCE and expected.norm() > 1e-12:
                 raise AdapterError(
                     f"the fused gradient of loss_type={self.loss_type!r} differs by {error:.1e} "
