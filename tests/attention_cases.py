@@ -29,13 +29,24 @@ def layout_of(shape: list[tuple[int, list[int]]]) -> AttentionLayout:
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sees_QK: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sees_QK: Tensor,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T) v over what each query sees: [Q, heads, d], [K, key heads, d]."""
+    """softmax(q k^T) v over what each query sees: [Q, heads, d], [K, key heads, d].
+
+    `sinks`: [heads], a score more for each head, without a value.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    weights = scores.masked_fill(~sees_QK, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~sees_QK, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(key)]
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
@@ -54,6 +65,7 @@ def each_alone(
     *,
     scaling: float | None,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Each prompt alone, and each response alone behind its prompt."""
     left = -1 if window is None else window - 1
@@ -61,12 +73,12 @@ def each_alone(
     for prompt, responses in shape:
         of_prompt = torch.arange(start, start + prompt)
         sees = bottom_right(prompt, prompt, left)
-        out.append(dense(query[of_prompt], key[of_prompt], value[of_prompt], scaling, sees))
+        out.append(dense(query[of_prompt], key[of_prompt], value[of_prompt], scaling, sees, sinks))
         start += prompt
         for length in responses:
             rows = torch.cat([of_prompt, torch.arange(start, start + length)])
             sees = bottom_right(len(rows), len(rows), left)
-            out.append(dense(query[rows], key[rows], value[rows], scaling, sees)[prompt:])
+            out.append(dense(query[rows], key[rows], value[rows], scaling, sees, sinks)[prompt:])
             start += length
     return torch.cat(out)
 

@@ -11,6 +11,7 @@ from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.engines import build_engine, make_endpoint_engine, reserve_engine
 from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.experience import make_hindsight_prompt
+from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.rewards import check_rewards, make_evaluator, make_rewards
@@ -69,4 +70,6 @@ class EvaluatedModel:
         config, name, device = self.config, self.name, self.device
         reserved = stack.enter_context(reserve_engine(config, name, self.tokenizer, device=device))
         policy = make_policy(config, name, device=device)
-        return build_engine(config, policy, self.tokenizer, reserved, prompt_ids=prompt_ids)
+        engine = build_engine(config, policy, self.tokenizer, reserved, prompt_ids=prompt_ids)
+        self.screen.note(prove_forward(config, policy, engine, self.tokenizer, prompt_ids))
+        return engine

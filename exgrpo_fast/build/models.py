@@ -120,6 +120,7 @@ def wrap(
         "gradient_checkpointing": config.model.gradient_checkpointing,
         "offload_activations": config.model.offload_activations,
         "attention": config.model.attention,
+        "dropout": config.model.dropout,
         "tile_tokens": config.tile_tokens,
         "temperature": config.rollout.temperature,
         "max_tokens_per_microbatch": config.microbatch_tokens,

@@ -14,6 +14,7 @@ from exgrpo_fast.build.data import load_data, refuse_bad_golds
 from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.experience import check_prior, make_prior
+from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import (
     adapter_of,
     load_tokenizer,
@@ -126,6 +127,9 @@ def open_run(
                 if expected is not None and wants_preflight(config, device):
                     screen.note(run_preflight(config, trainer, expected))
                 engine.sync(state["num_steps"])
+                with screen.phase("check the forward pass"):
+                    found = prove_forward(config, policy, engine, tokenizer, train[0].prompt_ids)
+                screen.note(found)
                 if isinstance(trainer.replay, ReplaySource):
                     screen.note(store_note(trainer.replay.store.plan, device))
                 yield trainer

@@ -85,6 +85,9 @@ class ModelConfig(Section):
         description="back end: flash-attn, torch's varlen or flex_attention on CUDA, sdpa anywhere; "
         "auto = flash, varlen or sdpa, the first that can run",
     )
+    dropout: bool = Field(
+        default=False, description="drop in the update what the model's own config says"
+    )
     gradient_checkpointing: bool = True
     offload_activations: bool = Field(
         default=False, description="checkpointed activations wait in host memory"
@@ -474,6 +477,10 @@ class TrainConfig(Section):
     )
     preflight: Literal["auto", "always", "never"] = Field(
         default="auto", description="rehearse the largest step first; auto = on CUDA"
+    )
+    allow_mismatch: bool = Field(
+        default=False,
+        description="go on where the check of the forward pass at the start fails: docs/models.md",
     )
     sparsity: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "off"] = Field(
         default="auto", description="logit-gradient tiles below this share are not multiplied"

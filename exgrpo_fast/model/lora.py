@@ -13,6 +13,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from exgrpo_fast.core.dtensor import replicated
 from exgrpo_fast.core.errors import UserError
@@ -59,6 +61,7 @@ def add_adapter(
         target_modules="all-linear" if everything else list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     _check_targets(model, () if everything else targets)
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +89,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
             )
         if not modules:
             raise LoraError(f"model.lora.targets: {model.config.model_type} has no layer {target}")
-        if not all(isinstance(module, nn.Linear) for module in modules):
+        if not all(isinstance(module, (nn.Linear, Conv1D)) for module in modules):
             raise LoraError(f"model.lora.targets: {target} is not a linear layer")
 
 
@@ -146,14 +149,66 @@ def merged_weights(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[str
         if layer_name.endswith(".base_layer"):
             layer: Any = model.get_submodule(layer_name.removesuffix(".base_layer"))
             if leaf == "weight":
-                weight = plain(weight).float() + _delta(layer)
+                weight = merged_weight(layer)
         yield name.replace(".base_layer.", "."), plain(weight).detach()
 
 
+def merged_weight(layer: Any) -> Tensor:
+    """W' of one adapted layer in float32, laid out as W is."""
+    return plain(layer.get_base_layer().weight).float() + _delta(layer)
+
+
 def _delta(layer: Any) -> Tensor:
-    """(alpha / rank) B A in float32; sharded: each rank has its rows of B and all of A."""
+    """(alpha / rank) B A in float32; sharded: each rank has its rows of B and all of A.
+
+    Transposed where the base layer keeps its weight as [in, out] (transformers' Conv1D).
+    """
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return layer.scaling["default"] * (b @ replicated(a))
+    delta = layer.scaling["default"] * (b @ replicated(a))
+    return delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
+
+
+@contextlib.contextmanager
+def running_merged(model: nn.Module) -> Iterator[None]:
+    """Inside, each adapted layer runs on its merged weight, made for the call: no copy is kept."""
+    layers = _adapted_layers(model)
+    for layer in layers:
+        layer.forward = partial(_forward_merged, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward_merged(layer: Any, x: Tensor) -> Tensor:
+    base, weight = layer.get_base_layer(), merged_weight(layer)
+    if plain(base.weight) is not base.weight:  # quantised: its own forward knows no plain weight
+        return nn.functional.linear(x, weight.to(x.dtype), base.bias)
+    return torch.func.functional_call(base, {"weight": weight.to(base.weight.dtype)}, (x,))
+
+
+@contextlib.contextmanager
+def random_adapter(model: nn.Module, *, seed: int = 0, share: float = 0.3) -> Iterator[None]:
+    """Inside, B is random, such that the Frobenius norm of each update is `share` of that of W.
+
+    At the start of a run B is 0, and no fault of the merge would be seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    with torch.no_grad():
+        for layer in _adapted_layers(model):
+            b = layer.lora_B["default"].weight
+            kept.append((b, b.clone()))
+            b.copy_(torch.randn(b.shape, generator=generator))
+            norm = plain(layer.get_base_layer().weight).float().norm()
+            b.mul_(share * norm / _delta(layer).norm())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, before in kept:
+                b.copy_(before)
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,17 +12,19 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
-from exgrpo_fast.model.attention.interface import ATTENTION
+from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
 from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
 from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack
+from exgrpo_fast.model.renamed import checkpointing_enable
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob, runtime
 
@@ -79,6 +81,7 @@ class Policy:
     the logits of as many as the kernels choose.
     `compute_dtype` bfloat16 runs the body under autocast, be the weights float32 or bfloat16.
     `attention`: the back end; PolicyError where it cannot run on this device or with this model.
+    `dropout`: whether the update drops what the model's config says; adapters keep their own.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Policy:
         tile_tokens: int = 0,
         temperature: float = 1.0,
         max_tokens_per_microbatch: int = 16384,
+        dropout: bool = False,
     ) -> None:
         self.processes: Processes = SINGLE_PROCESS
         self.device = torch.device(device)
@@ -104,10 +108,13 @@ class Policy:
         self.sizes = BatchLimits(
             max_tokens_per_microbatch=max_tokens_per_microbatch, chunk_rows=tile_tokens or None
         )
+        self.dropout = dropout
+        self.attention_calls = 0  # of the layers, in the last packed forward
+        if not dropout:
+            switch_off_dropout(model)
         _check_supported(model)
-        self.attention: BackendName = _attention(
-            attention, self.device, compute_dtype, model.config
-        )
+        self.attention: BackendName = self._choose_attention(attention)
+        self.own_attention: str = _own_attention(model)
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             recompute_layers(model)
@@ -115,6 +122,29 @@ class Policy:
             _check_tileable(model)
             run_in_tiles(model, tile_tokens)
         model.train()
+
+    def _choose_attention(self, asked: BackendName | Literal["auto"]) -> BackendName:
+        facts: dict[str, Any] = {
+            "device": self.device,
+            "dtype": self.compute_dtype,
+            "model": self.model.config,
+            "dropout": self.dropout and bool(getattr(self.model.config, "attention_dropout", 0.0)),
+            "sinks": any(name.endswith(".sinks") for name, _ in self.model.named_parameters()),
+        }
+        name = choose(asked, **facts)
+        refused = refusal(name, **facts)
+        if refused is not None:
+            raise PolicyError(f"model.attention {name} {refused}")
+        return name
+
+    @contextlib.contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Inside, the model has its own attention, as transformers loaded it."""
+        self.model.set_attn_implementation(self.own_attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(ATTENTION)
 
     @property
     def head(self) -> Head:
@@ -145,14 +175,15 @@ class Policy:
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
         HEARTBEAT.beat()
-        attention = BACKENDS[self.attention](packed.layout, self.device)
+        call = PackedCall(BACKENDS[self.attention](packed.layout, self.device))
         with self.autocast(), self._offloading():
             output = self.model.base_model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
                 use_cache=False,
-                packed=attention,
+                packed=call,
             )
+        self.attention_calls = call.num_calls
         return output.last_hidden_state[0].to(self.compute_dtype).index_select(0, packed.rows)
 
     def head_for(self, hidden_ND: Tensor) -> Head:
@@ -187,10 +218,23 @@ class Policy:
             during="scoring",
         )
 
-    def _score(self, prompts: Ragged, responses: Ragged, on_poll: Callable[[], None]) -> Scores:
+    @torch.no_grad()
+    def score_in_training_mode(self, prompts: Ragged, responses: Ragged) -> Scores:
+        """As `score`, with whatever training switches on, such as dropout: what the update sees."""
+        return self._score(prompts, responses, lambda: None, training=True)
+
+    def _score(
+        self,
+        prompts: Ragged,
+        responses: Ragged,
+        on_poll: Callable[[], None],
+        *,
+        training: bool = False,
+    ) -> Scores:
         found = torch.zeros(2, len(responses.values), device=self.device)
         logprobs, entropies = found
-        with inference(self.model), self.passes():
+        mode = contextlib.nullcontext() if training else inference(self.model)
+        with mode, self.passes():
             limit = self.max_tokens_per_microbatch
             packs = pack(prompts, responses, max_tokens=limit, device=self.device)
             for packed, counts in self.assign_packs(packs):
@@ -233,13 +277,31 @@ class Policy:
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
 
+def switch_off_dropout(model: nn.Module) -> None:
+    """No dropout and no router noise in training mode; the model's config keeps its values.
+
+    The ratio of an update to the log-probs of its rollouts is 1 at first only without them. Layers
+    hold the probabilities as dropout modules or as float attributes with such a name. Those that
+    `peft` has put in belong to the adapter, which is asked for in words of its own.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for attribute, value in list(vars(module).items()):
+            is_noise = "drop" in attribute or "jitter" in attribute
+            if is_noise and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
 def recompute_layers(model: Any) -> None:
     """Keep the input of each layer alone; in the backward pass the layer is made again.
 
     transformers lets the output of the embeddings require a gradient, for checkpoints of another
     kind. Behind frozen embeddings it would be a leaf, held with its gradient during the next pack.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointing_enable(model)({"use_reentrant": False})
     model.disable_input_require_grads()
 
 
@@ -276,14 +338,10 @@ def load_model(
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
 
 
-def _attention(
-    asked: BackendName | Literal["auto"], device: torch.device, dtype: torch.dtype, model: Any
-) -> BackendName:
-    name = choose(asked, device=device, dtype=dtype, model=model)
-    refused = refusal(name, device=device, dtype=dtype, model=model)
-    if refused is not None:
-        raise PolicyError(f"model.attention {name} {refused}")
-    return name
+def _own_attention(model: Any) -> str:
+    """The implementation that transformers has chosen for it."""
+    own = str(model.config._attn_implementation)
+    return "eager" if own == ATTENTION else own  # it has been a policy's before
 
 
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a sequence's end

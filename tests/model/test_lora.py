@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from exgrpo_fast.build.models import adapter_of
 from exgrpo_fast.build.quickstart.model import make_model
@@ -22,6 +28,8 @@ from exgrpo_fast.model.lora import (
     add_adapter,
     load_adapter,
     merged_weights,
+    random_adapter,
+    running_merged,
     save_adapter,
     switched_off,
     trainable,
@@ -329,3 +337,20 @@ def test_the_adapter_of_a_new_run_does_not_cast(model_folder: Path) -> None:
     add_adapter(model, rank=4, alpha=8.0)
     casts = [getattr(m, "cast_input_dtype_enabled", False) for m in model.modules()]
     assert not any(casts)
+
+
+def test_an_adapter_on_conv1d_is_merged_as_it_lies() -> None:
+    """GPT-2's layers keep [in, out]; c_proj of a square layer would be transposed in silence."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    add_adapter(model, rank=4, alpha=8.0, targets=["c_attn", "c_proj"])
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), random_adapter(model):
+        adapted = model(ids).logits
+        merged = GPT2LMHeadModel(model.config).eval()
+        merged.load_state_dict(dict(merged_weights(model)))
+        torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-5, rtol=0)
+        with running_merged(model):
+            torch.testing.assert_close(model(ids).logits, adapted, atol=1e-5, rtol=0)
+        with switched_off(model):
+            assert (model(ids).logits - adapted).abs().max() > 1e-2

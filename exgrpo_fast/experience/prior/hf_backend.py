@@ -25,6 +25,7 @@ from exgrpo_fast.experience.prior.mixture import known_ids, pad_logprobs, respon
 from exgrpo_fast.experience.prior.protocols import Draft, Drawn, Prefix, Ready, Scores
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, PolicyError, inference
+from exgrpo_fast.model.renamed import cache_argument
 from exgrpo_fast.rollout.hf.drawing import hash_uniform, invert_cdf, signed
 
 
@@ -91,9 +92,9 @@ class MaskedCache:
             input_ids=known_ids(self.policy, ids.to(device)),
             position_ids=positions.to(device),
             attention_mask=mask_BnS[:, None].to(device),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{cache_argument(model): self.cache},
         ).logits
 
 

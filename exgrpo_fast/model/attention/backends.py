@@ -27,11 +27,13 @@ class PackedAttention(Protocol):
         scaling: float | None,
         window: int | None,
         dropout: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size], keys and values [L, key heads, head size] -> as the queries.
 
         `scaling`: of the scores, None = 1 / sqrt(head size); `window`: tokens that are seen, the
-        own one included, None = all.
+        own one included, None = all; `sinks`: [heads], a score that takes its share of the softmax
+        and has no value (gpt-oss).
         """
         ...
 
@@ -56,23 +58,37 @@ def choose(
     device: torch.device | str,
     dtype: torch.dtype,
     model: Any = None,
+    dropout: bool = False,
+    sinks: bool = False,
 ) -> BackendName:
     """`asked` with `auto` resolved; arguments as for `refusal`."""
     if asked != "auto":
         return asked
     where: dict[str, Any] = {"device": device, "dtype": dtype, "model": model}
+    where |= {"dropout": dropout, "sinks": sinks}
     return next(name for name in AUTO if refusal(name, **where) is None)
 
 
 def refusal(
-    name: str, *, device: torch.device | str, dtype: torch.dtype, model: Any = None
+    name: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    model: Any = None,
+    dropout: bool = False,
+    sinks: bool = False,
 ) -> str | None:
     """Why a back end cannot run, as the end of a sentence that begins with its name; else None.
 
-    `dtype`: the compute dtype; `model`: the transformers config, where it is known already.
+    `dtype`: the compute dtype; `model`: the transformers config, where it is known already;
+    `dropout`: whether attention weights are dropped; `sinks`: whether the model has attention sinks.
     """
     if name == "sdpa":
         return None
+    if dropout and name != "flash":
+        return "has no dropout, which model.dropout asks for; take sdpa or auto"
+    if sinks and name != "flex":
+        return "has no attention sinks, which this model has; take sdpa or auto"
     return _device_refusal(name, torch.device(device), dtype) or _model_refusal(name, model)
 
 
@@ -95,8 +111,6 @@ def _device_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str 
 def _model_refusal(name: str, model: Any) -> str | None:
     if model is None:
         return None
-    if name != "flash" and getattr(model, "attention_dropout", 0.0):
-        return "has no dropout, and the model has attention_dropout; take sdpa or auto"
     sizes = head_sizes(model)
     if name != "flex" and (len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8):
         return f"has no kernel for heads of {sorted(sizes)}; take sdpa or auto"

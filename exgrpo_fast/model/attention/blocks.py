@@ -18,17 +18,17 @@ class Block:
     key_rows: Tensor  # int64, of the values as well
     answered: Tensor | slice  # int64, one for each output
 
-    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        return [
+    def gather(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
             _rows(query, self.query_rows),
             _rows(key, self.key_rows),
             _rows(value, self.key_rows),
-        ]
+        )
 
 
 OneBlock = TypeVar("OneBlock", bound=Block)
-# (block, its queries, its keys, its values) -> its outputs, [answered, heads, head size]
-Attend = Callable[[OneBlock, Tensor, Tensor, Tensor], Tensor]
+# (block, its queries, its keys, its values, sinks) -> its outputs, [answered, heads, head size]
+Attend = Callable[[OneBlock, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def block_by_block(
@@ -39,6 +39,7 @@ def block_by_block(
     value: Tensor,
     *,
     dropout: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The outputs of all blocks, in the order of the pack.
 
@@ -46,8 +47,8 @@ def block_by_block(
     held for one of them alone. With dropout, whose noise would be another, they are kept.
     """
     if len(blocks) > 1 and not dropout:
-        return _Remade.apply(attend, blocks, query, key, value)  # pyright: ignore
-    made = [attend(block, *block.gather(query, key, value)) for block in blocks]
+        return _Remade.apply(attend, blocks, query, key, value, sinks)  # pyright: ignore
+    made = [attend(block, *block.gather(query, key, value), sinks) for block in blocks]
     if len(blocks) == 1:
         return made[0]
     places = torch.arange(len(query), device=query.device)
@@ -64,28 +65,34 @@ class _Remade(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
     ) -> Tensor:
         ctx.attend, ctx.blocks = attend, blocks
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, sinks)
         out = value.new_empty(*query.shape[:2], value.shape[2])
         for block in blocks:
-            out[block.answered] = attend(block, *block.gather(query, key, value))
+            out[block.answered] = attend(block, *block.gather(query, key, value), sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        saved = ctx.saved_tensors  # asked for once: a checkpoint around this gives them once
+        # asked for once: a checkpoint around this gives them once
+        *saved, sinks = ctx.saved_tensors
         totals = [torch.zeros_like(x) for x in saved]
+        total_sinks = None if sinks is None else torch.zeros_like(sinks)
         for block in ctx.blocks:
             inputs = [x.detach().requires_grad_() for x in block.gather(*saved)]
+            own = [] if sinks is None else [sinks.detach().requires_grad_()]
             with torch.enable_grad():
-                out = ctx.attend(block, *inputs)
-            found = torch.autograd.grad(out, inputs, _rows(grads[0], block.answered))
+                out = ctx.attend(block, *inputs, *(own or [None]))
+            found = torch.autograd.grad(out, inputs + own, _rows(grads[0], block.answered))
             del out, inputs
             rows = (block.query_rows, block.key_rows, block.key_rows)
-            for total, part, of_part in zip(totals, found, rows, strict=True):
+            for total, part, of_part in zip(totals, found, rows, strict=False):
                 _add_rows(total, of_part, part)
-        return None, None, *totals
+            if total_sinks is not None:
+                total_sinks += found[-1]
+        return None, None, *totals, total_sinks
 
 
 def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:

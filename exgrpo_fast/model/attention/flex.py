@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from exgrpo_fast.model.attention.layout import AttentionLayout
 
@@ -33,15 +38,20 @@ class Flex:
         scaling: float | None,
         window: int | None,
         dropout: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size]."""
         assert not dropout, "flex_attention has no dropout"
-        out = _flex_attention(query.device.type)(
+        out, aux = _flex_attention(query.device.type)(
             *(x.transpose(0, 1)[None] for x in (query, key, value)),
             block_mask=self._mask(window),
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=sinks is not None),
         )
+        if sinks is not None:
+            # exp(score) / (sum of exp(scores) + exp(sink)) = softmax(score) x sigmoid(lse - sink)
+            out = out * (aux.lse - sinks[:, None]).sigmoid()[..., None].to(out.dtype)
         return out[0].transpose(0, 1)
 
     def _mask(self, window: int | None) -> BlockMask:

@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.attention.backends import PackedAttention
+from exgrpo_fast.model.attention.sdpa import attend_with_sinks
 
 ATTENTION = "exgrpo_packed"
 # By the public registries: the modules that hold these functions move between releases.
 sdpa_attention_forward = AttentionInterface()["sdpa"]
 sdpa_mask = AttentionMaskInterface()["sdpa"]
 
+# Tensors that a layer may hand over although they change nothing here: a pack has its own positions.
+_IGNORED = {"position_ids", "cache_position"}
+
+
+@dataclass
+class PackedCall:
+    """What a packed forward hands to its layers."""
+
+    attention: PackedAttention
+    num_calls: int = 0
+
+
+class UnsupportedAttention(UserError):
+    """A layer asks for something that attention within a pack does not have."""
+
 
 def packed_attention(
     module: nn.Module,
-    query: Tensor,  # [1, heads, L, head size]
-    key: Tensor,  # [1, key heads, L, head size]
+    query: Tensor,  # [B, heads, Q, head size]; packed: B = 1, Q = L
+    key: Tensor,  # [B, key heads, K, head size]; packed: B = 1, K = L
     value: Tensor,
     attention_mask: Tensor | None,
-    packed: PackedAttention | None = None,
+    packed: PackedCall | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,  # [heads], attention sinks
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within one pack; generation, which is no `packed` forward, goes to SDPA.
 
-    Takes and returns what transformers' attention interface asks for: [1, L, heads, head size].
+    Takes and returns what transformers' attention interface asks for: [B, Q, heads, head size].
+    UnsupportedAttention where a layer wants more than is known here: dropped in silence, it would
+    make another model.
     """
+    if packed is None and s_aux is not None:
+        return _sdpa_with_sinks(query, key, value, attention_mask, s_aux, scaling, dropout), None
     if packed is None:
         return sdpa_attention_forward(  # pyright: ignore[reportReturnType]
             module,
@@ -43,11 +68,56 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    _refuse_more(module, attention_mask, kwargs)
     # Under autocast, rotated queries and keys are float32 again; the values never are.
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = packed(query, key, value, scaling=scaling, window=sliding_window, dropout=dropout)
+    packed.num_calls += 1
+    out = packed.attention(
+        query, key, value, scaling=scaling, window=sliding_window, dropout=dropout, sinks=s_aux
+    )
     return out[None], None
+
+
+def _refuse_more(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    layer = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedAttention(f"{layer} makes an attention mask of its own: not supported")
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedAttention(f"{layer} is not causal: not supported")
+    for name, value in kwargs.items():
+        if (isinstance(value, Tensor) and name not in _IGNORED) or (name == "softcap" and value):
+            raise UnsupportedAttention(f"{layer} hands {name} to its attention: not supported")
+
+
+def _sdpa_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # bool [B, 1, Q, K]; None: plain causality
+    sinks: Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """[B, Q, heads, head size]."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    mask = attention_mask
+    if mask is None and num_queries > 1:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_keys - num_queries)
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    out = attend_with_sinks(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        sinks,
+        mask=mask,
+        scaling=scaling,
+        dropout_p=dropout,
+    )
+    return out.transpose(1, 2)
 
 
 def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

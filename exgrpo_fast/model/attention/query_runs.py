@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,9 +48,14 @@ class RunByRun(ABC):
         scaling: float | None,
         window: int | None,
         dropout: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size]."""
-        attend = partial(self.attend, scaling=scaling, window=window, dropout=dropout)
+        assert sinks is None, "this kernel has no attention sinks"
+
+        def attend(run: QueryRun, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            return self.attend(run, q, k, v, scaling=scaling, window=window, dropout=dropout)
+
         return block_by_block(attend, self.runs, query, key, value, dropout=dropout)
 
     @abstractmethod

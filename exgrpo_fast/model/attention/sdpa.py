@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +60,13 @@ class SideBySide:
         scaling: float | None,
         window: int | None,
         dropout: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size]."""
         of_block = partial(attend, scaling=scaling, window=window, dropout=dropout)
-        return block_by_block(of_block, self.blocks, query, key, value, dropout=dropout)
+        return block_by_block(
+            of_block, self.blocks, query, key, value, dropout=dropout, sinks=sinks
+        )
 
 
 def attend(
@@ -70,6 +74,7 @@ def attend(
     query: Tensor,  # [B * C, heads, head size]
     key: Tensor,  # [B * C, key heads, head size]
     value: Tensor,
+    sinks: Tensor | None = None,  # [heads]
     *,
     scaling: float | None,
     window: int | None,
@@ -77,18 +82,55 @@ def attend(
 ) -> Tensor:
     """[answered, heads, head size]."""
     mask = block.window(window)
-    if mask is not None:  # with a mask the fused kernels want as many key heads as heads
+    if mask is not None or sinks is not None:  # the kernels then want as many key heads as heads
         shared = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    out = F.scaled_dot_product_attention(
-        *(x.unflatten(0, block.shape).transpose(1, 2) for x in (query, key, value)),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    query, key, value = (x.unflatten(0, block.shape).transpose(1, 2) for x in (query, key, value))
+    options: dict[str, Any] = {"is_causal": mask is None, "dropout_p": dropout}
+    if sinks is not None:
+        # A query in front for the sink's key in front: the mask stays square, and causal.
+        mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        query = F.pad(query, (0, 0, 1, 0))
+        out = attend_with_sinks(query, key, value, sinks, mask=mask, scaling=scaling, **options)
+        out = out[:, :, 1:]
+    else:
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+            **options,
+        )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, block.taken)
+
+
+def attend_with_sinks(
+    query: Tensor,  # [B, heads, Q, head size]
+    key: Tensor,  # [B, heads, K, head size]
+    value: Tensor,
+    sinks: Tensor,  # [heads]
+    *,
+    mask: Tensor | None,  # bool, broadcast to [B, heads, Q, K + 1], the sink first; None = all
+    scaling: float | None,
+    **options: Any,
+) -> Tensor:
+    """[B, heads, Q, head size]: softmax over [sink, scores], of which the sink has the value 0.
+
+    The sink becomes a key in front whose score is the same for every query: queries get one more
+    dimension of 1, keys one of 0, and that of the sink's key is sink / scaling.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    size, more = key.shape[-1], 8  # fused kernels want head sizes that 8 divides
+    query = F.pad(query, (0, more))
+    query[..., size] = 1.0
+    in_front = F.pad((sinks / scale).to(key.dtype)[None, :, None, None], (size, more - 1))
+    key = torch.cat([in_front.expand(len(key), -1, -1, -1), F.pad(key, (0, more))], dim=2)
+    width = value.shape[-1]
+    value = F.pad(value, (0, key.shape[-1] - width, 1, 0))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, **options)
+    return out[..., :width]
 
 
 # --- indices, on the CPU --------------------------------------------------------------------------

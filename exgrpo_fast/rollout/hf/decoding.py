@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from exgrpo_fast.model.renamed import cache_argument
 from exgrpo_fast.rollout.engine import Sampling
 from exgrpo_fast.rollout.hf.drawing import draw, signed
 
@@ -113,7 +114,9 @@ class _Forward:
         accepted = inspect.signature(model.forward).parameters
         # Models with ALiBi or learned positions may count positions from the mask themselves.
         self.takes_positions = "position_ids" in accepted
+        # Said here, whatever the model's config says of caches.
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        self.options[cache_argument(model)] = self.cache
         if "logits_to_keep" in accepted:
             self.options["logits_to_keep"] = 1
 
@@ -124,9 +127,7 @@ class _Forward:
         if self.takes_positions:
             positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
             self.options["position_ids"] = positions_BS[:, start:]
-        outputs = self.model(
-            input_ids=ids_Bn, attention_mask=mask_BS, past_key_values=self.cache, **self.options
-        )
+        outputs = self.model(input_ids=ids_Bn, attention_mask=mask_BS, **self.options)
         return outputs.logits[:, -1]
 
     def select(self, rows_B: Tensor) -> None:

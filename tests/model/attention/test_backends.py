@@ -68,6 +68,32 @@ def test_outputs_and_gradients_are_those_of_each_response_alone(
             torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("window, scaling", [(None, None), (3, 0.3)])
+@pytest.mark.parametrize(
+    "name, shape", [("sdpa", "groups"), ("sdpa", "one long among short"), ("flex", "groups")]
+)
+def test_attention_sinks_take_their_share_of_each_softmax(
+    name: BackendName, shape: str, window: int | None, scaling: float | None, kernels: Any
+) -> None:
+    """Outputs and gradients, that of the sinks as well."""
+    layout = layout_of(SHAPES[shape])
+    attention = BACKENDS[name](layout, CPU)
+    how: dict[str, Any] = {"scaling": scaling, "window": window}
+    qkv = random_heads(layout.num_tokens, heads=4, key_heads=2, dtype=torch.float64)
+    sinks = torch.tensor([-1.0, 0.0, 1.5, 3.0], dtype=torch.float64)
+    inputs = [*qkv[:3], sinks, qkv[3]]
+    found = outputs_and_gradients(
+        lambda q, k, v, s: attention(q, k, v, dropout=0.0, sinks=s, **how), inputs
+    )
+    expected = outputs_and_gradients(
+        lambda q, k, v, s: each_alone(SHAPES[shape], q, k, v, sinks=s, **how), inputs
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    without = attention(*qkv[:3], dropout=0.0, **how)
+    assert (found[0] - without).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["flash", "varlen"])
 def test_prompts_are_gathered_within_bounds(name: BackendName, kernels: Any) -> None:
     """A prompt of 40 behind 8 short responses would be 335 keys for 55 tokens."""
@@ -142,10 +168,15 @@ def test_a_model_may_be_too_much_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -
     assert chosen(LlamaConfig(hidden_size=48, num_attention_heads=4)) == "sdpa"
     assert chosen(DeepseekV3Config()) == "sdpa"  # heads of 192 and of 128
     dropout = LlamaConfig(hidden_size=64, num_attention_heads=4, attention_dropout=0.1)
-    assert chosen(dropout) == "flash"
     same: Any = {"device": "cuda", "dtype": torch.bfloat16, "model": dropout}
-    assert "has no dropout" in str(refusal("varlen", **same))
-    assert "has no dropout" in str(refusal("flex", **same))
+    assert choose("auto", dropout=True, **same) == "flash"
+    assert choose("auto", sinks=True, **same) == "sdpa"
+    for name in ("varlen", "flex"):
+        assert "has no dropout" in str(refusal(name, dropout=True, **same))
+        assert refusal(name, dropout=False, **same) is None
+    for name in ("varlen", "flash"):
+        assert "has no attention sinks" in str(refusal(name, sinks=True, **same))
+    assert refusal("flex", sinks=True, **same) is None
 
 
 def test_varlen_wants_scale_and_window(monkeypatch: pytest.MonkeyPatch) -> None:

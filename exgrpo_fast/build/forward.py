@@ -1,0 +1,57 @@
+"""The check of the forward pass, of a config's policy and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exgrpo_fast.build.engines import end_of_sequence_ids
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.config.limits import engine_kind
+from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.rollout.engine import RolloutEngine
+from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward
+from exgrpo_fast.rollout.journal import JournalledEngine
+from exgrpo_fast.rollout.shared_engine import SharedEngine
+from exgrpo_fast.rollout.sync_check import TOLERANCE
+
+
+def prove_forward(
+    config: Config,
+    policy: Policy,
+    engine: RolloutEngine,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+) -> str:
+    """What the check of the forward pass found, as a line. ConfigError where a part of it is another
+    model's, unless train.allow_mismatch is set; every rank calls this, after the first `sync`.
+
+    An engine with arithmetic of its own agrees as far as `sync` asks.
+    """
+    tolerance, device = None, policy.device.type
+    if engine_kind(config, device) != "transformers":
+        dtype = config.model.compute_dtype(device)
+        tolerance = config.rollout.sync_tolerance or TOLERANCE[dtype]
+    try:
+        report = check_forward(
+            policy,
+            without_journal(engine),
+            prompt_ids=prompt_ids,
+            eos_token_ids=end_of_sequence_ids(policy.model.generation_config, tokenizer),
+            engine_tolerance=tolerance,
+        )
+    except ForwardMismatch as error:
+        if not config.train.allow_mismatch:
+            remedy = "--train.allow_mismatch true goes on all the same"
+            raise ConfigError(f"{error}; {remedy}") from None
+        return f"warning: {error}; train.allow_mismatch is set"
+    return str(report)
+
+
+def without_journal(engine: RolloutEngine) -> RolloutEngine:
+    """What is drawn for a check is no rollout of the run, and is not logged as one."""
+    if isinstance(engine, JournalledEngine):
+        return engine.engine
+    if isinstance(engine, SharedEngine):
+        inner = without_journal(engine.engine) if engine.engine else None
+        return SharedEngine(inner, engine.policy, engine.processes)
+    return engine

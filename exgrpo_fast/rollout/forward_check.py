@@ -1,0 +1,399 @@
+"""Proof at the start of a run that every way through the model gives the same log-probs.
+
+A few short sequences are drawn by the engine and read by the plain model, exactly as transformers
+loads it: its own attention, one sequence at a time. Held against it:
+
+    packed       the forward pass of the update: several sequences in a pack, prompts shared
+    update       the same in training mode; a difference is dropout, or noise of a router
+    engine       the log-probs with which the engine drew: left padding, a cache
+    end token    the engine stops at each end token, and at no other
+    adapter      random adapters as layers of their own, against their merged weights
+    checkpoint   what would be saved: every weight of the model, under its own name
+
+It is the same module throughout: no second copy of the weights.
+
+Legend: S sequences, N completion tokens, T tokens of one sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.heartbeat import HEARTBEAT
+from exgrpo_fast.core.types import Completion
+from exgrpo_fast.model.lora import (
+    has_adapter,
+    merged_weights,
+    random_adapter,
+    running_merged,
+)
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, inference
+from exgrpo_fast.model.tiling import decoder_layers
+from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
+
+Part = Literal["packed", "update", "engine", "end token", "adapter", "checkpoint"]
+T = TypeVar("T")
+
+BLOCK = 128  # the longest block of a kernel or a buffer that a sequence is cut into
+COMPLETION_TOKENS = 8
+# A gap is compared with what rounding the embeddings once more does to the same log-probs. Over
+# random models of 60 families the gap of a right forward pass is at most 6 times that, whatever the
+# depth: rounding at each layer adds up in squares.
+ROUNDINGS_PER_LAYER = 8.0
+# Where the model hardly amplifies its input, the rounding of the logits themselves is what is left.
+LEAST_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TENSOR_FLOAT32 = 2.0**-10  # what tensor cores keep of a float32, where a GPU uses them
+
+
+class ForwardMismatch(UserError):
+    """One way through the model is not the plain model."""
+
+    def __init__(self, family: str, part: Part, what: str) -> None:
+        super().__init__(
+            f"{family}: the forward pass is not that of the plain model ({part}: {what})"
+        )
+        self.part = part
+
+
+@dataclass(frozen=True)
+class ForwardReport:
+    """Largest mean |log-prob difference| of a sequence, by part, and what rounding explains."""
+
+    gaps: dict[str, float]
+    tolerance: float
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{part} {gap:.0e}" for part, gap in self.gaps.items())
+        return f"forward pass checked: {found}"
+
+
+class Probe(NamedTuple):
+    """Sequences whose log-probs are compared."""
+
+    prompts: list[tuple[int, ...]]  # of each sequence; two of them are the same
+    completions: list[Tensor]  # int64 [T]
+
+    def ragged(self) -> tuple[Ragged, Ragged]:
+        return Ragged.of(self.prompts), Ragged.of(self.completions)
+
+
+def check_forward(
+    policy: Policy,
+    engine: RolloutEngine | None,
+    *,
+    prompt_ids: Sequence[int],
+    eos_token_ids: Sequence[int],
+    longest: int | None = None,
+    engine_tolerance: float | None = None,
+) -> ForwardReport:
+    """ForwardMismatch with family, part and size where the parts disagree.
+
+    `prompt_ids`: of any question; `engine`: without a log around it, None = no engine here;
+    `eos_token_ids`: those of tokenizer and model; `longest`: tokens that a sequence may have;
+    `engine_tolerance`: of an engine with arithmetic of its own, such as vLLM.
+    """
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        check = _ForwardCheck(policy, prompt_ids, longest)
+        return check.run(engine, eos_token_ids, engine_tolerance)
+
+
+class _ForwardCheck:
+    def __init__(self, policy: Policy, prompt_ids: Sequence[int], longest: int | None) -> None:
+        self.policy = policy
+        self.family = str(policy.model.config.model_type)
+        self.prompts = probe_prompts(prompt_ids, longest)
+        self.sampling = Sampling(COMPLETION_TOKENS, policy.temperature)
+        self.gaps: dict[str, float] = {}
+
+    def run(
+        self,
+        engine: RolloutEngine | None,
+        eos_token_ids: Sequence[int],
+        engine_tolerance: float | None,
+    ) -> ForwardReport:
+        drawn = self._draw(engine, eos_token_ids)
+        probe = Probe(self.prompts, [completion.token_ids for completion in drawn])
+        with self.policy.as_loaded():
+            plain = plain_logprobs(self.policy, probe)
+            with rounded_embeddings(self.policy):
+                rounded = plain_logprobs(self.policy, probe)
+        tolerance = self._tolerance(gap(plain, rounded))
+
+        packed = self._attempt("packed", lambda: self._packed(probe))
+        if not self.policy.attention_calls:
+            raise ForwardMismatch(
+                self.family,
+                "packed",
+                f"its attention cannot be replaced by one that keeps the sequences of a pack apart: "
+                f"log-probs differ by {gap(packed, plain):.1e}",
+            )
+        self._compare("packed", packed, plain, tolerance, lambda: self._first_layer(probe))
+        if not self.policy.dropout:
+            trained = self._attempt("update", lambda: self._packed(probe, training=True))
+            self._compare("update", trained, plain, tolerance)
+        if engine is not None:
+            logprobs = [completion.logprobs for completion in drawn]
+            self._compare("engine", logprobs, plain, engine_tolerance or tolerance)
+        if isinstance(engine, TransformersEngine):
+            self._attempt("end token", lambda: self._check_end_tokens(engine, eos_token_ids))
+        if has_adapter(self.policy.model) and self.policy.processes.count == 1:
+            self._check_adapter(probe, tolerance)
+        self._check_checkpoint()
+        return ForwardReport(self.gaps, tolerance)
+
+    # --- parts ---
+
+    def _draw(self, engine: RolloutEngine | None, eos_token_ids: Sequence[int]) -> list[Completion]:
+        if engine is None:
+            return [
+                _made_up(len(self.policy.head.weight), seed) for seed in range(len(self.prompts))
+            ]
+        requests = [Request(prompt, seed) for seed, prompt in enumerate(self.prompts)]
+        drawn = self._attempt("engine", lambda: engine.generate(requests, self.sampling))
+        for completion in drawn:
+            self._check_end(completion, eos_token_ids)
+        return drawn
+
+    def _check_end(self, completion: Completion, eos_token_ids: Sequence[int]) -> None:
+        ends = [token in eos_token_ids for token in completion.token_ids.tolist()]
+        if any(ends[:-1]) or ends[-1] == completion.truncated:
+            raise ForwardMismatch(
+                self.family,
+                "end token",
+                f"the engine ended with token {int(completion.token_ids[-1])} or went on behind "
+                f"an end token; the end tokens are {list(eos_token_ids)}",
+            )
+
+    def _check_end_tokens(self, engine: TransformersEngine, eos_token_ids: Sequence[int]) -> None:
+        """Each of them made certain, in turn."""
+        for token in eos_token_ids:
+            with certain_token(engine.policy, token):
+                (completion,) = engine.generate([Request(self.prompts[0], 0)], self.sampling)
+            if completion.truncated or completion.token_ids.tolist() != [token]:
+                raise ForwardMismatch(
+                    self.family, "end token", f"the engine goes on behind token {token}"
+                )
+
+    def _packed(self, probe: Probe, *, training: bool = False) -> list[Tensor]:
+        score = self.policy.score_in_training_mode if training else self.policy.score
+        return [logprobs for logprobs, _ in score(*probe.ragged()).split()]
+
+    def _check_adapter(self, probe: Probe, tolerance: float) -> None:
+        model = self.policy.model
+        with random_adapter(model):
+            with inference(model), self.policy.as_loaded():
+                adapted = self._attempt("adapter", lambda: plain_logprobs(self.policy, probe))
+                with running_merged(model):
+                    merged = self._attempt("adapter", lambda: plain_logprobs(self.policy, probe))
+                with rounded_embeddings(self.policy):
+                    rounded = plain_logprobs(self.policy, probe)
+            tolerance = max(tolerance, self._tolerance(gap(adapted, rounded)))
+            self._compare("adapter", merged, adapted, tolerance)
+
+    def _check_checkpoint(self) -> None:
+        """Names and shapes of what is saved are those of the class; the rest of each is its own."""
+        fault = checkpoint_fault(self.policy.model)
+        if fault is not None:
+            raise ForwardMismatch(self.family, "checkpoint", fault)
+
+    # --- comparing ---
+
+    def _tolerance(self, one_rounding: float) -> float:
+        policy, least = self.policy, LEAST_TOLERANCE[self.policy.compute_dtype]
+        if policy.device.type == "cuda" and policy.compute_dtype == torch.float32:
+            least = TENSOR_FLOAT32
+        depth = getattr(policy.model.config, "num_hidden_layers", None) or 1
+        return max(least, ROUNDINGS_PER_LAYER * math.sqrt(depth) * one_rounding)
+
+    def _compare(
+        self,
+        part: Part,
+        found: Sequence[Tensor],
+        plain: Sequence[Tensor],
+        tolerance: float,
+        where: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.gaps[part] = size = gap(found, plain)
+        if not size <= tolerance:  # NaN as well
+            raise ForwardMismatch(
+                self.family,
+                part,
+                f"log-probs differ by {size:.1e}, rounding explains {tolerance:.0e}{where()}",
+            )
+
+    def _attempt(self, part: Part, work: Callable[[], T]) -> T:
+        """What `work` returns; what goes wrong inside a family's own code is a mismatch."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            raise
+        except UserError as error:
+            if isinstance(error, ForwardMismatch):
+                raise
+            raise ForwardMismatch(self.family, part, str(error)) from None
+        except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
+            raise ForwardMismatch(self.family, part, _first_line(error)) from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ForwardMismatch(self.family, part, _first_line(error)) from error
+
+    def _first_layer(self, probe: Probe) -> str:
+        """The first decoder layer whose output is another, as the end of a sentence."""
+        policy = self.policy
+        try:
+            with recorded_layers(policy) as packed:
+                policy.score(*probe.ragged())
+            with recorded_layers(policy) as plain, policy.as_loaded():
+                plain_logprobs(policy, probe)
+        except Exception:  # of a part of the message alone
+            return ""
+        # The longest sequence is the first of its pack, and has no neighbour before it; so all
+        # tokens are compared as a set: sorted by the sum of each state.
+        for number, (ours, theirs) in enumerate(zip(packed, plain, strict=False)):
+            if not _same_states(ours, theirs):
+                return f", from layer {number} on"
+        return ""
+
+
+def _same_states(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
+    """Whether every state of the packed pass is one of the plain pass, up to rounding."""
+    ours, theirs = torch.cat(list(packed)), torch.cat(list(plain))
+    return float(torch.cdist(ours, theirs).amin(-1).max()) <= 1e-2 * float(
+        theirs.norm(dim=-1).mean()
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+# --- probes and passes ----------------------------------------------------------------------------
+
+
+def probe_prompts(prompt_ids: Sequence[int], longest: int | None = None) -> list[tuple[int, ...]]:
+    """Four prompts: one twice, a shorter one (padded at the left), and one longer than a block."""
+    ids = list(prompt_ids)
+    room = BLOCK + 21 if longest is None else max(1, min(BLOCK + 21, longest - COMPLETION_TOKENS))
+    usual, short = ids[: min(12, room)], ids[-min(5, room) :]
+    repeated = (ids * (room // len(ids) + 1))[:room]
+    return [tuple(usual), tuple(usual), tuple(short), tuple(repeated)]
+
+
+def _made_up(vocabulary: int, seed: int) -> Completion:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (COMPLETION_TOKENS,), generator=generator)
+    return Completion(ids, torch.zeros(COMPLETION_TOKENS), truncated=True)
+
+
+def gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest mean |difference| of a sequence."""
+    pairs = zip(found, expected, strict=True)
+    return max(float((a.float().cpu() - b.float().cpu()).abs().mean()) for a, b in pairs)
+
+
+@torch.no_grad()
+def plain_logprobs(policy: Policy, probe: Probe) -> list[Tensor]:
+    """float32 [T] of each sequence: the model's own logits, one sequence at a time."""
+    found = []
+    with inference(policy.model), policy.autocast(), policy.passes():
+        for prompt, completion in zip(probe.prompts, probe.completions, strict=True):
+            HEARTBEAT.beat()
+            ids = torch.tensor([[*prompt, *completion.tolist()]], device=policy.device)
+            logits_TV = _logits(policy, ids)[0, len(prompt) - 1 : -1]
+            logprobs_TV = (logits_TV.float() / policy.temperature).log_softmax(-1)
+            found.append(logprobs_TV.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
+    return found
+
+
+def _logits(policy: Policy, ids_1T: Tensor) -> Tensor:
+    model: Any = policy.model
+    if policy.processes.count == 1:
+        return model(input_ids=ids_1T, use_cache=False).logits
+    # A sharded head is part of no forward pass: `passes` gathers it.
+    hidden_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+    weight, bias, softcap = policy.head_for(hidden_1TD)
+    logits = torch.nn.functional.linear(hidden_1TD.to(weight.dtype), weight, bias)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+@contextmanager
+def rounded_embeddings(policy: Policy) -> Iterator[None]:
+    """Inside, the embeddings are off by half a unit in the last place of the compute dtype."""
+    half = torch.finfo(policy.compute_dtype).eps / 2
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: Any, inputs: Any, out: Tensor) -> Tensor:
+        signs = torch.randint(2, out.shape, generator=generator).to(out.device, out.dtype) * 2 - 1
+        return out * (1 + half * signs)
+
+    with hooked(policy.model.get_input_embeddings(), move):
+        yield
+
+
+@contextmanager
+def certain_token(policy: Policy, token: int) -> Iterator[None]:
+    """Inside, the head gives `token` all of the probability."""
+
+    def prefer(module: Any, inputs: Any, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., token] = 1e4
+        return logits
+
+    with hooked(policy.model.get_output_embeddings(), prefer):
+        yield
+
+
+@contextmanager
+def hooked(module: Any, hook: Callable[[Any, Any, Tensor], Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recorded_layers(policy: Policy) -> Iterator[list[list[Tensor]]]:
+    """Inside, the states [tokens, D] behind each decoder layer, pass after pass, are kept."""
+    layers = decoder_layers(policy.model)
+    kept: list[list[Tensor]] = [[] for _ in layers]
+    with ExitStack() as stack:
+        for states, layer in zip(kept, layers, strict=True):
+
+            def keep(module: Any, inputs: Any, out: Any, states: list[Tensor] = states) -> Any:
+                first = out[0] if isinstance(out, tuple) else out
+                states.append(first.detach().float().flatten(0, -2).cpu())
+                return out
+
+            stack.enter_context(hooked(layer, keep))
+        yield kept
+
+
+# --- checkpoint -----------------------------------------------------------------------------------
+
+
+def checkpoint_fault(model: Any) -> str | None:
+    """What a checkpoint of `model` would lack or have too much of, by names and shapes; or None.
+
+    Expected is what the model's class makes of its config, on no device.
+    """
+    with torch.device("meta"):
+        shell = type(model)(copy.deepcopy(model.config))
+    expected = {name: tuple(weight.shape) for name, weight in shell.state_dict().items()}
+    saved = {n: tuple(weight.shape) for n, weight in merged_weights(model, tied=True)}
+    for name in sorted(expected.keys() | saved.keys()):
+        if saved.get(name) != expected.get(name):
+            return f"{name} would be saved as {saved.get(name)}, and is {expected.get(name)}"
+    return None

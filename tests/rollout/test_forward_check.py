@@ -1,0 +1,285 @@
+"""The check of the forward pass: right models pass, and a fault seeded in any part is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+
+from exgrpo_fast.cli import main
+from exgrpo_fast.model import lora, policy
+from exgrpo_fast.model.attention import sdpa
+from exgrpo_fast.model.policy import Policy
+from exgrpo_fast.rollout import forward_check
+from exgrpo_fast.rollout.forward_check import ForwardMismatch, ForwardReport, check_forward
+from exgrpo_fast.rollout.hf import decoding
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
+
+PROMPT, EOS = tuple(range(5, 45)), [2]
+SHARED: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def qwen3() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=16, attention_dropout=0.1))
+
+
+def gemma3() -> PreTrainedModel:
+    """Sliding windows, a softcapped and tied head."""
+    layers = ["sliding_attention", "full_attention"]
+    more: dict[str, Any] = {"head_dim": 16, "sliding_window": 8, "layer_types": layers}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHARED, **more, final_logit_softcapping=20.0))
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Attention sinks, sliding windows, experts."""
+    more: dict[str, Any] = {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4}
+    model = GptOssForCausalLM(GptOssConfig(**SHARED, **more, num_experts_per_tok=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.uniform_(-1.0, 2.0)
+    return model
+
+
+def gpt2() -> PreTrainedModel:
+    """Learned positions, Conv1D layers, dropout of three kinds."""
+    more: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 2, "n_positions": 256}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, **more))
+
+
+def stablelm() -> PreTrainedModel:
+    """Attention of its own, which takes no notice of a pack."""
+    return StableLmForCausalLM(StableLmConfig(**SHARED))
+
+
+def made(make: Callable[[], PreTrainedModel], *, adapter: bool = False, **settings: Any) -> Policy:
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():  # as large as after training: attention then has a say
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    if adapter:
+        lora.add_adapter(model, rank=4, alpha=8.0)
+    return Policy(model, **settings)
+
+
+def checked(policy: Policy, *, eos: list[int] = EOS) -> ForwardReport:
+    engine = TransformersEngine(policy, eos_token_ids=eos, pad_token_id=0)
+    return check_forward(policy, engine, prompt_ids=PROMPT, eos_token_ids=EOS)
+
+
+def fault_in(policy: Policy, **options: Any) -> str:
+    with pytest.raises(ForwardMismatch) as found:
+        checked(policy, **options)
+    assert str(found.value).startswith(f"{policy.model.config.model_type}: ")
+    return found.value.part
+
+
+# --- right models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [qwen3, gemma3, gpt_oss, gpt2])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_right_models_pass(make: Callable[[], PreTrainedModel], adapter: bool) -> None:
+    policy = made(make, adapter=adapter)
+    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    report = checked(policy)
+    assert set(report.gaps) == {"packed", "update", "engine"} | ({"adapter"} if adapter else set())
+    assert max(report.gaps.values()) < 2e-6 and report.tolerance < 1e-4
+    assert str(report).startswith("forward pass checked: packed ")
+    after = policy.model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert torch.equal(random_state, torch.get_rng_state()), "the run would go another way"
+    assert policy.model.training and policy.model.config._attn_implementation == "exgrpo_packed"
+
+
+def test_bfloat16_is_allowed_its_rounding() -> None:
+    report = checked(made(qwen3, compute_dtype=torch.bfloat16))
+    assert 1e-4 < report.gaps["packed"] < report.tolerance < 0.3
+
+
+# --- seeded faults --------------------------------------------------------------------------------
+
+
+def test_a_dropped_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of a pack read those before them."""
+
+    def causal(
+        query: Any, key: Any, value: Any, *, scaling: Any, sinks: Any = None, **_: Any
+    ) -> Any:
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setitem(policy.BACKENDS, "sdpa", lambda layout, device: causal)  # type: ignore
+    assert fault_in(made(qwen3)) == "packed"
+
+
+def test_shifted_positions_in_a_pack_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = policy.pack
+
+    def shifted(*args: Any, **options: Any) -> Any:
+        made = pack(*args, **options)
+        starts = [int(p.layout.prompt_lengths[0]) for p in made]
+        moved = [
+            p.position_ids + (torch.arange(len(p.position_ids)) >= s)
+            for p, s in zip(made, starts, strict=True)
+        ]
+        return [replace(p, position_ids=m) for p, m in zip(made, moved, strict=True)]
+
+    monkeypatch.setattr(policy, "pack", shifted)
+    assert fault_in(made(qwen3)) == "packed"
+
+
+def test_shifted_positions_behind_padding_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = decoding._Forward.__init__
+
+    def without_positions(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.takes_positions = False
+
+    monkeypatch.setattr(decoding._Forward, "__init__", without_positions)
+    assert fault_in(made(gpt2)) == "engine"
+
+
+@pytest.mark.parametrize("where", ["exgrpo_fast.model.attention.sdpa", "interface"])
+def test_a_dropped_sink_is_found(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = sdpa.attend_with_sinks
+
+    def without(query: Any, key: Any, value: Any, sinks: Any, **options: Any) -> Any:
+        return attend(query, key, value, torch.full_like(sinks, -1e4), **options)
+
+    module = where if "." in where else f"exgrpo_fast.model.attention.{where}"
+    monkeypatch.setattr(f"{module}.attend_with_sinks", without)
+    assert fault_in(made(gpt_oss)) == ("engine" if where == "interface" else "packed")
+
+
+@pytest.mark.parametrize("make", [qwen3, gpt2])
+def test_a_transposed_adapter_is_found(
+    make: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = lora._delta
+
+    def transposed(layer: Any) -> Any:
+        right = delta(layer)
+        return right.T if right.shape[0] == right.shape[1] else right
+
+    monkeypatch.setattr(lora, "_delta", transposed)
+    assert fault_in(made(make, adapter=True)) == "adapter"
+
+
+def test_dropout_in_the_update_is_found() -> None:
+    subject = made(qwen3)
+    for layer in subject.model.base_model.layers:  # pyright: ignore
+        layer.self_attn.attention_dropout = 0.1  # pyright: ignore
+    assert fault_in(subject) == "update"
+    subject.dropout = True  # as model.dropout asks for it
+    assert "update" not in checked(subject).gaps
+
+
+@pytest.mark.parametrize("eos", [[5], [5, 2], []])
+def test_a_wrong_end_token_is_found(eos: list[int]) -> None:
+    """One that is not the model's, or none: the first is seen where a completion ends with it."""
+    subject = made(qwen3)
+    with torch.no_grad():
+        subject.head.weight[5] *= 0.0
+        subject.head.weight[5] += 0.05
+    if eos == [5, 2]:
+        with torch.no_grad():  # the token that is drawn first, whatever it is, is an end token
+            engine = TransformersEngine(subject, eos_token_ids=[2], pad_token_id=0)
+            (first,) = engine.generate(
+                [forward_check.Request(PROMPT[:12], 0)], forward_check.Sampling(1)
+            )
+        eos = [int(first.token_ids[0]), 2]
+    assert fault_in(subject, eos=eos) == "end token"
+
+
+def test_an_incomplete_checkpoint_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = forward_check.merged_weights
+
+    def without_one(*args: Any, **options: Any) -> Iterator[Any]:
+        return ((n, w) for n, w in whole(*args, **options) if not n.endswith("o_proj.weight"))
+
+    monkeypatch.setattr(forward_check, "merged_weights", without_one)
+    assert fault_in(made(qwen3, adapter=True)) == "checkpoint"
+
+
+def test_attention_that_cannot_be_replaced_is_found() -> None:
+    with pytest.raises(ForwardMismatch, match=r"stablelm: .* \(packed: its attention cannot be"):
+        checked(made(stablelm))
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stablelm_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = SHARED | {"vocab_size": len(tokenizer), "eos_token_id": 1}
+    config = StableLmConfig(**sizes)
+    path = tmp_path / "stablelm"
+    StableLmForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def train(folder: Path, tmp_path: Path, *more: str) -> int:
+    tmp_path.mkdir(exist_ok=True)
+    rows = [{"prompt": f"{i} + 1?", "answer": "3"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"""train grpo --model.name {folder} --data.train {tmp_path / "rows.jsonl"}
+        --out {tmp_path / "run"} --data.check_answers false --rollout.prompts_per_step 2
+        --rollout.group_size 2 --rollout.max_completion_tokens 8 --train.max_steps 1
+        --reward.workers 1 --device cpu --no-supervise""".split()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, *more])
+    return int(ended.value.code or 0)
+
+
+def test_train_ends_in_one_line_or_goes_on_where_it_is_told_to(
+    stablelm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(stablelm_folder, tmp_path / "refused") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "exgrpo-fast:" in line]
+    assert "stablelm: the forward pass is not that of the plain model (packed: " in line
+    assert line.endswith("--train.allow_mismatch true goes on all the same")
+    assert train(stablelm_folder, tmp_path / "allowed", "--train.allow_mismatch", "true") == 0
+    assert "warning: stablelm" in "".join(capsys.readouterr())
+
+
+def test_train_says_what_it_found(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(model_folder, tmp_path / "run") == 0
+    assert "forward pass checked: packed " in "".join(capsys.readouterr())
