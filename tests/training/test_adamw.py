@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from exgrpo_fast.build.run import restore_run
 from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state
+from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.training.optim.adamw import OptimiserError, flatten, make_adamw, restore
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.trainer import Trainer
@@ -104,6 +105,33 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptimiserError, match="needs torchao: pip install 'exgrpo-fast.optim8.'"):
         make_adamw("adamw_8bit", weights(), **SAME)
+
+
+# --- the residual of flash_adamw ---
+
+
+def test_any_residual_goes_through_a_checkpoint(tmp_path: Path) -> None:
+    """flashoptim views its 16 bits as bfloat16, where 256 of the 65,536 patterns are not finite."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    weight = nn.Parameter(torch.ones(2**16, dtype=torch.bfloat16))
+    state = {0: {"step": torch.tensor(1.0), "error_bits": bits.view(torch.bfloat16)}}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    writer = CheckpointWriter(checkpoints, NoModel())
+    path = writer.finish(1, {"learner": {"optimiser": {"moments": flatten(state)}}})
+
+    optimiser = torch.optim.AdamW([weight])
+    restore(optimiser, load_state(path)["learner"]["optimiser"]["moments"], [weight])
+    assert torch.equal(optimiser.state[weight]["error_bits"].view(torch.int16), bits)
+
+
+class NoModel:
+    """A model folder without weights."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def write(self, folder: Path, tensors: Any) -> None:
+        folder.mkdir(exist_ok=True)
 
 
 # --- 8-bit moments --------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from exgrpo_fast.core.errors import UserError
 
 Kind = Literal["adamw", "flash_adamw", "adamw_8bit"]
 _PACKAGES = {"flash_adamw": "flashoptim", "adamw_8bit": "torchao"}
+# flashoptim hands out its residual as bits of the weight's dtype: one pattern in 256 is no finite number
+RESIDUAL = "error_bits"
 PLAIN_BFLOAT16 = (
     "plain bfloat16 weights do not learn at the learning rates of RL: at 1e-6 about 98 % of the "
     "updates of a step are below half a step of the dtype and are rounded away"
@@ -102,9 +104,12 @@ def repeatable(optimiser: torch.optim.Optimizer, update: int):
 
 
 def flatten(state: Any) -> Any:
-    """A nested state in which every tensor is a plain tensor or a DTensor."""
+    """A nested state in which every tensor is a plain tensor or a DTensor, and bits are integers."""
     if isinstance(state, Mapping):
-        return {str(key): flatten(value) for key, value in state.items()}
+        return {
+            str(key): value.view(torch.int16) if key == RESIDUAL else flatten(value)
+            for key, value in state.items()
+        }
     if not isinstance(state, DTensor) and hasattr(state, "__tensor_flatten__"):
         parts, _ = state.__tensor_flatten__()
         return {"quantised": {part: getattr(state, part) for part in parts}}
@@ -130,7 +135,8 @@ def _unflatten(
     optimiser: torch.optim.Optimizer, key: str, value: Any, parameter: nn.Parameter
 ) -> Any:
     if isinstance(value, Tensor):
-        return shard_like(value, parameter)
+        found = shard_like(value, parameter)
+        return found.view(parameter.dtype) if key == RESIDUAL else found
     if not (isinstance(value, Mapping) and value.keys() == {"quantised"}):
         return value
     maker: Any = optimiser
