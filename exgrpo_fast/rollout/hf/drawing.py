@@ -47,16 +47,28 @@ def invert_cdf(weights_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     sum over the vocabulary costs many times as much as a sum.
     """
     sums_Bn = _block_sums(weights_BV)
-    cdf_Bn = sums_Bn.cumsum(dim=-1)
+    cdf_Bn = running_sum(sums_Bn)
     point_B = _below(uniform_B * cdf_Bn[:, -1], cdf_Bn[:, -1])
     block_B = _first_above(cdf_Bn, point_B)
     before_B = _pick(cdf_Bn, block_B) - _pick(sums_Bn, block_B)
     tokens_Bb = block_B[:, None] * BLOCK + torch.arange(BLOCK, device=weights_BV.device)
     last = weights_BV.shape[1] - 1
     inside_Bb = weights_BV.gather(1, tokens_Bb.clamp(max=last)).masked_fill(tokens_Bb > last, 0.0)
-    cdf_Bb = inside_Bb.cumsum(dim=-1)
+    cdf_Bb = running_sum(inside_Bb)
     place_B = _first_above(cdf_Bb, _below((point_B - before_B).clamp(min=0.0), cdf_Bb[:, -1]))
     return (block_B * BLOCK + place_B).clamp(max=last), sums_Bn.sum(dim=-1)
+
+
+def running_sum(values_Bn: Tensor) -> Tensor:
+    """The cumulative sum of each row. CUDA has no deterministic one of floats: where one is asked
+    for, log2(n) rounds of additions in a fixed order (Hillis and Steele 1986)."""
+    if not (values_Bn.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return values_Bn.cumsum(dim=-1)
+    sums_Bn, reach = values_Bn, 1
+    while reach < values_Bn.shape[1]:
+        sums_Bn = sums_Bn + torch.nn.functional.pad(sums_Bn[:, :-reach], (reach, 0))
+        reach *= 2
+    return sums_Bn
 
 
 def _block_sums(weights_BV: Tensor) -> Tensor:
@@ -83,7 +95,7 @@ def keep_nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:
     if top_p >= 1.0:
         return logprobs_BV
     sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True)
-    before_BV = sorted_BV.exp().cumsum(dim=-1) - sorted_BV.exp()
+    before_BV = running_sum(sorted_BV.exp()) - sorted_BV.exp()
     dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool)
     dropped_BV.scatter_(1, order_BV, before_BV >= top_p)
     return logprobs_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(dim=-1)
