@@ -100,3 +100,12 @@ def test_light_rooms_do_not_load_torch() -> None:
 def test_the_kernels_stand_alone() -> None:
     for path in ROOT.glob("kernels/**/*.py"):
         assert "exgrpo_fast" not in path.read_text(), path
+
+
+def test_httpx2_is_imported_where_a_server_is_used() -> None:
+    """Training by the engine in its own process needs none."""
+    serving = {"rollout/server/process.py"}  # itself imported inside functions
+    for path in (ROOT / "exgrpo_fast").glob("**/*.py"):
+        if str(path.relative_to(ROOT / "exgrpo_fast")) not in serving:
+            imported = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]
+            assert "httpx2" not in {alias.name for n in imported for alias in n.names}, path

@@ -15,11 +15,13 @@ import random
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeVar
-
-import httpx2
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from exgrpo_fast.core.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx2
 
 MAX_WAIT_SECONDS = 60.0  # between two attempts, whatever the server asks for
 _LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # may go well a moment later
@@ -71,10 +73,11 @@ class Endpoint:
 
     def client(self) -> httpx2.AsyncClient:
         """Belongs to the event loop in which it is first used."""
-        return httpx2.AsyncClient(
+        http = _httpx2()
+        return http.AsyncClient(
             headers=self._headers,
             timeout=self._timeout,
-            limits=httpx2.Limits(max_connections=None),  # the caller bounds them
+            limits=http.Limits(max_connections=None),  # the caller bounds them
             follow_redirects=False,  # the key is for this host
         )
 
@@ -110,12 +113,13 @@ class Endpoint:
         expected: str,
     ) -> T | _Failure:
         content = None if payload is None else json.dumps(payload()).encode()
+        http = _httpx2()
         try:
             async with asyncio.timeout(self._timeout):
                 status, retry_after, body = await self._send(client, route, content)
-        except (TimeoutError, httpx2.TimeoutException):
+        except (TimeoutError, http.TimeoutException):
             return _Failure(f"no answer within {self._timeout:g} s")
-        except httpx2.HTTPError as error:
+        except http.HTTPError as error:
             return _Failure(f"{type(error).__name__}: is the server up, and the base URL right?")
         if status != 200:
             what = f"status {status}: {self._advise(status)}"
@@ -163,11 +167,21 @@ class _Failure(NamedTuple):
     retry_after: float = 0.0  # seconds
 
 
-def checked_url(base_url: str) -> str:
+def _httpx2() -> ModuleType:
+    """Imported where a server is used: training alone does without it."""
     try:
-        url = httpx2.URL(base_url)
-    except (httpx2.InvalidURL, TypeError):
-        url = httpx2.URL("")
+        import httpx2
+    except ModuleNotFoundError:
+        raise EndpointError("needs httpx2: pip install 'exgrpo-fast[train]'") from None
+    return httpx2
+
+
+def checked_url(base_url: str) -> str:
+    http = _httpx2()
+    try:
+        url = http.URL(base_url)
+    except (http.InvalidURL, TypeError):
+        url = http.URL("")
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65_535:
         raise EndpointError("the base URL has to look like https://host/v1")
     if url.userinfo or url.query or url.fragment:  # it is printed in messages

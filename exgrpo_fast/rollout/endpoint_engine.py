@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import httpx2
 import torch
 
 from exgrpo_fast.core.errors import UserError
@@ -26,6 +25,9 @@ from exgrpo_fast.rollout.engine import (
     Request,
     Sampling,
 )
+
+if TYPE_CHECKING:
+    import httpx2
 
 MAX_BODY_BYTES = 64 << 20  # 32k tokens with their log-probs take about 5
 MAX_CONCURRENCY = 128  # no faster above it; vLLM queues what it cannot run side by side
