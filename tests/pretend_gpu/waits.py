@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 OURS = Path(__file__).resolve().parent
@@ -70,15 +71,20 @@ class Waits:
 
 def place_of_caller() -> str:
     """The innermost frame of the repository outside of the pretence, or of all where there is none."""
-    frames = [f for f in traceback.extract_stack() if not _is_pretence(Path(f.filename))]
-    inside = [
-        f for f in frames if Path(f.filename).is_relative_to(ROOT) and "/.venv" not in f.filename
-    ]
-    frame = (inside or frames)[-1]
-    path = Path(frame.filename)
-    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    return f"{name}:{frame.lineno} {frame.name}"
+    frame, innermost = sys._getframe(1), None
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not _is_pretence(path):
+            innermost = innermost or frame
+            if path.startswith(f"{ROOT}/") and "/.venv" not in path:
+                innermost = frame
+                break
+        frame = frame.f_back
+    assert innermost is not None
+    path, code = innermost.f_code.co_filename, innermost.f_code
+    return f"{path.removeprefix(f'{ROOT}/')}:{innermost.f_lineno} {code.co_name}"
 
 
-def _is_pretence(path: Path) -> bool:
-    return path.parent == OURS and not path.name.startswith("test_")
+@cache
+def _is_pretence(path: str) -> bool:
+    return Path(path).parent == OURS and not Path(path).name.startswith("test_")
