@@ -1,52 +1,54 @@
 #!/usr/bin/env bash
-# Everything a GPU is wanted for, in about nine minutes: is it right, is it safe, how fast is it?
+# Everything a GPU is wanted for, in about nine minutes, what decides most first.
 #
-#   bash bench/gpu.sh [RESULTS]      default: bench/results/<device>
+#   bash bench/gpu.sh OUT [SECONDS=520]
 #
-# Each step has its own limit and its own log, and a step that fails stops no other; the last lines
-# say which steps passed. Needs torch, triton, pytest and hypothesis, and nothing of the trainer.
+# Leaves results.jsonl (a line a measurement, written at once), log.txt and machine.txt in OUT, and
+# tables.md, which `report_gpu.py` makes of them. A stage that fails or outstays its time stops no
+# other. Needs torch, triton and pytest; peers and the trainer are measured where they are installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=kernels PYTHONUNBUFFERED=1
+out=${1:?the folder of the results} limit=${2:-520}
+mkdir -p "$out"
+export PYTHONPATH=kernels:.:${PYTHONPATH:-} PYTHONUNBUFFERED=1
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.tcache}
 unset TRITON_INTERPRET
 python=${PYTHON:-python3}
-device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || {
-    echo "bench/gpu.sh: no CUDA device" >&2
-    exit 2
-}
-results=${1:-bench/results/$device}
-mkdir -p "$results"
-summary=()
 
-step() { # step NAME SECONDS COMMAND...
-    local name=$1 limit=$2 code=0 began=$SECONDS
+stage() { # stage NAME SECONDS COMMAND...; an interrupt first, so that Python says what it knows
+    local name=$1 seconds=$2 code=0 began=$SECONDS left=$((limit - SECONDS - 10))
     shift 2
-    timeout "$limit" "$@" >"$results/$name.log" 2>&1 || code=$?
-    summary+=("$(printf '%-12s exit %3d  %4d s' "$name" "$code" $((SECONDS - began)))")
-    echo "== ${summary[-1]}"
-    tail -n 12 "$results/$name.log"
+    if ((left < 20)); then
+        echo "== $name: no time left" | tee -a "$out/log.txt"
+        return
+    fi
+    ((seconds > left)) && seconds=$left
+    timeout -s INT -k 10 "$seconds" "$@" >>"$out/log.txt" 2>&1 || code=$?
+    echo "== $name: exit $code after $((SECONDS - began)) s" | tee -a "$out/log.txt"
 }
 
+measure() { # measure SECONDS STAGE...
+    local seconds=$1
+    shift
+    stage "$*" "$seconds" "$python" bench/gpu.py "$@" --out "$out" --seconds $((seconds - 10))
+}
+
+{
+    nvidia-smi
+    "$python" -m pip list 2>/dev/null
+} >"$out/machine.txt" 2>&1
+measure 150 ceilings correct safe
+measure 120 ratios tiles
+measure 80 rows
 # tests/conftest.py builds models with the trainer; the kernels' tests need none of it
-tests=("$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/kernels -m "not slow")
-step tests 120 "${tests[@]}" tests/kernels/test_gpu.py
-step first 90 "$python" bench/first_measurements.py --out "$results"
-for hidden in 1536 2048 3584 4096; do
-    step "loss-d$hidden" 40 "$python" bench/loss.py --device cuda --dtype bfloat16 --vocab 151936 \
-        --tokens 8192 --hidden "$hidden" --repeats 5 --out "$results" --name "loss-d$hidden"
-done
-for tokens in 512 2048; do
-    step "loss-t$tokens" 30 "$python" bench/loss.py --device cuda --dtype bfloat16 --vocab 151936 \
-        --tokens "$tokens" --hidden 2048 --repeats 5 --out "$results" --name "loss-t$tokens"
-done
-step random 30 "$python" bench/loss.py --device cuda --dtype bfloat16 --vocab 151936 --tokens 2048 \
-    --hidden 2048 --inputs random --repeats 5 --out "$results" --name loss-random
+stage tests 90 "$python" -m pytest -q -x --tb=line -p no:cacheprovider --confcutdir=tests/kernels \
+    -m gpu tests/kernels/test_gpu.py -k "reduced or random"
 if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "${tests[@]}" tests/kernels/test_gpu.py -k reduced
-    done
-else
-    summary+=("memcheck, racecheck: compute-sanitizer is not there")
+    # our kernels alone: with PyTorch's own under its eye it would take many minutes
+    stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        --kernel-regex kns=_kernel "$python" bench/gpu.py safe --small --out "$out/../memcheck" --seconds 45
 fi
-printf '%s\n' "" "${summary[@]}"
+measure 120 trainer
+touch "$out/results.jsonl"
+"$python" bench/report_gpu.py "$out/results.jsonl" >"$out/tables.md" 2>>"$out/log.txt"
+cat "$out/tables.md"

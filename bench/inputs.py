@@ -68,7 +68,13 @@ def realistic_head(tokens: int, vocab: int, hidden: int, generator: torch.Genera
 
 
 def make_batch(arguments: argparse.Namespace) -> Batch:
-    generator = torch.Generator().manual_seed(arguments.seed)
+    """Drawn on the device: one CPU thread takes a minute for 8,192 tokens of a 152k vocabulary."""
+    with torch.device(arguments.device):
+        return _draw(arguments)
+
+
+def _draw(arguments: argparse.Namespace) -> Batch:
+    generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
     tokens, vocab = arguments.tokens, arguments.vocab
     if arguments.inputs == "realistic":
         hidden, weight = realistic_head(tokens, vocab, arguments.hidden, generator)
@@ -76,7 +82,7 @@ def make_batch(arguments: argparse.Namespace) -> Batch:
         hidden = torch.randn(tokens, arguments.hidden, generator=generator)
         weight = torch.randn(vocab, arguments.hidden, generator=generator)
         weight /= math.sqrt(arguments.hidden)
-    dtype, device = DTYPES[arguments.dtype], arguments.device
+    dtype = DTYPES[arguments.dtype]
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     targets = torch.cat(
         [
@@ -96,7 +102,6 @@ def make_batch(arguments: argparse.Namespace) -> Batch:
         behaviour,
         torch.full((tokens,), 1.0 / tokens),
     )
-    batch = Batch(*(t.to(device) for t in batch))
     batch.hidden.requires_grad_()
     batch.weight.requires_grad_()
     return batch

@@ -8,7 +8,7 @@
    per tile, or as one value per row along the mean of W. Density and error of dX and dW of each.
 2. Break-even. Time of the gathered products of plain PyTorch beside the dense ones, over densities
    of random bitmaps: where `runtime.BREAK_EVEN_DENSITY` of a CPU comes from.
-The results are JSON and a figure; on a GPU the second part is `first_measurements.py`'s.
+The results are JSON and a figure; on a GPU the second part is `gpu.py tiles`.
 """
 
 import argparse
