@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from exgrpo_kernels import PolicyObjective, linear_policy_loss, rowwise, runtime, sparse_backward
 from exgrpo_kernels.linear_head import RowInputs
-from exgrpo_kernels.objective import loss_columns
+from exgrpo_kernels.objective import LossColumns
 
 Found = dict[str, Any]
 LOW, HIGH = torch.bfloat16, torch.float32
@@ -286,6 +287,7 @@ def safe(recorder: Recorder, sizes: Sizes) -> None:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """What PyTorch allocates is full of NaN."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -362,10 +364,8 @@ def rows(recorder: Recorder, sizes: Sizes) -> None:
     count, vocab = sizes.sweep_rows, sizes.vocab
     ones = torch.ones(count, device="cuda")
     objective = PolicyObjective()
-    given = {"advantages": ones, "behaviour_logprobs": -12 * ones, "weights": ones}
-    absent = dict.fromkeys(("shaping", "ref_logprobs", "sequence_ids"))
-    columns = loss_columns(objective, count, HIGH, ones.device, **given, **absent)
-    inputs = RowInputs(torch.randint(vocab, (count,), device="cuda"), None, None, 1.0, None)
+    columns = LossColumns(ones, -12 * ones, ones).checked(objective, count, HIGH, ones.device)
+    inputs = RowInputs(torch.randint(vocab, (count,), device="cuda"))
 
     def rates(logits: Tensor, block: int, warps: int, programs: int) -> Found:
         kernel = rowwise.TritonRows(logits.clone(), operand_dtype=LOW)

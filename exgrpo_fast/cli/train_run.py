@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,8 @@ def train_run(
         faulthandler.enable(file=folder.log.open("a"))
     try:
         if deterministic:
+            # cuBLAS is deterministic with workspaces of fixed sizes alone, read at its first call
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         with joined(rank, device, deadline=deadline) as processes:
             found = processes.run_on_rank0(

@@ -6,6 +6,7 @@ Blas.cpp). What an operation on a real GPU refuses is refused here; what stops t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cache
@@ -189,6 +190,12 @@ def _check_determinism(func: Any, args: Any) -> None:
 def _check_product(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """cuBLAS: one floating dtype for both factors; with `out_dtype` Blas.cpp's own rules."""
     bias, a, b = _operands(func, args)
+    workspaces = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if torch.are_deterministic_algorithms_enabled() and workspaces not in (":4096:8", ":16:8"):
+        raise RuntimeError(
+            f"Deterministic behavior was enabled [...] you must set an environment variable "
+            f"before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG: {place_of_caller()}"
+        )
     if a.dtype != b.dtype:
         raise RuntimeError(
             f"{func}: expected mat1 and mat2 to have the same dtype: {place_of_caller()}"

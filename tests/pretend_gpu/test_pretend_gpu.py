@@ -65,13 +65,20 @@ def test_out_dtype_follows_the_rules_of_the_blas(gpu: PretendGpu) -> None:
         torch.mm(a, a.t(), out_dtype=torch.float32, out=torch.empty(2, 2, device="cuda").half())
 
 
-def test_refuses_what_has_no_deterministic_version(gpu: PretendGpu) -> None:
+def test_refuses_what_has_no_deterministic_version(
+    gpu: PretendGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = device_values()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match="deterministic implementation"):
             values.cumsum(0)
         assert values.long().cumsum(0).cpu().tolist() == [0, 1, 3, 6, 10, 15]
+        with pytest.raises(RuntimeError, match="CUBLAS_WORKSPACE_CONFIG"):
+            values[None] @ values[:, None]
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        assert float(values[None] @ values[:, None]) == 55
     finally:
         torch.use_deterministic_algorithms(False)
 
