@@ -155,15 +155,23 @@ def test_the_store_is_saved_and_resumed(tmp_path: Path) -> None:
     trainer.train()
     folder = tmp_path / "checkpoint-6"
     assert (folder / STATE_FILE).exists()
-    again = replay_trainer(tmp_path, max_steps=6)  # nothing is left to train
+    again = replay_trainer(tmp_path, max_steps=8)
+    loaded: list[tuple[torch.Tensor, int, list]] = []
+    original = again._generate_and_score_completions
+
+    def record(inputs):
+        state = again.store.bucket.clone(), again.store.num_trajectories, list(again._questions)
+        loaded.append(state)
+        assert again.replay_active
+        return original(inputs)
+
+    again._generate_and_score_completions = record  # type: ignore[method-assign]
     again.train(resume_from_checkpoint=str(folder))
-    assert len(again.store) == len(trainer.store) > 0
-    assert torch.equal(again.store.bucket, trainer.store.bucket)
-    assert again._questions == trainer._questions
-    assert again.replay_active
-    longer = replay_trainer(tmp_path, max_steps=8)
-    longer.train(resume_from_checkpoint=str(folder))
-    assert longer.state.global_step == 8
+    bucket, num_trajectories, questions = loaded[0]
+    assert torch.equal(bucket, trainer.store.bucket)
+    assert num_trajectories == trainer.store.num_trajectories > 0
+    assert questions == trainer._questions
+    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize(
