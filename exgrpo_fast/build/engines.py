@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from exgrpo_fast.build.environment import config_digest
 from exgrpo_fast.build.models import make_plain_policy
-from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
-from exgrpo_fast.config.limits import engine_kind
+from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.memory.engine import EnginePlan, engine_plan

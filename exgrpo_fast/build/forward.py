@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exgrpo_fast.build.engines import end_of_sequence_ids
-from exgrpo_fast.config import Config, ConfigError
-from exgrpo_fast.config.limits import engine_kind
+from exgrpo_fast.config import Config, ConfigError, engine_kind
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from exgrpo_fast import __version__
-from exgrpo_fast.cli.arguments import Parser, suggest
+from exgrpo_fast.cli.arguments import Parser
 from exgrpo_fast.cli.bench import add_bench
 from exgrpo_fast.cli.buffer import add_buffer
 from exgrpo_fast.cli.check_data import add_check_data
@@ -26,7 +26,7 @@ from exgrpo_fast.cli.sample import add_sample
 from exgrpo_fast.cli.score import add_score
 from exgrpo_fast.cli.train import add_train, parse_overrides, train
 from exgrpo_fast.cli.verify_checkpoint import add_verify_checkpoint
-from exgrpo_fast.config import ConfigError
+from exgrpo_fast.config import ConfigError, suggest
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.config import Config, ConfigError, suggest
 from exgrpo_fast.rewards import RewardError, check_reference
 
 
@@ -23,11 +23,6 @@ class Parser(argparse.ArgumentParser):
             message += suggest(choice[1], choice[2].replace("'", "").split(", "))
         command = self.prog.removeprefix("exgrpo-fast").strip()
         raise ConfigError(f"{command}: {message}" if command else message)
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import exgrpo_fast
-from exgrpo_fast.cli.arguments import add_command, suggest
-from exgrpo_fast.config import ConfigError
+from exgrpo_fast.cli.arguments import add_command
+from exgrpo_fast.config import ConfigError, suggest
 
 
 def add_bench(commands: Any) -> None:

@@ -23,6 +23,7 @@ from exgrpo_fast.config import (
     ConfigError,
     all_keys,
     dump_yaml,
+    hint,
     keys_by_last_word,
     load_config,
     recipe_names,
@@ -192,14 +193,21 @@ def parse_overrides(rest: Sequence[str], options: Sequence[str]) -> list[tuple[s
         if not word.startswith("--") or not name:
             raise ConfigError(f"train: '{word}' is neither an option nor the value of one")
         if "." not in name and name not in all_keys():
-            near = {word: f"--{key}" for word, key in keys_by_last_word().items()}
-            near |= {option.lstrip("-"): option for option in options}
-            close = difflib.get_close_matches(name, near, n=1)
-            hint = f"; did you mean '{near[close[0]]}'?" if close else ""
-            raise ConfigError(f"train: unknown option '--{name}'{hint}")
+            raise ConfigError(f"train: unknown option '--{name}'{_near(name, options)}")
         if not has_value:
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"train: --{name} needs a value")
             value = words.pop(0)
         pairs.append((name, value))
     return pairs
+
+
+def _near(name: str, options: Sequence[str]) -> str:
+    """What an unknown option is called here, or which option it resembles."""
+    near = {word: f"--{key}" for word, key in keys_by_last_word().items()}
+    near |= {option.lstrip("-"): option for option in options}
+    found = hint([name.replace("-", "_")])
+    close = difflib.get_close_matches(name, near, n=1)
+    if found and name not in near:
+        return found.replace("'", "'--", 1)
+    return f"; did you mean '{near[close[0]]}'?" if close else ""

@@ -15,7 +15,7 @@ from exgrpo_fast import __version__
 from exgrpo_fast.build.models import start_folder
 from exgrpo_fast.build.run import open_run
 from exgrpo_fast.cli.doctor import collect
-from exgrpo_fast.config import Config, ConfigError, dump_yaml
+from exgrpo_fast.config import Config, ConfigError, dump_yaml, with_values
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import MainRankFailed, RankLost, RanksDiverged, joined
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
@@ -81,7 +81,7 @@ def train_run(
                 prior = train_prior(config, folder, screen, device=device, stop_after=stop_after)
                 if prior.model is None:  # ended early, by a signal or as --stop-after asked
                     return prior.exit_code
-                config = with_section(config, "prior_resampling", model=str(prior.model))
+                config = with_values(config, {"prior_resampling.model": str(prior.model)})
             with open_run(
                 config,
                 folder,
@@ -189,19 +189,14 @@ def _last_checkpoint(folder: RunFolder, stage: Config) -> Path:
 
 
 def prior_config(config: Config, start: str) -> Config:
-    """The same run without experience of any kind."""
-    steps = config.prior_resampling.prior_steps or config.train.max_steps
-    stage = with_section(config, "train", max_steps=steps)
-    stage = with_section(stage, "model", name=start)
-    for section in ("prior_resampling", "replay", "hindsight"):
-        stage = with_section(stage, section, enabled=False)
-    return stage.model_copy(update={"method": "on-policy"})
-
-
-def with_section(config: Config, section: str, **values: Any) -> Config:
-    """A config with some values of one section changed."""
-    changed = getattr(config, section).model_copy(update=values)
-    return config.model_copy(update={section: changed})
+    """The same run on-policy."""
+    values = {
+        "method": "on-policy",
+        "model.name": start,
+        "train.max_steps": config.prior_resampling.prior_steps or config.train.max_steps,
+    }
+    sections = ("prior_resampling", "replay", "hindsight")
+    return with_values(config, values | {f"{name}.enabled": False for name in sections})
 
 
 # --- checkpoint and screen ------------------------------------------------------------------------

@@ -1,27 +1,37 @@
 """One schema for YAML, command line and recipes. Every class elsewhere takes plain keyword arguments.
 
-sections    which keys exist and which values they accept    schema    what has to fit together
-load        files, recipes and overrides -> Config           messages  one line for every mistake
-limits      what depends on the world size or on vLLM
+sections   which keys exist and which values they accept
+schema     what must fit together; limits of world size and engine
+load       files, recipes and overrides -> Config, or one line that says why not
+hints      what TRL, verl and earlier versions call a key
+reference  docs/config.md
 
 It imports no torch, so that a mistake is reported before anything heavy is loaded.
 """
 
-from exgrpo_fast.config.limits import refuse_engine_with_several, refuse_with_several
+from exgrpo_fast.config.hints import hint
 from exgrpo_fast.config.load import (
     MAY_CHANGE,
     StrictLoader,
+    all_keys,
     dump_yaml,
     from_dotted,
+    keys_by_last_word,
     load_config,
     read_yaml,
     recipe_names,
     refuse_other_config,
     require,
+    suggest,
     validate,
+    with_values,
 )
-from exgrpo_fast.config.messages import all_keys, keys_by_last_word
-from exgrpo_fast.config.schema import Config
+from exgrpo_fast.config.schema import (
+    Config,
+    engine_kind,
+    refuse_engine_with_several,
+    refuse_with_several,
+)
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
 
 __all__ = [
@@ -33,7 +43,9 @@ __all__ = [
     "StrictLoader",
     "all_keys",
     "dump_yaml",
+    "engine_kind",
     "from_dotted",
+    "hint",
     "keys_by_last_word",
     "load_config",
     "read_yaml",
@@ -42,5 +54,7 @@ __all__ = [
     "refuse_engine_with_several",
     "refuse_with_several",
     "require",
+    "suggest",
     "validate",
+    "with_values",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import difflib
+import types
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from exgrpo_fast.config.messages import format_validation_error, section_of, suggest
+from exgrpo_fast.config.hints import RENAMED, hint
 from exgrpo_fast.config.schema import Config
 from exgrpo_fast.config.sections import ConfigError, Section
 
@@ -52,12 +55,24 @@ def refuse_other_config(saved: Path, config: Config) -> None:
     """
     if not saved.exists():
         return
-    differences = _differences(read_yaml(*_find(str(saved))), config)
+    tree = read_yaml(*_find(str(saved)))
+    for old, new in RENAMED.items():
+        if _has(tree, old):
+            raise ConfigError(f"--resume: {saved}: {old} is now {new}; rename it in that file")
+    differences = _differences(tree, config)
     if differences:
         raise ConfigError(
             f"--resume: {saved} says {'; '.join(differences)}. Only {', '.join(MAY_CHANGE)} may "
             f"change; to go on with other values all the same, change them in that file too"
         )
+
+
+def _has(tree: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _differences(saved: Mapping[str, Any], section: Section, prefix: str = "") -> list[str]:
@@ -117,7 +132,7 @@ class StrictLoader(yaml.SafeLoader):
                 continue  # refused below
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise ConfigError(f"line {line}: the key '{key}' stands there twice")
+                raise ConfigError(f"line {line}: the key '{key}' occurs twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -170,6 +185,14 @@ def from_dotted(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values of some dotted keys; ConfigError where they do not fit."""
+    tree = config.model_dump(mode="json")
+    for dotted, value in values.items():
+        assign(tree, dotted, value)
+    return validate(tree)
+
+
 def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.replace("-", "_").split(".")
     for parent in parents:
@@ -179,3 +202,86 @@ def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
             branch = tree[parent] = {}
         tree = branch
     tree[leaf] = value
+
+
+# --- one line for every mistake -------------------------------------------------------------------
+
+
+def format_validation_error(error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    # Unknown keys first; of a union's complaints the one that looked deepest.
+    first = max(details, key=lambda d: (d["type"] == "extra_forbidden", len(d["loc"])))
+    path = [str(part) for part in first["loc"] if str(part) not in _UNION_TAGS]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        for inner in paths_below(first["input"], path):  # of another trainer's section, its keys
+            if found := hint(inner):
+                return f"unknown key '{'.'.join(inner)}'{found}"
+        return f"unknown key '{key}'{_suggest_key(path)}"
+    if first["type"] == "missing":
+        return f"{key} is not set"
+    if first["type"] == "value_error":  # our own; one about several keys names them
+        message = str(first.get("ctx", {}).get("error"))
+        return f"{key}: {message}" if key else message
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+_UNION_TAGS = {
+    "str",
+    "GymTask",
+    "int",
+    "float",
+    "constrained-float",
+    "literal['auto','off']",
+    "literal['auto']",
+}  # pydantic names the union member it tried
+
+
+def paths_below(value: Any, path: list[str]) -> Iterator[list[str]]:
+    """Every path below `path`, innermost first, and `path` itself."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from paths_below(inner, [*path, str(name)])
+    yield path
+
+
+def _suggest_key(path: Sequence[str]) -> str:
+    section: type[BaseModel] = Config
+    for name in path[:-1]:
+        section = section_of(section.model_fields[name].annotation) or section
+    everywhere = keys_by_last_word()
+    near = suggest(path[-1], list(section.model_fields), prefix=".".join(path[:-1]))
+    if near and path[-1] not in everywhere:
+        return near
+    close = difflib.get_close_matches(path[-1], everywhere, n=1)
+    if close:
+        return f"; did you mean '{everywhere[close[0]]}'?"
+    return f"; keys there: {', '.join(section.model_fields)}"
+
+
+def suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{prefix + '.' if prefix else ''}{close[0]}'?" if close else ""
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return next((s for a in typing.get_args(annotation) if (s := section_of(a))), None)
+    return None
+
+
+def keys_by_last_word() -> dict[str, str]:
+    """'lr' -> 'train.lr': of several keys the outermost, then the first."""
+    keys = sorted(reversed(all_keys()), key=lambda key: -key.count("."))
+    return {key.rpartition(".")[2]: key for key in keys}
+
+
+def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, in order."""
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        inner = section_of(info.annotation)
+        keys += all_keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return keys

@@ -1,7 +1,8 @@
-"""The whole config: its sections, and what has to fit together."""
+"""The whole config: its sections, what must fit together, and limits of world size and engine."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from exgrpo_fast.config.sections import (
     PREFERRED_TOKENS,
     AlgorithmConfig,
     CheckpointConfig,
+    ConfigError,
     DataConfig,
     EvalConfig,
     HindsightConfig,
@@ -26,6 +28,8 @@ from exgrpo_fast.config.sections import (
 
 
 class Config(Section):
+    """Top level."""
+
     method: str = Field(default="grpo", description="name shown in the summary")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -53,7 +57,7 @@ class Config(Section):
         if self.rollout.group_size < 2 and self.algorithm.advantage != "dr_grpo":
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: algorithm.advantage "
-                f"{self.algorithm.advantage} compares at least 2 responses"
+                f"{self.algorithm.advantage} compares at least 2 completions"
             )
         if self.replay.enabled and self.rollout.group_size < 2:
             raise ValueError("rollout.group_size must be at least 2 when replay.enabled is true")
@@ -91,7 +95,7 @@ class Config(Section):
         if soft > limit:
             raise ValueError(
                 f"algorithm.overlong.soft_penalty_tokens ({soft}) is above "
-                f"rollout.max_completion_tokens ({limit}): every response would be punished"
+                f"rollout.max_completion_tokens ({limit}): every completion would be penalised"
             )
         if max(self.eval.k) > self.eval.n:
             raise ValueError(f"eval.k asks for pass@{max(self.eval.k)} with eval.n = {self.eval.n}")
@@ -161,12 +165,12 @@ class Config(Section):
 
     @property
     def update_tokens(self) -> int:
-        """The most that one optimiser update reads: every prompt and response at its longest."""
+        """The most tokens that one optimiser update reads: all prompts and completions at their longest."""
         rollout, replay = self.rollout, self.replay
         appended = replay.count if replay.enabled and replay.mixer == "append" else 0
-        responses = (rollout.group_size + appended) * rollout.max_completion_tokens
+        completions = (rollout.group_size + appended) * rollout.max_completion_tokens
         revision = self.longest_sequence if self.hindsight.enabled else 0
-        of_group = self.data.max_prompt_tokens + responses + revision
+        of_group = self.data.max_prompt_tokens + completions + revision
         return rollout.prompts_per_step // self.train.minibatches * of_group
 
     @property
@@ -208,3 +212,48 @@ class Config(Section):
 
 def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+
+
+# --- limits of the world size and of what is installed --------------------------------------------
+
+
+def refuse_with_several(config: Config, count: int) -> None:
+    """ConfigError naming the first key that `count` processes cannot honour."""
+    if count == 1:
+        return
+    refuse_engine_with_several(config, config.rollout.engine, count)
+    algorithm, rollout = config.algorithm, config.rollout
+    refused = {
+        "model.quantization": config.model.quantization is not None,
+        "model.lora.dropout": config.model.lora is not None and config.model.lora.dropout > 0,
+        f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
+        "rollout.generate_ahead": rollout.generate_ahead,
+        "train.gradient_release": config.train.gradient_release,
+        "prior_resampling.enabled": config.prior_resampling.enabled,
+        "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
+        "algorithm.kl.rebase_at_step": algorithm.kl.rebase_at_step is not None,
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(f"{name} does not go with {count} processes; one process can do it")
+
+
+def refuse_engine_with_several(config: Config, kind: str, count: int) -> None:
+    """`kind`: the resolved `rollout.engine`."""
+    if kind == "vllm" and count > 1:
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine}: vLLM in the trainer's process does not go "
+            f"with {count} processes; vllm_server or transformers does"
+        )
+
+
+def engine_kind(config: Config, device: str) -> str:
+    """`rollout.engine` with `auto` resolved. ConfigError where vLLM is asked for and absent."""
+    kind, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
+    if kind == "auto":
+        return "vllm" if installed and device == "cuda" else "transformers"
+    if kind == "vllm" and not installed:
+        raise ConfigError("rollout.engine vllm: vLLM is not installed; `exgrpo-fast doctor`")
+    if kind == "vllm_server" and not installed and not config.rollout.server.urls:
+        raise ConfigError("rollout.engine vllm_server: vLLM is not installed; `exgrpo-fast doctor`")
+    return kind

@@ -23,7 +23,7 @@ class ConfigError(UserError):
 
 
 def _words(annotation: Any) -> set[str]:
-    """The words of every Literal in a type."""
+    """The values of every Literal in a type."""
     if typing.get_origin(annotation) is Literal:
         return set(typing.get_args(annotation))
     return {word for part in typing.get_args(annotation) for word in _words(part)}
@@ -39,16 +39,18 @@ class Section(BaseModel):
         if value is False and "off" in _words(field.annotation):
             return "off"  # YAML reads `off` as false
         if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError("neither true nor false can stand here")
+            raise ValueError("expected a value, not true or false")
         return value
 
 
 class LoraConfig(Section):
-    """Low-rank adapters, in the words of peft."""
+    """Low-rank adapters (peft). For a model whose full training does not fit."""
 
-    rank: Positive = 32
+    rank: Positive = Field(default=32, description="rank of the update")
     alpha: PositiveFloat = Field(default=64.0, description="the update is scaled by alpha / rank")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="dropout on the input of the adapters"
+    )
     targets: list[str] = Field(
         default=["all-linear"],
         min_length=1,
@@ -66,6 +68,8 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """The policy. Beside the name, keys to touch when a run does not fit or is slow: docs/memory.md."""
+
     name: str | None = Field(
         default=None, description="a folder, a hub name, a .gguf file, 'smollm2' or 'quickstart'"
     )
@@ -74,10 +78,10 @@ class ModelConfig(Section):
         description="compute dtype: bfloat16 on CUDA, float32 elsewhere",
     )
     weights: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="dtype they are kept in: docs/memory.md"
+        default="float32", description="dtype of the trained weights: docs/memory.md"
     )
     quantization: Literal["nf4"] | None = Field(
-        default=None, description="of the frozen weights under model.lora (QLoRA), CUDA only"
+        default=None, description="4-bit frozen weights under model.lora (QLoRA), CUDA only"
     )
     lora: LoraConfig | None = Field(default=None, description="null = all weights are trained")
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = Field(
@@ -88,14 +92,16 @@ class ModelConfig(Section):
     dropout: bool = Field(
         default=False, description="drop in the update what the model's own config says"
     )
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = Field(
+        default=True, description="recompute activations in the backward pass"
+    )
     offload_activations: bool = Field(
-        default=False, description="checkpointed activations wait in host memory"
+        default=False, description="keep checkpointed activations in host memory"
     )
     tile_tokens: NonNegative | Literal["auto"] = Field(
         default="auto",
-        description="of MLPs, norms and logits; 0 = MLPs and norms of the whole pack at once; "
-        "auto = 0, and less than the pack where the run would not fit",
+        description="MLPs, norms and logits of so many tokens at a time; 0 = of the whole pack; "
+        "auto = 0, or tiles where the run would not fit",
     )
 
     def compute_dtype(self, device: str) -> Literal["float32", "bfloat16"]:
@@ -117,31 +123,43 @@ class ModelConfig(Section):
 
 
 class GymTask(Section):
-    """A procedurally generated reasoning-gym task."""
+    """A procedurally generated reasoning-gym task, in place of a file."""
 
     gym: str = Field(description="name of the reasoning-gym dataset, such as chain_sum")
-    size: Positive = 500
-    seed: int = 0
+    size: Positive = Field(default=500, description="number of questions")
+    seed: int = Field(default=0, description="seed of the questions")
     options: dict[str, Any] = Field(default_factory=dict, description="the task's own options")
 
 
 class DataConfig(Section):
+    """Training and held-out questions, and the names of their fields."""
+
     train: str | GymTask | None = Field(
         default=None,
         description=".jsonl / .json / .parquet file, hub dataset 'name[:split]', or a gym task",
     )
-    eval: str | GymTask | None = None
-    eval_size: Positive | None = Field(
-        default=None, description="use only the first so many questions"
+    eval: str | GymTask | None = Field(
+        default=None, description="held-out questions, as data.train; null = no evaluation"
     )
-    prompt_field: str = Field(default="prompt", description="a string, or a list of chat messages")
-    answer_field: str = "answer"
-    id_field: str | None = None
-    system_prompt: str | None = None
-    max_prompt_tokens: Positive = 512
-    overlong_prompts: Literal["drop", "refuse"] = "drop"
+    eval_size: Positive | None = Field(
+        default=None, description="evaluate on the first so many questions; null = all"
+    )
+    prompt_field: str = Field(
+        default="prompt", description="field with the prompt: text or chat messages"
+    )
+    answer_field: str = Field(default="answer", description="field with the gold answer")
+    id_field: str | None = Field(
+        default=None, description="field with a unique id; null = a hash of prompt and answer"
+    )
+    system_prompt: str | None = Field(default=None, description="system message before each prompt")
+    max_prompt_tokens: Positive = Field(
+        default=512, description="longest prompt, chat template included"
+    )
+    overlong_prompts: Literal["drop", "refuse"] = Field(
+        default="drop", description="drop longer prompts, or refuse the data"
+    )
     max_bad_rows: Fraction = Field(
-        default=0.001, description="share of malformed rows that is skipped"
+        default=0.001, description="share of malformed rows that may be skipped"
     )
     check_answers: bool = Field(
         default=True, description="refuse gold answers that the reward rejects"
@@ -149,21 +167,27 @@ class DataConfig(Section):
 
 
 class JudgeConfig(Section):
-    """An LLM that decides the rubrics without a check, behind an OpenAI-compatible endpoint."""
+    """An LLM that scores rubrics without a check, behind an OpenAI-compatible endpoint."""
 
     base_url: str = Field(description="up to and without /chat/completions, as a rule .../v1")
-    model: str
+    model: str = Field(description="its name at the endpoint")
     api_key_env: str | None = Field(
         default="OPENAI_API_KEY", description="environment variable with the key; null = none"
     )
-    max_concurrency: Positive = 16
-    timeout_seconds: PositiveFloat = 60.0
-    retries: NonNegative = 3
-    temperature: Annotated[float, Field(ge=0.0)] | None = 0.0
-    max_tokens: Positive | None = 512
+    max_concurrency: Positive = Field(default=16, description="requests at a time")
+    timeout_seconds: PositiveFloat = Field(default=60.0, description="of a request")
+    retries: NonNegative = Field(default=3, description="after errors and timeouts")
+    temperature: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=0.0, description="of sampling; null = the endpoint's default"
+    )
+    max_tokens: Positive | None = Field(
+        default=512, description="of an answer; null = the endpoint's default"
+    )
 
 
 class RewardConfig(Section):
+    """Reward functions, which run in worker processes of their own."""
+
     functions: list[str] = Field(
         default=["math_verify"],
         min_length=1,
@@ -172,7 +196,9 @@ class RewardConfig(Section):
     weights: list[float] | None = Field(
         default=None, description="one per function; default 1.0 each"
     )
-    workers: Positive = 2
+    workers: Positive = Field(
+        default=2, description="worker processes; more where rewards take longer than rollouts"
+    )
     timeout_seconds: PositiveFloat = Field(
         default=5.0, description="per sample; the worker is then killed"
     )
@@ -182,14 +208,16 @@ class RewardConfig(Section):
 
 
 class DynamicSamplingConfig(Section):
-    enabled: bool = False
+    """DAPO: groups whose rewards are all equal are replaced by groups of other questions."""
+
+    enabled: bool = Field(default=False, description="replace groups without a gradient")
     max_extra_batches: NonNegative = Field(
-        default=2, description="refill rounds before the step goes on"
+        default=2, description="rounds at most; then the step goes on with fewer groups"
     )
 
 
 class ServerConfig(Section):
-    """Rollout servers: engines in processes of their own."""
+    """engine vllm_server: vLLM in processes of its own, on other GPUs or machines."""
 
     count: Positive = Field(default=1, description="servers to start, one GPU each")
     gpus: list[NonNegative] | None = Field(
@@ -213,17 +241,21 @@ class ServerConfig(Section):
 
 
 class RolloutConfig(Section):
+    """Generation. Batch and lengths first; the engine where its defaults do not fit: docs/rollouts.md."""
+
     engine: Literal["auto", "transformers", "vllm", "vllm_server"] = Field(
         default="auto", description="auto = vllm on CUDA where it is installed, else transformers"
     )
-    prompts_per_step: Positive = 64
-    group_size: Positive = 8
-    max_completion_tokens: Positive = 2048
-    temperature: PositiveFloat = 1.0
+    prompts_per_step: Positive = Field(default=64, description="questions a step")
+    group_size: Positive = Field(default=8, description="K, completions of a question")
+    max_completion_tokens: Positive = Field(default=2048, description="longest completion")
+    temperature: PositiveFloat = Field(
+        default=1.0, description="of sampling, and of every log-prob in the loss"
+    )
     top_p: float = Field(default=1.0, description="only 1: see docs/rollouts.md")
     top_k: int = Field(default=0, description="only 0")
     min_p: float = Field(default=0.0, description="only 0")
-    max_batch_sequences: Positive = Field(default=256, description="sequences decoded side by side")
+    max_batch_sequences: Positive = Field(default=256, description="sequences decoded at a time")
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     generate_ahead: bool = Field(
         default=False, description="vllm_server: generate for a step while training on the last"
@@ -232,7 +264,7 @@ class RolloutConfig(Section):
         default=None, description="vLLM's cache of keys and values; null = by the memory plan"
     )
     sleep: Literal["auto", "always", "never"] = Field(
-        default="auto", description="vllm: its memory goes to the trainer during an update"
+        default="auto", description="vllm: frees its GPU memory during an update"
     )
     sync_tolerance: PositiveFloat | None = Field(
         default=None, description="mean log-prob gap after an update; null = by the dtype"
@@ -253,10 +285,14 @@ class RolloutConfig(Section):
 
 
 class KLConfig(Section):
-    coef: Annotated[float, Field(ge=0.0)] = 0.0
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """A KL term towards the initial policy; the reference is loaded only where coef is above 0."""
+
+    coef: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="weight of the term")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="of the KL: docs/losses.md"
+    )
     previous_share: Fraction = Field(
-        default=0.0, description="share of the term that holds to the preceding step's policy"
+        default=0.0, description="share of the term towards the policy of the preceding step"
     )
     rebase_at_step: Positive | None = Field(
         default=None, description="the policy of that step replaces the initial one; null = never"
@@ -264,20 +300,25 @@ class KLConfig(Section):
 
 
 class OverlongConfig(Section):
-    mask_truncated: bool = Field(default=False, description="truncated responses get weight 0")
+    """Completions that reach the length limit."""
+
+    mask_truncated: bool = Field(default=False, description="truncated completions get weight 0")
     soft_penalty_tokens: NonNegative = Field(
         default=0, description="DAPO: the reward falls linearly by 1 over the last so many tokens"
     )
 
 
 class MismatchConfig(Section):
-    """What a vLLM engine's own log-probs do to the weights of its tokens."""
+    """Weights for tokens whose log-probs differ between engine and trainer: docs/rollouts.md."""
 
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "token_truncate"
+    ] = Field(
+        default="token_truncate",
+        description="cap the weight at max_ratio, or mask outside the range; a token or a sequence",
+    )
     max_ratio: PositiveFloat = Field(
-        default=2.0, description="of probabilities, trainer / engine, of a token or a sequence"
+        default=2.0, description="of the probabilities, trainer / engine"
     )
     min_ratio: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0, description="of probabilities; masks only (IcePop: 0.5 to 5)"
@@ -285,42 +326,64 @@ class MismatchConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "dr_grpo"
+    """Advantage and loss: docs/losses.md. A recipe sets these; touch them to change the method."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
+        default="dr_grpo", description="estimator: docs/losses.md"
+    )
     std: Literal["population", "sample"] = Field(
         default="population", description="of advantage grpo: over K, or over K - 1 as verl's"
     )
-    surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = "clip"
-    ratio_level: Literal["token", "sequence"] = "token"
-    clip_low: PositiveFloat | None = 0.2
-    clip_high: PositiveFloat | None = 0.2
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = Field(
+        default="clip", description="policy loss: docs/losses.md"
+    )
+    ratio_level: Literal["token", "sequence"] = Field(
+        default="token", description="importance ratio of tokens, or of sequences (GSPO)"
+    )
+    clip_low: PositiveFloat | None = Field(
+        default=0.2, description="ratio is clipped below 1 - clip_low; null = not"
+    )
+    clip_high: PositiveFloat | None = Field(
+        default=0.2, description="ratio is clipped above 1 + clip_high; null = not"
+    )
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
+        default=None, description="largest ratio where the advantage is negative; null = none"
+    )
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         default="constant",
         description="what the token sum is divided by; constant = max_completion_tokens",
     )
-    entropy_coef: float = 0.0
+    entropy_coef: float = Field(default=0.0, description="weight of the entropy bonus")
     kl: KLConfig = KLConfig()
     overlong: OverlongConfig = OverlongConfig()
     mismatch: MismatchConfig = MismatchConfig()
 
 
 class StoreConfig(Section):
-    """Memory of the experience store."""
+    """Memory of the replay buffer."""
 
     max_gib: PositiveFloat = Field(default=2.0, description="at most so much on the device")
     host_gib: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.0, description="cold trajectories move to pinned host memory instead of leaving"
+        default=0.0,
+        description="pinned host memory for trajectories that the device has no room for",
     )
-    page_tokens: Positive | None = Field(default=None, description="null = by the longest response")
-    logprob_dtype: Literal["float32", "bfloat16"] = "float32"
+    page_tokens: Positive | None = Field(
+        default=None, description="tokens of a page; null = by the longest completion"
+    )
+    logprob_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16 halves 4 of 8 bytes a token"
+    )
     evict: Literal["entropy", "oldest"] = Field(
-        default="entropy", description="who leaves a full store: highest last entropy, or oldest"
+        default="entropy",
+        description="evicted from a full store: the highest last entropy, or the oldest",
     )
-    max_per_question: Positive | None = None
+    max_per_question: Positive | None = Field(
+        default=None, description="trajectories of a question; null = no limit"
+    )
     max_groups: Positive | None = Field(
         default=None, description="keep the best groups by sum |A| x std; null = no such rule"
     )
-    deduplicate: bool = True
+    deduplicate: bool = Field(default=True, description="store a completion of a question once")
     pool: str | None = Field(
         default=None, description="trajectories to start with: a parquet file of `buffer export`"
     )
@@ -330,10 +393,15 @@ class StoreConfig(Section):
 
 
 class ReplayConfig(Section):
-    enabled: bool = False
+    """ExGRPO and related methods: docs/replay.md. A recipe sets these."""
+
+    enabled: bool = Field(default=False, description="keep trajectories and train on them again")
     method: str = Field(default="exgrpo", description="name shown in the summary")
     mixer: Literal["replace_slot", "append", "question_only", "recent_groups", "spent_groups"] = (
-        Field(default="replace_slot", description="how the past enters a batch: docs/replay.md")
+        Field(
+            default="replace_slot",
+            description="how replayed trajectories enter a batch: docs/replay.md",
+        )
     )
     experience_ratio: Fraction = Field(
         default=0.5, description="rho: share of groups whose question comes from the store"
@@ -344,13 +412,17 @@ class ReplayConfig(Section):
     stop_after_steps: Positive | None = Field(
         default=None, description="on-policy from there on; null = never"
     )
-    keep: Literal["successes", "all", "none"] = "successes"
+    keep: Literal["successes", "all", "none"] = Field(
+        default="successes", description="which trajectories are stored"
+    )
     difficulty: Literal["successes", "reward_std"] = Field(
         default="successes", description="what a bucket counts; reward_std for continuous rewards"
     )
-    retire: bool = Field(default=True, description="questions solved K of K times leave for good")
+    retire: bool = Field(
+        default=True, description="questions solved K of K times are never drawn again"
+    )
     questions: Literal["gaussian", "uniform", "medium", "stream"] = Field(
-        default="gaussian", description="which questions are asked again"
+        default="gaussian", description="which stored questions are drawn: docs/replay.md"
     )
     bucket_mean: Fraction = Field(default=0.5, description="mu of the bucket Gaussian, in accuracy")
     bucket_sigma: PositiveFloat = Field(
@@ -373,19 +445,25 @@ class ReplayConfig(Section):
         "all",
     ] = Field(default="entropy", description="which stored trajectory: the lowest entropy, ...")
     count: Positive = Field(default=1, description="replayed trajectories a question")
-    min_stored: Positive = Field(default=1, description="questions with fewer are left alone")
+    min_stored: Positive = Field(default=1, description="questions with fewer are not replayed")
     prefilter: Positive | None = Field(
         default=None, description="score only so many candidates, of the lowest last-known entropy"
     )
-    max_age: Positive | None = Field(default=None, description="steps; older ones stay away")
-    weight: Literal["shaped", "importance", "clipped", "none", "proximal"] = "shaped"
+    max_age: Positive | None = Field(
+        default=None, description="in steps; older ones are not replayed"
+    )
+    weight: Literal["shaped", "importance", "clipped", "none", "proximal"] = Field(
+        default="shaped", description="importance weight: docs/replay.md"
+    )
     shaping: Annotated[float, Field(ge=0.0)] = Field(
         default=0.1, description="beta of w / (w + beta)"
     )
     clip_fresh: bool = Field(
         default=False, description="keep the PPO clip on fresh rows once active"
     )
-    baseline: Literal["pooled", "fresh", "split"] = "pooled"
+    baseline: Literal["pooled", "fresh", "split"] = Field(
+        default="pooled", description="of advantages: docs/replay.md"
+    )
     coef: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None, description="weight of a replay objective of its own; null = one objective"
     )
@@ -393,31 +471,40 @@ class ReplayConfig(Section):
 
 
 class HindsightConfig(Section):
-    """HeRL: failed responses are revised and the best revision joins its group."""
+    """HeRL: failed completions are revised, and the best revision joins its group: docs/herl.md."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="revise failed completions")
     threshold: float = Field(default=1.0, description="groups whose best reward is below it")
     max_revisions: Positive = Field(default=2, description="of each group")
     choose: Literal["at_least", "always"] = Field(
-        default="at_least", description="join if as good as the best response, or always"
+        default="at_least", description="join if as good as the best completion, or always"
     )
     bonus: Annotated[float, Field(ge=0.0)] = Field(
-        default=0.05, description="alpha: a response gains so much of what its revision gained"
+        default=0.05,
+        description="alpha: share of a revision's gain that its completion is credited with",
     )
-    clip_negative_bonus: bool = False
+    clip_negative_bonus: bool = Field(
+        default=False, description="no debit where the revision is worse"
+    )
     shaping: PositiveFloat = Field(default=1.0, description="gamma of w / (w + gamma)")
-    naive: bool = Field(default=False, description="NaiveHE: train without the hindsight")
-    with_replay: bool = Field(default=False, description="revise beside a replayed one, too")
-    with_prior: bool = Field(default=False, description="revise beside a prior-guided one, too")
+    naive: bool = Field(
+        default=False, description="NaiveHE: train the revision on the plain question"
+    )
+    with_replay: bool = Field(
+        default=False, description="revise groups with a replayed trajectory, too"
+    )
+    with_prior: bool = Field(
+        default=False, description="revise groups with a prior-guided trajectory, too"
+    )
     max_prompt_tokens: Positive = Field(
-        default=4096, description="a longer hindsight prompt is left out, never cut"
+        default=4096, description="a longer hindsight prompt is skipped, never cut"
     )
 
 
 class PriorResamplingConfig(Section):
-    """EAPO: a frozen prior re-draws critical tokens in some responses of each group."""
+    """EAPO: a frozen prior policy resamples critical tokens of some completions: docs/eapo.md."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="resample by a prior policy")
     model: str | None = Field(
         default=None,
         description="a checkpoint folder; null = made first by an on-policy run of this config",
@@ -427,15 +514,15 @@ class PriorResamplingConfig(Section):
     )
     trigger: Literal[
         "ratio", "soft_ratio", "defensive", "entropy", "kl", "tv", "js", "random", "none"
-    ] = Field(default="ratio", description="which drafted tokens are redrawn: docs/eapo.md")
+    ] = Field(default="ratio", description="which drafted tokens are resampled: docs/eapo.md")
     threshold: float = Field(default=0.5, description="tau, in nats where the trigger is not tv")
     rate: Fraction = Field(
-        default=0.1, description="trigger random: share redrawn; defensive: share untested"
+        default=0.1, description="trigger random: share resampled; defensive: share kept untested"
     )
     block_tokens: Positive = Field(
         default=20, description="K, tokens drafted before they are scored"
     )
-    augmented_per_group: Positive = Field(default=1, description="guided ones of group_size")
+    augmented_per_group: Positive = Field(default=1, description="guided completions of a group")
     stop_after_steps: Positive | None = Field(
         default=60, description="T, on-policy from there on; null = never"
     )
@@ -443,27 +530,36 @@ class PriorResamplingConfig(Section):
         default="hard", description="all groups until T, or a share that falls to 0"
     )
     positive_only: bool = Field(
-        default=True, description="train on correct ones; the others count in the baseline alone"
+        default=True,
+        description="train on correct guided completions; others count in the baseline only",
     )
     importance: Literal[
         "none", "sis_token", "sis_seq", "sis_geo", "flag_token", "exact_token", "exact_traj", "mis"
-    ] = Field(default="sis_token", description="how a guided response weighs: docs/eapo.md")
+    ] = Field(
+        default="sis_token", description="importance weight of a guided completion: docs/eapo.md"
+    )
     weight_cap: PositiveFloat = Field(
         default=3.0, description="upper limit of the weights of exact_token and exact_traj"
     )
 
 
 class TrainConfig(Section):
-    max_steps: Positive = 200
-    lr: PositiveFloat = 1e-6
+    """Optimiser and update. Learning rate and steps first; the rest is for memory and speed."""
+
+    max_steps: Positive = Field(default=200, description="steps of the run")
+    lr: PositiveFloat = Field(default=1e-6, description="learning rate")
     optimizer: Literal["auto", "adamw", "flash_adamw", "adamw_8bit"] = Field(
         default="auto",
         description="auto = adamw; flash_adamw where model.weights is bfloat16: docs/memory.md",
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    warmup_steps: NonNegative = 0
-    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.01, description="decoupled (AdamW)"
+    )
+    betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.999), description="of AdamW")
+    warmup_steps: NonNegative = Field(default=0, description="optimiser updates of linear warm-up")
+    max_grad_norm: PositiveFloat = Field(
+        default=1.0, description="gradients are clipped to this norm"
+    )
     skip_grad_norm: PositiveFloat = Field(
         default=500.0, description="a larger norm skips the update"
     )
@@ -473,7 +569,7 @@ class TrainConfig(Section):
     )
     gradient_release: bool = Field(
         default=False,
-        description="never hold all gradients: one pack an update, two backward passes",
+        description="free each gradient once it is applied: one pack an update, two backward passes",
     )
     preflight: Literal["auto", "always", "never"] = Field(
         default="auto", description="rehearse the largest step first; auto = on CUDA"
@@ -483,49 +579,59 @@ class TrainConfig(Section):
         description="go on where the check of the forward pass at the start fails: docs/models.md",
     )
     sparsity: Annotated[float, Field(ge=0, lt=1)] | Literal["auto", "off"] = Field(
-        default="auto", description="logit-gradient tiles below this share are not multiplied"
+        default="auto",
+        description="skip logit-gradient tiles below this share: docs/kernels.md",
     )
-    sparse_tail: Literal["drop", "centroid", "dense_dw"] = "drop"
-    seed: NonNegative = 0
+    sparse_tail: Literal["drop", "centroid", "dense_dw"] = Field(
+        default="drop", description="what stands in for skipped tiles: docs/kernels.md"
+    )
+    seed: NonNegative = Field(default=0, description="of everything random")
 
 
 class EvalConfig(Section):
+    """Evaluation on data.eval with the training rewards."""
+
     n: Positive = Field(default=8, description="samples per question")
-    k: list[Positive] = Field(default=[1, 8], min_length=1)
+    k: list[Positive] = Field(default=[1, 8], min_length=1, description="pass@k; at most n")
     temperature: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="0 = greedy")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="nucleus sampling"
+    )
     every: NonNegative = Field(
         default=0, description="steps between evaluations; 0 = before and after"
     )
 
 
 class CheckpointConfig(Section):
+    """Checkpoints: docs/reliability.md."""
+
     every: NonNegative = Field(
         default=50, description="steps between checkpoints; 0 = only the last"
     )
-    keep: Positive = 2
+    keep: Positive = Field(default=2, description="newest checkpoints that are kept")
 
 
 class LogConfig(Section):
-    to: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics go beside metrics.jsonl and the screen."""
+
+    to: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="further sinks")
     completions_every: Positive = Field(default=10, description="steps between completion tables")
 
 
 class WarmStartConfig(Section):
     """Supervised warm start of the quickstart model on generated solutions."""
 
-    batches: Positive = 550
-    batch_size: Positive = 128
-    lr: PositiveFloat = 3e-3
-    examples: Positive = 20000
+    batches: Positive = Field(default=550, description="batches of the warm start")
+    batch_size: Positive = Field(default=128, description="examples a batch")
+    lr: PositiveFloat = Field(default=3e-3, description="learning rate")
+    examples: Positive = Field(default=20000, description="generated examples")
     guess_share: Fraction = Field(
         default=0.55, description="solutions that guess; the others show their steps"
     )
     revision_share: Fraction = Field(
-        default=0.0, description="examples that revise a wrong solution, told what it missed"
+        default=0.0, description="examples that revise a wrong solution, given what it missed"
     )
     guess_batches: NonNegative = Field(
         default=0,
-        description="batches at the end, nearly all guesses: the policy can show its steps and "
-        "rarely does",
+        description="batches of guesses at the end: the policy then rarely shows its steps",
     )

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from exgrpo_fast.config import Config, ConfigError, refuse_with_several, validate
+from exgrpo_fast.config import Config, ConfigError, refuse_with_several, with_values
 from exgrpo_fast.config.sections import PREFERRED_TOKENS
 from exgrpo_fast.memory.plan import GIB, MemoryPlan, Planner
 
 LOW = {"model.weights": "bfloat16", "train.optimizer": "auto"}
-RELEASE = {"train.gradient_release": "true", "train.max_tokens_per_microbatch": "auto"}
+RELEASE = {"train.gradient_release": True, "train.max_tokens_per_microbatch": "auto"}
 # Tokens of an update, above which one pack of them keeps more than all gradients take.
 MOST_IN_ONE_PACK = 4 * PREFERRED_TOKENS
 ADAPTER = {"model.lora.rank": 32, "model.weights": "bfloat16"}
@@ -27,14 +27,18 @@ class Change:
     update_bytes: float = 0.0
 
     def __str__(self) -> str:
-        words = " ".join(f"--{key} {value}" for key, value in self.keys.items())
+        words = " ".join(f"--{key} {_text(value)}" for key, value in self.keys.items())
         return f"{words} (update {self.update_bytes / GIB:.1f} GiB; {self.cost})"
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changes(config: Config) -> Iterator[Change]:
     """From those that change nothing of what is learned to those that do."""
     if not config.model.gradient_checkpointing:
-        yield Change({"model.gradient_checkpointing": "true"}, "a third more computation")
+        yield Change({"model.gradient_checkpointing": True}, "a third more computation")
     if config.rollout.sleep == "never":
         yield Change({"rollout.sleep": "auto"}, "some seconds a step")
     small = {"train.max_tokens_per_microbatch": config.longest_sequence}
@@ -79,16 +83,8 @@ def cheapest(planner: Planner, config: Config, *, count: int = 3) -> list[Change
 
 
 def _try(planner: Planner, config: Config, keys: Mapping[str, Any]) -> MemoryPlan | None:
-    tree = config.model_dump(mode="json")
-    for dotted, value in keys.items():
-        *parents, leaf = dotted.split(".")
-        branch = tree
-        for parent in parents:
-            branch[parent] = branch[parent] or {}
-            branch = branch[parent]
-        branch[leaf] = value == "true" if value in ("true", "false") else value
     try:
-        changed = validate(tree)
+        changed = with_values(config, keys)
         refuse_with_several(changed, planner.machine.processes)
         return planner.plan(changed)
     except ConfigError:

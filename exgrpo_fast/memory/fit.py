@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from exgrpo_fast.config import Config, ConfigError, refuse_engine_with_several
-from exgrpo_fast.config.limits import engine_kind
+from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table, with_sizes

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.config import Config, ConfigError, with_values
 from exgrpo_fast.memory.engine import (
     RESERVE,
     EnginePlan,
@@ -312,9 +312,8 @@ def pack_sizes(config: Config) -> Iterator[int]:
 
 
 def with_sizes(config: Config, pack_tokens: int, tile_tokens: int) -> Config:
-    train = config.train.model_copy(update={"max_tokens_per_microbatch": pack_tokens})
-    model = config.model.model_copy(update={"tile_tokens": tile_tokens})
-    return config.model_copy(update={"train": train, "model": model})
+    sizes = {"train.max_tokens_per_microbatch": pack_tokens, "model.tile_tokens": tile_tokens}
+    return with_values(config, sizes)
 
 
 # --- as text --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 import exgrpo_fast.build.engines as engines
 from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_policy
-from exgrpo_fast.config import Config, ConfigError, limits
+from exgrpo_fast.config import Config, ConfigError, engine_kind, schema
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter
 from exgrpo_fast.experience.prior.source import PriorSource
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
@@ -41,24 +41,24 @@ def config_of(**rollout: Any) -> Config:
 
 @pytest.fixture
 def vllm_installed(monkeypatch) -> None:
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(schema.importlib.util, "find_spec", lambda name: object())
 
 
 def test_auto_is_vllm_on_cuda_where_it_is_installed(vllm_installed) -> None:
-    assert limits.engine_kind(config_of(), "cuda") == "vllm"
-    assert limits.engine_kind(config_of(), "cpu") == "transformers"
-    assert limits.engine_kind(config_of(engine="vllm"), "cpu") == "vllm"
-    assert limits.engine_kind(config_of(engine="transformers"), "cuda") == "transformers"
+    assert engine_kind(config_of(), "cuda") == "vllm"
+    assert engine_kind(config_of(), "cpu") == "transformers"
+    assert engine_kind(config_of(engine="vllm"), "cpu") == "vllm"
+    assert engine_kind(config_of(engine="transformers"), "cuda") == "transformers"
 
 
 def test_without_vllm_auto_still_trains_and_a_wish_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
-    assert limits.engine_kind(config_of(), "cuda") == "transformers"
+    monkeypatch.setattr(schema.importlib.util, "find_spec", lambda name: None)
+    assert engine_kind(config_of(), "cuda") == "transformers"
     for engine in ("vllm", "vllm_server"):
         with pytest.raises(ConfigError, match=f"rollout.engine {engine}: vLLM is not installed"):
-            limits.engine_kind(config_of(engine=engine), "cuda")
+            engine_kind(config_of(engine=engine), "cuda")
     elsewhere = config_of(engine="vllm_server", server={"urls": ["http://there:1"]})
-    assert limits.engine_kind(elsewhere, "cuda") == "vllm_server"
+    assert engine_kind(elsewhere, "cuda") == "vllm_server"
 
 
 def test_only_other_weights_are_corrected(vllm_installed) -> None:

@@ -87,6 +87,8 @@ def refused(run):
         ("train quickstart --train.lrr 1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
         ("train quickstart --trian.lr 1", "unknown key 'trian'; did you mean 'train'?"),
         ("train quickstart --lr 1", "unknown option '--lr'; did you mean '--train.lr'?"),
+        ("train quickstart --learning-rate 1", "'--learning-rate'; here it is '--train.lr'"),
+        ("train quickstart --rollout.n 8", "'rollout.n'; here it is 'rollout.group_size'"),
         ("train quickstart --dryrun", "unknown option '--dryrun'; did you mean '--dry-run'?"),
         ("train quickstart --train.lr fast", "train.lr: input should be a valid number"),
         ("train quickstart --train.lr", "--train.lr needs a value"),

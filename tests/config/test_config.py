@@ -14,11 +14,14 @@ from exgrpo_fast.config import (
     ConfigError,
     all_keys,
     dump_yaml,
+    hints,
     load_config,
     recipe_names,
     refuse_other_config,
     validate,
+    with_values,
 )
+from exgrpo_fast.config.reference import reference
 
 
 def mistake(tree: dict) -> str:
@@ -145,6 +148,34 @@ def test_a_misspelt_key_names_the_nearest_right_one(tree: dict, wrong: str, righ
     assert mistake(tree) == f"unknown key '{wrong}'; did you mean '{right}'?"
 
 
+@pytest.mark.parametrize(
+    ("tree", "wrong", "ours"),
+    [
+        ({"num_generations": 8}, "num_generations", "rollout.group_size"),
+        ({"train": {"learning_rate": 1}}, "train.learning_rate", "train.lr"),
+        ({"rollout": {"n": 8}}, "rollout.n", "rollout.group_size"),
+        (
+            {"algorithm": {"kl_ctrl": {"kl_coef": 0.1}}},
+            "algorithm.kl_ctrl.kl_coef",
+            "algorithm.kl.coef",
+        ),
+        (
+            {"actor_rollout_ref": {"actor": {"strategy": "fsdp", "optim": {"lr": 1e-6}}}},
+            "actor_rollout_ref.actor.optim.lr",
+            "train.lr",
+        ),
+    ],
+)
+def test_a_key_of_another_trainer_is_answered_with_ours(tree: dict, wrong: str, ours: str) -> None:
+    assert mistake(tree) == f"unknown key '{wrong}'; here it is '{ours}'"
+
+
+def test_hints_lead_to_keys_and_hide_none() -> None:
+    keys = {*all_keys(), "data.train", "data.eval"}
+    assert set(hints.FOREIGN.values()) | set(hints.RENAMED.values()) <= keys
+    assert (hints.FOREIGN.keys() | hints.RENAMED.keys()) & keys == set()
+
+
 def test_a_key_that_resembles_none_lists_those_of_its_section() -> None:
     message = mistake({"log": {"zzz": 1}})
     assert message == "unknown key 'log.zzz'; keys there: to, completions_every"
@@ -162,8 +193,8 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
     ("dotted", "text", "said"),
     [
         ("train.lr", "fast", "train.lr: input should be a valid number"),
-        ("train.lr", "true", "train.lr: neither true nor false can stand here"),
-        ("algorithm.clip_low", "true", "algorithm.clip_low: neither true nor false"),
+        ("train.lr", "true", "train.lr: expected a value, not true or false"),
+        ("algorithm.clip_low", "true", "algorithm.clip_low: expected a value, not true"),
         ("train.lr", ".inf", "train.lr: input should be a finite number"),
         ("train.lr", "0", "train.lr: input should be greater than 0"),
         ("train.max_steps", "2.5", "train.max_steps: input should be a valid integer"),
@@ -181,7 +212,7 @@ def test_an_unknown_recipe_names_the_nearest_one() -> None:
         ("data.train", "{size: 3}", "data.train.gym is not set"),
         ("data.train", "5", "data.train: input should be a valid string"),
         ("train.lr", "[", "--train.lr: while parsing"),
-        ("train.lr", "{a: 1, a: 2}", "--train.lr, line 1: the key 'a' stands there twice"),
+        ("train.lr", "{a: 1, a: 2}", "--train.lr, line 1: the key 'a' occurs twice"),
         ("train.lr", "!!python/name:os.system", "--train.lr: could not determine a constructor"),
         ("train.sparsity", "on", "train.sparsity: "),
         ("train.sparsity", "1.5", "train.sparsity: "),
@@ -198,9 +229,9 @@ def test_a_wrong_value_names_its_key(dotted: str, text: str, said: str) -> None:
 # --- YAML -----------------------------------------------------------------------------------------
 
 
-def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_key_that_occurs_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     message = file_mistake(tmp_path, "train:\n  lr: 1e-5\n  max_steps: 3\n  lr: 1e-6\n")
-    assert message.endswith(", line 4: the key 'lr' stands there twice")
+    assert message.endswith(", line 4: the key 'lr' occurs twice")
 
 
 def test_yaml_runs_no_code(tmp_path: Path) -> None:
@@ -244,7 +275,7 @@ GRPO = {"algorithm": {"advantage": "grpo"}}
         ),
         (
             GRPO | {"rollout": {"group_size": 1}},
-            "rollout.group_size is 1: algorithm.advantage grpo compares at least 2 responses",
+            "rollout.group_size is 1: algorithm.advantage grpo compares at least 2 completions",
         ),
         (
             {"replay": {"enabled": True}, "rollout": {"group_size": 1}},
@@ -270,7 +301,7 @@ GRPO = {"algorithm": {"advantage": "grpo"}}
                 "rollout": {"max_completion_tokens": 256},
             },
             "algorithm.overlong.soft_penalty_tokens (512) is above "
-            "rollout.max_completion_tokens (256): every response would be punished",
+            "rollout.max_completion_tokens (256): every completion would be penalised",
         ),
     ],
 )
@@ -333,6 +364,37 @@ def test_keys_of_another_version_are_left_aside(tmp_path: Path) -> None:
     tree["train"]["an_old_key"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     refuse_other_config(tmp_path / "config.yaml", validate({"train": {"lr": 3e-5}}))
+
+
+def test_a_renamed_key_of_an_earlier_run_is_named(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    tree = validate({}).model_dump(mode="json")
+    tree["model"]["mlp_tile_tokens"] = tree["model"].pop("tile_tokens")
+    saved.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as caught:
+        refuse_other_config(saved, validate({}))
+    renamed = "model.mlp_tile_tokens is now model.tile_tokens"
+    assert str(caught.value) == f"--resume: {saved}: {renamed}; rename it in that file"
+    assert mistake(tree) == "unknown key 'model.mlp_tile_tokens'; it is now 'model.tile_tokens'"
+
+
+def test_some_values_of_a_config_change() -> None:
+    config = with_values(load_config("exgrpo"), {"model.lora.rank": 4, "train.lr": 1e-5})
+    assert config.model.lora is not None and config.model.lora.rank == 4
+    assert (config.train.lr, config.replay) == (1e-5, load_config("exgrpo").replay)
+    with pytest.raises(ConfigError, match="train.lr: input should be greater than 0"):
+        with_values(config, {"train.lr": 0})
+
+
+# --- docs/config.md -------------------------------------------------------------------------------
+
+
+def test_the_page_lists_every_key_as_the_schema_has_it() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
+    assert page == reference(), "python -m exgrpo_fast.config.reference > docs/config.md"
+    gym = {f"data.eval.{name}" for name in ("gym", "size", "seed", "options")}  # as data.train's
+    missing = {key for key in all_keys() if f"| `{key}` |" not in page}
+    assert missing == gym and "| None |" not in page
 
 
 def test_every_key_that_may_change_is_there() -> None:

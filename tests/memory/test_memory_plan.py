@@ -353,10 +353,10 @@ def test_small_updates_are_offered_release(
     assert not planner.plan(config).fits
     found = cheapest(planner, config)
     assert found[0].keys == {
-        "train.gradient_release": "true",
+        "train.gradient_release": True,
         "train.max_tokens_per_microbatch": "auto",
     }
-    words = {key.replace(".", "__"): value for key, value in found[0].keys.items()}
+    words = {key.replace(".", "__"): str(value) for key, value in found[0].keys.items()}
     assert planner.plan(small_updates(seven_billion, **engine | words)).fits
 
 
