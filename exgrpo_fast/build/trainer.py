@@ -20,7 +20,6 @@ from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.journal import JournalledEngine
-from exgrpo_fast.run.checkpoint.distributed import SharedCheckpointWriter
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.run.directory import RunFolder
@@ -192,11 +191,12 @@ def make_writer(
         },
     )
     model = HuggingFaceFolder(policy, tokenizer)
-    on_committed = journal_cleanup(engine)
-    if processes.count == 1:
-        return CheckpointWriter(checkpoints, model, warn=screen.note, on_committed=on_committed)
-    return SharedCheckpointWriter(
-        checkpoints, model, processes=processes, warn=screen.note, on_committed=on_committed
+    return CheckpointWriter(
+        checkpoints,
+        model,
+        processes=processes,
+        warn=screen.note,
+        on_committed=journal_cleanup(engine),
     )
 
 

@@ -5,6 +5,9 @@
 One record holds what finished together, length and xxh3-128 in front, so that a torn tail is seen
 and left aside. A request is found again by the weights' version, its own content and the sampling.
 A disk that refuses a record costs that record and nothing else.
+
+No sqlite3: its database file has no checksums, so a digest a row would stay, and a file cut in its
+middle is lost as a whole, where here every record before the cut is read.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from exgrpo_fast.core import dtensor as parted
 from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import Processes, host_mesh, mesh_of
-from exgrpo_fast.run.checkpoint.distributed import SharedCheckpointWriter
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, load_state
+from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 
 
 class Model:
@@ -45,7 +45,7 @@ class Saving:
         self.checkpoints = Checkpoints(folder, keep=2)
         self.told: list[int] = []
         model: Any = Model(self.parted(WEIGHT))
-        self.writer = SharedCheckpointWriter(
+        self.writer = CheckpointWriter(
             self.checkpoints, model, processes=processes, on_committed=self.told.append
         )
 

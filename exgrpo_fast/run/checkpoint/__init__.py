@@ -1,1 +1,1 @@
-"""Checkpoints: their format, the writer beside training, and shards of several ranks."""
+"""Checkpoints: their format, and the background writer."""

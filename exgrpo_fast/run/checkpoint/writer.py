@@ -1,11 +1,16 @@
-"""Checkpoints written beside training, from a copy on the host.
+"""Checkpoints written by a background thread, from a copy on the host.
 
 Training waits for the copy alone; the next save and the end of the run wait for the writer. A disk
 that refuses ends no run at once: the last good checkpoint stays, and the next interval tries again.
+
+With several ranks, rank 0 writes the gathered model and the trainer's state; of sharded tensors in the
+state, the optimiser's moments, each rank writes its own shards. Rank 0 decides whether a checkpoint is
+complete. It may repeat one after freeing space on a full disk; the others follow what it broadcasts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -17,14 +22,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from exgrpo_fast.core.dtensor import full_tensor, local_shard
+from exgrpo_fast.core.dtensor import from_local_shard, full_tensor, local_shard, write_shards
 from exgrpo_fast.core.errors import NumericalStop
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
 from exgrpo_fast.run.checkpoint.format import (
     CannotSave,
     Checkpoints,
     State,
-    WriteFolder,
     merge_tensors,
     split_tensors,
 )
@@ -70,6 +76,7 @@ class CheckpointWriter:
         checkpoints: Checkpoints,
         model: ModelFolder,
         *,
+        processes: Processes = SINGLE_PROCESS,
         warn: Callable[[str], None] = log.warning,
         on_committed: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -81,7 +88,9 @@ class CheckpointWriter:
         self.committed: int | None = None  # the step of the newest one that is durable
         self.num_failures = 0
         self._failures_in_a_row = 0
-        self._model_copies, self._state_copies = HostCopies(), HostCopies()
+        self._group = processes.background_group()  # training uses the other one meanwhile
+        self._mesh = host_mesh(self._group)
+        self._model_copies, self._state_copies = HostCopies(keep=processes.is_main), HostCopies()
         self._thread: threading.Thread | None = None
         self._step = 0
         self._error: Exception | None = None
@@ -91,7 +100,7 @@ class CheckpointWriter:
         self.wait()
         plain, tensors = split_tensors(state)
         model = self._model_copies.take(self.model.tensors())
-        copies = self._state_copies.take(tensors)
+        copies = self._copy_state(tensors)
         copied = Copied(model, merge_tensors(json.loads(json.dumps(plain)), copies))
         self._warn_of_a_full_disk(copied.num_bytes)
         self._step = step
@@ -99,6 +108,17 @@ class CheckpointWriter:
             target=self._write, args=(copied,), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _copy_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's shards; on rank 0 also the replicated tensors, which it alone writes."""
+        shards = {name: t for name, t in tensors.items() if isinstance(t, DTensor)}
+        replicated = {name: t for name, t in tensors.items() if name not in shards}
+        local = {name: local_shard(tensor) for name, tensor in shards.items()}
+        copies = self._state_copies.take(local | replicated if self._group.is_main else local)
+        if self._mesh is None:
+            return copies
+        sharded = {n: from_local_shard(t, copies[n], self._mesh) for n, t in shards.items()}
+        return replicated | copies | sharded
 
     def join(self) -> None:
         """Let what is being written come to its end; an error of it stays for `wait`."""
@@ -160,16 +180,36 @@ class CheckpointWriter:
             self._error = error
 
     def _not_finite(self, copied: Copied) -> str | None:
-        """The name of a weight or a moment that is not finite, if there is one."""
-        for name, tensor in copied.learned().items():
-            part = local_shard(tensor)
-            if part.is_floating_point() and not part.isfinite().all():
-                return name.removeprefix("state.")
-        return None
+        """The name of a weight or a moment that is not finite on any rank, if there is one."""
+        names = self._group.gather(first_not_finite(copied.learned()))
+        return next((name for name in names if name is not None), None)
 
-    def _commit(self, copied: Copied, save_parts: WriteFolder | None = None) -> None:
+    def _commit(self, copied: Copied) -> None:
+        state, shards = separate_shards(copied.state)
+        if not self._group.is_main:
+            return self._follow(shards)
         write_model = partial(self.model.write, tensors=copied.model)
-        self.checkpoints.save(self._step, write_model, copied.state, save_parts=save_parts)
+        write_parts = partial(self._lead, shards) if shards else None
+        why: str | None = "rank 0 has failed"
+        try:
+            self.checkpoints.save(self._step, write_model, state, save_parts=write_parts)
+            why = None
+        except CannotSave as error:
+            why = str(error)
+            raise
+        finally:
+            self._group.broadcast({"folder": None, "why": why})
+
+    def _lead(self, shards: Mapping[str, DTensor], folder: Path) -> None:
+        self._group.broadcast({"folder": str(folder)})
+        write_shards(folder, shards, self._group.group)
+
+    def _follow(self, shards: Mapping[str, DTensor]) -> None:
+        while folder := (command := self._group.broadcast(None))["folder"]:
+            with contextlib.suppress(OSError):  # rank 0 reports it
+                write_shards(Path(folder), shards, self._group.group)
+        if command["why"] is not None:
+            raise CannotSave(command["why"])
 
     def _warn_of_a_full_disk(self, num_bytes: int) -> None:
         folder = self.checkpoints.folder
@@ -185,16 +225,38 @@ class CheckpointWriter:
             )
 
 
-class HostCopies:
-    """Copies of tensors on the host, into the same memory each time; pinned beside a GPU."""
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    for name, tensor in tensors.items():
+        shard = local_shard(tensor)
+        if shard.is_floating_point() and not shard.isfinite().all():
+            return name.removeprefix("state.")
+    return None
 
-    def __init__(self) -> None:
+
+def separate_shards(state: Any) -> tuple[Any, dict[str, DTensor]]:
+    """(the state with a reference in place of each DTensor, the DTensors by name)."""
+    plain, tensors = split_tensors(state)
+    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    references: dict[str, Any] = {name: {"__tensor__": name} for name in shards}
+    return merge_tensors(plain, {**tensors, **references}), shards
+
+
+class HostCopies:
+    """Copies of tensors on the host, into the same memory each time; pinned beside a GPU.
+
+    `keep` False: take part in the gather and keep nothing.
+    """
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self.keep = keep
         self._kept: dict[str, Tensor] = {}
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """name -> copy; the last call's copies are overwritten. Tied weights stay tied."""
         copies: dict[str, Tensor] = {}
         for names, tensor in gathered(tensors):
+            if not self.keep:
+                continue
             copy = self._memory(names[0], tensor).copy_(tensor, non_blocking=True)
             copies |= dict.fromkeys(names, copy)
         if any(tensor.is_cuda for tensor in tensors.values()):
