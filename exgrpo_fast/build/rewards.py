@@ -95,4 +95,5 @@ def make_evaluator(
         n=config.eval.n,
         ks=config.eval.k,
         seed=config.train.seed,
+        num_examples=config.eval.examples,
     )

@@ -20,6 +20,7 @@ from exgrpo_fast.cli.diagnose import add_diagnose
 from exgrpo_fast.cli.doctor import add_doctor
 from exgrpo_fast.cli.eval import add_eval
 from exgrpo_fast.cli.export import add_export
+from exgrpo_fast.cli.fetch import add_fetch
 from exgrpo_fast.cli.init import add_init
 from exgrpo_fast.cli.reward_test import add_reward_test
 from exgrpo_fast.cli.sample import add_sample
@@ -36,6 +37,7 @@ COMMANDS = (
     add_eval,
     add_sample,
     add_init,
+    add_fetch,
     add_doctor,
     add_diagnose,
     add_score,

@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from exgrpo_fast.cli.arguments import add_command
 from exgrpo_fast.config import ConfigError, recipe_names
 
@@ -62,7 +64,8 @@ def init(arguments: argparse.Namespace) -> int:
 def write_project(folder: Path, *, recipe: str) -> Iterator[Path]:
     """Write config.yaml, reward.py and train.jsonl; never over a file that is there."""
     text = (resources.files("exgrpo_fast.config") / "recipes" / f"{recipe}.yaml").read_text()
-    start = "" if recipe == "quickstart" else START.format(folder=folder)
+    has_model = "name" in yaml.safe_load(text).get("model", {})
+    start = "" if has_model else START.format(folder=folder)
     files = {
         "config.yaml": text + start,
         "reward.py": REWARD.replace("{folder}", str(folder)),

@@ -18,6 +18,7 @@ from exgrpo_fast.cli.doctor import collect
 from exgrpo_fast.config import Config, ConfigError, dump_yaml, with_values
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import MainRankFailed, RankLost, RanksDiverged, joined
+from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.rollout.engine import EngineLost
@@ -129,11 +130,13 @@ def train_and_evaluate(
         summary["eval_before"] = trainer.evaluate().as_dict()
         folder.write_json("summary.json", summary)
         screen.note(headline("before", summary["eval_before"]))
+        show_examples(summary["eval_before"], screen)
     trainer.train(stop_after=stop_after)
     finished = trainer.num_steps >= trainer.max_steps
     if trainer.eval_questions and finished:
         summary["eval_after"] = trainer.evaluate().as_dict()
         screen.note(headline("after", summary["eval_after"]))
+        show_examples(summary["eval_after"], screen)
         screen.note(gain(summary["eval_before"], summary["eval_after"]))
     summary |= {
         "method": config.replay.method if config.replay.enabled else config.method,
@@ -208,6 +211,13 @@ def headline(when: str, evaluation: dict[str, Any]) -> str:
         f"held-out {when}: avg@{evaluation['n']} {100 * evaluation['avg_at_n']:.1f} % "
         f"[{100 * low:.1f}, {100 * high:.1f}] on {evaluation['questions']} questions"
     )
+
+
+def show_examples(evaluation: dict[str, Any], screen: Screen) -> None:
+    """A line each: '  What is 1 + 2? -> It is 3. (reward 1)'."""
+    for example in evaluation.get("examples", []):
+        asked, said = (clean_line(example[key], max_line=160) for key in ("question", "completion"))
+        screen.note(f"  {asked} -> {said} (reward {example['reward']:g})")
 
 
 def gain(before: dict[str, Any], after: dict[str, Any]) -> str:

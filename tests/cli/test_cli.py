@@ -220,7 +220,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("recipe", ["exgrpo", "grpo", "dapo", "quickstart"])
+@pytest.mark.parametrize("recipe", ["exgrpo", "dapo", "quickstart-eapo", "smollm2"])
 def test_init_writes_a_project_that_validates(run, refused, tmp_path: Path, recipe: str) -> None:
     written = run("init", "new", "--recipe", recipe)
     names = ["config.yaml", "reward.py", "train.jsonl"]

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import check_reference, load_function
 from exgrpo_fast.rewards.verifiers import extraction
-from exgrpo_fast.rewards.verifiers.functions import exact, gsm8k, math_verify, reasoning_gym
+from exgrpo_fast.rewards.verifiers.functions import (
+    exact,
+    gsm8k,
+    last_number,
+    math_verify,
+    reasoning_gym,
+)
 from exgrpo_fast.rewards.verifiers.numerals import number
 from exgrpo_fast.rewards.verifiers.refusals import refuse
 
@@ -293,6 +299,33 @@ def test_exact_compares_text() -> None:
     ]
     verdicts = exact(["q"] * 5, texts, ["north"] * 5)
     assert [reward for reward, _ in verdicts] == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "verdict"),
+    [
+        ("14", "14", (1.0, "ok")),
+        ("12 + 2 equals 14.", "14", (1.0, "ok")),
+        ("The answer is 1,014 apples", "1014", (1.0, "ok")),
+        ("14.50", "14.5", (1.0, "ok")),
+        ("about 3.5e8", "350000000", (1.0, "ok")),
+        ("3 - 5 = -2", "-2", (1.0, "ok")),
+        ("so it is 3-5", "5", (1.0, "ok")),  # a difference: its last number is 5
+        ("<think>13</think> 14", "14", (1.0, "ok")),
+        ("14, because 12 + 2", "14", (0.0, "wrong")),
+        ("114", "14", (0.0, "wrong")),
+        ("fourteen", "14", (0.0, "no_answer")),
+        ("", "14", (0.0, "no_answer")),
+        ("14 " * 10_000, "14", (1.0, "ok")),
+    ],
+)
+def test_last_number_takes_the_last_one(completion: str, gold: str, verdict: object) -> None:
+    assert last_number(["q"], [completion], [gold]) == [verdict]
+
+
+def test_last_number_wants_a_gold_number() -> None:
+    assert last_number.check_gold("14", {}) == (1.0, "ok")  # pyright: ignore
+    assert last_number.check_gold("x", {}) == (0.0, "not_a_number")  # pyright: ignore
 
 
 def test_gsm8k_compares_the_number_after_the_hashes() -> None:

@@ -49,7 +49,7 @@ def test_the_evaluator_counts_what_was_said(tokenizer, make_test_trainer) -> Non
     questions = make_questions(tokenizer, list("abc"))
     engine = ScriptedEngine(tokenizer, questions)
     trainer = make_test_trainer(
-        questions, engine=engine, held_out=questions, eval={"n": 4, "k": [1, 2, 4]}
+        questions, engine=engine, held_out=questions, eval={"n": 4, "k": [1, 2, 4], "examples": 2}
     )
     engine.expect("a", "right", "wrong", "wrong", "wrong")
     engine.expect("b", "wrong", "wrong", "wrong", "wrong")
@@ -58,6 +58,17 @@ def test_the_evaluator_counts_what_was_said(tokenizer, make_test_trainer) -> Non
     assert found.avg_at_n == pytest.approx(4 / 12)
     assert found.pass_at_k == pytest.approx({"1": 4 / 12, "2": (1 / 2 + 1) / 3, "4": 2 / 3})
     assert (found.n, found.questions, found.truncated) == (4, 3, 0.0)
+    first, second = found.examples
+    assert (first.question, first.completion, first.reward) == (
+        questions[0].conversation[-1]["content"],
+        "right",
+        1.0,
+    )
+    assert (second.question, second.completion, second.reward) == (
+        questions[1].conversation[-1]["content"],
+        "wrong",
+        0.0,
+    )
     assert 0.0 <= found.avg_at_n_low <= found.avg_at_n <= found.avg_at_n_high <= 0.75
     tokens = [len(tokenizer(f"{word}<|end|>")["input_ids"]) for word in ("right", "wrong")]
     assert found.completion_len_mean == pytest.approx((4 * tokens[0] + 8 * tokens[1]) / 12)

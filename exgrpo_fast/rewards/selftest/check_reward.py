@@ -48,7 +48,7 @@ _FORMULAS = [
     "2^{10}",
     "x \\leq 4",
 ]
-_OWN_GOLDS = {"gsm8k": _NUMBERS, "multiple_choice": list("ABCDEFGHIJ")}
+_OWN_GOLDS = {"gsm8k": _NUMBERS, "last_number": _NUMBERS, "multiple_choice": list("ABCDEFGHIJ")}
 
 
 class Gold(NamedTuple):

@@ -1,4 +1,4 @@
-"""The built-in rewards: `exact`, `gsm8k` and `reasoning_gym` here, the others in files of their own.
+"""The built-in rewards: `exact`, `gsm8k`, `last_number` and `reasoning_gym` here, the others in files of their own.
 
 Imported by the reward workers: it loads no torch, and reasoning-gym only when it is asked for.
 """
@@ -87,6 +87,39 @@ def _leading_number(text: str) -> Fraction | None:
     return None if match is None else number(match.group())
 
 
+# --- last number ----------------------------------------------------------------------------------
+
+
+def last_number(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+) -> list[Judgement]:
+    """1.0 where the last number of the completion is the gold number, in a sentence or alone.
+
+    For models too small to keep to a format, and only for them: whatever stands before the number,
+    it counts.
+    """
+    return [_last_number(text, gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+# A minus sign belongs to the number unless it stands behind one: `3-4` ends in 4, `= -1` in -1.
+_ANY_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,4})?"
+)
+
+
+def _last_number(completion: str, gold: str) -> Judgement:
+    text = extraction.clean(extraction.visible_part(completion)[-extraction.WINDOW_CHARS :])
+    found = _ANY_NUMBER.findall(text)
+    value = number(found[-1]) if found else None
+    if value is None:
+        return NO_ANSWER
+    return RIGHT if value == number(gold) else WRONG
+
+
+def _last_number_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
+    return (0.0, "not_a_number") if number(gold) is None else RIGHT
+
+
 # --- reasoning-gym --------------------------------------------------------------------------------
 
 
@@ -156,6 +189,7 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math_verify": math_verify,
     "exact": exact,
     "gsm8k": gsm8k,
+    "last_number": last_number,
     "multiple_choice": multiple_choice,
     "reasoning_gym": reasoning_gym,
     "boxed_once": boxed_once,
@@ -164,5 +198,6 @@ BUILT_IN: dict[str, RewardFunction] = {
 
 exact.check_gold = _exact_gold  # pyright: ignore[reportFunctionMemberAccess]
 gsm8k.check_gold = _gsm8k_gold  # pyright: ignore[reportFunctionMemberAccess]
+last_number.check_gold = _last_number_gold  # pyright: ignore[reportFunctionMemberAccess]
 reasoning_gym.check_gold = _gym_gold  # pyright: ignore[reportFunctionMemberAccess]
 reasoning_gym.warm_up = _load_gym  # pyright: ignore[reportFunctionMemberAccess]
