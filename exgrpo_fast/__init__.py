@@ -10,6 +10,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "train": "exgrpo_fast.api.training",
+    "evaluate": "exgrpo_fast.api.evaluation",
     "Config": "exgrpo_fast.config",
     "load_config": "exgrpo_fast.config",
     "Question": "exgrpo_fast.core.types",

@@ -18,6 +18,7 @@ FLOORS = [
     ["training", "memory"],
     ["build", "adapters"],
     ["cli"],
+    ["api"],
     ["__main__", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -25,10 +25,15 @@ def recipe_names() -> list[str]:
 
 def load_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """A recipe's name or a YAML file, with dotted overrides on top -> a checked Config."""
-    tree = read_yaml(*_find(source))
+    tree = read_recipe(source)
     for dotted, text in overrides:
         assign(tree, dotted, _override(dotted, text))
     return validate(tree)
+
+
+def read_recipe(source: str) -> dict[str, Any]:
+    """A recipe's name or a YAML file -> its tree of values, unchecked."""
+    return read_yaml(*_find(source))
 
 
 def validate(tree: Mapping[str, Any]) -> Config:

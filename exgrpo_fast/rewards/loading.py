@@ -38,6 +38,10 @@ def check_reference(reference: str) -> str:
     location, _, name = reference.rpartition(":")
     if not location or not name:
         raise RewardError(f"reward '{reference}': expected 'file.py:function' or 'module:name'")
+    if location.endswith(".pkl"):  # a function of a script or notebook, pickled by value
+        if not Path(location).is_file():
+            raise RewardError(f"reward '{reference}': no file {location}")
+        return reference
     if not location.endswith(".py"):
         return reference
     _check_file(reference, location, name)
@@ -162,6 +166,8 @@ def load_function(reference: str) -> RewardFunction:
 
 def _import_function(reference: str) -> RewardFunction:
     location, _, name = reference.rpartition(":")
+    if location.endswith(".pkl"):
+        return _unpickle(reference, location)
     try:
         is_file = location.endswith(".py")
         module = _import_file(location) if is_file else importlib.import_module(location)
@@ -179,6 +185,15 @@ def _import_function(reference: str) -> RewardFunction:
         rubrics = [key for key, value in vars(module).items() if _is_rubrics(value)]
         raise RewardError(_no_such_function(reference, own, rubrics))
     return found
+
+
+def _unpickle(reference: str, location: str) -> RewardFunction:
+    import dill
+
+    try:
+        return dill.loads(Path(location).read_bytes())
+    except Exception as error:  # its globals may be of packages that are no longer there
+        raise RewardError(f"reward '{reference}' does not load: {describe(error)}") from None
 
 
 def _import_file(location: str) -> Any:

@@ -1,0 +1,45 @@
+"""`evaluate(...)`: avg@n and pass@k of a model from Python."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exgrpo_fast.api.inputs import Reward, Rows, as_references, as_source, make_config
+from exgrpo_fast.cli.arguments import choose_device
+from exgrpo_fast.config import Config, require
+
+
+def evaluate(
+    model: str,
+    data: Rows,
+    reward: Reward | Sequence[Reward] = "math_verify",
+    *,
+    n: int = 8,
+    k: Sequence[int] = (1,),
+    device: str | None = None,
+    **keys: Any,
+) -> dict[str, Any]:
+    """avg@n with its 95 % bootstrap interval, unbiased pass@k and truncation, as `eval` prints.
+
+    model, data, reward and keys are those of `train`.
+    Errors: UserError in one line, before weights are loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = as_source(data, Path(folder) / "eval.jsonl")
+        values = {
+            "model.name": str(model),
+            "reward.functions": as_references(reward, Path(folder)),
+            "eval.n": n,
+            "eval.k": list(k),
+        }
+        config = make_config(Config(), values | keys)
+        require(config.model.name, "model.name", "a folder or a hub name")
+        from exgrpo_fast.build.evaluation import EvaluatedModel
+
+        evaluated = EvaluatedModel(config, device=choose_device(device))
+        questions = evaluated.read(source)
+        with evaluated.evaluator(questions[0]) as evaluator:
+            return evaluator(questions).as_dict()

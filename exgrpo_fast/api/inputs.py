@@ -1,0 +1,89 @@
+"""Python values -> what a config names: rows as a file, functions as references, keywords as keys."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exgrpo_fast.config import Config, ConfigError, all_keys, keys_by_last_word
+from exgrpo_fast.config.load import assign, read_recipe, validate
+from exgrpo_fast.rewards.loading import as_reference
+
+Reward = str | Callable[..., Any]
+Rows = str | Path | Iterable[Mapping[str, Any]]
+
+
+def make_config(recipe: str | Config, values: Mapping[str, Any]) -> Config:
+    """A recipe, a YAML file or a config, with keyword values on top.
+
+    A keyword is a config key's last word (`lr`, `group_size`), or a section with a dict
+    (`replay={"enabled": False}`). ConfigError for an unknown one, with the nearest key.
+    """
+    tree = recipe.model_dump() if isinstance(recipe, Config) else read_recipe(recipe)
+    for key, value in values.items():
+        assign_keyword(tree, key, value)
+    return validate(tree)
+
+
+def assign_keyword(tree: dict[str, Any], key: str, value: Any) -> None:
+    known = all_keys()
+    sections = {name.split(".")[0] for name in known if "." in name}
+    if key in sections and isinstance(value, Mapping):
+        for name, inner in value.items():
+            assign(tree, f"{key}.{name}", inner)
+        return
+    by_last_word = keys_by_last_word()
+    if "." in key or key in known:
+        assign(tree, key, value)
+    elif key in by_last_word:
+        assign(tree, by_last_word[key], value)
+    else:
+        near = difflib.get_close_matches(key, [*by_last_word, *sections], n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"unknown keyword '{key}'{hint}")
+
+
+def as_source(rows: Rows, file: Path) -> str:
+    """The name of a file or data set; rows are written to `file` as JSON lines.
+
+    ConfigError for rows that JSON cannot hold, or none.
+    """
+    if isinstance(rows, str | Path):
+        return str(rows)
+    try:
+        lines = [json.dumps(dict(row), ensure_ascii=False) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"rows must be dicts of plain values: {error}") from None
+    if not lines:
+        raise ConfigError("the rows are empty")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]:
+    """References under which worker processes find the functions.
+
+    A function of the calling script or notebook is pickled by value into `folder`: importing a
+    script again in a worker would run it again.
+    """
+    listed = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    return [_reference(reward, folder) for reward in listed]
+
+
+def _reference(reward: Reward, folder: Path) -> str:
+    if isinstance(reward, str) or getattr(reward, "__module__", None) != "__main__":
+        return as_reference(reward)
+    import dill
+
+    name = getattr(reward, "__name__", type(reward).__name__)
+    path = folder / f"{name.strip('<>')}.pkl"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        path.write_bytes(dill.dumps(reward, recurse=True))
+    except Exception as error:
+        raise ConfigError(f"reward '{name}' cannot be handed to a worker: {error}") from None
+    return f"{path.resolve()}:{name}"

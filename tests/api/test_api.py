@@ -1,0 +1,130 @@
+"""`from exgrpo_fast import train, evaluate`: a run from Python, in a script and in this process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from several_processes import environment
+
+import exgrpo_fast
+from exgrpo_fast.api.inputs import as_references, as_source, make_config
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.rewards.loading import check_reference, load_function
+
+ROWS = [{"prompt": f"{i} + 1?", "answer": "3"} for i in range(8)]
+KEYS = {
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "max_completion_tokens": 8,
+    "lr": 1e-3,
+    "max_steps": 2,
+    "check_answers": False,
+    "rollout.engine": "transformers",
+    "reward": {"workers": 1},
+    "replay": {"start_success_rate": None},
+    "data.prompt_field": "prompt",
+    "checkpoint.every": 2,
+}
+
+SCRIPT = """
+from exgrpo_fast import evaluate, train
+
+BONUS = 1.0  # a global of the script, which the worker needs too
+
+
+def even_length(completions, **columns):
+    return [BONUS * (len(text) % 2 == 0) for text in completions]
+
+
+rows = {rows}
+keys = {keys}
+reward_keys = keys.pop("reward")
+run = train({model!r}, rows, even_length, out="run", **keys, **{{"reward.workers": 1}})
+print("FINISHED", run.finished, len(run.metrics), run.checkpoint.name, run.report.exists())
+result = evaluate(str(run.checkpoint), rows, even_length, n=2, max_completion_tokens=8)
+print("AVG", result["avg_at_n"], result["questions"])
+"""
+
+
+def test_a_script_without_a_main_guard_trains_with_its_own_function(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(rows=ROWS, keys=KEYS, model=str(model_folder)))
+    done = subprocess.run(
+        [sys.executable, script.name],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "FINISHED True 2 hf True" in done.stdout
+    assert done.stdout.count("FINISHED") == 1, "a worker ran the script again"
+    assert "AVG" in done.stdout
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < step["reward_mean"] < 1 for step in steps)
+
+
+def test_stop_and_resume_in_this_process(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = KEYS | {"max_steps": 3, "checkpoint.every": 1}
+    reward_keys = {"reward.workers": keys.pop("reward")["workers"]}
+    reward = f"{Path(__file__).parents[1] / 'reward_functions.py'}:even_length"
+    first = exgrpo_fast.train(
+        str(model_folder), ROWS, reward, out="run", stop_after=1, **keys, **reward_keys
+    )
+    assert (first.finished, len(first.metrics)) == (False, 1)
+    second = exgrpo_fast.train(
+        str(model_folder), ROWS, reward, out="run", resume="auto", **keys, **reward_keys
+    )
+    assert second.finished
+    assert [step["step"] for step in second.metrics] == [1, 2, 3]
+    assert second.checkpoint is not None and (second.checkpoint / "config.json").exists()
+
+
+def test_keywords_are_keys_by_their_last_word_or_sections() -> None:
+    config = make_config("exgrpo", {"lr": 2e-6, "group_size": 5, "replay": {"enabled": False}})
+    assert (config.train.lr, config.rollout.group_size, config.replay.enabled) == (2e-6, 5, False)
+    again = make_config(config, {"rollout.group_size": 6})
+    assert isinstance(again, Config) and again.rollout.group_size == 6
+    assert again.train.lr == 2e-6
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [({"group_sise": 5}, "did you mean 'group_size'"), ({"lr": "fast"}, "train.lr")],
+)
+def test_a_mistake_is_one_line(keys: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config("exgrpo", keys)
+
+
+def test_rows_become_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "inputs" / "train.jsonl"
+    assert as_source((row for row in ROWS), file) == str(file)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == ROWS
+    assert as_source("name:split", file) == "name:split"
+    with pytest.raises(ConfigError, match="rows are empty"):
+        as_source([], file)
+    with pytest.raises(ConfigError, match="plain values"):
+        as_source([{"prompt": object()}], file)
+
+
+def test_a_function_of_main_is_pickled_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: dict = {"__name__": "__main__"}
+    exec("def half(completions, **_):\n    return [0.5] * len(completions)\n", names)
+    (reference,) = as_references(names["half"], tmp_path)
+    assert reference == f"{(tmp_path / 'half.pkl').resolve()}:half"
+    assert check_reference(reference) == reference
+    assert load_function(reference)(completions=["a", "b"]) == [0.5, 0.5]
+    assert as_references(["math_verify", names["half"]], tmp_path)[0] == "math_verify"
