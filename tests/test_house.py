@@ -23,7 +23,14 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What may be loaded before torch, so that a mistake is answered at once: these, and what they load.
-LIGHT = ["core.errors", "core.text", "core.heartbeat", "core.http_client", "core.torchrun"]
+LIGHT = [
+    "core.allocator",
+    "core.errors",
+    "core.text",
+    "core.heartbeat",
+    "core.http_client",
+    "core.torchrun",
+]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
 LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor"]
 LIGHT += ["memory.store", "experience.replay.plan", "rollout.vllm.versions"]

@@ -10,12 +10,20 @@ import xxhash
 
 from exgrpo_fast import __version__
 from exgrpo_fast.config import Config, dump_yaml
+from exgrpo_fast.core.allocator import keep_freed_memory
 
 
 def quiet_libraries() -> None:
     """One screen, ours: no progress bars and advice from below."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def prepare_process(device: str) -> None:
+    """What a process that generates or trains wants of its libraries, before it loads a model."""
+    quiet_libraries()
+    if device == "cpu":
+        keep_freed_memory()
 
 
 def config_digest(config: Config) -> str:

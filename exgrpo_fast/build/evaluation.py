@@ -9,7 +9,7 @@ from typing import Any
 
 from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.engines import build_engine, make_endpoint_engine, reserve_engine
-from exgrpo_fast.build.environment import quiet_libraries
+from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.experience import make_hindsight_prompt
 from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
@@ -32,7 +32,7 @@ class EvaluatedModel:
     ) -> None:
         """`endpoint`: url, model and key_env of a vLLM server that generates; then no weights are
         loaded here."""
-        quiet_libraries()
+        prepare_process(device)
         self.config = config
         self.device = device
         self.endpoint = endpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 from exgrpo_fast.build.data import load_data, refuse_bad_golds
 from exgrpo_fast.build.engines import build_engine, reserve_engine
-from exgrpo_fast.build.environment import quiet_libraries
+from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.experience import check_prior, make_prior
 from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import (
@@ -55,7 +55,7 @@ def open_run(
 
     Rank 0 alone has the reward workers, the engine and the files.
     """
-    quiet_libraries()
+    prepare_process(device)
     refuse_impossible_attention(config, device)
     start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
     tokenizer = load_tokenizer(start)

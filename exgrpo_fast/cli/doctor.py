@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from exgrpo_fast.cli.arguments import add_command, add_memory, require_file
 from exgrpo_fast.cli.train import show_plan
 from exgrpo_fast.config import load_config
+from exgrpo_fast.core.allocator import can_keep
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rollout.vllm.versions import (
@@ -83,6 +84,7 @@ def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, A
         *check_devices(devices, versions["torch"]),
         *check_room(room),
         *check_environment(os.environ),
+        check_allocator(),
         *check_vllm(model),
     ]
     if self_test and versions["torch"] != ABSENT:
@@ -271,6 +273,13 @@ def check_room(room: dict[str, Any]) -> list[Check]:
         else Check("memory", "warn", ram, "loading a model of 1.5 billion parameters needs 8 GiB"),
         Check("disk", "ok", disk) if free >= 30 else Check("disk", "warn", disk, small_disk),
     ]
+
+
+def check_allocator() -> Check:
+    """Whether runs on a CPU keep the memory that they free."""
+    if can_keep():
+        return Check("allocator", "ok", "glibc, which keeps freed memory in runs on a CPU")
+    return Check("allocator", "ok", "another one than glibc's, or as the environment says")
 
 
 _OPEN_DOORS = (
