@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from exgrpo_fast.config import validate
-from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner
+from exgrpo_fast.memory.planner import Machine, MemoryPlan, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.policy import Policy

@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2Config
 
 from exgrpo_fast.config import Config, load_config
-from exgrpo_fast.memory.plan import GIB, Machine, MemoryPlan, Planner
+from exgrpo_fast.memory.planner import GIB, Machine, MemoryPlan, Planner
 
 ALLOWED_GIB = 1.5  # for contexts, the libraries' workspaces and fragments
 MODELS = {

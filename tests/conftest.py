@@ -18,12 +18,12 @@ if not torch.cuda.is_available():
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
+from exgrpo_fast.build.assembly import make_trainer
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_policy, make_reference
 from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.build.rewards import make_rewards
-from exgrpo_fast.build.trainer import make_trainer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.types import Completion, Group, Question
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling

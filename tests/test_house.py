@@ -33,7 +33,7 @@ LIGHT = [
 ]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
 LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor"]
-LIGHT += ["memory.store", "experience.replay.plan", "rollout.vllm.versions"]
+LIGHT += ["memory.budgets", "experience.replay.plan", "rollout.vllm.versions"]
 # The body of `train`, which its arguments import inside a function.
 HEAVY = ["cli.train_run"]
 
@@ -113,6 +113,10 @@ def test_the_kernels_stand_alone() -> None:
 def test_httpx2_is_imported_where_a_server_is_used() -> None:
     """Training by the engine in its own process needs none."""
     serving = {"rollout/server/process.py"}  # itself imported inside functions
+    build = ROOT / "exgrpo_fast" / "build"
+    for path in {*build.glob("*.py")} - {build / "servers.py"}:
+        names = modules(path, top_level_only=True)
+        assert not any(n.startswith(("rollout.server", "build.servers")) for n in names), path
     for path in (ROOT / "exgrpo_fast").glob("**/*.py"):
         if str(path.relative_to(ROOT / "exgrpo_fast")) not in serving:
             imported = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]

@@ -1,8 +1,9 @@
 """From a checked Config to objects: the only folder that names concrete classes.
 
-environment  versions, quiet libraries       evaluation       a model outside a run
-models       policy, reference, adapter    engines   the engine of a run, its check and journal
-rewards      verifier, evaluator           experience  replay, prior policy, hindsight
-data         questions of a run            saved_store  the replay buffer of a checkpoint
-trainer, run  the trainer; all of it        quickstart/  a toy task and model
+run          all of a training run              assembly     the trainer and its parts
+models       policy, reference, adapter         engines, servers  the rollout engine, its check, journal
+rewards      reward pool, verifier, evaluator   experience   replay, prior policy, hindsight
+data         questions of a run                 evaluation   a model outside a run
+saved_store  the replay buffer of a checkpoint  environment  versions and fingerprints
+quickstart/  a toy task and model               pretrained/  GGUF files and packaged models
 """

@@ -82,5 +82,5 @@ def refuse_bad_golds(
         listed = "; ".join(f"{g.question_id}: {g.answer!r} ({g.reason})" for g in bad[:3])
         raise ConfigError(
             f"{len(bad)} of {len(questions)} gold answers fail their own reward: {listed}; "
-            f"mend them, or set data.check_answers false"
+            f"correct them, or set data.check_answers false"
         )

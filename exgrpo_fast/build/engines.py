@@ -8,12 +8,11 @@ trainer's weights there would be too little; rollout servers load while the trai
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -23,25 +22,24 @@ from exgrpo_fast.build.models import make_plain_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
-from exgrpo_fast.memory.engine import EnginePlan, engine_plan
-from exgrpo_fast.memory.plan import Machine, Planner
+from exgrpo_fast.memory.budgets import EnginePlan, engine_plan
+from exgrpo_fast.memory.planner import Machine, Planner
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.journal import JournalledEngine
 from exgrpo_fast.rollout.mismatch import MismatchRule
-from exgrpo_fast.rollout.server.engine import ServerEngine
-from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
-from exgrpo_fast.rollout.server.weight_transfer import BroadcastSender, SharedMemorySender
 from exgrpo_fast.rollout.shared_engine import AnnouncedPolicy, CopiedEngine, SharedEngine
 from exgrpo_fast.rollout.sync_check import TOLERANCE, VerifiedEngine
 from exgrpo_fast.rollout.vllm.engine import VllmEngine
 from exgrpo_fast.rollout.vllm.model import VllmModel
 
+if TYPE_CHECKING:
+    from exgrpo_fast.build.servers import RolloutServers
+
 log = logging.getLogger(__name__)
 
-START_SECONDS = 600.0  # a large model is read from a slow disk
 Note = Callable[[str], None]
 E = TypeVar("E")
 
@@ -55,7 +53,7 @@ class Reservation:
     plan: EnginePlan | None = None  # of vLLM; None for transformers, and on ranks other than 0
     vllm: VllmModel | None = None  # in this process
     vllm_prior: VllmModel | None = None  # beside it: the prior policy of EAPO
-    servers: tuple[ServerProcess, ...] = ()
+    servers: RolloutServers | None = None
 
 
 @contextmanager
@@ -119,14 +117,17 @@ def reserve_vllm(
         "can_sleep": plan.sleeps,
     }
     if kind == "vllm_server":
-        servers = start_servers(config, arguments, stack, device=device, log_folder=log_folder)
+        # httpx2 is needed for servers alone.
+        from exgrpo_fast.build.servers import RolloutServers
+
+        servers = RolloutServers(config, arguments, stack, log_folder=log_folder)
         return Reservation(folder, stack, plan, servers=servers)
     vllm = with_less_memory_once(lambda changes: VllmModel(**arguments | changes), arguments)
     stack.callback(vllm.close)
     prior = None
     if prior_runs_in_vllm(config, plan):
-        # Engines of one process have to be made together, and end together. One token more: to
-        # score a whole sequence is to ask for what follows it.
+        # vLLM engines of one process must start and end together. One token more: a sequence is
+        # scored by asking for the token after it.
         arguments["folder"] = config.prior_resampling.model
         arguments["max_model_len"] += 1
         prior = VllmModel(**arguments)
@@ -160,8 +161,13 @@ def build_engine(
         engine = transformers_engine(config, source, tokenizer, reserved.folder)
     else:
         dtype = config.model.compute_dtype(policy.device.type)
+        if reserved.servers is not None:
+            engine = reserved.servers.engine(source)
+        else:
+            assert reserved.vllm is not None
+            engine = VllmEngine(reserved.vllm, source, sleeps=reserved.plan.sleeps)
         engine = VerifiedEngine(
-            vllm_engine(config, source, reserved, reserved.plan),
+            engine,
             source,
             prompt_ids=prompt_ids,
             max_model_len=reserved.plan.max_model_len,
@@ -193,32 +199,6 @@ def transformers_engine(
     return CopiedEngine(make_transformers_engine(config, copy, tokenizer), copy, source)
 
 
-def vllm_engine(
-    config: Config, source: Policy, reserved: Reservation, plan: EnginePlan
-) -> RolloutEngine:
-    """vLLM in this process, or its servers as soon as they have loaded."""
-    if reserved.vllm is not None:
-        return VllmEngine(reserved.vllm, source, sleeps=plan.sleeps)
-    server = config.rollout.server
-    for process in reserved.servers:
-        process.wait_until_ready(deadline=START_SECONDS)
-    key = os.environ.get(server.key_env, "")
-    connections = [process.connection for process in reserved.servers] or [
-        ServerConnection(name=url, key=key, url=url) for url in server.urls or []
-    ]
-    dtype = getattr(torch, config.model.compute_dtype(source.device.type))
-    if server.weights == "shared_memory":
-        sender = SharedMemorySender(dtype)
-    else:
-        sender = BroadcastSender(
-            dtype, device=source.device, num_servers=len(connections), host=server.host
-        )
-    reserved.stack.callback(sender.close)
-    return ServerEngine(
-        connections, source, sender, processes=reserved.servers, deadline=server.deadline_seconds
-    )
-
-
 def mismatch_rule(config: Config, device: str) -> MismatchRule:
     """The trainer's own weights have no mismatch to correct."""
     if engine_kind(config, device) == "transformers":
@@ -227,7 +207,7 @@ def mismatch_rule(config: Config, device: str) -> MismatchRule:
 
 
 def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> EnginePlan:
-    """`shared`: the trainer lives on the same device."""
+    """`shared`: the trainer uses the same device."""
     model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     num_bytes = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
     if shared and device == "cuda":
@@ -252,8 +232,8 @@ def count_parameters(model: Any) -> int:
 
 
 def prior_runs_in_vllm(config: Config, plan: EnginePlan) -> bool:
-    """A trigger of whole distributions needs the transformers back end, which goes with any engine;
-    and of two engines in one process none can sleep."""
+    """Not for a trigger that reads whole distributions, which vLLM does not return, nor where vLLM
+    sleeps: of two engines in one process none can."""
     prior = config.prior_resampling
     of_state = Trigger(prior.trigger, prior.threshold, prior.rate).of_state
     return prior.enabled and prior.model is not None and not of_state and not plan.sleeps
@@ -275,37 +255,6 @@ def with_less_memory_once(make: Callable[[dict[str, Any]], Any], model: dict[str
         f"GiB and with half of it; lower it, or rollout.max_batch_sequences, or set rollout.sleep "
         f"to always"
     )
-
-
-def start_servers(
-    config: Config,
-    arguments: dict[str, Any],
-    stack: ExitStack,
-    *,
-    device: str,
-    log_folder: Path | None,
-) -> tuple[ServerProcess, ...]:
-    """Those that `rollout.server.urls` does not name; they load in the background."""
-    server, started = config.rollout.server, []
-    for number in range(0 if server.urls else server.count):
-        gpu = server_gpu(config, number) if device == "cuda" else None
-        path = log_folder / f"rollout-{number}.log" if log_folder else None
-        process = ServerProcess(arguments, name=str(number), gpu=gpu, log=path)
-        stack.callback(process.close)
-        started.append(process)
-    return tuple(started)
-
-
-def server_gpu(config: Config, number: int) -> int:
-    """ConfigError where there is no GPU for a server."""
-    gpus, found = config.rollout.server.gpus, torch.cuda.device_count()
-    gpu = number + 1 if gpus is None else (gpus[number] if number < len(gpus) else found)
-    if gpu >= found:
-        raise ConfigError(
-            f"rollout.server.gpus: no GPU for server {number}; this machine has {found}, and the "
-            f"trainer uses the first (rollout.engine vllm shares one GPU)"
-        )
-    return gpu
 
 
 def make_transformers_engine(

@@ -1,4 +1,4 @@
-"""What surrounds a run: quiet libraries, versions, fingerprints."""
+"""Versions and fingerprints of a run, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exgrpo_fast.core.allocator import keep_freed_memory
 
 
 def quiet_libraries() -> None:
-    """One screen, ours: no progress bars and advice from below."""
+    """No progress bars and advice of transformers on the screen."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

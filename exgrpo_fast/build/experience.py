@@ -30,7 +30,7 @@ from exgrpo_fast.experience.replay.selectors import (
 from exgrpo_fast.experience.replay.source import ReplayRecipe, ReplaySource
 from exgrpo_fast.experience.replay.store import ExperienceStore
 from exgrpo_fast.experience.scoring import Verifier
-from exgrpo_fast.memory.store import store_plan
+from exgrpo_fast.memory.budgets import store_plan
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine

@@ -1,4 +1,4 @@
-"""Weights and words: the policy, its reference and adapter, the tokenizer, where a run starts."""
+"""Policy, reference policies, adapter and tokenizer of a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from exgrpo_fast.build.pretrained import model_folder
+from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
@@ -32,12 +33,10 @@ from exgrpo_fast.training.reference import AdapterOff, Reference
 
 
 def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:
-    """Where the initial policy lies; what is no folder yet is made one here first."""
+    """The folder of the initial policy; made or converted first where there is none."""
     if config.model.name != "quickstart":
         name = require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
         return model_folder(name, screen)
-    from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
-
     path = folder.path / "warm_start"
     if not path.exists():
         for source in (config.data.train, config.data.eval):
@@ -114,7 +113,7 @@ def wrap(
     device: str,
     processes: Processes = SINGLE_PROCESS,
 ) -> Policy:
-    """`load` is called by one process of a machine after the other: each keeps a part alone."""
+    """`load` is called by one rank of a machine at a time: each keeps its shard only."""
     settings: dict[str, Any] = {
         "compute_dtype": getattr(torch, config.model.compute_dtype(device)),
         "gradient_checkpointing": config.model.gradient_checkpointing,
@@ -141,12 +140,12 @@ def make_plain_policy(
     device: str,
     processes: Processes = SINGLE_PROCESS,
 ) -> Policy:
-    """A copy that takes plain weights, whatever adapters the policy has."""
+    """A copy without adapters, for merged weights."""
     return wrap(config, lambda: load_model(name, dtype=dtype), device=device, processes=processes)
 
 
 def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
-    """The frozen policies, loaded only when a KL term needs them and no adapter can be put off."""
+    """The frozen policies of a KL term; with adapters the base is the policy with them switched off."""
     kl = config.algorithm.kl
     if kl.coef == 0.0:
         return None
@@ -169,7 +168,7 @@ def make_reference(config: Config, name: str, policy: Policy, *, device: str) ->
 
 
 def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
-    """Where the adapter to go on with lies. ConfigError where run and checkpoint differ in kind."""
+    """The folder of the adapter to resume. ConfigError where only one of run and checkpoint has one."""
     if checkpoint is None:
         return None
     adapter = checkpoint / "adapter"
@@ -179,7 +178,7 @@ def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
 
 
 def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """ConfigError where the token ids of the checkpoint would mean other words."""
+    """ConfigError where the checkpoint was written with another vocabulary."""
     origin = read_manifest(checkpoint)["origin"]
     if origin and origin["tokenizer"] != vocabulary_of(tokenizer):
         raise ConfigError(

@@ -10,6 +10,7 @@ from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.scoring import Scorer, Verifier
 from exgrpo_fast.model.policy import Tokenizer
 from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer
+from exgrpo_fast.rewards.rubrics.judge import Judge
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.evaluate import Evaluator
@@ -56,19 +57,17 @@ def make_verifier(
     screen: Screen,
     processes: Processes = SINGLE_PROCESS,
 ) -> Verifier:
-    """`rewards`: None in all processes but the first."""
+    """`rewards`: None on ranks other than 0."""
     scorer = make_scorer(config, rewards) if rewards is not None else None
     return Verifier(scorer, make_decode(tokenizer), screen, processes)
 
 
 def make_scorer(config: Config, rewards: RewardPool) -> Scorer:
     if config.reward.judge is not None:
-        from exgrpo_fast.rewards.rubrics.judge import Judge
-
         return RubricScorer(rewards, Judge(**config.reward.judge.model_dump()))
     if judged := [name for name, rubric in rewards.rubrics.items() if rubric.judged]:
         raise ConfigError(
-            f"reward.judge is not set, and only a judge can decide the rubrics {', '.join(judged)}"
+            f"reward.judge is not set, and only a judge can score the rubrics {', '.join(judged)}"
         )
     return rewards
 

@@ -1,6 +1,5 @@
-"""One training run, opened and closed.
-
-What can fail by a user's mistake (files, rewards, golds) is tried before the weights are loaded.
+"""A training run: what a user's mistake can break (files, rewards, gold answers) is checked before the
+weights are loaded.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from exgrpo_fast.build.assembly import clean_journal_after, make_sink, make_trainer
 from exgrpo_fast.build.data import load_data, refuse_bad_golds
 from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import prepare_process
@@ -26,13 +26,12 @@ from exgrpo_fast.build.models import (
     start_folder,
 )
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
-from exgrpo_fast.build.trainer import clean_journal_after, make_sink, make_trainer
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
 from exgrpo_fast.core.rng import seed_everything
 from exgrpo_fast.experience.replay.source import ReplaySource
+from exgrpo_fast.memory.budgets import store_note
 from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
-from exgrpo_fast.memory.store import store_note
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
@@ -147,7 +146,7 @@ def open_sink(
 
 
 def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:
-    """The largest step a run can bring, once; DoesNotFit where the device is too small."""
+    """Run the largest possible step once; DoesNotFit where the device is too small."""
     rehearsal = rehearse(
         trainer.learner,
         trainer.objective,
@@ -157,7 +156,7 @@ def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:
         processes=trainer.processes.count,
     )
     if trainer.learner.policy.device.type != "cuda":
-        return rehearsal.note()  # of the whole process: not what the plan speaks of
+        return rehearsal.note()  # on a CPU the plan does not cover the process as a whole
     return rehearsal.note(expected.states_and_passes)
 
 

@@ -107,7 +107,7 @@ class SavedStore:
     def _refuse_inside(self, out: Path) -> None:
         """With a file more the checkpoint would no longer verify."""
         if out.absolute().is_relative_to(self.checkpoint.absolute()):
-            raise UserError(f"--out {out}: lies inside the checkpoint that it is made from")
+            raise UserError(f"--out {out}: is inside the checkpoint that it is made from")
 
 
 def reason(error: Exception) -> str:

@@ -72,7 +72,7 @@ class Check:
 
 
 def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, Any]:
-    """Versions, devices, room and checks; `self_test=False` only looks and takes no second.
+    """Versions, devices, room and checks; `self_test=False` runs no self-test.
 
     `model`: a folder that vLLM is to run.
     """
@@ -226,7 +226,7 @@ def find_devices() -> list[dict[str, Any]]:
 
 
 def find_room() -> dict[str, Any]:
-    """Cores this process may use, memory, and free disk where it stands."""
+    """Cores this process may use, memory, and free disk in the working directory."""
     available = getattr(os, "sched_getaffinity", None)
     return {
         "cores": len(available(0)) if available else os.cpu_count(),
@@ -387,15 +387,15 @@ def fused_loss_test(device: str) -> str:
 
 
 def _loss_inputs(torch: Any, device: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """33 tokens, 300 words, 32 dimensions: no multiple of any block size."""
+    """33 tokens, vocabulary 300, width 32: no multiple of any block size."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    tokens, words, width = 33, 300, 32
-    hidden, weight = normal(tokens, width), normal(words, width) / width**0.5
-    targets = torch.randint(words, (tokens,), generator=generator)
+    tokens, vocabulary, width = 33, 300, 32
+    hidden, weight = normal(tokens, width), normal(vocabulary, width) / width**0.5
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
     logprobs = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     columns = {
         "targets": targets,
@@ -431,4 +431,4 @@ def reward_worker_test() -> str:
         rewards = [verdict.reward for verdict in pool.score(samples)]
     if rewards != [1.0, 0.0]:
         raise ArithmeticError(f"a correct and an incorrect answer were given {rewards}")
-    return "a correct and an incorrect answer were told apart"
+    return "a correct and an incorrect answer were scored as such"

@@ -34,7 +34,7 @@ from exgrpo_fast.config import (
 from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import place_of
-from exgrpo_fast.memory.store import store_note, store_plan
+from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
 from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 

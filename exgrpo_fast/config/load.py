@@ -278,7 +278,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def keys_by_last_word() -> dict[str, str]:
-    """'lr' -> 'train.lr': of several keys the outermost, then the first."""
+    """'lr' -> 'train.lr': of equal last words the outermost key, then the first."""
     keys = sorted(reversed(all_keys()), key=lambda key: -key.count("."))
     return {key.rpartition(".")[2]: key for key in keys}
 

@@ -277,7 +277,7 @@ class RolloutConfig(Section):
             if getattr(self, name) != neutral:
                 raise ValueError(
                     f"rollout.{name} must stay {neutral:g}: a truncated distribution is not the "
-                    f"policy, and no importance ratio is right for it; eval.top_p is free"
+                    f"policy, and its importance ratios would be wrong; eval.top_p is free"
                 )
         if self.generate_ahead and self.engine != "vllm_server":
             raise ValueError("rollout.generate_ahead needs rollout.engine vllm_server")
@@ -404,7 +404,7 @@ class ReplayConfig(Section):
         )
     )
     experience_ratio: Fraction = Field(
-        default=0.5, description="rho: share of groups whose question comes from the store"
+        default=0.5, description="rho: share of groups with a stored question"
     )
     start_success_rate: Fraction | None = Field(
         default=0.35, description="replay starts after the first batch above it; null = from step 1"

@@ -2,8 +2,8 @@
 
 tracing    the passes of a model over fake tensors: what they hold, nothing allocated
 training   weights, gradients, optimiser, activations, loss chunk
-sharded    the same of one process of several
-engine     vLLM's weights, keys and values          store   the experience store
-plan       all of it beside the size of the device, as a table; how `auto` is resolved
-advice     what to change where it does not fit
+sharded    the same on one rank of FSDP2
+budgets    vLLM's keys and values, the replay buffer
+planner    all of it beside the size of the device, as a table; how `auto` is resolved
+advice     what to change where it does not fit     fit   the plan of this machine or another GPU
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from exgrpo_fast.config import Config, ConfigError, refuse_with_several, with_values
 from exgrpo_fast.config.sections import PREFERRED_TOKENS
-from exgrpo_fast.memory.plan import GIB, MemoryPlan, Planner
+from exgrpo_fast.memory.planner import GIB, MemoryPlan, Planner
 
 LOW = {"model.weights": "bfloat16", "train.optimizer": "auto"}
 RELEASE = {"train.gradient_release": True, "train.max_tokens_per_microbatch": "auto"}
@@ -62,7 +62,7 @@ def changes(config: Config) -> Iterator[Change]:
     yield Change(quantised | small, "an adapter on weights of 4 bits, slower")
     yield Change(
         {"rollout.max_completion_tokens": config.rollout.max_completion_tokens // 2} | small,
-        "shorter responses",
+        "shorter completions",
     )
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.memory.advice import cheapest, refusal
-from exgrpo_fast.memory.plan import Machine, MemoryPlan, Planner, table, with_sizes
+from exgrpo_fast.memory.planner import Machine, MemoryPlan, Planner, table, with_sizes
 
 
 class NoShapes(ConfigError):

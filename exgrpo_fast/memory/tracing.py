@@ -187,7 +187,7 @@ def _after_last_layer(made: nn.Module, heard: Callable[[], None]) -> Iterator[No
 
 
 def _hidden_states(made: Any, setting: Setting, tokens: int) -> Tensor:
-    """As `Policy.hidden_states`, every token a response token."""
+    """As `Policy.hidden_states`, every token a completion token."""
     ids, rows = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)
     with _autocast(setting.compute):
         output = made.base_model(input_ids=ids, position_ids=rows[None], use_cache=False)

@@ -80,7 +80,7 @@ def released(held: States, head: Head, weights: torch.dtype) -> States:
 
 @dataclass(frozen=True)
 class Update:
-    """Bytes of one pack beside weights, gradients and states: the parts, and the peak of all."""
+    """Bytes of one pack beside weights, gradients and states: each part, and their peak."""
 
     saved: float  # from the forward pass to the backward pass
     chunk: float  # the buffer of logits
@@ -104,7 +104,7 @@ def update(
     device: Literal["cpu", "cuda"],
     chunk_rows: int | None = None,
 ) -> Update:
-    """Of a pack of `tokens`, taken as response tokens all; `chunk_rows`: as the loss takes it."""
+    """Of a pack of `tokens`, all of them completion tokens; `chunk_rows`: as the loss takes it."""
     size = head.vocabulary * head.width
     cast = size * compute.itemsize if weights != compute else 0
     rows = tokens * head.width * compute.itemsize

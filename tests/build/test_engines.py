@@ -12,13 +12,14 @@ from conftest import small_config
 from transformers import GenerationConfig
 
 import exgrpo_fast.build.engines as engines
+from exgrpo_fast.build import servers
 from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, schema
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter
 from exgrpo_fast.experience.prior.source import PriorSource
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
-from exgrpo_fast.memory.engine import engine_plan, kv_bytes_per_token, max_model_len
+from exgrpo_fast.memory.budgets import engine_plan, kv_bytes_per_token, max_model_len
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.mismatch import NO_CORRECTION
 from exgrpo_fast.rollout.vllm.engine import VllmEngine
@@ -152,11 +153,11 @@ def test_out_of_memory_halves_once_and_then_says_what_to_do() -> None:
 def test_servers_take_the_gpus_behind_the_trainers(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     config = config_of(engine="vllm_server", server={"count": 2})
-    assert [engines.server_gpu(config, i) for i in range(2)] == [1, 2]
+    assert [servers.server_gpu(config, i) for i in range(2)] == [1, 2]
     with pytest.raises(ConfigError, match="no GPU for server 2; this machine has 3"):
-        engines.server_gpu(config, 2)
+        servers.server_gpu(config, 2)
     chosen = config_of(engine="vllm_server", server={"gpus": [2, 0]})
-    assert [engines.server_gpu(chosen, i) for i in range(2)] == [2, 0]
+    assert [servers.server_gpu(chosen, i) for i in range(2)] == [2, 0]
 
 
 def test_ends_are_the_tokenizers_first_and_each_once() -> None:

@@ -18,7 +18,7 @@ from exgrpo_fast.config import validate
 from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.process_group import Processes, mesh_of
 from exgrpo_fast.core.torchrun import RankInfo
-from exgrpo_fast.memory.plan import Machine, Planner
+from exgrpo_fast.memory.planner import Machine, Planner
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.sharded_policy import ShardedPolicy

@@ -19,7 +19,7 @@ from exgrpo_fast.core.process_group import Processes
 from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.memory import fit as planning
 from exgrpo_fast.memory.advice import cheapest
-from exgrpo_fast.memory.plan import GIB, Machine, Planner
+from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.sharded import gathered
 from exgrpo_fast.memory.training import Head
 
@@ -62,7 +62,7 @@ def test_states_are_shared_and_what_a_pass_needs_is_not(planner_for, processes: 
     made = planner_for(processes).plan(exgrpo())
     held = made.states
     assert held.resident + held.gradients == 16 * PARAMETERS / processes
-    standing = made.rows["head and embedding, put together"]
+    standing = made.rows["gathered head and embedding"]
     assert standing == {"scoring": (2 + 2) * MATRIX, "update": (2 + 4 + 2) * MATRIX}
     kept = made.rows["activations kept"]["update"]
     floor = 2 * 28 * 3584 * made.config.microbatch_tokens  # the residual stream is bfloat16
@@ -73,15 +73,15 @@ def test_two_layers_and_their_gradients_are_ten_bytes_a_weight(planner_for) -> N
     passes = planner_for(8).tracer(exgrpo())(4096)
     same: dict[str, Any] = {"layers": 28, "is_tied": False, "compute": torch.bfloat16}
     whole = gathered(passes, Head(152064, 3584, is_trained=True), **same)
-    found = whole.two_layers + whole.layer_gradients + whole.leaving_gradients
+    found = whole.two_layers + whole.layer_gradients + whole.reduced_gradients
     assert found == pytest.approx(10 * LAYER, rel=1e-4)
     on_cpu = gathered(passes, Head(152064, 3584, is_trained=True), **same, device="cpu")
-    assert on_cpu.leaving_gradients == pytest.approx(6 * LAYER, rel=1e-4)  # by a copy in bfloat16
+    assert on_cpu.reduced_gradients == pytest.approx(6 * LAYER, rel=1e-4)  # by a copy in bfloat16
     assert on_cpu.embedding_gradient == 6 * MATRIX
     frozen = planner_for(8).tracer(exgrpo(model__lora__rank="32"))(4096)
     adapter = gathered(frozen, Head(152064, 3584, is_trained=False), **same)
     assert adapter.head_gradient == adapter.embedding_gradient == 0
-    assert adapter.leaving_gradients == 2 * adapter.layer_gradients == 4 * frozen.trained / 28
+    assert adapter.reduced_gradients == 2 * adapter.layer_gradients == 4 * frozen.trained / 28
     assert adapter.two_layers == pytest.approx(4 * (LAYER + frozen.trained / 28), rel=1e-4)
 
 
@@ -149,7 +149,7 @@ def test_a_dry_run_under_torchrun_plans_for_one_of_its_processes(
     engine = ["--rollout.engine", "vllm_server", "--rollout.server.gpus", "[8]"]
     assert dry_run(tmp_path, 0, monkeypatch, *engine) == 0
     printed = capsys.readouterr().out
-    assert "the first of 8 processes" in printed and "head and embedding, put together" in printed
+    assert "rank 0 of 8" in printed and "gathered head and embedding" in printed
     assert "train.max_tokens_per_microbatch 16384 (auto); 2.00 bytes a parameter" in printed
     assert dry_run(tmp_path, 1, monkeypatch, *engine) == 0
     assert capsys.readouterr().out == ""
@@ -198,6 +198,6 @@ def test_a_run_takes_the_sizes_of_the_smallest_gpu(
         made = planner_for(8, smallest).plan(config)
         assert expected == planning.Expected.of(made)
         assert made.states.optimiser == PARAMETERS
-    assert all("the first of 8 processes" in note for note in notes)
+    assert all("rank 0 of 8" in note for note in notes)
     with pytest.raises(ConfigError, match="this run does not fit"):
         resolved(16)

@@ -19,7 +19,7 @@ from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config, validate
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.fit import Expected, machine_of, plan_run
-from exgrpo_fast.memory.plan import GIB, Machine, Planner
+from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
 from exgrpo_fast.model.packing import sequences_of

@@ -4,9 +4,9 @@
                       7+7=14
                       <answer>14</answer>
 
-Some solutions show their steps, the others guess an answer near the right one. A policy that has
-seen both is right when it shows its steps and wrong when it guesses; that the one habit pays and
-the other does not is what reinforcement learning finds out.
+Some solutions show their steps, the others guess a number near the answer. A policy trained on both
+is correct where it shows its steps and incorrect where it guesses, which leaves something for
+reinforcement learning to find.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from exgrpo_kernels import PolicyObjective, linear_policy_loss
 @dataclass(frozen=True)
 class Example:
     prompt_ids: tuple[int, ...]
-    response_ids: Tensor  # int64 [T], the end-of-sequence token included
+    completion_ids: Tensor  # int64 [T], the end-of-sequence token included
 
 
 def tokenize_examples(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Example]:
@@ -32,9 +32,9 @@ def tokenize_examples(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) ->
     ]
     eos = tokenizer.eos_token
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer([s + eos for _, s in pairs], add_special_tokens=False)["input_ids"]
+    completion_ids = tokenizer([s + eos for _, s in pairs], add_special_tokens=False)["input_ids"]
     return [
-        Example(tuple(p), torch.tensor(r)) for p, r in zip(prompt_ids, response_ids, strict=True)
+        Example(tuple(p), torch.tensor(r)) for p, r in zip(prompt_ids, completion_ids, strict=True)
     ]
 
 
@@ -65,12 +65,12 @@ def warm_start(
 
 
 def imitate(policy: Policy, examples: Sequence[Example]) -> None:
-    """Add the gradient of the mean negative log-likelihood of the response tokens."""
+    """Add the gradient of the mean negative log-likelihood of the completion tokens."""
     prompts = Ragged.of([example.prompt_ids for example in examples])
-    responses = Ragged.of([example.response_ids for example in examples])
-    num_tokens = len(responses.values)
+    completions = Ragged.of([example.completion_ids for example in examples])
+    num_tokens = len(completions.values)
     limit = policy.max_tokens_per_microbatch
-    for packed in pack(prompts, responses, max_tokens=limit, device=policy.device):
+    for packed in pack(prompts, completions, max_tokens=limit, device=policy.device):
         hidden_ND = policy.hidden_states(packed)
         weight, bias, softcap = policy.head_for(hidden_ND)
         ones = torch.ones(len(packed.targets), device=policy.device)

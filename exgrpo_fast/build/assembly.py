@@ -1,4 +1,4 @@
-"""A trainer from its parts, from the bottom up."""
+"""The trainer and its parts: objective, optimiser, checkpoint writer, metric sinks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_trainer(
     prior: PriorSource | NoPrior,
     processes: Processes = SINGLE_PROCESS,
 ) -> Trainer:
-    """Sources, collector, learner, evaluator and trainer, from the bottom up.
+    """Sources, collector, learner, evaluator and trainer.
 
     `rewards`: None on all ranks but 0, which scores and writes for them.
     """

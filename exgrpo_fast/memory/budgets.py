@@ -1,4 +1,4 @@
-"""Of vLLM: what it may take of the device beside the trainer. Loads no torch."""
+"""Bytes that vLLM and the replay buffer may take beside the trainer. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.experience.replay.plan import StorePlan, StoreTooSmall
 
 BYTES = {"float32": 4, "bfloat16": 2}
 CACHE_BLOCK_TOKENS = {"cuda": 16, "cpu": 128}  # vLLM's defaults
@@ -57,8 +58,8 @@ def engine_plan(
     resident_bytes: int = 0,
 ) -> EnginePlan:
     """`model`: a transformers config; `device_bytes`: of one GPU. What the trainer takes of the
-    same GPU: `trainer_bytes` at its peak, `resident_bytes` while responses are generated; 0 where
-    it lives elsewhere.
+    same GPU: `trainer_bytes` at its peak, `resident_bytes` while completions are generated; 0 where
+    it runs elsewhere.
 
     ConfigError where not even one sequence of full length fits.
     """
@@ -98,3 +99,29 @@ def _kv_bytes(config: Config, planned: int, one_sequence: int) -> int:
             f"rollout.max_completion_tokens, or set rollout.sleep to always"
         )
     return planned
+
+
+def store_plan(config: Config, num_questions: int) -> StorePlan:
+    """Of the experience store. ConfigError when the budget does not hold one step's trajectories."""
+    rollout, store = config.rollout, config.replay.store
+    try:
+        return StorePlan.fit(
+            num_questions=num_questions,
+            trajectories_per_step=rollout.prompts_per_step * rollout.group_size,
+            num_steps=config.train.max_steps,
+            max_tokens=rollout.max_completion_tokens,
+            max_bytes=int(store.max_gib * 2**30),
+            host_bytes=int(store.host_gib * 2**30),
+            page_tokens=store.page_tokens,
+            logprob_bytes=BYTES[store.logprob_dtype],
+        )
+    except StoreTooSmall as error:
+        raise ConfigError(f"replay.store.max_gib: {error}") from None
+
+
+def store_note(plan: StorePlan, device: str) -> str:
+    host = f", {plan.num_host_bytes / 2**20:.0f} MiB on the host" if plan.num_host_pages else ""
+    return (
+        f"experience store: {plan.num_trajectories:,} trajectories, {plan.num_pages:,} pages of "
+        f"{plan.page_tokens} tokens, {plan.num_bytes / 2**20:.0f} MiB on {device}{host}"
+    )

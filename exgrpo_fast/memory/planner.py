@@ -1,4 +1,4 @@
-"""All that a run holds, phase by phase, beside the size of the device; resolves `auto`."""
+"""What a run holds, phase by phase, beside the size of the device; resolves `auto`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 
 from exgrpo_fast.config import Config, ConfigError, with_values
-from exgrpo_fast.memory.engine import (
+from exgrpo_fast.memory.budgets import (
     RESERVE,
     EnginePlan,
     engine_plan,
     kv_bytes_per_token,
     max_model_len,
+    store_plan,
 )
 from exgrpo_fast.memory.sharded import gathered, share, with_layers
-from exgrpo_fast.memory.store import store_plan
 from exgrpo_fast.memory.tracing import Passes, Setting, Tracer
 from exgrpo_fast.memory.training import Head, States, Update, released, scoring, states, update
 
@@ -35,7 +35,7 @@ Bytes = dict[str, float]  # by phase
 class Machine:
     """`num_bytes`: of one GPU; None where it does not matter, as on a CPU. `engine`: of rollouts.
 
-    `processes`: that share the weights; the plan is that of the first one.
+    `processes`: that share the weights; the plan is that of rank 0.
     """
 
     device: Literal["cpu", "cuda"]
@@ -50,7 +50,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`rows`: what is held, by phase. `config`: with the values that `auto` came to."""
+    """`rows`: what is held, by phase. `config`: with `auto` resolved."""
 
     config: Config
     machine: Machine
@@ -166,10 +166,10 @@ class Planner:
         )
         if config.train.gradient_release:
             held = released(held, head, weights)
-        put_together: Bytes = {}
+        gathered_bytes: Bytes = {}
         if self.machine.processes > 1:
-            held, put_together, passes = self._in_parts(held, passes, head, config)
-            head = head._replace(is_trained=False)  # its gradient is put together already
+            held, gathered_bytes, passes = self._sharded(held, passes, head, config)
+            head = head._replace(is_trained=False)  # its gradient is among what is gathered
         chunk_rows = config.tile_tokens or None
         of_update = update(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
         if config.model.offload_activations:
@@ -182,7 +182,7 @@ class Planner:
             "reference policies": everywhere(held.references),
             "experience store": everywhere(store),
             gradients_row(config): {"update": held.gradients},
-            "head and embedding, put together": put_together,
+            "gathered head and embedding": gathered_bytes,
             **activation_rows(of_update),
             "forward pass, logits": {"scoring": of_scoring},
         }
@@ -202,7 +202,7 @@ class Planner:
         )
         return self._with_engine(made, passes.frozen or passes.trained)
 
-    def _in_parts(
+    def _sharded(
         self, held: States, passes: Passes, head: Head, config: Config
     ) -> tuple[States, Bytes, Passes]:
         """Of one rank: its shards, what all passes keep gathered, the passes with their layers."""
@@ -278,7 +278,7 @@ def gradients_row(config: Config) -> str:
 
 
 def activation_rows(made: Update) -> dict[str, Bytes]:
-    """The parts of an update's peak; what is saved stands apart from what comes and goes."""
+    """An update's peak: what the forward pass saves, and what is freed on the way."""
     return {
         "activations kept": {"update": made.saved},
         "working memory, logits": {"update": made.peak - made.saved},
@@ -341,7 +341,7 @@ def _title(made: MemoryPlan) -> str:
             f"are planned with (the rest: contexts, fragments, libraries)"
         )
     if made.machine.processes > 1:
-        device += f", the first of {made.machine.processes} processes"
+        device += f", rank 0 of {made.machine.processes}"
     return (
         f"memory plan: {made.parameters / 1e9:.3f} billion parameters, "
         f"{made.trained / 1e9:.3f} trained, on {device}"
