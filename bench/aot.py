@@ -98,6 +98,10 @@ LOSSES = {
     "cispo k1": {"surrogate": "cispo", "kl_coef": 0.1, "kl_estimator": "k1"},
     "sapo k2": {"surrogate": "sapo", "kl_coef": 0.1, "kl_estimator": "k2"},
     "reinforce": {"surrogate": "reinforce"},
+    "dppo k2": {"clip_low": None, "clip_high": None, "tv_low": 0.2, "tv_high": 0.2}
+    | {"kl_coef": 2e-3, "kl_estimator": "k2"},
+    "clip k3_ratio": {"kl_coef": 0.1, "kl_estimator": "k3_ratio"},
+    "clip abs": {"kl_coef": 0.1, "kl_estimator": "abs"},
     "clip k3": {"dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01},
 }
 
@@ -111,7 +115,7 @@ def row_launches() -> list[Launch]:
                 label = f"{place}, V={vocab}, {'all options' if full else 'plain'}"
                 losses = ["clip k3" if full else "clip"]
                 if vocab == 151_936 and place == "bf16" and not full:
-                    losses = ["clip", "cispo k1", "sapo k2", "reinforce"]
+                    losses = [name for name in LOSSES if name != "clip k3"]
                 if vocab == 300 and place != "bf16":
                     continue
                 launches += launches_of(label, logits_dtype, gradient_dtype, vocab, full, losses)
@@ -148,7 +152,7 @@ def launches_of(
         rows.name = f"{label}, {loss}"
         objective = PolicyObjective(**LOSSES[loss])
         ref_logprobs = vector if objective.kl_coef else None
-        columns = LossColumns(vector, vector, vector, extra, ref_logprobs)
+        columns = LossColumns(vector, vector, vector, extra, ref_logprobs, kl_weights=extra)
         columns = columns.checked(objective, num_rows, FP32, vector.device)
         rows.policy_gradient(inputs, objective, columns)
     return rows.launches

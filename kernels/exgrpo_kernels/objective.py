@@ -20,7 +20,7 @@ from exgrpo_kernels.runtime import require
 
 RATIO_LEVELS = ("token", "sequence")
 SURROGATES = ("clip", "cispo", "sapo", "reinforce")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_ratio", "k3_plus", "abs")
 
 # exp(20) = 4.9e8: far outside every trust region, and its square is finite in float32.
 LOG_RATIO_LIMIT = 20.0
@@ -43,9 +43,20 @@ class PolicyObjective:
     ratio_level "sequence" takes r = exp(mean over the sequence's trained tokens of log r), with
     the gradient through that mean (GSPO 2507.18071 eq. 6). cispo has no lower bound, as in the
     runs of its paper. Log-ratios are clamped to +-20 before exp, with no gradient beyond.
-    Added to the surrogate: kl_coef * KL(theta || ref) by `kl_estimator` (k1 = d, k2 = d^2 / 2,
-    k3 = exp(-d) - 1 + d, d = log pi_theta - log pi_ref; Schulman 2020), and
-    -entropy_coef * entropy.
+
+    tv_low, tv_high (DPPO 2602.04879, binary total variation) silence the surrogate of a token
+    whose probability has moved too far, p and q those of theta and of the behaviour policy:
+    p - q > tv_high where A > 0, p - q < -tv_low elsewhere. In place of the clip: with "clip" its
+    bounds have to be None; "cispo" keeps its cap.
+
+    Added to the surrogate, -entropy_coef * entropy, and kl_coef * KL(theta || ref) by
+    `kl_estimator`, with d = log pi_theta - log pi_ref:
+
+    k1, k2, k3  d, d^2 / 2, exp(-d) - 1 + d                            Schulman 2020
+    k3_ratio    r k3, whose expected gradient is that of the KL; r     DeepSeek-V3.2 2512.02556,
+                with its gradient, before any clip                     the default of TRL
+    k3_plus     the value of k3 with the gradient of k2                verl
+    abs         |d|                                                    KL-Cov 2505.22617
     """
 
     clip_low: float | None = 0.2
@@ -56,8 +67,10 @@ class PolicyObjective:
     sapo_temperature_positive: float = 1.0
     sapo_temperature_negative: float = 1.05
     kl_coef: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3", "k3_ratio", "k3_plus", "abs"] = "k3"
     entropy_coef: float = 0.0
+    tv_low: float | None = None
+    tv_high: float | None = None
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -69,7 +82,7 @@ class PolicyObjective:
                 raise ValueError(
                     f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}"
                 )
-        optional = ("clip_low", "clip_high", "dual_clip")
+        optional = ("clip_low", "clip_high", "dual_clip", "tv_low", "tv_high")
         required = (
             "sapo_temperature_positive",
             "sapo_temperature_negative",
@@ -83,7 +96,7 @@ class PolicyObjective:
             if isinstance(value, bool | str | None) or not math.isfinite(value):
                 accepted = "a finite number" + (" or None" if name in optional else "")
                 raise ValueError(f"{name} must be {accepted}, got {value!r}")
-        for name in ("clip_low", "clip_high", "kl_coef"):
+        for name in ("clip_low", "clip_high", "tv_low", "tv_high", "kl_coef"):
             if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name in ("sapo_temperature_positive", "sapo_temperature_negative"):
@@ -97,6 +110,21 @@ class PolicyObjective:
                     f"dual_clip is part of surrogate='clip'; with surrogate={self.surrogate!r} "
                     "the accepted value is None"
                 )
+        if self.has_trust_region:
+            self._check_trust_region()
+
+    def _check_trust_region(self) -> None:
+        if self.surrogate not in ("clip", "cispo") or self.ratio_level != "token":
+            raise ValueError(
+                "tv_low and tv_high need surrogate='clip' or 'cispo' and ratio_level='token', got "
+                f"{self.surrogate!r} and {self.ratio_level!r}"
+            )
+        bounds = (self.clip_low, self.clip_high, self.dual_clip)
+        if self.surrogate == "clip" and bounds != (None, None, None):
+            raise ValueError(
+                "tv_low and tv_high take the place of the clip: clip_low, clip_high and dual_clip "
+                f"must be None, got {bounds}"
+            )
 
     def as_text(self) -> str:
         """The fields as a registered operator takes them; see `from_text`."""
@@ -114,6 +142,16 @@ class PolicyObjective:
         low = -math.inf if self.clip_low is None else 1.0 - self.clip_low
         high = math.inf if self.clip_high is None else 1.0 + self.clip_high
         return low, high
+
+    @property
+    def has_trust_region(self) -> bool:
+        return self.tv_low is not None or self.tv_high is not None
+
+    @property
+    def trust_region(self) -> tuple[float, float]:
+        """(tv_low, tv_high), infinite where there is no bound."""
+        low = math.inf if self.tv_low is None else self.tv_low
+        return low, math.inf if self.tv_high is None else self.tv_high
 
 
 def resolve_objective(objective: PolicyObjective | None) -> PolicyObjective:
@@ -142,6 +180,7 @@ class LossColumns:
     shaping: Tensor | None = None
     ref_logprobs: Tensor | None = None
     sequence_ids: Tensor | None = None
+    kl_weights: Tensor | None = None
 
     @property
     def trained(self) -> Tensor:
@@ -185,8 +224,10 @@ class LossColumns:
             check_vector(name, value, num_rows, device)
             return torch.where(trained, value.detach().to(dtype), 0.0)
 
-        ids = checked_ids(self.sequence_ids, trained, device)
-        shaping = None if self.shaping is None else column("shaping")
+        def optional(name: str) -> Tensor | None:
+            return None if getattr(self, name) is None else column(name)
+
+        ids, shaping = checked_ids(self.sequence_ids, trained, device), optional("shaping")
         if shaping is not None:
             # NaN fails this too
             require(shaping.ge(0).all(), "shaping must be >= 0 on every row with a weight")
@@ -195,9 +236,10 @@ class LossColumns:
             behaviour_logprobs=column("behaviour_logprobs"),
             weights=weights,
             shaping=shaping,
-            ref_logprobs=None if self.ref_logprobs is None else column("ref_logprobs"),
+            ref_logprobs=optional("ref_logprobs"),
             # a token-level loss has no use for them, and renumbering those of a chunk waits
             sequence_ids=ids if objective.ratio_level == "sequence" else None,
+            kl_weights=optional("kl_weights"),
         )
 
 
@@ -292,26 +334,51 @@ def sapo_temperatures(objective: PolicyObjective, advantages: Tensor) -> Tensor:
     return temperature.masked_fill(advantages > 0, objective.sapo_temperature_positive)
 
 
-def kl_losses(objective: PolicyObjective, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(N,), (N,) -> (N,): the chosen estimator of KL(theta || ref)."""
-    gap = logprobs - ref_logprobs
+def left_trust_region(objective: PolicyObjective, logprobs: Tensor, columns: LossColumns) -> Tensor:
+    """(N,) -> (N,) bool: tokens that tv_low and tv_high silence. Equality stays inside."""
+    low, high = objective.trust_region
+    moved = logprobs.detach().exp() - columns.behaviour_logprobs.exp()
+    return torch.where(columns.advantages > 0, moved > high, moved < -low)
+
+
+def kl_losses(
+    objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, columns: LossColumns
+) -> Tensor:
+    """(N,), (N,) -> (N,): the chosen estimator of KL(theta || ref), before `kl_weights`."""
+    assert columns.ref_logprobs is not None
+    gap = logprobs - columns.ref_logprobs
     if objective.kl_estimator == "k1":
         return gap
     if objective.kl_estimator == "k2":
         return 0.5 * gap.square()
-    gap = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return torch.expm1(-gap) + gap
+    if objective.kl_estimator == "abs":
+        return gap.abs()
+    bounded = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    k3 = torch.expm1(-bounded) + bounded
+    if objective.kl_estimator == "k3_ratio":
+        return ratio * k3
+    if objective.kl_estimator == "k3_plus":
+        return k3.detach() + gap.detach() * (logprobs - logprobs.detach())
+    return k3
 
 
-def kl_slopes(objective: PolicyObjective, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(N,), (N,) -> (N,): the derivative of `kl_losses` in log pi."""
-    gap = logprobs - ref_logprobs
+def kl_slopes(
+    objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, columns: LossColumns
+) -> tuple[Tensor, Tensor | None]:
+    """(N,), (N,) -> the derivatives of `kl_losses` in log pi, and in the log-ratio (None: 0)."""
+    assert columns.ref_logprobs is not None
+    gap = logprobs - columns.ref_logprobs
     if objective.kl_estimator == "k1":
-        return torch.ones_like(gap)
-    if objective.kl_estimator == "k2":
-        return gap
-    beyond = gap.abs() > LOG_RATIO_LIMIT
-    return -torch.expm1(-gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).masked_fill(beyond, 0.0)
+        return torch.ones_like(gap), None
+    if objective.kl_estimator in ("k2", "k3_plus"):
+        return gap, None
+    if objective.kl_estimator == "abs":
+        return gap.sign(), None
+    bounded = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    slopes = -torch.expm1(-bounded).masked_fill(gap.abs() > LOG_RATIO_LIMIT, 0.0)
+    if objective.kl_estimator == "k3_ratio":
+        return ratio * slopes, ratio * (torch.expm1(-bounded) + bounded)
+    return slopes, None
 
 
 class LogRatios(NamedTuple):
@@ -362,6 +429,8 @@ def token_losses(
     ratios = log_ratios(objective, logprobs, columns)
     ratio = ratios.of_surrogate.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     losses, shaped = surrogate_losses(objective, ratio, logprobs, advantages), None
+    if objective.has_trust_region:
+        losses = losses.masked_fill(left_trust_region(objective, logprobs, columns), 0.0)
     if columns.shaping is not None:
         shaped = shaped_ratios(columns, ratios.of_token)
         losses = torch.where(is_shaped(columns), -advantages * shaped, losses)
@@ -369,12 +438,16 @@ def token_losses(
     losses = torch.where(advantages == 0, 0.0, losses)
 
     if objective.kl_coef != 0:
-        assert columns.ref_logprobs is not None
-        losses = losses + objective.kl_coef * kl_losses(objective, logprobs, columns.ref_logprobs)
+        kl = kl_losses(objective, logprobs, ratio, columns)
+        losses = losses + objective.kl_coef * weighted_kl(kl, columns)
     if objective.entropy_coef != 0:
         assert entropy_N is not None
         losses = losses - objective.entropy_coef * torch.where(trained, entropy_N, 0.0)
     return TokenLosses(columns.weights * losses, ratio, ratios.of_surrogate, shaped)
+
+
+def weighted_kl(values: Tensor, columns: LossColumns) -> Tensor:
+    return values if columns.kl_weights is None else columns.kl_weights * values
 
 
 @torch.no_grad()
@@ -386,30 +459,38 @@ def row_scalars(
     The derivative of `token_losses`, written out because a registered operator runs below
     autograd. With them the gradient in the logits is dz_j = c1 (1[j=y] - p_j) + c2 p_j (log p_j + H).
     """
-    trained, advantages = columns.trained, columns.advantages
+    trained, advantages, weights = columns.trained, columns.advantages, columns.weights
     logprobs = torch.where(trained, logprobs_N, 0.0)
     ratios = log_ratios(objective, logprobs, columns)
     ratio = ratios.of_surrogate.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     slopes = surrogate_slopes(objective, ratio, advantages)
-    has_ratio_gradient = objective.surrogate in ("clip", "sapo")
-    if has_ratio_gradient:
-        slopes = slopes.masked_fill(ratios.of_surrogate.abs() > LOG_RATIO_LIMIT, 0.0)
-    c1 = columns.weights * torch.where(advantages == 0, 0.0, slopes)
-    if has_ratio_gradient and ratios.ids is not None:
-        # each token moves the mean log-ratio of its sequence by one part in its length
-        c1 = torch.where(ratios.counted, sequence_means(c1, ratios.counted, ratios.ids), c1)
+    if objective.has_trust_region:
+        slopes = slopes.masked_fill(left_trust_region(objective, logprobs, columns), 0.0)
+    slopes = weights * torch.where(advantages == 0, 0.0, slopes)
+
+    # derivatives in log pi itself, and in the log-ratio, which a whole sequence may share
+    direct, of_ratio = torch.zeros_like(slopes), slopes
+    if objective.surrogate in ("cispo", "reinforce"):
+        direct, of_ratio = slopes, direct
     if columns.shaping is not None:
         shaped = shaped_ratios(columns, ratios.of_token)
-        slopes = -advantages * shaped * (1.0 - shaped)
-        c1 = torch.where(is_shaped(columns), columns.weights * slopes, c1)
+        slopes = weights * -advantages * shaped * (1.0 - shaped)
+        direct = torch.where(is_shaped(columns), slopes, direct)
+        of_ratio = torch.where(is_shaped(columns), 0.0, of_ratio)
     if objective.kl_coef != 0:
-        assert columns.ref_logprobs is not None
-        slopes = kl_slopes(objective, logprobs, columns.ref_logprobs)
-        c1 = c1 + columns.weights * objective.kl_coef * slopes
+        scale = weighted_kl(objective.kl_coef * weights, columns)
+        of_logprob, through_ratio = kl_slopes(objective, logprobs, ratio, columns)
+        direct = direct + scale * of_logprob
+        of_ratio = of_ratio if through_ratio is None else of_ratio + scale * through_ratio
+    of_ratio = of_ratio.masked_fill(ratios.of_surrogate.abs() > LOG_RATIO_LIMIT, 0.0)
+    if ratios.ids is not None:
+        # each token moves the mean log-ratio of its sequence by one part in its length
+        means = sequence_means(of_ratio, ratios.counted, ratios.ids)
+        of_ratio = torch.where(ratios.counted, means, of_ratio)
     # The slope of a clamp at NaN is 0, which would drop a broken row from the gradients.
     weighted = token_losses(objective, logprobs_N, entropy_N, columns).weighted
-    c1 = torch.where(weighted.isnan(), math.nan, c1)
-    return c1, objective.entropy_coef * columns.weights if objective.entropy_coef != 0 else None
+    c1 = torch.where(weighted.isnan(), math.nan, direct + of_ratio)
+    return c1, objective.entropy_coef * weights if objective.entropy_coef != 0 else None
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -429,6 +510,7 @@ def loss_metrics(
     ratio_mean, ratio_max             over the unshaped trained rows, as are the clip fractions:
     clip_frac_low, clip_frac_high     ratio beyond the bound, with no gradient (cispo: capped)
     dual_clip_frac                    A < 0 and ratio beyond dual_clip
+    tv_frac                           A not 0, silenced by tv_low or tv_high; where those are set
     log_ratio_clamped                 rows whose log-ratio met the +-20 limit
     approx_kl                         k3 estimate of KL(behaviour || theta), unshaped trained rows
     shaped_mean                       mean f of the shaped rows
@@ -453,7 +535,8 @@ def loss_metrics(
         beyond = fresh & (advantages < 0) & (ratio > most)
     elif objective.surrogate == "cispo":
         above = fresh & (ratio > high)
-    token_gap = torch.where(trained, logprobs_N, 0.0) - columns.behaviour_logprobs
+    logprobs = torch.where(trained, logprobs_N, 0.0)
+    token_gap = logprobs - columns.behaviour_logprobs
     token_gap = token_gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     num_fresh = count(fresh).clamp(min=1.0)
     fresh_ratio = torch.where(fresh, ratio, 0.0)
@@ -469,9 +552,11 @@ def loss_metrics(
         "approx_kl": mean(torch.expm1(token_gap) - token_gap, fresh),
         "shaped_mean": mean(ratio if losses.shaped is None else losses.shaped, shaped),
     }
+    if objective.has_trust_region:
+        far = left_trust_region(objective, logprobs, columns) & fresh & (advantages != 0)
+        metrics["tv_frac"] = count(far) / num_fresh
     if entropy_N is not None:
         metrics["entropy_mean"] = mean(entropy_N, trained)
     if columns.ref_logprobs is not None:
-        logprobs = torch.where(trained, logprobs_N, 0.0)
-        metrics["kl_ref"] = mean(kl_losses(objective, logprobs, columns.ref_logprobs), trained)
+        metrics["kl_ref"] = mean(kl_losses(objective, logprobs, ratio, columns), trained)
     return metrics

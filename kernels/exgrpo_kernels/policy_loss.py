@@ -321,6 +321,7 @@ def policy_loss(
     shaping: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     objective: PolicyObjective | None = None,
 ) -> PolicyLoss:
     """(N,), (N,) -> scalar: the objective on vectors of log-probabilities, by plain autograd.
@@ -341,7 +342,7 @@ def policy_loss(
     logprobs = logprobs.to(dtype)
     entropy = None if entropy is None else entropy.to(dtype)
     columns = LossColumns(
-        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids, kl_weights
     ).checked(objective, num_rows, dtype, device)
     losses = token_losses(objective, logprobs, entropy, columns)
     detached = logprobs.detach(), None if entropy is None else entropy.detach()
@@ -360,6 +361,7 @@ def linear_policy_loss(
     shaping: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     objective: PolicyObjective | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -382,6 +384,7 @@ def linear_policy_loss(
     ref_logprobs         [N], needed when objective.kl_coef > 0
     sequence_ids         int64 [N] in [0, N), needed when objective.ratio_level is "sequence", else
                          ignored; on the CPU they let chunks hold whole sequences, which saves a GEMM
+    kl_weights           [N], multiplies the KL term of each token; None: 1
     objective            `PolicyObjective`, which gives the formulas and their papers
     weight_main_grad     float32 [V, D]: dW is added to it here, and `weight` gets none from
                          autograd; the upstream gradient of the loss must then be 1
@@ -412,7 +415,7 @@ def linear_policy_loss(
     options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows)
     head = linear_head(hidden, weight, targets, options).with_checked_values(weights.detach() != 0)
     columns = LossColumns(
-        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids, kl_weights
     ).checked(objective, len(head), head.dtype, hidden.device)
     needs = needs_gradients(hidden, weight, bias)
     with torch.no_grad():

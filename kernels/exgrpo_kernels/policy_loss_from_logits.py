@@ -81,6 +81,7 @@ def policy_loss_from_logits(
     shaping: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     objective: PolicyObjective | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -113,7 +114,7 @@ def policy_loss_from_logits(
         dtype=dtype,
     ).with_checked_values(num_tokens, weights.detach() != 0)
     columns = LossColumns(
-        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids, kl_weights
     ).checked(objective, num_rows, dtype, device)
     backend = runtime.resolve_backend(backend, device, dtype)
     (wants_gradient,) = needs_gradients(logits)

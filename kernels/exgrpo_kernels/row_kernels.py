@@ -150,9 +150,12 @@ def policy_coefficient(
     behaviour_logprob,
     shaping,
     ref_logprob,
+    kl_weight,
     ratio_low,
     ratio_high,
     dual_clip,
+    tv_low,
+    tv_high,
     sapo_temperature_positive,
     sapo_temperature_negative,
     kl_coef,
@@ -162,7 +165,7 @@ def policy_coefficient(
     """c1 = dL / d logprob of one token; the formulas are the derivatives of `token_losses`.
 
     A token of weight 0 gives exactly 0, whatever its columns hold; NaN anywhere else gives NaN.
-    `shaping` and `ref_logprob` are None where the batch has none.
+    `shaping`, `ref_logprob` and `kl_weight` are None where the batch has none.
     """
     log_ratio = logprob - behaviour_logprob
     in_range = tl.abs(log_ratio) <= LIMIT
@@ -181,6 +184,8 @@ def policy_coefficient(
         slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay)) * reached
     else:
         slope = 1.0
+    moved = tl.exp(logprob) - tl.exp(behaviour_logprob)
+    slope = tl.where(tl.where(advantage > 0.0, moved > tv_high, moved < -tv_low), 0.0, slope)
     if shaping is not None:
         distance = log_ratio - tl.log(tl.where(shaping > 0.0, shaping, 1.0))
         decay = tl.exp(-tl.abs(distance))
@@ -196,9 +201,18 @@ def policy_coefficient(
             kl_slope = 1.0
         elif KL == "k2":
             kl_slope = gap
+        elif KL == "abs":
+            kl_slope = tl.where(gap > 0.0, 1.0, tl.where(gap < 0.0, -1.0, 0.0))
         else:
             bounded = tl.minimum(tl.maximum(gap, -LIMIT), LIMIT)
-            kl_slope = tl.where(tl.abs(gap) <= LIMIT, 1.0 - tl.exp(-bounded), 0.0)
+            decay = tl.exp(-bounded)
+            kl_slope = tl.where(tl.abs(gap) <= LIMIT, 1.0 - decay, 0.0)
+            if KL == "k3_ratio":
+                # the slope of k3 and k3 itself add up to the gap, without cancellation
+                both = tl.where(tl.abs(gap) <= LIMIT, gap, decay - 1.0 + bounded)
+                kl_slope = ratio * tl.where(in_range, both, kl_slope)
+        if kl_weight is not None:
+            kl_slope *= kl_weight
         c1 += kl_coef * kl_slope
         poison = poison | (ref_logprob != ref_logprob)
     c1 = tl.where(poison, float("nan"), weight * c1)
@@ -276,7 +290,7 @@ def store_zeros(out, masses, sums, num_columns, BLOCK: tl.constexpr):
 ROWS = ("num_rows", "num_padded")
 VECTORS = (
     *("targets", "temperatures", "logprobs", "entropies", "lses", "c1s", "c2s", "c3s"),
-    *("weights", "advantages", "behaviour_logprobs", "shapings", "ref_logprobs"),
+    *("weights", "advantages", "behaviour_logprobs", "shapings", "ref_logprobs", "kl_weights"),
 )
 walks_rows = triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=VECTORS)
 
@@ -403,9 +417,12 @@ def policy_gradient_kernel(
     behaviour_logprobs,
     shapings,
     ref_logprobs,
+    kl_weights,
     ratio_low,
     ratio_high,
     dual_clip,
+    tv_low,
+    tv_high,
     sapo_temperature_positive,
     sapo_temperature_negative,
     kl_coef,
@@ -448,6 +465,9 @@ def policy_gradient_kernel(
             ref_logprob = ref_logprobs
             if ref_logprobs is not None:
                 ref_logprob = tl.load(ref_logprobs + r)
+            kl_weight = kl_weights
+            if kl_weights is not None:
+                kl_weight = tl.load(kl_weights + r)
             c1 = policy_coefficient(
                 logprob,
                 weight,
@@ -455,9 +475,12 @@ def policy_gradient_kernel(
                 tl.load(behaviour_logprobs + r),
                 shaping,
                 ref_logprob,
+                kl_weight,
                 ratio_low,
                 ratio_high,
                 dual_clip,
+                tv_low,
+                tv_high,
                 sapo_temperature_positive,
                 sapo_temperature_negative,
                 kl_coef,

@@ -83,8 +83,10 @@ class TritonRows:
         num_rows, num_padded = len(inputs), self.padded(len(inputs))
         out = self.new_statistics(num_rows)
         c1 = self.logits.new_empty(num_rows, dtype=torch.float32)
-        low, high = objective.ratio_bounds
         dual_clip = math.inf if objective.dual_clip is None else objective.dual_clip
+        has_kl = objective.kl_coef != 0
+        # k3_plus differs from k2 in the value alone
+        kl = "k2" if objective.kl_estimator == "k3_plus" else objective.kl_estimator
         self.launch(
             policy_gradient_kernel,
             num_padded,
@@ -94,9 +96,10 @@ class TritonRows:
             columns.advantages,
             columns.behaviour_logprobs,
             columns.shaping,
-            columns.ref_logprobs if objective.kl_coef != 0 else None,
+            columns.ref_logprobs if has_kl else None,
+            columns.kl_weights if has_kl else None,
             # an int would be compiled in
-            *map(float, (low, high, dual_clip)),
+            *map(float, (*objective.ratio_bounds, dual_clip, *objective.trust_region)),
             float(objective.sapo_temperature_positive),
             float(objective.sapo_temperature_negative),
             float(objective.kl_coef),
@@ -107,7 +110,7 @@ class TritonRows:
             num_padded,
             self.logits.shape[1],
             SURROGATE=objective.surrogate,
-            KL=objective.kl_estimator if objective.kl_coef != 0 else "none",
+            KL=kl if has_kl else "none",
             NARROWS=self.narrows,
         )
         c2 = objective.entropy_coef * columns.weights

@@ -227,6 +227,7 @@ def vocab_parallel_policy_loss(
     shaping: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     objective: PolicyObjective | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -261,7 +262,7 @@ def vocab_parallel_policy_loss(
         trained=trained,
     )
     columns = LossColumns(
-        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids
+        advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids, kl_weights
     ).checked(objective, len(hidden), shard.head.dtype, hidden.device)
     needs = needs_gradients(hidden, weight_shard, bias)
     with torch.no_grad():

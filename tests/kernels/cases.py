@@ -44,9 +44,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "k1": {"kl_coef": 0.2, "kl_estimator": "k1"},
     "k2": {"kl_coef": 0.2, "kl_estimator": "k2"},
     "k3": {"kl_coef": 0.2, "kl_estimator": "k3"},
+    "k3_ratio": {"kl_coef": 0.2, "kl_estimator": "k3_ratio"},
+    "k3_plus": {"kl_coef": 0.2, "kl_estimator": "k3_plus"},
+    "abs": {"kl_coef": 0.2, "kl_estimator": "abs"},
+    "dppo": {"clip_low": None, "clip_high": None, "tv_low": 0.002, "tv_high": 0.001}
+    | {"kl_coef": 0.2, "kl_estimator": "k2"},
+    "dppo_cispo": {"surrogate": "cispo", "clip_high": 2.0, "tv_low": 0.002, "tv_high": 0.001},
     "entropy": {"entropy_coef": 0.3},
     "everything": {"dual_clip": 1.5, "kl_coef": 0.1, "entropy_coef": 0.05},
     "gspo": {"ratio_level": "sequence"},
+    "gspo_k3_ratio": {"ratio_level": "sequence", "kl_coef": 0.2, "kl_estimator": "k3_ratio"},
     "gspo_sapo": {"ratio_level": "sequence", "surrogate": "sapo", "entropy_coef": 0.1},
 }
 # Log-ratios far from every bound of a clip, so that rounding cannot move a row across one.
@@ -73,8 +80,10 @@ class Case:
     masked: float = 0.0
     silent: float = 0.0
     shaped: bool = False
+    kl_weighted: bool = False
     dirty: bool = False
     strided: bool = False
+    extreme: bool = True  # ratios of exp(20), beside which a mistake in the other rows is rounding
     device: str = "cpu"
 
     def generator(self) -> torch.Generator:
@@ -145,15 +154,16 @@ def make_batch(case: Case) -> Batch:
         softcap=case.softcap,
         logits_dtype=case.logits_dtype,
     )
-    picked = torch.randint(len(LOG_RATIOS), (n,), generator=generator)
+    log_ratios = LOG_RATIOS if case.extreme else LOG_RATIOS[1:-1]
+    picked = torch.randint(len(log_ratios), (n,), generator=generator)
     weights = 0.1 + torch.rand(n, generator=generator)
     advantages = normal(n).float()
     weights[torch.rand(n, generator=generator) < case.masked] = 0.0
     advantages[torch.rand(n, generator=generator) < case.silent] = 0.0
     sequence_ids = torch.arange(n) // 3
     columns = {
-        "behaviour_logprobs": (truth.logprobs - LOG_RATIOS[picked]).float(),
-        "ref_logprobs": (truth.logprobs - LOG_RATIOS[picked.flip(0)] / 2).float(),
+        "behaviour_logprobs": (truth.logprobs - log_ratios[picked]).float(),
+        "ref_logprobs": (truth.logprobs - log_ratios[picked.flip(0)] / 2).float(),
         "advantages": advantages,
         "weights": weights,
         "sequence_ids": sequence_ids,
@@ -161,11 +171,16 @@ def make_batch(case: Case) -> Batch:
     objective = PolicyObjective(**OBJECTIVES[case.objective])
     if objective.ratio_level == "sequence":
         # one ratio for all tokens of a sequence, as means could come near a bound
-        shared = LOG_RATIOS[picked[sequence_ids * 3]] if n else LOG_RATIOS[:0]
+        shared = log_ratios[picked[sequence_ids * 3]] if n else log_ratios[:0]
         columns["behaviour_logprobs"] = (truth.logprobs - shared).float()
     if case.shaped:
         chosen = torch.rand(n, generator=generator) < 0.5
         columns["shaping"] = torch.where(chosen, 0.1, 0.0)
+    if objective.kl_estimator == "abs":
+        # its slope jumps at a gap of 0, which rounding would make positive or negative
+        columns["ref_logprobs"] += 0.01
+    if case.kl_weighted:
+        columns["kl_weights"] = (2 * torch.rand(n, generator=generator) - 0.5).clamp(min=0.0)
     if case.dirty:
         dirt = weights == 0
         hidden[dirt] = math.nan
@@ -389,7 +404,9 @@ def random_case(rng: Any, check: str, device: str = "cpu") -> Case:
         masked=rng.choice([0.0, 0.3, 1.0]),
         silent=rng.choice([0.0, 0.3]),
         shaped=rng.random() < 0.3,
+        kl_weighted=rng.random() < 0.3,
         dirty=check != "logprob" and rng.random() < 0.5,
         strided=rng.random() < 0.3,
+        extreme=rng.random() < 0.5,
         device=device,
     )

@@ -309,6 +309,9 @@ def test_sapo_and_cispo_values():
         ("k1", lambda d: d, lambda d: 1.0),
         ("k2", lambda d: d * d / 2, lambda d: d),
         ("k3", lambda d: math.exp(-d) - 1 + d, lambda d: 1 - math.exp(-d)),
+        ("k3_ratio", lambda d: math.exp(-d) - 1 + d, lambda d: d),  # at a ratio of one
+        ("k3_plus", lambda d: math.exp(-d) - 1 + d, lambda d: d),
+        ("abs", lambda d: abs(d), lambda d: (d > 0) - (d < 0)),
     ],
 )
 def test_kl_estimators(estimator, value, slope):

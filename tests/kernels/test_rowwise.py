@@ -9,7 +9,6 @@ import random
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +123,27 @@ def test_the_slope_near_the_softcap_keeps_its_digits():
     CHECKS["logprob"](NEAR_THE_CAP, "triton")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+EVERY_LOSS = [
+    Case(
+        objective=objective,
+        num_rows=9,
+        shaped=extreme,
+        kl_weighted=not extreme,
+        masked=0.3,
+        silent=0.2,
+        dirty=True,
+        extreme=extreme,
+        device=DEVICE.type,
+    )
+    for objective in OBJECTIVES
+    for extreme in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", EVERY_LOSS, ids=lambda c: f"{c.objective}-{c.extreme}")
 @pytest.mark.parametrize("check", ["policy_loss", "from_logits"])
-def test_every_loss(objective, check):
-    case = Case(objective=objective, num_rows=7, shaped=True, masked=0.3, silent=0.2, dirty=True)
-    CHECKS[check](replace(case, device=DEVICE.type), "triton")
+def test_every_loss(case, check):
+    CHECKS[check](case, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -353,6 +368,30 @@ SEEDED_BUGS = {
         "slope = tl.where(shaping > 0.0, shaped, slope)",
         "slope = slope",
     ),
+    "trust_region_on_the_wrong_side": (
+        "moved > tv_high, moved < -tv_low",
+        "moved > tv_high, moved > tv_low",
+    ),
+    "trust_region_ignores_the_sign": (
+        "tl.where(advantage > 0.0, moved > tv_high, moved < -tv_low)",
+        "moved > tv_high",
+    ),
+    "ratio_of_the_kl_detached": (
+        "kl_slope = ratio * tl.where(in_range, both, kl_slope)",
+        "kl_slope = ratio * kl_slope",
+    ),
+    "ratio_of_the_kl_pulls_beyond_its_clamp": (
+        "ratio * tl.where(in_range, both, kl_slope)",
+        "ratio * both",
+    ),
+    "absolute_kl_of_one_sign": (
+        "tl.where(gap < 0.0, -1.0, 0.0)",
+        "tl.where(gap < 0.0, 1.0, 0.0)",
+    ),
+    "kl_weights_forgotten": (
+        "kl_slope *= kl_weight",
+        "kl_slope *= 1.0",
+    ),
     "masked_rows_leak_nan": (
         "return tl.where(weight == 0.0, 0.0, c1)",
         "return c1",
@@ -427,7 +466,7 @@ def with_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 def suite_finds_something_wrong(module: types.ModuleType) -> bool:
-    """Guard bands first, then the kept cases and up to 150 as the property test draws them."""
+    """Guard bands, the kept cases, every loss, then 150 cases as the property test draws them."""
     rng = random.Random(0)
     try:
         storage = torch.zeros(5, 140, device=DEVICE)
@@ -438,6 +477,8 @@ def suite_finds_something_wrong(module: types.ModuleType) -> bool:
         assert torch.count_nonzero(storage[:, 130:]) == 0
         CHECKS["policy_loss"](BEYOND_FLOAT16, "triton")
         CHECKS["logprob"](NEAR_THE_CAP, "triton")
+        for case in EVERY_LOSS:
+            CHECKS["policy_loss"](case, "triton")
         for _ in range(150):
             check = rng.choice(sorted(CHECKS))
             CHECKS[check](random_case(rng, check, device=DEVICE.type), "triton")
