@@ -67,7 +67,7 @@ def make_trainer(
     """
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
-    replay = make_replay(config, policy, train, tokenizer)
+    replay = make_replay(config, policy, train, stream, tokenizer)
     sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
     extra_batches = rollout.dynamic_sampling.max_extra_batches
     fresh = FreshSource(

@@ -19,6 +19,7 @@ from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, Transfo
 from exgrpo_fast.experience.prior.source import NoPrior, PriorRecipe, PriorSource
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
+from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.experience.replay.pool import load_pool, solutions_of
 from exgrpo_fast.experience.replay.protocol import NoReplay, Replay
 from exgrpo_fast.experience.replay.selectors import (
@@ -39,12 +40,20 @@ from exgrpo_fast.rollout.vllm.model import VllmModel
 
 
 def make_replay(
-    config: Config, policy: Policy, questions: Sequence[Question], tokenizer: Tokenizer
+    config: Config,
+    policy: Policy,
+    questions: Sequence[Question],
+    stream: QuestionStream,
+    tokenizer: Tokenizer,
 ) -> Replay:
     replay = config.replay
     takes_a_share = replay.questions != "stream" and replay.mixer != "spent_groups"
     if not replay.enabled or (takes_a_share and replay.experience_ratio == 0.0):
-        return NoReplay()
+        return NoReplay(
+            stream,
+            prompts_per_step=config.rollout.prompts_per_step,
+            group_size=config.rollout.group_size,
+        )
     store = ExperienceStore(
         store_plan(config, len(questions)),
         group_size=config.rollout.group_size,
@@ -68,6 +77,7 @@ def make_replay(
         store,
         policy,
         questions,
+        stream,
         make_replay_recipe(config),
         prompts_per_step=config.rollout.prompts_per_step,
         vocabulary=vocabulary,

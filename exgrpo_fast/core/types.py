@@ -12,8 +12,9 @@ Token ids travel from the engine to the loss untouched: nothing here is ever dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -153,6 +154,13 @@ class Group:
 
     def from_source(self, source: SourceName) -> list[Trajectory]:
         return [trajectory for trajectory in self.trajectories if trajectory.source == source]
+
+
+def pass_at_1(groups: Sequence[Group]) -> float:
+    """Share of correct among all trajectories, replayed ones included (ExGRPO's start rule); those
+    that a prior has guided say nothing of the policy."""
+    own = (t for group in groups for t in group.trajectories if t.source != "prior")
+    return fmean(t.successful for t in own)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class QuestionStream:
             if self.num_live > self.min_live:
                 self._retired[question_id] = None
 
+    def find(self, question_ids: Sequence[str]) -> list[Question]:
+        """ValueError where the data no longer has one of them."""
+        self.check_known(set(question_ids))
+        return [self.by_id[question_id] for question_id in question_ids]
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "waiting": self._waiting, "retired": list(self._retired)}
 

@@ -21,7 +21,7 @@ from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSo
 from exgrpo_fast.experience.prior.metrics import GuidanceCost
 from exgrpo_fast.experience.prior.source import Guided, NoPrior, PriorSource
 from exgrpo_fast.experience.question_stream import QuestionStream
-from exgrpo_fast.experience.replay.protocol import PendingSample, Plan, Replay, ReplaySample
+from exgrpo_fast.experience.replay.protocol import Replay, StepPlan
 from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 from exgrpo_fast.rollout.engine import Generation
 from exgrpo_fast.rollout.mismatch import Mismatch
@@ -75,7 +75,7 @@ class Batch:
 
     groups: tuple[Group, ...]
     discarded: tuple[Group, ...]  # generated, then left out by dynamic sampling
-    sample: ReplaySample
+    plan: StepPlan
     mismatch: Mismatch
     hindsight: HindsightReport | None = None
     guidance: GuidanceCost = GuidanceCost()
@@ -87,19 +87,12 @@ class Batch:
 
 
 class PendingBatch(NamedTuple):
-    """A step's first responses, on their way."""
+    """A step's first completions, on their way."""
 
-    step: int
-    plan: Plan
-    drawn: Sequence[Question]
-    pending: PendingSample
-    slots: list[int]  # fresh responses that each question of plan and stream gets
-    guided_slots: Sequence[int]  # and those that the prior guides
+    plan: StepPlan
+    num_fresh: list[int]  # completions of each question that the policy draws by itself
+    num_guided: Sequence[int]  # and those that the prior guides
     generation: Generation
-
-    @property
-    def questions(self) -> list[Question]:
-        return [*self.plan.questions, *self.drawn]
 
 
 class BuiltGroups(NamedTuple):
@@ -146,25 +139,14 @@ class Collector:
     def begin(self, step: int, clock: Clock) -> None:
         """Plan a step and have the engine generate for it, while the one before is trained on."""
         with clock.measure("replay"):
-            plan = self.replay.plan(step=step)
-        taken = {question.id for question in plan.questions}
-        taken |= {group.question.id for group in plan.groups}
-        missing = self.prompts_per_step - len(plan.questions) - len(plan.groups)
-        drawn = self.stream.draw(missing, exclude=taken)
-        with clock.measure("replay"):
-            pending = self.replay.sample(plan, drawn, step=step)
-        self.begun = self._request(step, plan, drawn, pending)
+            plan = self.replay.prepare(step)
+        self.begun = self._request(plan)
 
-    def _request(
-        self, step: int, plan: Plan, drawn: Sequence[Question], pending: PendingSample
-    ) -> PendingBatch:
-        guided_slots = self.prior.counts(len(pending.counts), step=step)
-        slots = [
-            self.replay.num_fresh(self.group_size, count) - num_guided
-            for count, num_guided in zip(pending.counts, guided_slots, strict=True)
-        ]
-        generation = self.fresh.start([*plan.questions, *drawn], slots, step=step)
-        return PendingBatch(step, plan, drawn, pending, slots, guided_slots, generation)
+    def _request(self, plan: StepPlan) -> PendingBatch:
+        num_guided = self.prior.counts(len(plan.questions), step=plan.step)
+        num_fresh = [n - guided for n, guided in zip(plan.num_fresh, num_guided, strict=True)]
+        generation = self.fresh.start(plan.questions, num_fresh, step=plan.step)
+        return PendingBatch(plan, num_fresh, num_guided, generation)
 
     def collect(self, step: int, clock: Clock, on_poll: Callable[[], None] = lambda: None) -> Batch:
         """`on_poll` is called while the first responses are generated, and may raise: the step
@@ -172,12 +154,12 @@ class Collector:
         if self.begun is None:
             self.begin(step, clock)
         begun = self.begun
-        assert begun is not None and begun.step == step, "begun for another step"
-        plan, pending = begun.plan, begun.pending
+        assert begun is not None and begun.plan.step == step, "begun for another step"
+        plan = begun.plan
         made = self._make_groups(begun, clock, (lambda: None) if plan.groups else on_poll)
         self.begun = None
         with clock.measure("replay"):
-            groups = self.replay.replace_groups([*plan.groups, *made.groups])
+            groups = plan.replace_groups([*plan.groups, *made.groups])
         if not groups:
             raise NothingScored(
                 f"step {step}: none of {made.num_unscored} responses got a verdict; is the judge "
@@ -186,7 +168,7 @@ class Collector:
         batch = Batch(
             tuple(groups),
             (),
-            pending.sample,
+            plan,
             made.mismatch,
             guidance=made.guidance,
             num_unscored=made.num_unscored,
@@ -214,8 +196,8 @@ class Collector:
                 break
             seen = {group.question.id for group in kept + discarded}
             drawn = self.stream.draw(missing, exclude=seen)
-            begun = self._request(step, Plan(), drawn, PendingSample.nothing(len(drawn)))
-            extra = self._make_groups(begun, clock)
+            plan = StepPlan(step, (), tuple(drawn), (self.group_size,) * len(drawn))
+            extra = self._make_groups(self._request(plan), clock)
             kept += [group for group in extra.groups if group.learnable]
             discarded += [group for group in extra.groups if not group.learnable]
             guidance += extra.guidance
@@ -225,11 +207,11 @@ class Collector:
         self, begun: PendingBatch, clock: Clock, on_poll: Callable[[], None] = lambda: None
     ) -> BuiltGroups:
         """One group for each question: what replay sampled, then fresh ones, then guided ones."""
-        questions, slots, step = begun.questions, begun.slots, begun.step
-        question_of = [q for q, n in zip(questions, slots, strict=True) for _ in range(n)]
-        guided = self.prior.begin(questions, begun.guided_slots, step=step)
+        questions, step = begun.plan.questions, begun.plan.step
+        question_of = [q for q, n in zip(questions, begun.num_fresh, strict=True) for _ in range(n)]
+        guided = self.prior.begin(questions, begun.num_guided, step=step)
         completions, grading = self._wait(begun, question_of, guided, clock, on_poll)
-        sample = begun.pending.sample
+        sample = begun.plan.sample
         with clock.measure("score"), self.screen.phase("score"):
             fresh, mismatch = self.fresh.score(
                 question_of, completions, step=step, observer=grading
@@ -240,9 +222,9 @@ class Collector:
         with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts(others)
         judged = iter(self._judged(pair) for pair in zip([*fresh, *others], verdicts, strict=True))
-        own = [[next(judged) for _ in range(n)] for n in slots]
+        own = [[next(judged) for _ in range(n)] for n in begun.num_fresh]
         first = [[next(judged) for _ in found] for found in sample.slots]
-        last = [[next(judged) for _ in range(n)] for n in begun.guided_slots]
+        last = [[next(judged) for _ in range(n)] for n in begun.num_guided]
         groups = [
             Group(question, tuple(chain(*members)))
             for question, *members in zip(questions, first, own, last, strict=True)
@@ -263,14 +245,17 @@ class Collector:
 
         def sample_now() -> None:
             with clock.measure("replay"):
-                begun.pending.sample  # noqa: B018, chosen when it is first asked for
+                begun.plan.sample  # noqa: B018, chosen when it is first asked for
 
         def guide() -> None:
             on_poll()
             with clock.measure("prior"):
                 guided.advance()
 
-        with clock.measure("rollout"), self.screen.phase("rollout", sum(begun.slots)) as advance:
+        with (
+            clock.measure("rollout"),
+            self.screen.phase("rollout", sum(begun.num_fresh)) as advance,
+        ):
             beside = guide if self.prior.concurrent else on_poll
             grading = StreamingScorer(
                 self.verifier, question_of, advance, meanwhile=sample_now, beside=beside
@@ -287,23 +272,13 @@ class Collector:
     # --- persistence ---
 
     def state_dict(self) -> dict[str, Any]:
-        """What was begun is generated anew after a resume, for the same questions."""
-        if self.begun is None:
-            return {}
-        plan = [question.id for question in self.begun.plan.questions]
-        return {"planned": plan, "drawn": [question.id for question in self.begun.drawn]}
+        """What was begun is generated again after a resume, for the same questions."""
+        return self.begun.plan.state_dict() if self.begun else {}
 
     def load_state_dict(self, state: Mapping[str, Any], *, step: int) -> None:
         """`step`: the next one."""
         if state:
-            self.stream.check_known({*state["planned"], *state["drawn"]})
-            planned, drawn = (
-                [self.stream.by_id[name] for name in state[part]] for part in ("planned", "drawn")
-            )
-            plan = Plan(tuple(planned))
-            self.begun = self._request(
-                step, plan, drawn, self.replay.sample(plan, drawn, step=step)
-            )
+            self.begun = self._request(self.replay.prepare(step, begun=state))
 
 
 def scored_part(group: Group) -> Group | None:

@@ -10,17 +10,10 @@ from typing import Any
 
 import torch
 
-from exgrpo_fast.core.types import Group, Trajectory
+from exgrpo_fast.core.types import Group, Trajectory, pass_at_1
 from exgrpo_fast.experience.prior.metrics import guidance_metrics
 from exgrpo_fast.training.collector import Batch, Clock
 from exgrpo_fast.training.update_stats import UpdateReport
-
-
-def pass_at_1(groups: Sequence[Group]) -> float:
-    """Share of correct among all responses, replayed ones included (ExGRPO's start rule); those
-    that a prior has guided say nothing of the policy."""
-    own = (t for group in groups for t in group.trajectories if t.source != "prior")
-    return fmean(t.successful for t in own)
 
 
 def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from exgrpo_fast.training.bad_batches import BadBatches
 from exgrpo_fast.training.collector import Batch, Clock, Collector
 from exgrpo_fast.training.evaluate import Evaluation, Evaluator
 from exgrpo_fast.training.learner import Learner
-from exgrpo_fast.training.step_metrics import completion_rows, pass_at_1, step_metrics
+from exgrpo_fast.training.step_metrics import completion_rows, step_metrics
 from exgrpo_kernels import PolicyObjective
 
 # Every rank computes these on its own, so a rank that has diverged differs in them.
@@ -89,14 +89,7 @@ class Trainer:
         step, clock = self.num_steps + 1, Clock()
         HEARTBEAT.begin_step(step)
         batch = self.collector.collect(step, clock, self._give_up_when_stopped)
-        replay = self.replay.finish(
-            batch.generated,
-            batch.sample,
-            self.objective,
-            pass_at_1=pass_at_1(batch.generated),
-            step=step,
-        )
-        self.stream.retire(replay.retired)
+        replay = self.replay.finish(batch.plan, batch.generated, self.objective)
         if self.generate_ahead and step < self.max_steps:
             self.collector.begin(step + 1, clock)
         self.engine.rest()

@@ -65,7 +65,7 @@ def test_o7_life_of_the_buffer(tokenizer, make_test_trainer) -> None:
         questions, engine=engine, replay={"enabled": True, "start_success_rate": 0.35}
     )
     stream = ScriptedStream(questions)
-    trainer.stream = trainer.collector.stream = stream
+    trainer.stream = trainer.collector.stream = trainer.replay.stream = stream
     replay = trainer.replay
 
     def step(fresh: dict[str, list[str]], replayed: dict[str, list[str]] | None = None):
@@ -191,10 +191,11 @@ def test_the_chosen_trajectory_has_the_lowest_true_mean_entropy(
     compared = 0
     for step in range(5):
         replay, model = trainer.replay, trainer.learner.policy.model
-        state = replay.rng.bit_generator.state
-        sample = replay.sample(replay.plan(step=step + 1), [], step=step + 1).sample
+        state, drawn = replay.rng.bit_generator.state, trainer.stream.state_dict()
+        sample = replay.prepare(step + 1).sample
         replay.rng.bit_generator.state = state  # the step below draws the same again
-        for (chosen,) in sample.slots:
+        trainer.stream.load_state_dict(drawn)
+        for (chosen,) in filter(None, sample.slots):
             candidates = stored(replay, chosen.question.id)
             means = []
             for candidate in candidates:

@@ -322,11 +322,10 @@ def test_questions_only_asks_again_and_replays_nothing(tokenizer, make_test_trai
     asked_again = 0
     for step in range(6):
         stored = {NAMES[i] for i in (source(trainer).store.bucket >= 0).nonzero().flatten()}
-        plan = copy.deepcopy(source(trainer)).plan(step=step + 1)
-        again = {question.id for question in plan.questions}
-        assert again <= stored and len(again) == min(2, len(stored))
+        again = [q.id for q in copy.deepcopy(source(trainer)).prepare(step + 1).again]
+        assert set(again) <= stored and len(again) == min(2, len(stored))
         batch, metrics = trainer.step()
-        assert [g.question.id for g in batch.groups[: len(again)]] == [q.id for q in plan.questions]
+        assert [g.question.id for g in batch.groups[: len(again)]] == again
         assert all(len(g.trajectories) == 4 and not any(g.replayed) for g in batch.groups)
         assert metrics["replay_frac"] == 0.0
         asked_again += len(again)
@@ -348,7 +347,7 @@ def test_prompt_replay_asks_medium_questions_after_a_rest(tokenizer, make_test_t
     for step in range(1, 9):
         store = source(trainer).store
         before = {n: (int(store.visits[i]), list(visits[n])) for i, n in enumerate(NAMES)}
-        again = [q.id for q in source(trainer).plan(step=step).questions]
+        again = [q.id for q in copy.deepcopy(source(trainer)).prepare(step).again]
         for name in again:
             count, steps = before[name]
             assert outcome[name] not in ("1111", "0000")

@@ -121,3 +121,13 @@ def test_a_checkpoint_knows_questions_that_the_data_lost(make) -> None:
     state["begun"]["drawn"][0] = "gone"
     with pytest.raises(ValueError, match="gone"):
         other.load_state_dict(state)
+
+
+def test_a_step_begun_with_replay_goes_on_without_it(make) -> None:
+    trainer, other = make(), make()
+    trainer.step()
+    state = trainer.state_dict()
+    names = state["begun"]["drawn"]
+    state["begun"] = {"planned": names[:1], "drawn": names[1:]}
+    other.load_state_dict(state)
+    assert questions_of(other) == names

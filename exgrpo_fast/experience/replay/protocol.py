@@ -1,4 +1,4 @@
-"""The interface of replay: a plan, a pending sample, and the protocol of a replay source."""
+"""The interface of replay: `prepare` before a step, `finish` after its rewards; and its absence."""
 
 from __future__ import annotations
 
@@ -8,104 +8,94 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from exgrpo_fast.core.types import Group, Question, Trajectory
+from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_kernels import PolicyObjective
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the store asks for in one step, before the stream fills the rest."""
-
-    questions: tuple[Question, ...] = ()
-    groups: tuple[Group, ...] = ()  # whole groups from the store
-
-
-@dataclass(frozen=True)
 class ReplaySample:
-    """What was recalled for one step, and what the choice looked like."""
+    """The stored trajectories chosen for one step, and how many there were to choose from."""
 
     slots: tuple[tuple[Trajectory, ...], ...]  # for each question of the step, mostly none
     num_candidates: int = 0
     candidate_entropy: float | None = None  # mean over all candidates, where they were scored
 
 
-class PendingSample:
-    """How many trajectories each question of a step will get, before it is known which.
+@dataclass(frozen=True)
+class StepPlan:
+    """The questions of a step, and what replay adds to each.
 
-    So the engine can begin: choosing needs a forward pass under the same weights, which goes on
-    beside the generation where the engine runs elsewhere.
+    How many stored trajectories a question gets is known at once, so that the engine can begin.
+    Which ones takes a forward pass under the weights of the step: `sample` chooses them when it is
+    first asked for, beside the generation where the engine runs elsewhere.
     """
 
-    def __init__(
-        self, counts: Sequence[int], choose: Callable[[], ReplaySample] | None = None
-    ) -> None:
-        self.counts = tuple(counts)
-        self._choose = choose or (lambda: ReplaySample(((),) * len(self.counts)))
+    step: int
+    again: tuple[Question, ...]  # asked again by replay
+    drawn: tuple[Question, ...]  # from the question stream
+    num_fresh: tuple[int, ...]  # completions to generate for each question
+    groups: tuple[Group, ...] = ()  # whole groups from the store
+    choose: Callable[[], ReplaySample] | None = None
+    # groups of the step -> the same, those without a gradient replaced by stored ones
+    replace_groups: Callable[[Sequence[Group]], list[Group]] = list
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return self.again + self.drawn
 
     @cached_property
     def sample(self) -> ReplaySample:
-        """Chosen when it is first asked for."""
-        return self._choose()
+        return self.choose() if self.choose else ReplaySample(((),) * len(self.questions))
 
-    @staticmethod
-    def nothing(num_questions: int) -> PendingSample:
-        return PendingSample((0,) * num_questions)
+    def state_dict(self) -> dict[str, Any]:
+        """The ids of its questions; their completions are generated again after a resume."""
+        return {"planned": [q.id for q in self.again], "drawn": [q.id for q in self.drawn]}
 
 
 class Finished(NamedTuple):
-    """What replay made of a step's groups."""
-
-    retired: list[str]  # ids of questions that the stream drops
     objective: PolicyObjective  # the loss of this step's update
     metrics: dict[str, Any]
 
 
 class Replay(Protocol):
-    """The methods of a replay source that training calls: the collector all but `finish`."""
+    """All that training calls of a replay source."""
 
-    def plan(self, *, step: int) -> Plan: ...
-    def sample(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingSample: ...
-    def num_fresh(self, group_size: int, num_replayed: int) -> int: ...
-    def replace_groups(self, groups: Sequence[Group]) -> list[Group]: ...
+    def prepare(self, step: int, begun: Mapping[str, Any] | None = None) -> StepPlan:
+        """`begun`: the `StepPlan.state_dict` of a checkpoint, to ask the same questions."""
+        ...
+
     def finish(
-        self,
-        groups: Sequence[Group],
-        sample: ReplaySample,
-        objective: PolicyObjective,
-        *,
-        pass_at_1: float,
-        step: int,
-    ) -> Finished: ...
+        self, plan: StepPlan, groups: Sequence[Group], objective: PolicyObjective
+    ) -> Finished:
+        """Once a step, after the rewards of all its `groups` and before the update of the policy.
+
+        `objective`: the loss without replay. Solved questions leave the question stream.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class NoReplay:
-    """The on-policy run: nothing is recalled, kept or retired."""
+    """The on-policy run: every question comes from the stream, every completion is fresh."""
 
-    active = False
+    def __init__(self, stream: QuestionStream, *, prompts_per_step: int, group_size: int) -> None:
+        self.stream = stream
+        self.prompts_per_step = prompts_per_step
+        self.group_size = group_size
 
-    def plan(self, *, step: int) -> Plan:
-        return Plan()
-
-    def sample(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingSample:
-        return PendingSample.nothing(len(drawn))
-
-    def num_fresh(self, group_size: int, num_replayed: int) -> int:
-        return group_size
-
-    def replace_groups(self, groups: Sequence[Group]) -> list[Group]:
-        return list(groups)
+    def prepare(self, step: int, begun: Mapping[str, Any] | None = None) -> StepPlan:
+        if begun is None:
+            drawn = self.stream.draw(self.prompts_per_step)
+        else:
+            drawn = self.stream.find([*begun["planned"], *begun["drawn"]])
+        return StepPlan(step, (), tuple(drawn), (self.group_size,) * len(drawn))
 
     def finish(
-        self,
-        groups: Sequence[Group],
-        sample: ReplaySample,
-        objective: PolicyObjective,
-        *,
-        pass_at_1: float,
-        step: int,
+        self, plan: StepPlan, groups: Sequence[Group], objective: PolicyObjective
     ) -> Finished:
-        return Finished([], objective, {})
+        return Finished(objective, {})
 
     def state_dict(self) -> dict[str, Any]:
         return {}

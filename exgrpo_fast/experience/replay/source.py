@@ -13,7 +13,7 @@ latest group (a replayed trajectory counts as one):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any, Literal
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
-from exgrpo_fast.experience.replay.protocol import Finished, PendingSample, Plan, ReplaySample
+from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict, pass_at_1
+from exgrpo_fast.experience.question_stream import QuestionStream
+from exgrpo_fast.experience.replay.protocol import Finished, ReplaySample, StepPlan
 from exgrpo_fast.experience.replay.selectors import (
     SCORED,
     QuestionSelector,
@@ -89,6 +90,7 @@ class ReplaySource:
         store: ExperienceStore,
         policy: Policy,
         questions: Sequence[Question],
+        stream: QuestionStream,
         recipe: ReplayRecipe,
         *,
         prompts_per_step: int,
@@ -99,6 +101,7 @@ class ReplaySource:
         `vocabulary`: a fingerprint of the tokenizer; a snapshot of another one is refused."""
         self.store = store
         self.policy = policy
+        self.stream = stream
         self.recipe = recipe
         self.prompts_per_step = prompts_per_step
         self.vocabulary = vocabulary
@@ -114,34 +117,52 @@ class ReplaySource:
 
     # --- before the rollout ---
 
-    def plan(self, *, step: int) -> Plan:
-        """Questions to ask again, or whole groups: at most experience_ratio x prompts_per_step."""
+    def prepare(self, step: int, begun: Mapping[str, Any] | None = None) -> StepPlan:
+        """At most experience_ratio x prompts_per_step questions or whole groups come from the
+        store, the stream brings the others."""
+        groups: tuple[Group, ...] = ()
+        if begun is not None:
+            again, drawn = (tuple(self.stream.find(begun[part])) for part in ("planned", "drawn"))
+        else:
+            again, groups = self._from_store(step)
+            taken = {question.id for question in again} | {group.question.id for group in groups}
+            missing = self.prompts_per_step - len(again) - len(groups)
+            drawn = tuple(self.stream.draw(missing, exclude=taken))
+        counts, choose = self._slots(again, drawn, step=step)
+        size, shares_slots = self.store.group_size, self.recipe.mixer == "replace_slot"
+        num_fresh = tuple(size - count if shares_slots else size for count in counts)
+        return StepPlan(step, again, drawn, num_fresh, groups, choose, self._replace_groups)
+
+    def _from_store(self, step: int) -> tuple[tuple[Question, ...], tuple[Group, ...]]:
+        """(questions to ask again, whole groups)."""
         limit = int(self.recipe.experience_ratio * self.prompts_per_step)
         if not self.active or limit == 0:
-            return Plan()
+            return (), ()
         if self.recipe.mixer == "recent_groups":
-            return Plan(groups=tuple(self._draw_groups(limit, step=step, by_score=False)))
+            return (), tuple(self._draw_groups(limit, step=step, by_score=False))
         if self.recipe.questions is None:
-            return Plan()
+            return (), ()
         drawn = self.recipe.questions(self.store, limit, self.rng, step)
-        return Plan(questions=tuple(self.data[place] for place in drawn))
+        return tuple(self.data[place] for place in drawn), ()
 
-    def sample(self, plan: Plan, drawn: Sequence[Question], *, step: int) -> PendingSample:
-        """Stored trajectories for the questions of the plan and those drawn beside it.
+    def _slots(
+        self, again: Sequence[Question], drawn: Sequence[Question], *, step: int
+    ) -> tuple[list[int], Callable[[], ReplaySample] | None]:
+        """(how many stored trajectories each question gets, what chooses them).
 
-        Chosen and weighted by the recipe; ones that the stream drew bring theirs only where the
-        recipe leaves the choice of questions to it.
+        Questions that the stream drew get some only where the recipe leaves the choice of
+        questions to the stream.
         """
-        num_questions = len(plan.questions) + len(drawn)
-        asked = plan.questions if self.recipe.questions else drawn
+        num_questions = len(again) + len(drawn)
+        asked = again if self.recipe.questions else drawn
         if not self.active or not asked or self.recipe.mixer not in {"replace_slot", "append"}:
-            return PendingSample.nothing(num_questions)
+            return [0] * num_questions, None
         places = torch.tensor([self.place_of[q.id] for q in asked], device=self.store.device)
         rows, owner = self._candidates(places, step=step)
         counts = torch.bincount(owner, minlength=len(asked))
         if self.recipe.select != "all":
             counts = counts.clamp(max=self.recipe.count)
-        before = 0 if self.recipe.questions else len(plan.questions)
+        before = 0 if self.recipe.questions else len(again)
         after = num_questions - before - len(asked)
 
         def choose_now() -> ReplaySample:
@@ -150,7 +171,7 @@ class ReplaySource:
                 found = self._choose(rows, owner, len(asked), step=step)
             return replace(found, slots=((),) * before + found.slots + ((),) * after)
 
-        return PendingSample([0] * before + counts.tolist() + [0] * after, choose_now)
+        return [0] * before + counts.tolist() + [0] * after, choose_now
 
     def _choose(self, rows: Tensor, owner: Tensor, num_asked: int, *, step: int) -> ReplaySample:
         """Of the candidates of each asked question those that the recipe wants.
@@ -174,10 +195,6 @@ class ReplaySource:
             found[number].append(trajectory)
         slots = tuple(tuple(of_one) for of_one in found)
         return ReplaySample(slots, num_candidates=len(rows), candidate_entropy=entropy)
-
-    def num_fresh(self, group_size: int, num_replayed: int) -> int:
-        """Open slots beside the recalled trajectories of a question."""
-        return group_size - num_replayed if self.recipe.mixer == "replace_slot" else group_size
 
     def _candidates(self, asked: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
         """(rows [C], owner [C]) of all that may be replayed for the asked questions."""
@@ -243,11 +260,8 @@ class ReplaySource:
 
     # --- after the rewards ---
 
-    def replace_groups(self, groups: Sequence[Group]) -> list[Group]:
-        """Replace groups without a gradient by stored ones, as many as there are."""
-        if self._scored is not None:
-            self.store.note_entropy(*self._scored)
-            self._scored = None
+    def _replace_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups without a gradient are replaced by stored ones, as many as there are."""
         groups = list(groups)
         if not self.active or self.recipe.mixer != "spent_groups":
             return groups
@@ -283,26 +297,16 @@ class ReplaySource:
         return [Group(found[0].question, tuple(found)) for found in members.values()]
 
     def finish(
-        self,
-        groups: Sequence[Group],
-        sample: ReplaySample,
-        objective: PolicyObjective,
-        *,
-        pass_at_1: float,
-        step: int,
+        self, plan: StepPlan, groups: Sequence[Group], objective: PolicyObjective
     ) -> Finished:
-        """Once a step, after the rewards of its `groups` and before the update of the policy.
-
-        `objective`: the loss without replay; `pass_at_1` of the policy on this step's questions.
-        A run that starts replay with this step samples from the next one on, so the objective and
-        metrics are those before `maybe_activate`.
-        """
-        retired = self.update(groups, step=step)
-        replayed = [t for group in groups for t in group.from_source("replay")]
-        finished = Finished(
-            retired, self.objective(objective), self.metrics(replayed, sample, step=step)
-        )
-        self.maybe_activate(pass_at_1)
+        """A run that starts replay with this step samples from the next one on: objective and
+        metrics are those before `maybe_activate`."""
+        if self._scored is not None:  # before `update`, which may drop some of these rows
+            self.store.note_entropy(*self._scored)
+            self._scored = None
+        self.stream.retire(self.update(groups, step=plan.step))
+        finished = Finished(self.objective(objective), self.metrics(plan, groups))
+        self.maybe_activate(pass_at_1(groups))
         return finished
 
     def update(self, groups: Sequence[Group], *, step: int) -> list[str]:
@@ -397,10 +401,10 @@ class ReplaySource:
 
     # --- looking inside ---
 
-    def metrics(
-        self, replayed: Sequence[Trajectory], sample: ReplaySample, *, step: int
-    ) -> dict[str, Any]:
+    def metrics(self, plan: StepPlan, groups: Sequence[Group]) -> dict[str, Any]:
         """What is stored, and what was chosen in this step."""
+        step, sample = plan.step, plan.sample
+        replayed = [t for group in groups for t in group.from_source("replay")]
         ages = [step - t.birth_step for t in replayed]
         stored = step - self.store.rows["birth_step"][self.store.rows["question"] >= 0].cpu()
         sizes = self.store.bucket_sizes()
