@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.types import Question
@@ -19,13 +19,18 @@ def load_data(
     with screen.phase("read data"):
         held_out: list[Question] = []
         if config.data.eval is not None:
-            loaded = read_questions(config, config.data.eval, tokenizer, screen)
+            loaded = read_questions(config, config.data.eval, tokenizer, screen.note)
             held_out = distinct(loaded.questions)[: config.data.eval_size]
         source = require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
         # A gym task draws some questions twice; of those the first stays.
-        train = distinct(read_questions(config, source, tokenizer, screen).questions)
+        train = distinct(read_questions(config, source, tokenizer, screen.note).questions)
     kept_out = {content(question) for question in held_out}
     unseen = [question for question in train if content(question) not in kept_out]
+    if not unseen:
+        raise ConfigError(
+            f"data.train: all of its {len(train)} questions are held out by data.eval; give another "
+            "file, or hold out fewer with data.eval_size"
+        )
     if len(unseen) < len(train):
         screen.note(
             f"{len(train) - len(unseen)} training questions are held-out ones too: left out"
@@ -47,7 +52,7 @@ def distinct(questions: Sequence[Question]) -> list[Question]:
 
 
 def read_questions(
-    config: Config, source: str | GymTask, tokenizer: Tokenizer, screen: Screen
+    config: Config, source: str | GymTask, tokenizer: Tokenizer, note: Callable[[str], object]
 ) -> LoadedQuestions:
     data = config.data
     loaded = load_questions(
@@ -61,10 +66,12 @@ def read_questions(
         overlong_prompts=data.overlong_prompts,
         max_bad_rows=data.max_bad_rows,
     )
+    for line in loaded.notes:
+        note(line)
     for row in loaded.bad_rows:
-        screen.note(f"skipped {row.where}: {row.reason}")
+        note(f"skipped {row.where}: {row.reason}")
     if loaded.num_overlong:
-        screen.note(
+        note(
             f"{loaded.num_overlong} prompts over data.max_prompt_tokens "
             f"({data.max_prompt_tokens}) were dropped"
         )

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from exgrpo_fast.build.environment import config_digest
-from exgrpo_fast.build.models import make_plain_policy
+from exgrpo_fast.build.models import end_of_sequence_ids, generation_config, make_plain_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
@@ -276,17 +276,3 @@ def make_endpoint_engine(
     """Somebody else's vLLM server; of `folder` only the end-of-sequence tokens are read."""
     eos = end_of_sequence_ids(generation_config(folder), tokenizer)
     return EndpointEngine(url, eos_token_ids=eos, model=model, api_key_env=key_env)
-
-
-def generation_config(folder: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError:
-        return None
-
-
-def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
-    """The tokenizer's own end token first, then those of the model's generation config."""
-    listed: Any = generation.eos_token_id if generation else None
-    others = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))

@@ -36,12 +36,13 @@ class EvaluatedModel:
         self.config = config
         self.device = device
         self.endpoint = endpoint
+        self._notes: list[str] = []  # on the data; said when nothing more can be wrong with them
         self.screen = make_screen(sys.stderr)  # stdout is for the results alone
         self.name = model_folder(config.model.name or "", self.screen)
         self.tokenizer = load_tokenizer(self.name)
 
     def read(self, source: str) -> Sequence[Question]:
-        return read_questions(self.config, source, self.tokenizer, self.screen).questions
+        return read_questions(self.config, source, self.tokenizer, self._notes.append).questions
 
     def question(self, text: str) -> Question:
         return question_from_text(text, tokenizer=self.tokenizer)
@@ -55,6 +56,8 @@ class EvaluatedModel:
             with make_rewards(config) as rewards, contextlib.ExitStack() as stack:
                 if question.answer:  # a question typed by hand has none
                     check_rewards(config, rewards, question)
+                for note in self._notes:
+                    screen.note(note)
                 engine = self._engine(question.prompt_ids, stack)
                 verifier = Verifier(rewards, make_decode(tokenizer), screen)
                 prompt = make_hindsight_prompt(config, rewards, tokenizer) if revisions else None

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from exgrpo_fast.build.engines import end_of_sequence_ids, find_layer
-from exgrpo_fast.build.models import load_tokenizer, make_encode, make_policy, vocabulary_of
+from exgrpo_fast.build.engines import find_layer
+from exgrpo_fast.build.models import (
+    end_of_sequence_ids,
+    load_tokenizer,
+    make_encode,
+    make_policy,
+    vocabulary_of,
+)
 from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question

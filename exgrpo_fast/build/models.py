@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
@@ -61,7 +61,34 @@ def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
 
 
 def make_decode(tokenizer: Tokenizer) -> Decode:
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    """Token ids -> the text as the policy wrote it, without the end and padding tokens behind it.
+
+    Other special tokens stay: in many models `<think>`, or the tags of an answer, are some.
+    """
+    ends = {*end_of_sequence_ids(generation_config(tokenizer.name_or_path), tokenizer)}
+    ends.add(tokenizer.pad_token_id)
+
+    def decode(ids: Sequence[int]) -> str:
+        end = len(ids)
+        while end and ids[end - 1] in ends:
+            end -= 1
+        return str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+
+    return decode
+
+
+def generation_config(folder: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(folder, trust_remote_code=False)
+    except OSError:
+        return None
+
+
+def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
+    """The tokenizer's own end token first, then those of the model's generation config."""
+    listed: Any = generation.eos_token_id if generation else None
+    others = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
 
 
 def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

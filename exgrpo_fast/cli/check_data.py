@@ -13,8 +13,8 @@ def add_check_data(commands: Any) -> None:
     text = "every bad row of a file, with line and reason"
     c = add_command(commands, "check-data", check_data, text)
     c.add_argument("file")
-    c.add_argument("--prompt-field", default="prompt")
-    c.add_argument("--answer-field", default="answer")
+    c.add_argument("--prompt-field", help="default: prompt, problem, question or messages")
+    c.add_argument("--answer-field", help="default: answer, or another usual name")
 
 
 def check_data(arguments: argparse.Namespace) -> int:
@@ -23,6 +23,8 @@ def check_data(arguments: argparse.Namespace) -> int:
     report = data.check_data(
         arguments.file, prompt_field=arguments.prompt_field, answer_field=arguments.answer_field
     )
+    for note in report.notes:
+        print(note)
     for row in report.bad_rows:
         print(f"{row.where}: {row.reason}")
     print(f"{report.num_good} good rows, {len(report.bad_rows)} bad ones")

@@ -48,8 +48,12 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         default=["math_verify"],
         help="reward function (math_verify)",
     )
-    add("--prompt-field", dest="data.prompt_field", default="problem")
-    add("--answer-field", dest="data.answer_field", default="answer")
+    add(
+        "--prompt-field",
+        dest="data.prompt_field",
+        help="default: prompt, problem, question or messages",
+    )
+    add("--answer-field", dest="data.answer_field", help="default: answer, or another usual name")
     add(
         "--max-completion-tokens",
         dest="rollout.max_completion_tokens",

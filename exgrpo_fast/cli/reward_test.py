@@ -15,8 +15,8 @@ def add_reward_test(commands: Any) -> None:
     c = add_command(commands, "reward-test", reward_test, text)
     c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
     c.add_argument("--data", nargs="+", default=[], help="gold answers; default: a built-in list")
-    c.add_argument("--prompt-field", default="prompt")
-    c.add_argument("--answer-field", default="answer")
+    c.add_argument("--prompt-field", help="default: prompt, problem, question or messages")
+    c.add_argument("--answer-field", help="default: answer, or another usual name")
     c.add_argument("--json", action="store_true")
 
 

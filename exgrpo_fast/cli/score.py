@@ -108,10 +108,14 @@ def _sample(row: Row | BadRow) -> RewardSample | BadRow:
     if not isinstance(completion, str):
         return BadRow(row.where, "field 'completion' is no text")
     try:
-        gold = as_answer(fields.pop("gold"), "gold")
+        given = fields.pop("gold")
+        gold = as_answer(given, "gold")
     except ValueError as error:
         return BadRow(row.where, str(error))
     prompt = fields.pop("prompt", "")
+    fields.pop("answer", None)
+    if not isinstance(given, str):
+        fields["answer"] = given
     return RewardSample(prompt if isinstance(prompt, str) else "", completion, gold, fields)
 
 

@@ -144,10 +144,16 @@ class DataConfig(Section):
     eval_size: Positive | None = Field(
         default=None, description="evaluate on the first so many questions; null = all"
     )
-    prompt_field: str = Field(
-        default="prompt", description="field with the prompt: text or chat messages"
+    prompt_field: str | None = Field(
+        default=None,
+        description="field with the prompt, text or chat messages, nested as a.b; null = the first "
+        "there of prompt, problem, question, messages",
     )
-    answer_field: str = Field(default="answer", description="field with the gold answer")
+    answer_field: str | None = Field(
+        default=None,
+        description="field with the gold answer; null = the first there of answer, "
+        "reward_model.ground_truth, ground_truth, solution",
+    )
     id_field: str | None = Field(
         default=None, description="field with a unique id; null = a hash of prompt and answer"
     )

@@ -5,21 +5,28 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from exgrpo_fast.core.answers import answer_text, gold_answer, last_box, last_tag
 from exgrpo_fast.data.parsing import Fault, kind, printable
 from exgrpo_fast.data.sources import BadRow, DataError, Row, Source, read_rows, source_name
 
 FIRST_ROWS = 100  # a field that none of these has is a mistake in the config, not in the rows
+# Where data sets keep questions and answers; the first that the rows have is taken.
+PROMPT_FIELDS = ("prompt", "problem", "question", "messages")
+ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
 
 
 @dataclass(frozen=True)
 class CheckedRow:
-    """A row whose fields are right; `prompt` is text or a list of chat messages."""
+    """A row whose fields are right; `prompt` is text or a list of chat messages.
+
+    `columns` has the answer, too, where it is no text: rewards get it as the row has it.
+    """
 
     where: str
     id: str
@@ -35,6 +42,8 @@ class DataReport:
     name: str
     rows: list[CheckedRow]
     bad_rows: list[BadRow]
+    notes: list[str]  # what was chosen, merged or left out, for people
+    num_repeated: int = 0
 
     @property
     def num_good(self) -> int:
@@ -42,60 +51,112 @@ class DataReport:
 
     @property
     def num_rows(self) -> int:
-        return len(self.rows) + len(self.bad_rows)
+        return len(self.rows) + len(self.bad_rows) + self.num_repeated
 
 
 def check_data(
     source: Source,
     *,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
     id_field: str | None = None,
 ) -> DataReport:
     """Read a source and check each row: the usable ones, and the others with file:line and reason.
 
-    For a gym task the field names are the task's own. DataError when the source cannot be read, has
-    no rows, or has no such fields.
+    A field may be nested: `reward_model.ground_truth`. None for the first of PROMPT_FIELDS or
+    ANSWER_FIELDS that is there. Repeated questions are merged. For a gym task the field names are
+    the task's own. DataError when the source cannot be read, has no rows, or has no such fields.
     """
     name = source_name(source)
-    if not isinstance(source, str | Path):
+    is_file = isinstance(source, str | Path)
+    if not is_file:
         prompt_field, answer_field, id_field = "prompt", "answer", None
-    rows = list(read_rows(source))
-    if not rows:
+    rows = iter(read_rows(source))
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    if not first:
         raise DataError(f"data {name}: no rows")
-    first = list(itertools.islice((row.fields for row in rows if isinstance(row, Row)), FIRST_ROWS))
-    _require_field(name, "prompt_field", prompt_field, first)
-    _require_field(name, "answer_field", answer_field, first)
+    fields = [row.fields for row in first if isinstance(row, Row)]
+    prompt_name = _field(name, "prompt_field", prompt_field, PROMPT_FIELDS, fields)
+    answer_name = _field(name, "answer_field", answer_field, ANSWER_FIELDS, fields)
     if id_field is not None:
-        _require_field(name, "id_field", id_field, first)
-    checker = _Checker(prompt_field, answer_field, id_field)
-    checked = [row if isinstance(row, BadRow) else checker.check(row) for row in rows]
+        _field(name, "id_field", id_field, (), fields)
+    checker = _Checker(prompt_name, answer_name, id_field)
+    checked = [
+        row if isinstance(row, BadRow) else checker.check(row)
+        for row in itertools.chain(first, rows)
+    ]
+    # `prompt` and `answer` go without saying.
+    chosen = [f"prompts from '{prompt_name}'"] * (prompt_name not in (prompt_field, "prompt"))
+    chosen += [f"answers from '{answer_name}'"] * (answer_name not in (answer_field, "answer"))
+    notes = [", ".join(chosen)] * bool(chosen) + checker.notes()
     return DataReport(
         name,
         [row for row in checked if isinstance(row, CheckedRow)],
         [row for row in checked if isinstance(row, BadRow)],
+        [f"data {name}: {note}" for note in notes] if is_file else [],
+        checker.num_repeated,
     )
 
 
 # --- fields of the config -------------------------------------------------------------------------
 
-_USUAL_NAMES = {
-    "prompt_field": "prompt problem question query instruction input messages".split(),
-    "answer_field": "answer solution gold target final_answer ground_truth label".split(),
-}
 
-
-def _require_field(name: str, key: str, wanted: str, first: Sequence[Mapping[str, Any]]) -> None:
-    """A field that no row has is a mistake in the config. It is suggested, never guessed."""
-    if not first or any(wanted in row for row in first):
-        return
-    there = list(dict.fromkeys(field_name for row in first for field_name in row))
-    usual = [field_name for field_name in _USUAL_NAMES.get(key, ()) if field_name in there]
-    near = usual or difflib.get_close_matches(wanted, there, n=1)
+def _field(
+    name: str,
+    key: str,
+    wanted: str | None,
+    usual: Sequence[str],
+    first: Sequence[Mapping[str, Any]],
+) -> str:
+    """The field to read. One that no row has is a mistake in the config: a hint, never a guess."""
+    candidates = usual if wanted is None else [wanted]
+    for candidate in candidates:
+        if not first or any(_lookup(row, candidate) is not _ABSENT for row in first):
+            return candidate
+    there = list(dict.fromkeys(n for row in first for n in _names(row)))
+    near = [n for n in (*usual, *_OTHER_NAMES.get(key, ())) if n in there]
+    near = near or difflib.get_close_matches(candidates[0], there, n=1)
     only = len(near) == 1  # of two likely ones neither is suggested
     hint = f"; did you mean data.{key} {near[0]}?" if only else f"; name one with data.{key}"
     fields_there = ", ".join(map(printable, there)) or "none"
-    raise DataError(f"data {name}: no field '{wanted}'; fields there: {fields_there}{hint}")
+    looked_for = ", ".join(f"'{candidate}'" for candidate in candidates)
+    raise DataError(f"data {name}: no field {looked_for}; fields there: {fields_there}{hint}")
+
+
+_OTHER_NAMES = {
+    "prompt_field": ("query", "instruction", "input"),
+    "answer_field": ("gold", "target", "final_answer", "label", "expected_answer"),
+}
+
+
+def _names(row: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of all fields, nested ones with dots."""
+    names: list[str] = []
+    for key, value in row.items():
+        if isinstance(value, dict) and value:
+            names += _names(value, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+class _Absent:
+    pass
+
+
+_ABSENT = _Absent()
+
+
+def _lookup(row: Mapping[str, Any], name: str) -> Any:
+    """A field by its name or, where no field is called so, by its path: `extra_info.index`."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
 
 
 # --- one row --------------------------------------------------------------------------------------
@@ -103,53 +164,89 @@ def _require_field(name: str, key: str, wanted: str, first: Sequence[Mapping[str
 
 @dataclass
 class _Checker:
-    """Row -> CheckedRow or BadRow; remembers the ids it has seen."""
+    """Row -> CheckedRow, BadRow or, for a question that was there before, None."""
 
     prompt_field: str
     answer_field: str
     id_field: str | None
-    seen: dict[str, str] = field(default_factory=dict)  # id -> where it was first
+    seen: dict[str, tuple[str, str]] = field(default_factory=dict)  # id -> where first, its content
+    num_repeated: int = 0
+    num_continued: int = 0  # rows whose last message is the beginning of the completion
+    num_stripped: int = 0  # rows whose last message was the answer
 
-    def check(self, row: Row) -> CheckedRow | BadRow:
+    def check(self, row: Row) -> CheckedRow | BadRow | None:
         try:
             prompt = _prompt(_value(row, self.prompt_field), self.prompt_field)
             is_gym = "reasoning_gym" in row.fields and "metadata" in row.fields
             given = _value(row, self.answer_field)
             full = "" if is_gym and given == "" else as_answer(given, self.answer_field)
-            answer = full if is_gym else _after_hashes(full)
-            identity = self._id(row, prompt, answer)
-            if identity in self.seen:
-                if not is_gym:
-                    raise Fault(self._duplicate(identity))
-                identity = self._numbered(identity)
+            answer = full if is_gym else _gold(full)
+            prompt = self._without_answer(prompt, answer)
+            content = content_id(prompt, answer)
+            identity = content if self.id_field is None else self._id(row, self.id_field)
+            if identity in self.seen and not is_gym:
+                where, known = self.seen[identity]
+                if known == content:
+                    self.num_repeated += 1
+                    return None
+                line = where.rpartition(":")[2]
+                raise Fault(f"another question than line {line}, id '{printable(identity)}'")
         except Fault as fault:
             return BadRow(row.where, str(fault))
-        self.seen[identity] = row.where
-        columns = self._columns(row, full, answer)
-        return CheckedRow(row.where, identity, prompt, answer, columns)
+        if identity in self.seen:
+            identity = self._numbered(identity)
+        self.seen[identity] = (row.where, content)
+        return CheckedRow(
+            row.where, identity, prompt, answer, self._columns(row, given, full, answer)
+        )
 
-    def _id(self, row: Row, prompt: str | list[dict[str, Any]], answer: str) -> str:
-        if self.id_field is None:
-            return content_id(prompt, answer)
-        given = _value(row, self.id_field)
+    def notes(self) -> list[str]:
+        notes = []
+        if self.num_repeated:
+            notes.append(f"{self.num_repeated} rows repeat a question: merged")
+        if self.num_stripped:
+            notes.append(
+                f"{self.num_stripped} rows end with the assistant's answer: left out of the prompt"
+            )
+        if self.num_continued:
+            notes.append(
+                f"{self.num_continued} rows end with a message of the assistant: completions "
+                "continue it"
+            )
+        return notes
+
+    def _without_answer(
+        self, prompt: str | list[dict[str, Any]], answer: str
+    ) -> str | list[dict[str, Any]]:
+        """A last message of the assistant is continued, unless it gives the answer away."""
+        if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+            return prompt
+        if not _states(prompt[-1]["content"], answer):
+            self.num_continued += 1
+            return prompt
+        if len(prompt) == 1:
+            raise Fault(f"field '{self.prompt_field}': nothing but the assistant's answer")
+        self.num_stripped += 1
+        return prompt[:-1]
+
+    @staticmethod
+    def _id(row: Row, id_field: str) -> str:
+        given = _value(row, id_field)
         if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-            raise Fault(f"field '{self.id_field}': {kind(given)} instead of an id")
+            raise Fault(f"field '{id_field}': {kind(given)} instead of an id")
         return str(given)
-
-    def _duplicate(self, identity: str) -> str:
-        line = self.seen[identity].rpartition(":")[2]
-        of_id = "" if self.id_field is None else f" (id '{printable(identity)}')"
-        return f"duplicate of line {line}{of_id}"
 
     def _numbered(self, identity: str) -> str:
         """A generator may draw the same question twice; that is no fault of a file."""
         return next(new for n in itertools.count(2) if (new := f"{identity}-{n}") not in self.seen)
 
-    def _columns(self, row: Row, full: str, answer: str) -> dict[str, Any]:
+    def _columns(self, row: Row, given: Any, full: str, answer: str) -> dict[str, Any]:
         """Every other field; the answer's, too, where a reward may ask for it by its own name."""
         columns = {k: v for k, v in row.fields.items() if k not in (self.prompt_field, "answer")}
         if answer != full:
             columns.setdefault("solution", full)
+        if not isinstance(given, str):
+            columns["answer"] = given
         return columns
 
 
@@ -165,9 +262,10 @@ def content_id(prompt: str | Sequence[Mapping[str, Any]], answer: str) -> str:
 
 
 def _value(row: Row, name: str) -> Any:
-    if name not in row.fields:
+    value = _lookup(row.fields, name)
+    if value is _ABSENT:
         raise Fault(f"missing field '{name}'")
-    return row.fields[name]
+    return value
 
 
 def _prompt(value: Any, name: str) -> str | list[dict[str, Any]]:
@@ -181,32 +279,52 @@ def _prompt(value: Any, name: str) -> str | list[dict[str, Any]]:
 
 
 def _messages(value: list[Any], name: str) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
             raise Fault(f"field '{name}': message {number} is {kind(message)}, not an object")
+        message = {**message, "content": _content(message.get("content"), name, number)}
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise Fault(f"field '{name}': message {number} has no text '{key}'")
-    if not any(message["content"].strip() for message in value):
+        messages.append(message)
+    if not any(message["content"].strip() for message in messages):
         raise Fault(f"empty field '{name}'")
-    return value
+    return messages
+
+
+def _content(content: Any, name: str, number: int) -> Any:
+    """The parts of a message joined, `[{"type": "text", "text": ...}]`; else what was given."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        kind_of = part.get("type", "text") if isinstance(part, dict) else kind(part)
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise Fault(f"field '{name}': message {number} has a part that is no text: {kind_of}")
+    return "".join(part["text"] for part in content)
 
 
 def as_answer(value: Any, name: str = "answer") -> str:
-    """The text of an answer field; numbers are written out. ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise Fault(f"field '{name}': {kind(value)} instead of text or a number")
-    text = str(value).strip()
-    if not text:
+    """The text of an answer field, whatever its type. ValueError for null and for empty ones."""
+    if value is None:
+        raise Fault(f"field '{name}': null instead of an answer")
+    text = answer_text(value).strip()
+    if not text or value in ([], {}):
         raise Fault(f"empty field '{name}'")
     return text
 
 
-def _after_hashes(answer: str) -> str:
-    """GSM8K's answers are worked solutions that end in `#### 72`; the gold answer is the 72."""
-    _, hashes, gold = answer.rpartition("####")
-    if not hashes:
-        return answer
-    if not gold.strip():
-        raise Fault("nothing after '####'")
-    return gold.strip()
+def _gold(answer: str) -> str:
+    gold = gold_answer(answer)
+    if not gold:
+        raise Fault("nothing after '####'" if "####" in answer else "nothing in the last box")
+    return gold
+
+
+def _states(text: str, answer: str) -> bool:
+    """Whether a message of the assistant gives an answer, rather than beginning to look for one."""
+    if last_box(text) is not None or "####" in text or last_tag(text) is not None:
+        return True
+    last_line = text.rstrip().rpartition("\n")[2]
+    named = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", last_line)
+    return named is not None and not last_line.endswith(":")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from exgrpo_fast.data.checking import CheckedRow, DataReport, check_data, content_id
@@ -20,14 +20,15 @@ class LoadedQuestions:
     questions: list[Question]
     bad_rows: list[BadRow]
     num_overlong: int
+    notes: list[str] = field(default_factory=list)  # of `DataReport`
 
 
 def load_questions(
     source: Source,
     *,
     tokenizer: Any,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
     id_field: str | None = None,
     system_prompt: str | None = None,
     max_prompt_tokens: int = 512,
@@ -71,7 +72,7 @@ def load_questions(
             f"data {report.name}: no usable question in {report.num_rows} rows: {len(bad_rows)} "
             f"malformed, {num_overlong} longer than data.max_prompt_tokens {max_prompt_tokens}"
         )
-    return LoadedQuestions(questions[:wanted], bad_rows, num_overlong)
+    return LoadedQuestions(questions[:wanted], bad_rows, num_overlong, report.notes)
 
 
 def _overlong(row: CheckedRow, question: Question, limit: int) -> str:
@@ -149,15 +150,18 @@ class _Renderer:
             return BadRow(row.where, f"the chat template refuses it: {first_line(error)}")
 
     def _apply_template(self, rows: Sequence[CheckedRow]) -> list[str]:
-        return self._tokenizer.apply_chat_template(
+        rendered = self._tokenizer.apply_chat_template(
             [self._conversation(row) for row in rows], tokenize=False, add_generation_prompt=True
         )
+        return [text + _beginning(row) for text, row in zip(rendered, rows, strict=True)]
 
     def _conversation(self, row: CheckedRow) -> list[dict[str, Any]]:
         messages = row.prompt
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        if self._system_prompt and messages[0]["role"] != "system":
+        if _beginning(row):
+            messages = messages[:-1]
+        if self._system_prompt and (not messages or messages[0]["role"] != "system"):
             return [{"role": "system", "content": self._system_prompt}, *messages]
         return messages
 
@@ -168,3 +172,13 @@ class _Renderer:
                 "chat template"
             )
         return f"{self._system_prompt}\n\n{row.prompt}" if self._system_prompt else row.prompt
+
+
+def _beginning(row: CheckedRow) -> str:
+    """What the row has the assistant begin with; completions continue it.
+
+    It stands behind the generation prompt as it is. (A template would close the message, and some
+    leave out its thoughts.)
+    """
+    last = None if isinstance(row.prompt, str) else row.prompt[-1]
+    return last["content"] if last is not None and last["role"] == "assistant" else ""

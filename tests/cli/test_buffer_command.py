@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REWARDS
 
+from exgrpo_fast.build.models import make_decode
 from exgrpo_fast.build.saved_store import SavedStore
 from exgrpo_fast.cli import main
 from exgrpo_fast.core.text import clean_text
@@ -190,7 +191,7 @@ def test_show_has_the_question_and_every_trajectory(run, trained: Path, stored, 
         assert line.startswith(f"reward 1, {len(trajectory.token_ids)} tokens")
         assert f", born in step {trajectory.birth_step}, " in line
         assert line.endswith(f"mean log-prob {trajectory.mean_logprob:.3f}")
-        decoded = tokenizer.decode(trajectory.token_ids, skip_special_tokens=True)
+        decoded = make_decode(tokenizer)(trajectory.token_ids)
         assert completion.rstrip("\n") == clean_text(decoded).rstrip("\n")
 
 
@@ -235,7 +236,7 @@ def test_an_export_is_a_pool_for_another_run(run, trained, stored, tokenizer, tm
     assert torch.equal(pool.logprobs, stored["behaviour_logprobs"])
     assert torch.equal(pool.entropy, stored["trajectories"]["entropy"])
     texts = [
-        tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        make_decode(tokenizer)(ids.tolist())
         for ids in Ragged(stored["token_ids"], stored["lengths"]).split()
     ]
     assert pq.read_table(file).column("completion").to_pylist() == texts

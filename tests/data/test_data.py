@@ -22,33 +22,6 @@ from exgrpo_fast.data import (
     read_rows,
 )
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token per character, and a BOS in front of plain text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"[BOS]": 0, "[UNK]": 1} | {chr(c): c for c in range(2, 128)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    inner.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A", special_tokens=[("[BOS]", 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="[BOS]", unk_token="[UNK]")
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
-    return tokenizer
-
 
 def write(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,14 +69,13 @@ MALFORMED = [
     (b'{"prompt": "p", "answer": ""}', "empty field 'answer'"),
     (b'{"prompt": null, "answer": "2"}', "field 'prompt': null instead of text or messages"),
     (b'{"prompt": 3, "answer": "2"}', "field 'prompt': a number instead of text or messages"),
-    (b'{"prompt": "p", "answer": null}', "field 'answer': null instead of text or a number"),
-    (b'{"prompt": "p", "answer": true}', "field 'answer': a boolean instead of text or a number"),
-    (b'{"prompt": "p", "answer": ["2"]}', "field 'answer': a list instead of text or a number"),
+    (b'{"prompt": "p", "answer": null}', "field 'answer': null instead of an answer"),
+    (b'{"prompt": "p", "answer": []}', "empty field 'answer'"),
+    (b'{"prompt": "p", "answer": "so it is $\\\\boxed{}$"}', "nothing in the last box"),
     (b'{"prompt": "p", "answer": "so it is #### "}', "nothing after '####'"),
     (b'{"prompt": ["p"], "answer": "2"}', "field 'prompt': message 1 is a string, not an object"),
     (b'{"prompt": [{"role": "user"}], "answer": "2"}',
      "field 'prompt': message 1 has no text 'content'"),
-    (GOOD, "duplicate of line 1"),
 ]  # fmt: skip
 
 
@@ -160,7 +132,7 @@ def test_json_that_python_writes_is_read_back_unless_it_is_refused_by_name(row: 
         (72, "72"),
         (-3, "-3"),
         (0.5, "0.5"),
-        (72.0, "72.0"),
+        (72.0, "72"),
         ("  7 ", "7"),
         ("a #### b\n#### 1,234 ", "1,234"),
     ],
@@ -195,18 +167,18 @@ def test_the_answer_keeps_its_own_name_for_rewards_that_ask_for_it(tmp_path) -> 
 
 
 def test_an_unknown_field_is_an_error_with_a_suggestion_never_a_guess(tmp_path) -> None:
-    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "5", "level": 1})
+    path = write(tmp_path / "a.jsonl", {"query": "q", "answer": "5", "level": 1})
     with pytest.raises(DataError) as error:
-        check_data(path)
+        check_data(path, prompt_field="prompt")
     assert str(error.value) == (
-        f"data {path}: no field 'prompt'; fields there: question, answer, level; "
-        "did you mean data.prompt_field question?"
+        f"data {path}: no field 'prompt'; fields there: query, answer, level; "
+        "did you mean data.prompt_field query?"
     )
     with pytest.raises(DataError, match="did you mean data.answer_field answer?"):
-        check_data(path, prompt_field="question", answer_field="anwser")
+        check_data(path, prompt_field="query", answer_field="anwser")
     with pytest.raises(DataError, match="no field 'key'.*; name one with data.id_field"):
-        check_data(path, prompt_field="question", id_field="key")
-    both = write(tmp_path / "b.jsonl", {"question": "q", "problem": "p", "answer": "5"})
+        check_data(path, prompt_field="query", id_field="key")
+    both = write(tmp_path / "b.jsonl", {"query": "q", "input": "p", "answer": "5"})
     with pytest.raises(DataError, match="name one with data.prompt_field"):
         check_data(both)
 
@@ -219,7 +191,7 @@ def test_ids_are_stable_and_unique(tmp_path) -> None:
     assert len(set(ids)) == 4 and all(len(i) == 16 for i in ids)
     report = check_data(path, id_field="name")
     assert [row.id for row in report.rows] == ["0", "1", "2"]
-    assert report.bad_rows == [BadRow(f"{path}:4", "duplicate of line 1 (id '0')")]
+    assert report.bad_rows == [BadRow(f"{path}:4", "another question than line 1, id '0'")]
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -278,9 +250,9 @@ def test_parquet_rows_are_plain_values(tmp_path) -> None:
     report = check_data(path)
     [row] = report.rows
     assert (row.where, row.answer) == (f"{path}:1", "1")
-    assert row.columns == {"day": "2024-05-01", "x": None, "raw": None}
+    assert row.columns == {"day": "2024-05-01", "x": None, "raw": None, "answer": 1}
     assert report.bad_rows == [
-        BadRow(f"{path}:2", "field 'answer': null instead of text or a number"),
+        BadRow(f"{path}:2", "field 'answer': null instead of an answer"),
         BadRow(f"{path}:3", "NUL character in 'prompt'"),
     ]
     path.write_bytes(b"PAR1 no parquet at all")
@@ -382,7 +354,7 @@ def test_prompts_are_tokenized_with_the_chat_template(chat_tokenizer, tmp_path) 
     assert [q.prompt for q in loaded.questions] == texts
     assert [q.prompt_ids for q in loaded.questions] == [ids_of(text) for text in texts]
     assert [q.answer for q in loaded.questions] == ["1", "2"]
-    assert loaded.questions[0].columns == {"n": 2}
+    assert loaded.questions[0].columns == {"n": 2, "answer": 1}
     plain = load_questions(path, tokenizer=chat_tokenizer)
     assert plain.questions[0].prompt == "<user>a</user><assistant>"
     direct = chat_tokenizer.apply_chat_template(

@@ -121,7 +121,7 @@ def scored(reference: str, *texts: str, seconds: float = 5.0) -> list[tuple[floa
             "for_messages",
             r"TypeError: string indices .* \(own.py, line 6\); completions are texts, not",
         ),
-        ("wants_level", "asks for the column 'level'; columns there: truncated, answer"),
+        ("wants_level", "asks for the column 'level'; columns there: answer, truncated"),
         ("one_by_one", "asks for the column 'data_source'"),
         ("unreturned", "returned None instead of a list; is a `return` missing"),
         ("forgets", "returned 2 rewards for 1 completions"),

@@ -139,7 +139,7 @@ def test_a_function_gets_the_columns_that_it_asks_for(rewards) -> None:
         assert pool.run([sample("x", other=1)])[0][:2] == (0.0, "missing_column")
         pool.check()  # a made-up sample cannot have the columns
         with pytest.raises(RewardError, match="narrow: asks for the column 'difficulty'; columns "
-                           "there: other, answer"):  # fmt: skip
+                           "there: answer, other"):  # fmt: skip
             pool.check(sample("x", other=1))
 
 

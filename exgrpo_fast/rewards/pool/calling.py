@@ -23,12 +23,13 @@ class Sample(NamedTuple):
 
     prompt: str
     completion: str
-    answer: Any
+    answer: str
     columns: dict[str, Any]
 
     @property
     def of_row(self) -> dict[str, Any]:
-        return {**self.columns, "answer": self.answer}
+        """The columns; the answer among them as the row has it, where it is no text."""
+        return {"answer": self.answer, **self.columns}
 
 
 class EventLoop:

@@ -13,11 +13,14 @@ FAULTS = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
 
 
 class RewardSample(NamedTuple):
-    """What one reward is asked about; `columns` are the other fields of the data row (JSON)."""
+    """What one reward is asked about; `columns` are the other fields of the data row (JSON).
+
+    They hold the answer, too, where it is no text: the functions get it as the row has it.
+    """
 
     prompt: str
     completion: str
-    answer: Any  # text or a number, as the row has it
+    answer: str
     columns: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -65,7 +65,9 @@ def built_in_golds(functions: Sequence[str]) -> list[Gold]:
     return [Gold("", answer) for answer in answers]
 
 
-def golds_of(paths: Sequence[str], *, prompt_field: str, answer_field: str) -> list[Gold]:
+def golds_of(
+    paths: Sequence[str], *, prompt_field: str | None = None, answer_field: str | None = None
+) -> list[Gold]:
     """The good rows of all files. DataError where a file cannot be read or has none."""
     golds: list[Gold] = []
     for path in paths:

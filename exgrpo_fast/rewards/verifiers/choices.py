@@ -17,14 +17,17 @@ from exgrpo_fast.rewards.verifiers.numerals import plain_form
 
 
 def multiple_choice(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[Judgement]:
     r"""1.0 where the completion chooses the gold letter, A to J.
 
     `\boxed{C}`, `\boxed{\textbf{(C)}\ 42}`, `Answer: C) Paris` at the end, `(C)` or `C.` as the last
     line. `no_answer` where no letter is chosen, or two different ones are.
     """
-    return [_choice(text, gold) for text, gold in zip(completions, answer, strict=True)]
+    return [
+        _choice(text, extraction.gold_text(gold))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
 
 
 def _choice(completion: str, gold: str) -> Judgement:
@@ -35,7 +38,7 @@ def _choice(completion: str, gold: str) -> Judgement:
 
 
 def _choice_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return RIGHT if len(_letters(gold)) == 1 else (0.0, "no_letter")
+    return RIGHT if len(_letters(extraction.gold_text(gold))) == 1 else (0.0, "no_letter")
 
 
 def chosen_letters(text: str) -> set[str]:

@@ -10,13 +10,29 @@ the last balanced `\boxed{...}`, the last `#### ...` line, the last `<answer>...
 
 from __future__ import annotations
 
-import re
 import unicodedata
+from typing import Any
+
+from exgrpo_fast.core.answers import (
+    answer_text,
+    box_spans,
+    gold_answer,
+    last_box,
+    last_hashes,
+    last_tag,
+)
+
+__all__ = [
+    "box_spans",
+    "clean",
+    "final_answer",
+    "last_box",
+    "last_hashes",
+    "last_tag",
+    "visible_part",
+]
 
 WINDOW_CHARS = 65_536  # an answer stands at the end; scanning more only costs time
-
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_HASHES = re.compile(r"####[ \t]*([^\n]*)")
 
 
 def visible_part(completion: str) -> str:
@@ -34,40 +50,9 @@ def final_answer(completion: str) -> str | None:
     return None
 
 
-def last_box(text: str) -> str | None:
-    r"""The content of the balanced `\boxed{...}` that opens last; an unclosed one is none."""
-    spans = box_spans(text)
-    return text[slice(*spans[-1])] if spans else None
-
-
-def box_spans(text: str) -> list[tuple[int, int]]:
-    r"""Begin and end of what stands in each balanced `\boxed{...}`, by their begin."""
-    open_braces: list[int] = []  # where the content of a box begins; -1 for any other brace
-    spans: list[tuple[int, int]] = []
-    for match in _BOX_OR_BRACE.finditer(text):
-        token = match.group()
-        if token == "{":
-            open_braces.append(-1)
-        elif token == "}":
-            start = open_braces.pop() if open_braces else -1
-            if start >= 0:
-                spans.append((start, match.start()))
-        elif token[1] == "b":
-            open_braces.append(match.end())
-    return sorted(spans)
-
-
-def last_hashes(text: str) -> str | None:
-    """What follows the last `####` on its line, GSM8K's way to give an answer."""
-    lines = _HASHES.findall(text)
-    return lines[-1] if lines else None
-
-
-def last_tag(text: str) -> str | None:
-    """The content of the last `<answer>...</answer>`."""
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, content = before.rpartition("<answer>")
-    return content if closed and opened else None
+def gold_text(value: Any) -> str:
+    r"""A gold answer, of any type, cleaned; of a worked solution what is in its box or behind `####`."""
+    return clean(gold_answer(answer_text(value)))
 
 
 def clean(text: str) -> str:

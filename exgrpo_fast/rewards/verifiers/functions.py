@@ -32,37 +32,44 @@ from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
 
 
 def exact(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[Judgement]:
     """1.0 where the final answer is the gold answer, character by character after cleaning.
 
-    A completion without a box, `####` or `<answer>` is taken as a whole.
+    A gold answer that is a number rather than a text is compared as a number. A completion without a box, `####` or `<answer>` is taken as a whole.
     """
     return [_exact(text, gold) for text, gold in zip(completions, answer, strict=True)]
 
 
-def _exact(completion: str, gold: str) -> Judgement:
+def _exact(completion: str, gold: Any) -> Judgement:
     found = extraction.final_answer(completion)
     if found is None:
         found = extraction.clean(extraction.visible_part(completion))
-    return RIGHT if plain_form(found) == plain_form(gold) else WRONG
+    text = extraction.gold_text(gold)
+    if plain_form(found) == plain_form(text):
+        return RIGHT
+    value = number(found) if isinstance(gold, int | float) else None
+    return RIGHT if value is not None and value == number(text) else WRONG
 
 
 def _exact_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return RIGHT if plain_form(gold) else (0.0, "empty")
+    return RIGHT if plain_form(extraction.gold_text(gold)) else (0.0, "empty")
 
 
 # --- gsm8k ----------------------------------------------------------------------------------------
 
 
 def gsm8k(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[Judgement]:
     """1.0 where the number after the last `####` (else in the last box or tag) is the gold number.
 
     Commas, a dollar sign, a percent sign and a unit behind the number are ignored.
     """
-    return [_gsm8k(text, gold) for text, gold in zip(completions, answer, strict=True)]
+    return [
+        _gsm8k(text, extraction.gold_text(gold))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
 
 
 def _gsm8k(completion: str, gold: str) -> Judgement:
@@ -75,7 +82,7 @@ def _gsm8k(completion: str, gold: str) -> Judgement:
 
 
 def _gsm8k_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return (0.0, "not_a_number") if _leading_number(gold) is None else RIGHT
+    return (0.0, "not_a_number") if _leading_number(extraction.gold_text(gold)) is None else RIGHT
 
 
 _LEADING_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?![\d,])")
@@ -98,7 +105,7 @@ def last_number(
     For models too small to keep to a format, and only for them: whatever stands before the number,
     it counts.
     """
-    return [_last_number(text, gold) for text, gold in zip(completions, answer, strict=True)]
+    return [_last_number(text, extraction.gold_text(gold)) for text, gold in zip(completions, answer, strict=True)]
 
 
 # A minus sign belongs to the number unless it stands behind one: `3-4` ends in 4, `= -1` in -1.

@@ -21,7 +21,7 @@ from exgrpo_fast.rewards.verifiers.refusals import refuse
 
 
 def math_verify(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any], **columns: Any
 ) -> list[Judgement]:
     r"""1.0 where the final answer is mathematically equal to the gold answer.
 
@@ -29,7 +29,10 @@ def math_verify(
     Other reasons: `no_answer`, `wrong`, `unit` (the gold answer has a percent sign and this one has
     none), and `refused:...` for what is too large to evaluate or says several things at once.
     """
-    return [_math_verify(text, gold) for text, gold in zip(completions, answer, strict=True)]
+    return [
+        _math_verify(text, extraction.gold_text(gold))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
 
 
 # An honest answer costs at most 0.35 s of a core; hostile ones cost all they are given.
@@ -41,7 +44,6 @@ def _math_verify(completion: str, gold: str) -> Judgement:
     found = extraction.final_answer(completion)
     if found is None:
         return NO_ANSWER
-    gold = extraction.clean(gold)
     if found == gold or plain_form(found) == plain_form(gold):
         return RIGHT
     fast = _fast_verdict(found, gold)
@@ -57,7 +59,7 @@ def _math_verify(completion: str, gold: str) -> Judgement:
 
 def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
     """A gold answer against itself, without the shortcuts that would accept any text."""
-    gold = extraction.clean(gold)
+    gold = extraction.gold_text(gold)
     boxed = extraction.last_box(f"\\boxed{{{gold}}}")
     if boxed is None or extraction.clean(boxed) != gold:
         return 0.0, "unbalanced"
