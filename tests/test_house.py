@@ -25,6 +25,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What may be loaded before torch, so that a mistake is answered at once: these, and what they load.
 LIGHT = [
     "core.allocator",
+    "core.answers",
     "core.errors",
     "core.text",
     "core.heartbeat",
