@@ -105,7 +105,10 @@ def last_number(
     For models too small to keep to a format, and only for them: whatever stands before the number,
     it counts.
     """
-    return [_last_number(text, extraction.gold_text(gold)) for text, gold in zip(completions, answer, strict=True)]
+    return [
+        _last_number(text, extraction.gold_text(gold))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
 
 
 # A minus sign belongs to the number unless it stands behind one: `3-4` ends in 4, `= -1` in -1.
