@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.core.types import Trajectory
 from exgrpo_fast.model.attention.layout import AttentionLayout
 from exgrpo_fast.model.oom import Extent
@@ -97,10 +98,10 @@ class Pack:
     index: tuple[int, ...]
 
     def places_in(self, responses: Ragged) -> Tensor:
-        """int64 [N]: where each row stands among the caller's responses."""
+        """int64 [N], on the CPU: where each row stands among the caller's responses."""
         members, lengths = torch.tensor(self.index), torch.tensor(self.lengths)
-        of_row, place = places(lengths, self.targets.device)
-        return responses.starts[members].to(self.targets.device)[of_row] + place
+        of_row, place = places(lengths, "cpu")
+        return responses.starts[members][of_row] + place
 
 
 class AssignedPack(NamedTuple):
@@ -122,9 +123,9 @@ def pack(
     """
     prompt_of = same_prompts(prompts)
     members = fill(prompts.lengths, responses.lengths, prompt_of, max_tokens=max_tokens)
-    prompts, responses = prompts.to(device), responses.to(device)
+    prompts, responses = (Ragged(x.values.cpu(), x.lengths) for x in (prompts, responses))
     tokens = torch.cat([prompts.values, responses.values]).long()
-    return [_join(prompts, responses, prompt_of, tokens, of_pack) for of_pack in members]
+    return [_join(prompts, responses, prompt_of, tokens, of_pack, device) for of_pack in members]
 
 
 def same_prompts(prompts: Ragged) -> Tensor:
@@ -169,10 +170,14 @@ def fill(
 
 
 def _join(
-    prompts: Ragged, responses: Ragged, prompt_of: Tensor, tokens: Tensor, members: Tensor
+    prompts: Ragged,
+    responses: Ragged,
+    prompt_of: Tensor,
+    tokens: Tensor,
+    members: Tensor,
+    device: torch.device | str,
 ) -> Pack:
-    """`tokens`: all prompts and responses end to end, on the device."""
-    device = tokens.device
+    """`tokens`: all prompts and responses end to end. Made on the CPU, sent in one copy."""
     lengths = responses.lengths[members]
     _, group_of, sizes = prompt_of[members].unique_consecutive(
         return_inverse=True, return_counts=True
@@ -183,25 +188,31 @@ def _join(
     prompt_sources = prompts.starts[readers]
     response_sources = responses.starts[members] + len(prompts.values)
 
-    def spread(values: Tensor, of_element: Tensor) -> Tensor:
-        return values.to(device, non_blocking=True).index_select(0, of_element)
-
     # prompts and responses as segments, in reading order
     order = torch.cat([layout.prompt_starts, layout.response_starts]).argsort(stable=True)
     segment_lengths = torch.cat([prompt_lengths, lengths - 1])[order]
     sources = torch.cat([prompt_sources, response_sources])[order]
     positions = torch.cat([torch.zeros_like(prompt_lengths), prompt_lengths[group_of]])[order]
-    of_segment, place = places(segment_lengths, device)
+    of_segment, place = places(segment_lengths, "cpu")
 
-    of_row, step = places(lengths, device)
+    of_row, step = places(lengths, "cpu")
     prompt_ends = (layout.prompt_starts + prompt_lengths - 1)[group_of]
-    in_response = spread(layout.response_starts, of_row) + step - 1
+    in_response = layout.response_starts.index_select(0, of_row) + step - 1
+    input_ids, position_ids, rows, targets = to_device(
+        [
+            tokens.index_select(0, sources.index_select(0, of_segment) + place),
+            positions.index_select(0, of_segment) + place,
+            torch.where(step == 0, prompt_ends.index_select(0, of_row), in_response),
+            tokens.index_select(0, response_sources.index_select(0, of_row) + step),
+        ],
+        device,
+    )
     return Pack(
-        input_ids=tokens.index_select(0, spread(sources, of_segment) + place),
-        position_ids=spread(positions, of_segment) + place,
+        input_ids=input_ids,
+        position_ids=position_ids,
         layout=layout,
-        rows=torch.where(step == 0, spread(prompt_ends, of_row), in_response),
-        targets=tokens.index_select(0, spread(response_sources, of_row) + step),
+        rows=rows,
+        targets=targets,
         lengths=tuple(lengths.tolist()),
         index=tuple(members.tolist()),
     )

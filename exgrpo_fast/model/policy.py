@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
-from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall
+from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
 from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
@@ -180,6 +181,7 @@ class Policy:
             output = self.model.base_model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
+                attention_mask=ready_mask(self.device),
                 use_cache=False,
                 packed=call,
             )
@@ -253,7 +255,7 @@ class Policy:
                     chunk_rows=self.sizes.chunk_rows,
                 )
                 del hidden_ND, weight  # the next pack needs the room
-                rows = packed.places_in(responses)
+                (rows,) = to_device([packed.places_in(responses)], self.device)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         self.processes.all_reduce_sum_(found)  # each is 0 in all processes but one
         return Scores(logprobs, entropies, responses.lengths)

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.transfer import on_host, to_device
 from exgrpo_fast.core.types import Group, TokenColumns, Trajectory
 from exgrpo_fast.experience.replay.weighting import moved_clip
 from exgrpo_fast.model.oom import Extent
@@ -115,10 +116,9 @@ class TrainingPack(NamedTuple):
     counts: bool  # False: a dummy pass, see AssignedPack
 
     def rows_of(self, wanted: Callable[[Trajectory], bool]) -> Tensor:
-        """bool [N]: the rows of the trajectories that are wanted."""
+        """bool [N], on the CPU: the rows of the trajectories that are wanted."""
         mask = torch.tensor([wanted(term.trajectory) for term in self.terms])
-        rows = mask.repeat_interleave(torch.tensor(self.pack.lengths))
-        return rows.to(self.columns.targets.device)
+        return mask.repeat_interleave(torch.tensor(self.pack.lengths))
 
 
 @dataclass(frozen=True)
@@ -151,32 +151,34 @@ class UpdateBatch:
             yield TrainingPack(packed, terms, self._columns(packed, terms, counts), counts)
 
     def _columns(self, packed: Pack, terms: Sequence[LossTerm], counts: bool) -> TokenColumns:
+        """Made on the CPU and sent in one copy. The ids stay there: they decide how sequences are put
+        into chunks."""
         device = packed.targets.device
-        lengths = torch.tensor(packed.lengths, device=device)
+        lengths = torch.tensor(packed.lengths)
         trajectories = [term.trajectory for term in terms]
 
         def spread(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device).repeat_interleave(
-                lengths
-            )
+            return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
 
         def join(values: Iterable[Tensor]) -> Tensor:
-            return torch.cat(list(values)).to(device, torch.float32)
+            return torch.cat([value.cpu() for value in values]).float()
 
         weights_N = spread([term.weight if counts else 0.0 for term in terms])
         if any(t.token_weights is not None for t in trajectories):
             weights_N = weights_N * join(factors_of(t) for t in trajectories)
         ratio_columns = [ratio_columns_of(term, self.objective) for term in terms]
         references = [t.ref_logprobs for t in trajectories if t.ref_logprobs is not None]
-        return TokenColumns(
-            targets=packed.targets,
-            behaviour_logprobs=join(logprobs for logprobs, _ in ratio_columns),
-            advantages=join(advantages for _, advantages in ratio_columns),
-            weights=weights_N,
-            shaping=spread([t.shaping for t in trajectories]),
-            sequence_ids=torch.arange(len(terms), device=device).repeat_interleave(lengths),
-            ref_logprobs=join(references) if references else None,
-        )
+        columns = {
+            "behaviour_logprobs": join(logprobs for logprobs, _ in ratio_columns),
+            "advantages": join(advantages for _, advantages in ratio_columns),
+            "weights": weights_N,
+            "shaping": spread([t.shaping for t in trajectories]),
+        }
+        if references:
+            columns["ref_logprobs"] = join(references)
+        moved = dict(zip(columns, to_device(list(columns.values()), device), strict=True))
+        ids = on_host(torch.arange(len(terms)).repeat_interleave(lengths), device)
+        return TokenColumns(targets=packed.targets, sequence_ids=ids, **moved)
 
 
 def carries_gradient(term: LossTerm, objective: PolicyObjective) -> bool:

@@ -11,7 +11,7 @@ from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.training.batch import TrainingPack, UpdateBatch, WeightRule
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.reference import Reference
-from exgrpo_fast.training.update_stats import BatchSums, UpdateReport
+from exgrpo_fast.training.update_stats import UnreadSums, UpdateReport
 from exgrpo_kernels import NonFiniteHidden, PolicyLoss, PolicyObjective, linear_policy_loss
 
 
@@ -70,7 +70,7 @@ class Learner:
             report.skipped["update_without_gradient"] += 1
             return
         try:
-            sums = retry_smaller_on_oom(
+            unread = retry_smaller_on_oom(
                 self.policy,
                 lambda: self._backward(batch, on_tokens),
                 batch.extent,
@@ -82,24 +82,27 @@ class Learner:
             self.optimiser.discard()
             report.refuse("update_not_finite", batch, None)
             return
-        outcome = self.optimiser.step()
-        report.add(sums, outcome)
+        outcome = (
+            self.optimiser.step()
+        )  # waits for the norm of the gradient; the rest is there then
+        report.add(unread.read(batch.objective).over(self.policy.processes), outcome)
         if outcome.skipped:
             report.refuse(outcome.skipped, batch, outcome.grad_norm)
 
     def _backward(
         self, batch: UpdateBatch, on_tokens: Callable[[int], None] = lambda count: None
-    ) -> BatchSums:
-        """Leaves the gradient of the batch in the parameters; what its packs add up to."""
-        sums = BatchSums()
+    ) -> UnreadSums:
+        """Leaves the gradient of the batch in the parameters; the figures of its packs."""
+        unread = UnreadSums()
         with self.policy.passes():
             for part in batch.packs(self.policy, at_most_one=not self.optimiser.sums_packs):
                 result = self._loss(part, batch.objective)
                 self.optimiser.backward(result.loss)
                 if part.counts:
-                    sums.add(part, result, batch.objective)
+                    unread.add(part, result)
                     on_tokens(part.columns.num_tokens)
-        return sums.over(self.policy.processes)
+        unread.send()
+        return unread
 
     def _loss(self, part: TrainingPack, objective: PolicyObjective) -> PolicyLoss:
         """Hidden states and head are not kept here: the backward pass does without them."""

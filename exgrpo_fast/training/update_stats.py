@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.transfer import HostRead
 from exgrpo_fast.model.packing import Pack
-from exgrpo_fast.training.batch import LossTerm, TrainingPack, UpdateBatch
+from exgrpo_fast.training.batch import LossTerm, TrainingPack, UpdateBatch, ratio_columns_of
 from exgrpo_fast.training.optim.optimiser import UpdateOutcome
 from exgrpo_kernels import PolicyLoss, PolicyObjective
 
@@ -84,16 +85,11 @@ class MetricSums:
         self.sums = dict(sums or {})
         self.rows = dict(rows or {})
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Copies all figures of one micro-batch, if it has any, from the device at once."""
-        if not metrics:
-            return
-        names = list(metrics)
-        values = torch.stack([metrics[name].double() for name in names]).tolist()
-        found = dict(zip(names, values, strict=True))
+    def add(self, found: Mapping[str, float]) -> None:
+        """The figures of one pack."""
         for name, value in found.items():
             if name.endswith("_max"):
-                self.sums[name] = max(float(value), self.sums.get(name, float(value)))
+                self.sums[name] = max(value, self.sums.get(name, value))
                 continue
             rows = 1.0 if name in self.COUNTS else self._num_rows(name, found)
             self.sums[name] = self.sums.get(name, 0.0) + rows * value
@@ -136,15 +132,22 @@ class BatchSums:
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, by pack
     guided: list[GuidedTokens] = field(default_factory=list)  # by pack
 
-    def add(self, part: TrainingPack, result: PolicyLoss, objective: PolicyObjective) -> None:
-        """One pack, after its backward pass: reading its figures waits for the device."""
-        self.loss += float(result.loss.detach())
+    def add(
+        self,
+        part: TrainingPack,
+        loss: float,
+        metrics: Mapping[str, float],
+        ratio_N: Tensor,
+        objective: PolicyObjective,
+    ) -> None:
+        """The figures of one pack, on the CPU."""
+        self.loss += loss
         self.num_tokens += part.columns.num_tokens
         self.read.add(part.pack)
-        self.metrics.add(result.metrics)
-        self.replay_ratios.append(result.ratio[part.rows_of(lambda t: t.source == "replay")])
+        self.metrics.add(metrics)
+        self.replay_ratios.append(ratio_N[part.rows_of(lambda t: t.source == "replay")])
         if any(term.trajectory.guidance is not None for term in part.terms):
-            self.guided.append(guided_tokens(part, result.ratio, objective))
+            self.guided.append(guided_tokens(part, ratio_N, objective))
 
     def join(self, other: BatchSums) -> None:
         self.loss += other.loss
@@ -165,6 +168,39 @@ class BatchSums:
             metrics = MetricSums(sums, rows)
             total.join(BatchSums(loss, num_tokens, TokensRead(**read), metrics, tensors))
         return total
+
+
+class UnreadSums:
+    """The figures of an update's packs while they are on the device: `send` starts one copy of all,
+    and `read`, after the optimiser has waited for the norm of the gradient, finds them there."""
+
+    def __init__(self) -> None:
+        self._packs: list[tuple[TrainingPack, list[str]]] = []
+        self._figures: list[Tensor] = []
+        self._sent: HostRead | None = None
+
+    def add(self, part: TrainingPack, result: PolicyLoss) -> None:
+        self._packs.append((part, list(result.metrics)))
+        scalars = [result.loss.detach(), *result.metrics.values()]
+        self._figures += [torch.stack([x.double() for x in scalars]), result.ratio.double()]
+
+    def send(self) -> None:
+        if self._figures:  # a rank may have none
+            self._sent = HostRead(self._figures)
+            self._figures.clear()
+
+    def read(self, objective: PolicyObjective) -> BatchSums:
+        sums = BatchSums()
+        if self._sent is None:
+            return sums
+        values, start = self._sent.values(), 0
+        for part, names in self._packs:
+            stop = start + 1 + len(names)
+            loss, *metrics = values[start:stop].tolist()
+            start = stop + part.columns.num_tokens
+            found = dict(zip(names, metrics, strict=True))
+            sums.add(part, loss, found, values[stop:start].float(), objective)
+        return sums
 
 
 @dataclass
@@ -212,16 +248,16 @@ def guided_tokens(part: TrainingPack, ratio_N: Tensor, objective: PolicyObjectiv
     redrawn_N = torch.cat(
         [torch.zeros(t.num_tokens) if t.guidance is None else t.guidance.redrawn for t in members]
     )
-    high_N = part.columns.advantages > 0
+    high_N = torch.cat([ratio_columns_of(term, objective)[1] for term in part.terms]) > 0
     clipped_N = high_N & (ratio_N > 1 + (objective.clip_high or float("inf")))
     clipped_N |= ~high_N & (ratio_N < 1 - (objective.clip_low or float("inf")))
     rows = part.rows_of(lambda t: t.guidance is not None)
-    return GuidedTokens(ratio_N[rows].cpu(), redrawn_N.bool()[rows.cpu()], clipped_N[rows].cpu())
+    return GuidedTokens(ratio_N[rows], redrawn_N.bool()[rows], clipped_N[rows])
 
 
 def replay_ratio_metrics(ratios: Sequence[Tensor]) -> dict[str, float | None]:
     """How far the policy has moved from those that produced the replayed tokens."""
-    joined = torch.cat([torch.empty(0), *(ratio.cpu() for ratio in ratios)])
+    joined = torch.cat([torch.empty(0), *ratios])
     if not len(joined):
         return dict.fromkeys(("replay_ratio_mean", "replay_ratio_p99", "replay_ratio_max"))
     return {

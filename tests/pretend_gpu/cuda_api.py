@@ -64,19 +64,20 @@ def replacements(gpu: Any) -> dict[str, Any]:
     """name -> what stands in `torch.cuda` for it."""
 
     class Event:
-        """Has happened once the host has waited, or at the second query."""
+        """Has happened once the host has waited for the device, or else at the second query."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.queries = 0
+            self.record()
 
         def record(self, stream: Any = None) -> None:
-            self.queries = 0
+            self.queries, self.waits_before = 0, len(gpu.waits)
 
         def query(self) -> bool:
             self.queries += 1
-            if self.queries > 1:
+            has_happened = self.queries > 1 or len(gpu.waits) > self.waits_before
+            if has_happened:
                 gpu.finish_downloads()
-            return self.queries > 1
+            return has_happened
 
         def synchronize(self) -> None:
             gpu.wait("Event.synchronize")

@@ -41,7 +41,6 @@ class PretendGpu:
 
     def __init__(self) -> None:
         self.waits = Waits()
-        self.pageable_uploads: list[str] = []
         self.random_state = torch.Generator().manual_seed(0).get_state()
         self._pinned: dict[int, Any] = {}
         self._arriving: list[tuple[Tensor, Tensor]] = []
@@ -61,6 +60,8 @@ class PretendGpu:
     # --- copies ---
 
     def note_upload(self, source: Tensor, blocking: bool) -> None:
+        if source.numel() == 0:
+            return  # nothing is copied
         if blocking:
             self.wait("blocking copy to the device")
         elif not self.is_pinned(source):

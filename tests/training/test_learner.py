@@ -279,7 +279,7 @@ def test_metrics_of_micro_batches_are_joined_by_the_rows_they_are_means_of() -> 
     second = {"num_trained": 30, "num_shaped": 0, "entropy_mean": 4.0, "shaped_mean": 0.0}
     clipped = ({"clip_fraction": 0.5, "ratio_max": 3.0}, {"clip_fraction": 0.1, "ratio_max": -1.0})
     for whole, more in zip((first, second), clipped, strict=True):
-        sums.add({name: torch.tensor(value) for name, value in (whole | more).items()})
+        sums.add(whole | more)
     assert sums.joined() == pytest.approx(
         {
             "num_trained": 40.0,
@@ -295,7 +295,7 @@ def test_metrics_of_micro_batches_are_joined_by_the_rows_they_are_means_of() -> 
 def test_a_mean_over_no_rows_is_none() -> None:
     sums = MetricSums()
     names = {"num_trained": 3, "num_shaped": 0, "shaped_mean": 0.0, "entropy_mean": 1.0}
-    sums.add({name: torch.tensor(value) for name, value in names.items()})
+    sums.add(names)
     assert sums.joined()["shaped_mean"] is None and sums.joined()["entropy_mean"] == 1.0
 
 

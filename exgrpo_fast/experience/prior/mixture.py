@@ -41,7 +41,7 @@ def mixture_logprobs(
     with inference(policy.model), inference(prior.model):
         limit = policy.max_tokens_per_microbatch
         for packed in pack(prompts, responses, max_tokens=limit, device=policy.device):
-            rows = packed.places_in(responses).cpu()
+            rows = packed.places_in(responses)
             found[:, rows] = _of_pack(policy, prior, trigger, packed, num_tokens).cpu()
     mu, rates = (Ragged(values, responses.lengths) for values in found)
     return MixtureLogprobs(mu, rates)
@@ -109,5 +109,5 @@ def response_logprobs(
                     prior, hidden_ND[rows], num_tokens=num_tokens, width=max(width, num_tokens)
                 )
                 values.append(logr.gather(1, targets)[:, 0])
-            found[packed.places_in(responses).cpu()] = torch.cat(values).cpu()
+            found[packed.places_in(responses)] = torch.cat(values).cpu()
     return list(Ragged(found, responses.lengths).split())

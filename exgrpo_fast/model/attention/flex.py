@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.layout import AttentionLayout
 
 
@@ -25,7 +26,7 @@ class Flex:
     """The `flex` back end for one pack."""
 
     def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
-        own, prompt, position = (x.to(device) for x in segments(layout))
+        own, prompt, position = to_device(segments(layout), device)
         self.own_L, self.prompt_L, self.position_L = own, prompt, position
         self.masks: dict[int | None, BlockMask] = {}
 

@@ -15,6 +15,7 @@ from exgrpo_fast.model.attention.backends import PackedAttention
 from exgrpo_fast.model.attention.sdpa import attend_with_sinks
 
 ATTENTION = "exgrpo_packed"
+READY_MASK_SHAPE = (1, 1, 1, 1)
 # By the public registries: the modules that hold these functions move between releases.
 sdpa_attention_forward = AttentionInterface()["sdpa"]
 sdpa_mask = AttentionMaskInterface()["sdpa"]
@@ -56,6 +57,8 @@ def packed_attention(
     """
     if packed is None and s_aux is not None:
         return _sdpa_with_sinks(query, key, value, attention_mask, s_aux, scaling, dropout), None
+    if packed is None and attention_mask is not None and query.shape[2] == 1:
+        return one_token_attention(query, key, value, attention_mask, scaling), None
     if packed is None:
         return sdpa_attention_forward(  # pyright: ignore[reportReturnType]
             module,
@@ -81,7 +84,7 @@ def packed_attention(
 
 def _refuse_more(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     layer = type(module).__name__
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.shape != READY_MASK_SHAPE:
         raise UnsupportedAttention(f"{layer} makes an attention mask of its own: not supported")
     if kwargs.get("is_causal") is False:
         raise UnsupportedAttention(f"{layer} is not causal: not supported")
@@ -120,10 +123,36 @@ def _sdpa_with_sinks(
     return out.transpose(1, 2)
 
 
+def one_token_attention(
+    query: Tensor,  # [B, heads, 1, head size]
+    key: Tensor,  # [B, key heads, S, head size]
+    value: Tensor,
+    mask: Tensor,  # bool [B, 1, 1, S]
+    scaling: float | None,
+) -> Tensor:
+    """[B, 1, heads, head size]. Heads that share keys are queries of one head: with a mask, SDPA would
+    want the keys and values repeated for each head, a copy of the whole cache in every layer."""
+    grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(len(query), 1, query.shape[1], -1)
+
+
+def ready_mask(device: torch.device) -> Tensor:
+    """For a packed forward, which needs none: transformers takes a mask of four dimensions as it is.
+    Given none at all it looks for sequence ends in the position ids, and the host waits."""
+    return torch.ones(READY_MASK_SHAPE, dtype=torch.bool, device=device)
+
+
 def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Generation brings a 2-D mask and gets SDPA's; a packed forward brings none and needs none."""
+    """Generation brings a 2-D mask and gets SDPA's; a packed forward comes with a mask of its own.
+
+    On CUDA always a whole mask: to leave it out where nothing is padded, the host would have to look
+    at it, once a token.
+    """
     if attention_mask is None:
         return None
+    if attention_mask.is_cuda:
+        kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

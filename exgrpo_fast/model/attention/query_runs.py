@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.blocks import Block, block_by_block, greedy_blocks
 from exgrpo_fast.model.attention.layout import AttentionLayout
 
@@ -100,12 +101,16 @@ def _run(
     lengths_k: Tensor,
     device: torch.device,
 ) -> QueryRun:
+    key_rows = torch.cat([layout.sequence_places(s) for s in sequences])
+    key_rows, cu_seqlens_q, cu_seqlens_k = to_device(
+        [key_rows, _cumulative(lengths_q), _cumulative(lengths_k)], device
+    )
     return QueryRun(
         query_rows=places,
-        key_rows=torch.cat([layout.sequence_places(s) for s in sequences]).to(device),
+        key_rows=key_rows,
         answered=places,
-        cu_seqlens_q=_cumulative(lengths_q).to(device),
-        cu_seqlens_k=_cumulative(lengths_k).to(device),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=int(lengths_q.max()),
         max_seqlen_k=int(lengths_k.max()),
     )

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.blocks import Block, block_by_block
 from exgrpo_fast.model.attention.layout import AttentionLayout
 
@@ -165,11 +166,13 @@ def lay_out(layout: AttentionLayout, members_B: Tensor, device: torch.device) ->
     answers_BC = (columns < ends) & ((columns >= prompts) | layout.is_first[members_B][:, None])
     taken = answers_BC.flatten().nonzero()[:, 0]
     taken = taken[source_BC.flatten()[taken].argsort()]  # a block that is alone answers in order
-    source = source_BC.flatten().to(device)
+    source, answered, taken = to_device(
+        [source_BC.flatten(), source_BC.flatten()[taken], taken], device
+    )
     return SideBySideBlock(
         query_rows=source,
         key_rows=source,
-        answered=source_BC.flatten()[taken].to(device),
+        answered=answered,
         shape=(len(members_B), len(columns)),
-        taken=taken.to(device),
+        taken=taken,
     )

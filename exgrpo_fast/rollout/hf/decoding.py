@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.renamed import cache_argument
 from exgrpo_fast.rollout.engine import Sampling
 from exgrpo_fast.rollout.hf.drawing import draw, signed
@@ -49,16 +50,16 @@ class Decoding:
     ) -> None:
         """`prompt_of`: the row of each request's prompt in the prompts that `run` is given;
         `limits`: tokens of each request; `on_poll` is called once a token."""
-        self.prompt_of = torch.tensor(prompt_of, device=device)
-        self.seeds_B = torch.tensor([signed(s) for s in seeds], dtype=torch.int64, device=device)
-        self.limits_B = torch.tensor(limits, device=device)
+        given = [prompt_of, [signed(s) for s in seeds], limits, eos_token_ids]
+        self.prompt_of, self.seeds_B, self.limits_B, self.eos_token_ids = to_device(
+            [torch.tensor(values, dtype=torch.int64) for values in given], device
+        )
         self.rows_B = torch.arange(len(seeds), device=device)
         self.going_B = torch.ones_like(self.rows_B, dtype=torch.bool)
         self.num_tokens = max(limits)
         self.tokens_RT = torch.zeros(len(seeds), self.num_tokens, dtype=torch.int64, device=device)
         self.logprobs_RT = torch.zeros(len(seeds), self.num_tokens, device=device)
         self.sampling = sampling
-        self.eos_token_ids = torch.tensor(eos_token_ids, device=device)
         self.on_poll = on_poll
         self.looks_every = 1 if device.type == "cpu" else TOKENS_UNSEEN
 
@@ -94,7 +95,7 @@ class Decoding:
 
     def _kept(self, position: int) -> Tensor | None:
         """The rows that go on, once enough others have ended; None: all stay for now."""
-        if (position + 1) % self.looks_every:
+        if (position + 1) % self.looks_every or position + 1 == self.num_tokens:
             return None
         kept = self.going_B.nonzero()[:, 0]
         num_ended = len(self.going_B) - len(kept)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.core.types import Completion
 from exgrpo_fast.model.oom import (
     among_several,
@@ -127,8 +128,9 @@ class TransformersEngine(LocalEngine):
             device=device,
             on_poll=on_poll,
         )
-        decoding.run(self.policy.model, ids.to(device), mask.to(device))
-        tokens, logprobs = decoding.tokens_RT.cpu(), decoding.logprobs_RT.cpu()
+        decoding.run(self.policy.model, *to_device([ids, mask], device))
+        logprobs = decoding.logprobs_RT.to("cpu", non_blocking=True)
+        tokens = decoding.tokens_RT.cpu()  # waits, for the log-probs too
         return [
             self._cut(row[:limit], row_logprobs[:limit])
             for row, row_logprobs, limit in zip(tokens, logprobs, limits, strict=True)
