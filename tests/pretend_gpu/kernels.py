@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from pretend_gpu.tensor import PretendTensor, values_of
+import torch
+from pretend_gpu.cuda_api import PROPERTIES
+from pretend_gpu.tensor import CUDA, PretendTensor, values_of
 from pretend_gpu.waits import place_of_caller
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
 
 
 @contextlib.contextmanager
@@ -32,3 +39,52 @@ def launched_on(gpu: Any) -> Iterator[None]:
 
     with mock.patch.object(GridExecutor, "__call__", launch):
         yield
+
+
+# ---- compiled instead of run ---------------------------------------------------------------------
+
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that a block may have, by capability
+
+
+class StubDriver:
+    """As much of Triton's driver as its launcher asks before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        return CUDA
+
+
+@contextlib.contextmanager
+def compiled_for(capability: int) -> Iterator[dict[str, set[int]]]:
+    """Launches are compiled by Triton's own launcher and not run: outputs hold anything. Needs
+    TRITON_INTERPRET=0. Kernel -> the specialisations that were made of it."""
+    found: dict[str, set[int]] = defaultdict(set)
+    run = JITFunction.run
+    sizes = {**vars(PROPERTIES), "shared_memory_per_block_optin": SHARED_BYTES[capability]}
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        given = {name: values_of(value) for name, value in kwargs.items()}
+        made = run(kernel, *map(values_of, args), grid=grid, warmup=True, **given)
+        found[kernel.fn.__name__].add(id(made))
+        return made
+
+    driver.set_active(StubDriver(capability))  # pyright: ignore[reportArgumentType]
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(**sizes)),
+        mock.patch.object(
+            torch, "_assert_async", lambda *args: None
+        ),  # of outputs that hold anything
+    ):
+        yield found
