@@ -156,7 +156,7 @@ def run_ours(case: Case, folder: Path, out: Path, probe: Probe, steps: int) -> d
     from exgrpo_fast.build.run import open_run
     from exgrpo_fast.config import validate
     from exgrpo_fast.run.directory import RunFolder
-    from exgrpo_fast.run.display import make_screen
+    from exgrpo_fast.run.display.live import make_screen
 
     config = validate(
         {

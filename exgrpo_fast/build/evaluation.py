@@ -20,7 +20,7 @@ from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.rollout.engine import RolloutEngine
-from exgrpo_fast.run.display import make_screen
+from exgrpo_fast.run.display.live import make_screen
 from exgrpo_fast.training.evaluate import Evaluator
 
 

@@ -18,7 +18,7 @@ def add_fetch(commands: Any) -> None:
 def fetch(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.build.environment import quiet_libraries
     from exgrpo_fast.build.pretrained import model_folder
-    from exgrpo_fast.run.display import make_screen
+    from exgrpo_fast.run.display.live import make_screen
 
     quiet_libraries()
     screen = make_screen(sys.stderr)  # stdout is for the path alone

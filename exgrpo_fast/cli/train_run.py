@@ -25,7 +25,8 @@ from exgrpo_fast.rollout.engine import EngineLost
 from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
 from exgrpo_fast.run.directory import RunFolder
-from exgrpo_fast.run.display import NullScreen, Screen, make_screen
+from exgrpo_fast.run.display import NullScreen, Screen
+from exgrpo_fast.run.display.live import make_screen
 from exgrpo_fast.run.report import write_report
 from exgrpo_fast.run.sinks import peak_memory_gib
 from exgrpo_fast.training.trainer import Trainer

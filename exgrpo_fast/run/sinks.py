@@ -21,6 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.run.metrics import Metrics
 
@@ -304,9 +307,6 @@ class CompletionLog:
 
 
 def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     types = {"int64": pa.int64(), "int32": pa.int32(), "float32": pa.float32()}
     types |= {"string": pa.string(), "bool": pa.bool_()}
     arrays = {

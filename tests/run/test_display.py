@@ -10,19 +10,12 @@ import time
 import pytest
 from rich.console import Console
 
-from exgrpo_fast.run.display import (
-    NullScreen,
-    PlainScreen,
-    RichScreen,
-    StepReader,
-    duration,
-    excerpt,
-    make_screen,
-    plain_line,
-    short,
-    sparkline,
-)
+from exgrpo_fast.run.display import NullScreen
 from exgrpo_fast.run.display.columns import COLUMNS, fitting_columns
+from exgrpo_fast.run.display.formatting import duration, excerpt, short, sparkline
+from exgrpo_fast.run.display.live import RichScreen, make_screen
+from exgrpo_fast.run.display.plain import PlainScreen
+from exgrpo_fast.run.display.steps import StepReader, plain_line
 
 FULL = {
     "step": 12,

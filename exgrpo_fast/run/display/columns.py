@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from exgrpo_fast.run.display.numbers import duration, percent, short
+from exgrpo_fast.run.display.formatting import duration, percent, short
 from exgrpo_fast.run.display.steps import StepLine
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,11 +20,34 @@ from rich.text import Text
 
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.run.display.columns import fitting_columns, header_text, row_text
-from exgrpo_fast.run.display.completions import best_and_worst, excerpt, verdict_line
-from exgrpo_fast.run.display.numbers import duration, number_of, percent, sparkline
-from exgrpo_fast.run.display.screen import Advance, Row
+from exgrpo_fast.run.display.formatting import (
+    best_and_worst,
+    duration,
+    excerpt,
+    number_of,
+    percent,
+    sparkline,
+    verdict_line,
+)
+from exgrpo_fast.run.display.plain import PlainScreen
+from exgrpo_fast.run.display.screen import Advance, Row, Screen
 from exgrpo_fast.run.display.steps import Clock, StepLine, StepReader, evaluation_line
 from exgrpo_fast.run.metrics import Metrics
+
+
+def make_screen(stream: TextIO | None = None) -> Screen:
+    """A live screen on a terminal that can show one, plain lines elsewhere.
+
+    NO_COLOR keeps the live screen and takes its colours, as no-color.org asks.
+    """
+    stream = sys.stdout if stream is None else stream
+    on_terminal = bool(getattr(stream, "isatty", lambda: False)())
+    can_draw = os.environ.get("TERM", "") not in {"dumb", "unknown"}
+    encoding = (getattr(stream, "encoding", None) or "").lower().replace("-", "")
+    if not (on_terminal and can_draw and encoding == "utf8"):
+        return PlainScreen(stream)
+    no_color = bool(os.environ.get("NO_COLOR"))
+    return RichScreen(Console(file=stream, highlight=False, no_color=no_color))
 
 
 class RichScreen:

@@ -10,8 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from exgrpo_fast.core.text import clean_line, clean_text
-from exgrpo_fast.run.display.completions import best_and_worst, excerpt, verdict_line
-from exgrpo_fast.run.display.numbers import duration, joined
+from exgrpo_fast.run.display.formatting import (
+    best_and_worst,
+    duration,
+    excerpt,
+    joined,
+    verdict_line,
+)
 from exgrpo_fast.run.display.screen import Advance, Row
 from exgrpo_fast.run.display.steps import Clock, StepReader, evaluation_line, plain_line
 from exgrpo_fast.run.metrics import Metrics

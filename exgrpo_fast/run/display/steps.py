@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from exgrpo_fast.run.display.numbers import (
+from exgrpo_fast.run.display.formatting import (
     duration,
     joined,
     largest_pass_at_k,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 
 from exgrpo_fast.core.text import clean_text
-from exgrpo_fast.run.display import Row, best_and_worst, number_of, verdict_line
+from exgrpo_fast.run.display import Row
+from exgrpo_fast.run.display.formatting import best_and_worst, number_of, verdict_line
 from exgrpo_fast.run.report.reading import Run
 
 COMPLETION_LIMIT = 6_000  # characters of one completion on the page

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from exgrpo_fast.core.text import clean_text
-from exgrpo_fast.run.display import finite, number_of
+from exgrpo_fast.run.display.formatting import finite, number_of
 from exgrpo_fast.run.metrics import PHASES
 from exgrpo_fast.run.report.reading import Run, interval
 from exgrpo_fast.run.report.svg import Line, Mark, heat_figure, line_figure, stacked_figure

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from exgrpo_fast.run.display import duration, largest_pass_at_k, number_of, short
+from exgrpo_fast.run.display.formatting import duration, largest_pass_at_k, number_of, short
 from exgrpo_fast.run.report.reading import Run, interval
 
 Evaluation = Mapping[str, Any]

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from exgrpo_fast.run.display import Row, number_of
+from exgrpo_fast.run.display import Row
+from exgrpo_fast.run.display.formatting import number_of
 
 
 @dataclass(frozen=True)

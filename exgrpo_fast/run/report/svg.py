@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from exgrpo_fast.run.display import short
+from exgrpo_fast.run.display.formatting import short
 
 WIDTH, HEIGHT = 560, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 26
