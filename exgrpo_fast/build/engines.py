@@ -18,12 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exgrpo_fast.build.environment import config_digest
-from exgrpo_fast.build.models import end_of_sequence_ids, generation_config, make_plain_policy
+from exgrpo_fast.build.models import end_of_sequence_ids, make_plain_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.memory.budgets import EnginePlan, engine_plan
 from exgrpo_fast.memory.planner import Machine, Planner
+from exgrpo_fast.model.folder_settings import read_generation_config
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
@@ -107,7 +108,7 @@ def reserve_vllm(
         note(plan.note())
     arguments: dict[str, Any] = {
         "folder": folder,
-        "eos_token_ids": end_of_sequence_ids(generation_config(folder), tokenizer),
+        "eos_token_ids": end_of_sequence_ids(read_generation_config(folder), tokenizer),
         "device": device,
         "dtype": config.model.compute_dtype(device),
         "max_model_len": plan.max_model_len,
@@ -274,5 +275,5 @@ def make_endpoint_engine(
     folder: str, tokenizer: Tokenizer, *, url: str, model: str | None, key_env: str | None
 ) -> EndpointEngine:
     """Somebody else's vLLM server; of `folder` only the end-of-sequence tokens are read."""
-    eos = end_of_sequence_ids(generation_config(folder), tokenizer)
+    eos = end_of_sequence_ids(read_generation_config(folder), tokenizer)
     return EndpointEngine(url, eos_token_ids=eos, model=model, api_key_env=key_env)

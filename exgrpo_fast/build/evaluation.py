@@ -11,6 +11,7 @@ from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.engines import build_engine, make_endpoint_engine, reserve_engine
 from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.experience import make_hindsight_prompt
+from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import load_tokenizer, make_decode, make_policy
 from exgrpo_fast.build.pretrained import model_folder
@@ -28,10 +29,15 @@ class EvaluatedModel:
     """`model.name` of a config; the weights are loaded when an evaluator is asked for."""
 
     def __init__(
-        self, config: Config, *, device: str, endpoint: Mapping[str, Any] | None = None
+        self,
+        config: Config,
+        *,
+        device: str,
+        endpoint: Mapping[str, Any] | None = None,
+        shorten: bool = False,
     ) -> None:
         """`endpoint`: url, model and key_env of a vLLM server that generates; then no weights are
-        loaded here."""
+        loaded here; `shorten`: completions to what the model has positions for."""
         prepare_process(device)
         self.config = config
         self.device = device
@@ -40,12 +46,31 @@ class EvaluatedModel:
         self.screen = make_screen(sys.stderr)  # stdout is for the results alone
         self.name = model_folder(config.model.name or "", self.screen)
         self.tokenizer = load_tokenizer(self.name)
+        self.shorten = shorten
+        self.longest_prompt = 0
+        if endpoint is None:
+            self._notes += check_folder(config, self.name, self.tokenizer)
 
     def read(self, source: str) -> Sequence[Question]:
-        return read_questions(self.config, source, self.tokenizer, self._notes.append).questions
+        found = read_questions(self.config, source, self.tokenizer, self._notes.append).questions
+        self._fit([len(question.prompt_ids) for question in found])
+        return found
 
     def question(self, text: str) -> Question:
-        return question_from_text(text, tokenizer=self.tokenizer)
+        question = question_from_text(text, tokenizer=self.tokenizer)
+        self._fit([len(question.prompt_ids)])
+        return question
+
+    def _fit(self, prompt_lengths: Sequence[int]) -> None:
+        """ConfigError where completions do not fit behind the longest prompt, or shorten them."""
+        if self.endpoint is not None:
+            return
+        self.longest_prompt = max([self.longest_prompt, *prompt_lengths])
+        if self.shorten:
+            room = completion_room(self.config, self.name, longest_prompt=self.longest_prompt)
+            rollout = self.config.rollout.model_copy(update={"max_completion_tokens": room})
+            self.config = self.config.model_copy(update={"rollout": rollout})
+        refuse_too_long(self.config, self.name, longest_prompt=self.longest_prompt)
 
     @contextlib.contextmanager
     def evaluator(self, question: Question, *, revisions: int = 0) -> Iterator[Evaluator]:
@@ -74,5 +99,7 @@ class EvaluatedModel:
         reserved = stack.enter_context(reserve_engine(config, name, self.tokenizer, device=device))
         policy = make_policy(config, name, device=device)
         engine = build_engine(config, policy, self.tokenizer, reserved, prompt_ids=prompt_ids)
-        self.screen.note(prove_forward(config, policy, engine, self.tokenizer, prompt_ids))
+        option = "--allow-mismatch"
+        found = prove_forward(config, policy, engine, self.tokenizer, prompt_ids, option=option)
+        self.screen.note(found)
         return engine

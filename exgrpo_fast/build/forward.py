@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exgrpo_fast.build.engines import end_of_sequence_ids
-from exgrpo_fast.config import Config, ConfigError, engine_kind
+from exgrpo_fast.build.engines import make_transformers_engine
+from exgrpo_fast.build.environment import prepare_process
+from exgrpo_fast.build.folder import check_folder
+from exgrpo_fast.build.models import end_of_sequence_ids, load_tokenizer, make_policy
+from exgrpo_fast.config import Config, ConfigError, engine_kind, validate
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward
@@ -20,11 +23,13 @@ def prove_forward(
     engine: RolloutEngine,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
+    *,
+    option: str = "--train.allow_mismatch true",
 ) -> str:
     """What the check of the forward pass found, as a line. ConfigError where a part of it is another
     model's, unless train.allow_mismatch is set; every rank calls this, after the first `sync`.
 
-    An engine with arithmetic of its own agrees as far as `sync` asks.
+    `option`: of the command, that sets it. An engine with arithmetic of its own agrees as far as `sync` asks.
     """
     tolerance, device = None, policy.device.type
     if engine_kind(config, device) != "transformers":
@@ -40,10 +45,22 @@ def prove_forward(
         )
     except ForwardMismatch as error:
         if not config.train.allow_mismatch:
-            remedy = "--train.allow_mismatch true goes on all the same"
-            raise ConfigError(f"{error}; {remedy}") from None
+            raise ConfigError(f"{error}; {option} goes on all the same") from None
         return f"warning: {error}; train.allow_mismatch is set"
     return str(report)
+
+
+def check_model(folder: str, *, device: str) -> str:
+    """The check of a folder that nothing is trained from, by the transformers engine."""
+    prepare_process(device)
+    config = validate({"model": {"name": folder}, "rollout": {"engine": "transformers"}})
+    tokenizer = load_tokenizer(folder)
+    notes = check_folder(config, folder, tokenizer)
+    policy = make_policy(config, folder, device=device)
+    engine = make_transformers_engine(config, policy, tokenizer)
+    prompt_ids = tokenizer("What is 12 + 30? Think first, then write the answer.")["input_ids"]
+    report = prove_forward(config, policy, engine, tokenizer, prompt_ids)
+    return "; ".join([report, *notes])
 
 
 def without_journal(engine: RolloutEngine) -> RolloutEngine:

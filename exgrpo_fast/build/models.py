@@ -22,6 +22,7 @@ from exgrpo_fast.data import read_rows
 from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.scoring import Decode
 from exgrpo_fast.model.attention.backends import choose, refusal
+from exgrpo_fast.model.folder_settings import read_generation_config
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.model.policy import Policy, PolicyError, Tokenizer, load_model
 from exgrpo_fast.model.quantization import nf4
@@ -65,7 +66,7 @@ def make_decode(tokenizer: Tokenizer) -> Decode:
 
     Other special tokens stay: in many models `<think>`, or the tags of an answer, are some.
     """
-    ends = {*end_of_sequence_ids(generation_config(tokenizer.name_or_path), tokenizer)}
+    ends = {*end_of_sequence_ids(read_generation_config(tokenizer.name_or_path), tokenizer)}
     ends.add(tokenizer.pad_token_id)
 
     def decode(ids: Sequence[int]) -> str:
@@ -75,13 +76,6 @@ def make_decode(tokenizer: Tokenizer) -> Decode:
         return str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
 
     return decode
-
-
-def generation_config(folder: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError:
-        return None
 
 
 def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
@@ -152,7 +146,10 @@ def wrap(
         "max_tokens_per_microbatch": config.microbatch_tokens,
     }
     if processes.count == 1:
-        return Policy(load(), device=device, **settings)
+        policy = Policy(load(), device=device, **settings)
+        if config.train.allow_mismatch:
+            policy.longest = None
+        return policy
     mesh = mesh_of(processes)
     return processes.one_rank_at_a_time(
         lambda: ShardedPolicy(load(), mesh=mesh, processes=processes, **settings)

@@ -14,6 +14,7 @@ from exgrpo_fast.build.data import load_data, refuse_bad_golds
 from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.experience import check_prior, make_prior
+from exgrpo_fast.build.folder import check_folder, refuse_too_long
 from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import (
     adapter_of,
@@ -58,9 +59,13 @@ def open_run(
     refuse_impossible_attention(config, device)
     start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
     tokenizer = load_tokenizer(start)
+    for line in processes.run_on_rank0(lambda: check_folder(config, start, tokenizer)):
+        screen.note(line)
     check_prior(config, start, tokenizer)
     with make_rewards(config) if processes.is_main else contextlib.nullcontext() as rewards:
         train, held_out = load_data(config, tokenizer, screen)
+        longest = max(len(question.prompt_ids) for question in [*train, *held_out])
+        refuse_too_long(config, start, longest_prompt=longest)
         processes.run_on_rank0(lambda: check_rewards(config, rewards, train[0]))
         if config.data.check_answers:
             questions = [*train, *held_out]

@@ -19,10 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from exgrpo_fast.cli.arguments import add_command, add_memory, require_file
+from exgrpo_fast.cli.arguments import add_command, add_memory, choose_device, require_file
 from exgrpo_fast.cli.train import show_plan
 from exgrpo_fast.config import load_config
 from exgrpo_fast.core.allocator import can_keep
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rollout.vllm.versions import (
@@ -44,7 +45,9 @@ def add_doctor(commands: Any) -> None:
     c = add_command(
         commands, "doctor", doctor, "what is installed, what works, what is missing for what"
     )
-    c.add_argument("--model", help="a folder that vLLM is to run")
+    c.add_argument(
+        "--model", help="a folder whose forward pass is checked, and that vLLM is to run"
+    )
     c.add_argument("--json", action="store_true")
     c.add_argument("--config", help="show the memory plan of this config or recipe as well")
     add_memory(c)
@@ -74,7 +77,7 @@ class Check:
 def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, Any]:
     """Versions, devices, room and checks; `self_test=False` runs no self-test.
 
-    `model`: a folder that vLLM is to run.
+    `model`: a folder whose forward pass is checked, and that vLLM is to run.
     """
     versions = {name: version_of(name) for name in PACKAGES}
     devices = find_devices()
@@ -90,6 +93,7 @@ def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, A
     if self_test and versions["torch"] != ABSENT:
         checks += [attempt(f"fused loss on {d['name']}", _loss_test(d["id"])) for d in devices]
         checks.append(attempt("reward worker", reward_worker_test))
+        checks += [check_forward_pass(model)] if model else []
         checks += try_vllm(versions["torch"])
     return {
         "python": platform.python_version(),
@@ -342,6 +346,8 @@ def attempt(name: str, test: Callable[[], str]) -> Check:
     started = time.perf_counter()
     try:
         detail = test()
+    except UserError as error:
+        return Check(name, "fail", clean_line(str(error), max_line=300))
     except Exception as error:  # any failure of any layer: this is where it is to be seen
         cause = clean_line(f"{type(error).__name__}: {error}", max_line=200)
         return Check(name, "fail", cause, "please report this, with the whole output")
@@ -422,6 +428,14 @@ def _relative_error(found: torch.Tensor | None, exact: torch.Tensor | None) -> f
     if found is None or exact is None:
         raise ArithmeticError("no gradient came back")
     return float((found.double() - exact).abs().max().detach() / exact.abs().max().detach())
+
+
+def check_forward_pass(model: Path) -> Check:
+    """That every way through the model gives the same log-probs; a refusal is a finding."""
+    from exgrpo_fast.build.forward import check_model
+
+    device = choose_device(None)
+    return attempt("forward pass", lambda: check_model(str(model), device=device))
 
 
 def reward_worker_test() -> str:

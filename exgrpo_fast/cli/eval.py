@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
     add_command,
@@ -16,7 +16,10 @@ from exgrpo_fast.cli.arguments import (
 )
 from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
 
-MAX_PROMPT_TOKENS = 4096
+if TYPE_CHECKING:
+    from exgrpo_fast.build.evaluation import EvaluatedModel
+
+MAX_PROMPT_TOKENS, COMPLETION_TOKENS = 4096, 2048
 
 
 def add_eval(commands: Any) -> None:
@@ -58,11 +61,17 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         "--max-completion-tokens",
         dest="rollout.max_completion_tokens",
         type=positive,
-        default=2048,
+        help=f"({COMPLETION_TOKENS}, or what the model has positions for)",
     )
     add("--temperature", dest="eval.temperature", type=float, default=1.0, help="0 = greedy (1.0)")
     add("--top-p", dest="eval.top_p", type=float, default=1.0)
     add("--seed", dest="train.seed", type=int, default=0)
+    add(
+        "--allow-mismatch",
+        dest="train.allow_mismatch",
+        action="store_true",
+        help="go on where the check of the forward pass fails",
+    )
     add("--device", choices=["cpu", "cuda"])
     engines = ("auto", "transformers", "vllm")
     add("--engine", dest="rollout.engine", choices=engines, default="auto", help="(auto)")
@@ -74,10 +83,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 def evaluate(arguments: argparse.Namespace) -> int:
     for path in arguments.data:
         require_file(path, "--data")
-    config, endpoint = model_config(arguments), endpoint_of(arguments)
-    from exgrpo_fast.build.evaluation import EvaluatedModel
-
-    model = EvaluatedModel(config, device=choose_device(arguments.device), endpoint=endpoint)
+    model = evaluated_model(arguments)
     questions = {file: model.read(file) for file in arguments.data}
     first = next(iter(questions.values()))[0]
     with model.evaluator(first, revisions=arguments.revise) as evaluator:
@@ -86,9 +92,24 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluated_model(arguments: argparse.Namespace) -> EvaluatedModel:
+    """The model of the options, without its weights."""
+    config, endpoint = model_config(arguments), endpoint_of(arguments)
+    from exgrpo_fast.build.evaluation import EvaluatedModel
+
+    return EvaluatedModel(
+        config,
+        device=choose_device(arguments.device),
+        endpoint=endpoint,
+        shorten=vars(arguments)["rollout.max_completion_tokens"] is None,
+    )
+
+
 def model_config(arguments: argparse.Namespace) -> Config:
     """The config that evaluation and sampling need, from the options that are config keys."""
     values = {key: value for key, value in vars(arguments).items() if "." in key}
+    if values["rollout.max_completion_tokens"] is None:
+        values["rollout.max_completion_tokens"] = COMPLETION_TOKENS
     if max(values["eval.k"]) > values["eval.n"]:
         raise ConfigError(
             f"-k {max(values['eval.k'])} needs as many samples: -n is {values['eval.n']}"

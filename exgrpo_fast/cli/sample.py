@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from exgrpo_fast.cli.arguments import add_command, choose_device, positive, require_file
-from exgrpo_fast.cli.eval import add_model_options, endpoint_of, model_config
+from exgrpo_fast.cli.arguments import add_command, positive, require_file
+from exgrpo_fast.cli.eval import add_model_options, evaluated_model
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.core.text import clean_text
 
@@ -26,10 +26,7 @@ def sample(arguments: argparse.Namespace) -> int:
         require_file(arguments.data, "--data")
     elif not arguments.prompt:
         raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
-    config, endpoint = model_config(arguments), endpoint_of(arguments)
-    from exgrpo_fast.build.evaluation import EvaluatedModel
-
-    model = EvaluatedModel(config, device=choose_device(arguments.device), endpoint=endpoint)
+    model = evaluated_model(arguments)
     if arguments.data:
         questions, row = model.read(arguments.data), arguments.row
         if not 0 <= row < len(questions):

@@ -21,6 +21,7 @@ from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
+from exgrpo_fast.model.folder_settings import positions, read_generation_config
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
 from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
@@ -109,6 +110,9 @@ class Policy:
         self.sizes = BatchLimits(
             max_tokens_per_microbatch=max_tokens_per_microbatch, chunk_rows=tile_tokens or None
         )
+        limit = positions(model.config.get_text_config())
+        # Beyond it a pass fails, or one sequence of a pack changes what the others are.
+        self.longest = limit.limit if limit and limit.binds else None
         self.dropout = dropout
         self.attention_calls = 0  # of the layers, in the last packed forward
         if not dropout:
@@ -176,6 +180,12 @@ class Policy:
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""
         HEARTBEAT.beat()
+        if self.longest and int(packed.layout.sequence_lengths.max()) > self.longest:
+            raise PolicyError(
+                f"{self.model.config.model_type}: a sequence of "
+                f"{int(packed.layout.sequence_lengths.max()) + 1} tokens is longer than its "
+                f"{self.longest} positions"
+            )
         call = PackedCall(BACKENDS[self.attention](packed.layout, self.device))
         with self.autocast(), self._offloading():
             output = self.model.base_model(
@@ -328,10 +338,12 @@ def load_model(
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
+    generation = read_generation_config(name)
     try:
         return AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
+            **({"generation_config": generation} if generation else {}),
             use_safetensors=True,
             trust_remote_code=False,
             **({"quantization_config": quantization} if quantization else {}),

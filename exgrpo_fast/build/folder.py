@@ -1,0 +1,81 @@
+"""What a model's folder says beside its weights, checked against the config before they are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from exgrpo_fast.build.models import end_of_sequence_ids
+from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.model.folder_settings import (
+    Positions,
+    overridden_settings,
+    positions,
+    read_generation_config,
+    refuse_quantised,
+    refuse_small_embedding,
+    unlisted_turn_end,
+)
+from exgrpo_fast.model.policy import PolicyError, Tokenizer
+
+
+def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
+    """Lines on what the run does otherwise than the folder says. UserError for quantised weights, an
+    embedding smaller than the tokenizer, or generation settings that contradict themselves."""
+    model = model_config(name)
+    refuse_quantised(model, name)
+    text = model.get_text_config()
+    refuse_small_embedding(text, tokenizer, name)
+    generation = read_generation_config(name)
+    lines = []
+    if found := overridden_settings(text, name, dropout=config.model.dropout):
+        lines.append(
+            f"settings of the model's folder that are not followed: {', '.join(found)} (tokens are "
+            f"drawn from the whole distribution, at the temperature of rollout and eval)"
+        )
+    end_tokens = end_of_sequence_ids(generation, tokenizer)
+    if (turn_end := unlisted_turn_end(tokenizer, end_tokens)) is not None:
+        lines.append(
+            f"warning: the chat template ends an answer with {turn_end}, which is no end token "
+            f"({', '.join(map(str, tokenizer.convert_ids_to_tokens(end_tokens)))}): completions go on "
+            f"behind it, up to the limit; list it as eos_token_id in generation_config.json"
+        )
+    return lines
+
+
+def refuse_too_long(config: Config, name: str, *, longest_prompt: int) -> None:
+    """ConfigError where a sequence of the run can be longer than the model has positions for."""
+    limit = positions_of(config, name)
+    longest = max(longest_prompt, _hindsight_prompt(config)) + config.rollout.max_completion_tokens
+    if limit is not None and longest > limit.limit:
+        raise ConfigError(
+            f"rollout.max_completion_tokens ({config.rollout.max_completion_tokens}) behind a prompt "
+            f"of {longest - config.rollout.max_completion_tokens} tokens is more than the "
+            f"{limit.limit} positions of {name} ({limit.why}); lower it"
+            + ("" if not limit.is_rotary else ", or set train.allow_mismatch true")
+        )
+
+
+def completion_room(config: Config, name: str, *, longest_prompt: int) -> int:
+    """The most tokens that a completion can have: at most rollout.max_completion_tokens."""
+    limit, asked = positions_of(config, name), config.rollout.max_completion_tokens
+    return asked if limit is None else max(1, min(asked, limit.limit - longest_prompt))
+
+
+def positions_of(config: Config, name: str) -> Positions | None:
+    """None: there is no limit, or train.allow_mismatch lifts it."""
+    found = positions(model_config(name).get_text_config())
+    return None if found and found.is_rotary and config.train.allow_mismatch else found
+
+
+def _hindsight_prompt(config: Config) -> int:
+    return config.hindsight.max_prompt_tokens if config.hindsight.enabled else 0
+
+
+def model_config(name: str) -> Any:
+    """PolicyError where the folder's config cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,223 @@
+"""What the files of a model's folder say beside its weights, read before those are loaded.
+
+Three things can follow from a setting: it is taken (end tokens), it is overridden and named in one
+line (sampling defaults, dropout, `use_cache`), or the folder is refused (quantised weights, too few
+positions, a tokenizer that is larger than the embedding).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+from transformers.utils import cached_file
+
+from exgrpo_fast.core.errors import UserError
+
+GENERATION = "generation_config.json"
+# Rotary embeddings whose frequencies follow the longest sequence that is read with them.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+# Of a generation config: what changes which tokens are drawn, with the values that change nothing.
+SAMPLING: dict[str, Any] = {
+    "do_sample": (False, True),
+    "temperature": (1.0,),
+    "top_k": (0, 50),  # 50 is the default of transformers
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "length_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0.0,),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "max_length": (20,),
+    "max_new_tokens": (),
+    "bad_words_ids": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "stop_strings": (),
+}
+
+
+class FolderError(UserError):
+    """A folder whose settings this trainer cannot honour, as one line to the user."""
+
+
+class Positions(NamedTuple):
+    """Tokens that a sequence may have."""
+
+    limit: int
+    why: str
+    is_rotary: bool  # beyond it a forward pass is possible, if not what the model was trained for
+    binds: bool  # beyond it a pass over several sequences fails, or is another model's
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+def positions(config: Any) -> Positions | None:
+    """What a transformers config allows; None for a model without such a limit (ALiBi, Mamba).
+
+    Rotary embeddings of type dynamic or longrope change all frequencies with the longest sequence
+    of a pass: within a pack one completion would change its neighbours, and while one is generated
+    its own past. Up to the length of the pre-training they do not.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None:
+        return None
+    ropes = list(_ropes(getattr(config, "rope_parameters", None)))
+    for rope in ropes:
+        kind = str(rope.get("rope_type", "default"))
+        if any(name in kind for name in LENGTH_DEPENDENT):
+            limit = int(rope.get("original_max_position_embeddings") or most)
+            why = f"beyond that, rotary embeddings of type {kind} follow the longest sequence"
+            return Positions(min(limit, most), why, is_rotary=True, binds=True)
+    return Positions(int(most), "max_position_embeddings", is_rotary=bool(ropes), binds=not ropes)
+
+
+def _ropes(parameters: Any) -> Iterable[Mapping[str, Any]]:
+    """One for all layers, or one for each type of layer."""
+    if not isinstance(parameters, Mapping):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return nested or [parameters]
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def refuse_quantised(config: Any, name: str) -> None:
+    """FolderError for weights that are quantised in the files, of any kind (bnb, GPTQ, AWQ, fp8)."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    values = found if isinstance(found, Mapping) else vars(found)
+    kind = values.get("quant_method") or "an unknown method"
+    raise FolderError(
+        f"model.name {name}: its weights are quantised already ({getattr(kind, 'value', kind)}), and "
+        f"cannot be trained or merged; take the folder of the plain weights "
+        f"(model.quantization nf4 quantises them while they load)"
+    )
+
+
+def refuse_small_embedding(config: Any, tokenizer: Any, name: str) -> None:
+    """FolderError where the tokenizer can make an id that the embedding has no row for.
+
+    Special tokens that no text of ours contains, such as those of images, may lie beyond.
+    """
+    rows = getattr(config, "vocab_size", None)
+    if rows is None:
+        return
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special |= {id for id, token in added.items() if getattr(token, "special", False)}
+    own = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    beyond = [id for id in tokenizer.get_vocab().values() if id >= rows]
+    used = [id for id in beyond if id not in special or id in own]
+    if used:
+        raise FolderError(
+            f"model.name {name}: the tokenizer has {len(tokenizer)} tokens (ids up to "
+            f"{max(used)}), and the embedding {rows} rows; resize the model's embedding or take the "
+            f"tokenizer that belongs to it"
+        )
+
+
+# --- overridden -----------------------------------------------------------------------------------
+
+
+def read_generation_config(name: str) -> GenerationConfig | None:
+    """Of a folder or hub name; None where there is none. FolderError where it contradicts itself.
+
+    How many sequences `generate` returns by default has no meaning here. With greedy decoding
+    transformers refuses the whole file for it; then it is read as one of sampling.
+    """
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return None
+    except (TypeError, ValueError):
+        pass
+    try:
+        return GenerationConfig.from_pretrained(name, num_return_sequences=1, do_sample=True)
+    except (TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FolderError(f"model.name {name}: {GENERATION}: {reason}") from None
+
+
+def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
+    """Settings of the folder that a run does not follow, each as `key value`.
+
+    `dropout`: whether the update follows that of the config.
+    """
+    found = [f"{key} {value}" for key, value in sampling_defaults(name).items()]
+    if getattr(config, "use_cache", True) is False:
+        found.append("use_cache False")
+    if not dropout:
+        found += [f"{key} {value}" for key, value in dropout_settings(config).items()]
+    return found
+
+
+def sampling_defaults(name: str) -> dict[str, Any]:
+    """Of generation_config.json, those that would change what is drawn."""
+    try:
+        path = cached_file(name, GENERATION)
+        values = json.loads(Path(path).read_text()) if path else {}
+    except (OSError, ValueError):
+        return {}
+    return {
+        key: values[key]
+        for key, neutral in SAMPLING.items()
+        if values.get(key) is not None and values[key] not in neutral
+    }
+
+
+def dropout_settings(config: Any) -> dict[str, float]:
+    """Probabilities of dropout in a model's config, and the noise of its router."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0.0
+    }
+
+
+# --- end of a turn --------------------------------------------------------------------------------
+
+
+def unlisted_turn_end(tokenizer: Any, eos_token_ids: Iterable[int]) -> str | None:
+    """The token with which the chat template ends an answer, where it is no end token; else None.
+
+    A model that learnt the template ends its answers with it, and would go on behind it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    answer = "42"
+    asked = [{"role": "user", "content": "6 x 7?"}]
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                [*asked, {"role": "assistant", "content": answer}], tokenize=False
+            )
+        )
+    except Exception:  # a template is a program of its own; data loading says what it refuses
+        return None
+    behind = text[text.rfind(answer) + len(answer) :]
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special |= set(getattr(tokenizer, "added_tokens_decoder", {}))
+    if not ids or ids[0] not in special or ids[0] in set(eos_token_ids):
+        return None
+    return str(tokenizer.convert_ids_to_tokens(ids[0]))

@@ -1,0 +1,262 @@
+"""Settings of a model's folder: taken, overridden and named, or refused before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Phi3Config
+
+from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
+from exgrpo_fast.build.forward import check_model
+from exgrpo_fast.build.models import load_tokenizer
+from exgrpo_fast.cli import main
+from exgrpo_fast.cli.doctor import check_forward_pass
+from exgrpo_fast.config import Config, ConfigError, validate
+from exgrpo_fast.model.folder_settings import (
+    FolderError,
+    positions,
+    read_generation_config,
+    refuse_quantised,
+)
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, PolicyError, load_model
+
+Edit = Callable[..., Path]
+
+
+@pytest.fixture
+def edited(model_folder: Path, tmp_path: Path) -> Edit:
+    """edited(file, **values): a copy of the folder with values of one JSON file changed."""
+
+    def edit(file: str, **values: Any) -> Path:
+        copy = tmp_path / "edited"
+        if not copy.exists():
+            shutil.copytree(model_folder, copy)
+        path = copy / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return copy
+
+    return edit
+
+
+def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
+    return validate({"model": {"name": str(folder)}} | sections)
+
+
+def lines_of(folder: Path, **sections: dict[str, Any]) -> list[str]:
+    return check_folder(config_of(folder, **sections), str(folder), load_tokenizer(str(folder)))
+
+
+def command(*words: str | Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return int(ended.value.code or 0)
+
+
+# --- overridden and named -------------------------------------------------------------------------
+
+
+def test_a_plain_folder_has_nothing_to_say(model_folder: Path) -> None:
+    assert lines_of(model_folder) == []
+
+
+def test_sampling_defaults_are_named_and_kept_in_checkpoints(edited: Edit, tmp_path: Path) -> None:
+    """num_return_sequences with greedy decoding: transformers refuses to load or save it."""
+    folder = edited("generation_config.json", num_return_sequences=2, temperature=0.6, top_p=1.0)
+    (line,) = lines_of(folder)
+    assert "not followed: temperature 0.6, num_return_sequences 2 (tokens are drawn" in line
+    model = load_model(str(folder))
+    assert model.generation_config is not None
+    assert model.generation_config.temperature == 0.6
+    model.save_pretrained(tmp_path / "saved")
+    assert load_model(str(tmp_path / "saved")).generation_config.num_return_sequences == 1  # type: ignore
+
+
+def test_a_cache_that_is_switched_off_is_used_all_the_same(edited: Edit) -> None:
+    folder = edited("config.json", use_cache=False)
+    assert "use_cache False" in lines_of(folder)[0]
+    assert "engine" in check_model(str(folder), device="cpu")
+
+
+def test_dropout_is_off_unless_it_is_asked_for(edited: Edit) -> None:
+    folder = edited("config.json", attention_dropout=0.3)
+    assert "attention_dropout 0.3" in lines_of(folder)[0]
+    assert lines_of(folder, model={"name": str(folder), "dropout": True}) == []
+    ids = Ragged.of([(5, 6, 7, 8)]), Ragged.of([torch.arange(9, 20)])
+    for dropout in (False, True):
+        policy = Policy(load_model(str(folder)), dropout=dropout)
+        same = torch.equal(
+            policy.score(*ids).logprobs, policy.score_in_training_mode(*ids).logprobs
+        )
+        assert same is not dropout
+
+
+def test_a_turn_end_that_is_no_end_token_is_said(edited: Edit) -> None:
+    template = "{% for m in messages %}<|user|>{{ m.content }}<|assistant|>{% endfor %}"
+    folder = edited("tokenizer_config.json", chat_template=template)
+    (folder / "chat_template.jinja").write_text(template)
+    (line,) = lines_of(folder)
+    assert line.startswith("warning: the chat template ends an answer with <|assistant|>, which is")
+    token = load_tokenizer(str(folder)).convert_tokens_to_ids("<|assistant|>")
+    edited("generation_config.json", eos_token_id=[1, token])
+    assert lines_of(folder) == []
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "mxfp4", "fp8"])
+def test_quantised_weights_are_refused(method: str, edited: Edit) -> None:
+    folder = edited("config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(
+        FolderError, match=rf"quantised already \({method}\), and cannot be trained"
+    ):
+        lines_of(folder)
+    with pytest.raises(FolderError, match="unknown method"):
+        refuse_quantised(SimpleNamespace(quantization_config={"bits": 4}), "x")
+
+
+def test_an_embedding_smaller_than_the_tokenizer_is_refused(edited: Edit) -> None:
+    folder = edited("config.json", vocab_size=200)
+    with pytest.raises(
+        FolderError, match=r"has 284 tokens \(ids up to 283\), and the embedding 200"
+    ):
+        lines_of(folder)
+
+
+def test_special_tokens_that_no_text_contains_may_lie_beyond(
+    model_folder: Path, edited: Edit
+) -> None:
+    """Gemma 3's text models have one for images behind their embedding."""
+    tokenizer = load_tokenizer(str(model_folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == 285
+    folder = edited("config.json", vocab_size=284)
+    assert check_folder(config_of(folder), str(folder), tokenizer) == []
+
+
+def test_generation_settings_that_contradict_themselves_are_refused(edited: Edit) -> None:
+    folder = edited("generation_config.json", num_beams=1, cache_implementation="none such")
+    with pytest.raises(FolderError, match=r"generation_config.json: "):
+        read_generation_config(str(folder))
+
+
+@pytest.mark.parametrize(
+    "words, where",
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised already (awq)"),
+        ({"vocab_size": 200}, "the embedding 200 rows"),
+        ({"max_position_embeddings": 20}, "more than the 20 positions"),
+    ],
+)
+def test_the_commands_answer_in_one_line_before_weights_are_loaded(
+    words: dict[str, Any],
+    where: str,
+    edited: Edit,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = edited("config.json", **words)
+    (folder / "model.safetensors").unlink()  # whoever opens the weights fails otherwise
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{i}?", "answer": "3"}) + "\n" for i in range(3))
+    )
+    eval_ = ["eval", "--model", folder, "--data", rows, "--prompt-field", "prompt"]
+    eval_ += ["--max-completion-tokens", "64", "--device", "cpu"]
+    train = ["train", "grpo", "--model.name", folder, "--data.train", rows, "--device", "cpu"]
+    train += ["--out", tmp_path / "run", "--rollout.max_completion_tokens", "64", "--no-supervise"]
+    train += ["--data.check_answers", "false", "--rollout.prompts_per_step", "2"]
+    for each in (eval_, train):
+        assert command(*each) == 2
+        error = capsys.readouterr().err
+        assert where in error and "Traceback" not in error
+        assert len([line for line in error.splitlines() if "exgrpo-fast: " in line]) == 1
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+def test_positions_of_a_config() -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    long: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    phi3 = Phi3Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=1024,
+        rope_parameters=long,
+        pad_token_id=0,
+    )
+    found = {
+        "llama": positions(LlamaConfig(max_position_embeddings=512)),
+        "dynamic": positions(LlamaConfig(max_position_embeddings=512, rope_parameters=dynamic)),
+        "longrope": positions(phi3),
+        "learned": positions(GPT2Config(n_positions=64)),
+    }
+    limits = {name: (p.limit, p.is_rotary, p.binds) for name, p in found.items() if p}
+    assert limits == {
+        "llama": (512, True, False),
+        "dynamic": (512, True, True),
+        "longrope": (1024, True, True),
+        "learned": (64, False, True),
+    }
+
+
+def test_frequencies_that_follow_the_length_are_used_as_far_as_they_do_not() -> None:
+    """Dynamic NTK: a long sequence in a pack would change the short one's log-probs."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope))
+    policy = Policy(model)
+    prompts = [(5, 6, 7), tuple(range(3, 43))]
+    alone = policy.score(Ragged.of(prompts[:1]), Ragged.of([torch.arange(8, 20)])).logprobs
+    beside = [torch.arange(8, 20), torch.arange(8, 32)]
+    both = policy.score(Ragged.of(prompts), Ragged.of(beside)).split()[0][0]
+    torch.testing.assert_close(both, alone, atol=1e-6, rtol=0)
+    with pytest.raises(
+        PolicyError, match="a sequence of 71 tokens is longer than its 64 positions"
+    ):
+        policy.score(Ragged.of(prompts), Ragged.of([beside[0], torch.arange(8, 39)]))
+
+
+def test_sequences_longer_than_the_positions_are_refused(edited: Edit) -> None:
+    folder = edited("config.json", max_position_embeddings=64)
+    config = config_of(folder, rollout={"max_completion_tokens": 40})
+    refuse_too_long(config, str(folder), longest_prompt=24)
+    assert completion_room(config, str(folder), longest_prompt=30) == 34
+    with pytest.raises(
+        ConfigError, match=r"\(40\) behind a prompt of 25 tokens is more than the 64"
+    ):
+        refuse_too_long(config, str(folder), longest_prompt=25)
+    allowed = config_of(
+        folder, rollout={"max_completion_tokens": 40}, train={"allow_mismatch": True}
+    )
+    refuse_too_long(allowed, str(folder), longest_prompt=25)
+    hindsight = config_of(
+        folder,
+        rollout={"max_completion_tokens": 40},
+        hindsight={"enabled": True, "max_prompt_tokens": 100},
+    )
+    with pytest.raises(ConfigError, match="behind a prompt of 100 tokens"):
+        refuse_too_long(hindsight, str(folder), longest_prompt=5)
+
+
+# --- doctor ---------------------------------------------------------------------------------------
+
+
+def test_doctor_checks_the_forward_pass_of_a_folder(model_folder: Path, edited: Edit) -> None:
+    check = check_forward_pass(model_folder)
+    assert check.status == "ok" and check.detail.startswith("forward pass checked: packed ")
+    check = check_forward_pass(edited("config.json", quantization_config={"quant_method": "awq"}))
+    assert check.status == "fail" and "quantised already (awq)" in check.detail
