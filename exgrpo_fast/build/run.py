@@ -130,6 +130,10 @@ def open_run(
                     trainer.writer.committed = state["num_steps"]
                 if expected is not None and wants_preflight(config, device):
                     screen.note(run_preflight(config, trainer, expected))
+                if device == "cuda" and config.optimizer != "adamw":
+                    screen.note(
+                        f"the first update tunes or compiles {config.optimizer}: it is slow"
+                    )
                 engine.sync(state["num_steps"])
                 with screen.phase("check the forward pass"):
                     found = prove_forward(config, policy, engine, tokenizer, train[0].prompt_ids)

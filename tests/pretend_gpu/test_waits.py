@@ -13,6 +13,7 @@ from pretend_gpu.machine import PretendGpu, pretend_gpu
 from transformers import PreTrainedTokenizerFast
 
 from exgrpo_fast.build.models import make_policy
+from exgrpo_fast.core import transfer
 from exgrpo_fast.core.transfer import HostRead, to_device
 from exgrpo_fast.core.types import Group, Trajectory, Verdict
 from exgrpo_fast.model.policy import Policy
@@ -109,3 +110,20 @@ def test_figures_are_waited_for_only_where_nothing_else_was(gpu: PretendGpu) -> 
     with gpu.waits.during() as waits:
         assert beside.values().tolist() == [1.0, 1.0, 0.0]
     assert len(waits) == 0
+
+
+def test_pinned_memory_is_hardly_larger_than_what_it_holds(
+    gpu: PretendGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's allocator rounds each allocation up to a power of two."""
+    monkeypatch.setattr(transfer, "ARENA_BYTES", 2**12)
+    sizes = [900, 33, 17, 130, 260] * 20
+    given = [torch.full((n,), n, dtype=torch.int32, device="cuda") for n in sizes]
+    memory = transfer.pinned_like(given)
+    for copy, tensor in zip(memory, given, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    assert all(copy.tolist() == [n] * n for copy, n in zip(memory, sizes, strict=True))
+    taken = {copy.untyped_storage().data_ptr(): copy.untyped_storage() for copy in memory}
+    rounded = sum(1 << (storage.nbytes() - 1).bit_length() for storage in taken.values())
+    assert rounded < 1.15 * 4 * sum(sizes)

@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from exgrpo_fast.core.dtensor import from_local_shard, full_tensor, local_shard, write_shards
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
+from exgrpo_fast.core.transfer import pinned_like
 from exgrpo_fast.run.checkpoint.format import (
     CannotSave,
     Checkpoints,
@@ -254,29 +255,41 @@ class HostCopies:
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """name -> copy; the last call's copies are overwritten. Tied weights stay tied."""
         copies: dict[str, Tensor] = {}
-        for names, tensor in gathered(tensors):
+        names_of = tied_names(tensors)
+        memory: dict[str, Tensor] = {}
+        if self.keep:
+            memory = self._memory({names[0]: tensors[names[0]] for names in names_of})
+        for names in names_of:
+            tensor = full_tensor(tensors[names[0]])  # of a DTensor: a collective of all ranks
             if not self.keep:
                 continue
-            copy = self._memory(names[0], tensor).copy_(tensor, non_blocking=True)
+            copy = memory[names[0]].copy_(tensor, non_blocking=True)
             copies |= dict.fromkeys(names, copy)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         self._kept = copies
         return copies
 
-    def _memory(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self._kept.get(name)
-        if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
-            return kept
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    def _memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """That of the last call where shapes and dtypes are the same."""
+        found = {
+            name: self._kept[name]
+            for name, tensor in tensors.items()
+            if name in self._kept
+            and (self._kept[name].shape, self._kept[name].dtype) == (tensor.shape, tensor.dtype)
+        }
+        new = {name: tensor for name, tensor in tensors.items() if name not in found}
+        pinned = [name for name, tensor in new.items() if tensor.is_cuda]
+        found |= zip(pinned, pinned_like([new[name] for name in pinned]), strict=True)
+        host = {name: t for name, t in new.items() if not t.is_cuda}
+        return found | {n: torch.empty(t.shape, dtype=t.dtype) for n, t in host.items()}
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
-    """Each tensor once with all its names; a DTensor is gathered, a collective of all ranks."""
+def tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor, once for all that share its memory."""
     names_of: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
         own = local_shard(tensor)
         place = (own.data_ptr() or name, own.shape, own.stride(), own.dtype, tensor.shape)
         names_of.setdefault(place, []).append(name)
-    for names in names_of.values():
-        yield names, full_tensor(tensors[names[0]])
+    return list(names_of.values())
