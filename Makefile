@@ -31,6 +31,7 @@ test-adapters: $(ADAPTERS_VENV)/.dev ## the adapters inside the real TRL and ver
 # rewards and commands, then two steps of the toy.
 CORE := tests/training tests/model tests/rollout tests/experience/prior tests/rewards tests/cli \
 	tests/build/test_doctor.py tests/test_library_internals.py \
+	tests/pretend_gpu/test_pretend_gpu.py tests/pretend_gpu/test_waits.py \
 	tests/kernels/test_operators.py tests/kernels/test_softcap.py tests/kernels/test_from_logits.py
 TOY := train quickstart --warm_start.batches 200 --rollout.prompts_per_step 16 \
 	--data.eval_size 20 --stop-after 2 --out
