@@ -28,6 +28,7 @@ LIGHT = [
     "core.answers",
     "core.errors",
     "core.text",
+    "core.types",
     "core.heartbeat",
     "core.http_client",
     "core.torchrun",

@@ -13,7 +13,7 @@ from exgrpo_fast.config import Config
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
-from exgrpo_fast.experience.prior.source import NoPrior, PriorSource
+from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.model.policy import Policy, Tokenizer
@@ -58,7 +58,7 @@ def make_trainer(
     folder: RunFolder,
     screen: Screen,
     sink: MetricSink,
-    prior: PriorSource | NoPrior,
+    prior: Prior,
     processes: Processes = SINGLE_PROCESS,
 ) -> Trainer:
     """Sources, collector, learner, evaluator and trainer.

@@ -22,7 +22,8 @@ from exgrpo_fast.experience.hindsight.source import HindsightRecipe, HindsightSo
 from exgrpo_fast.experience.prior.compatibility import read_vocabulary, refuse_other_vocabulary
 from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
-from exgrpo_fast.experience.prior.source import NoPrior, PriorRecipe, PriorSource
+from exgrpo_fast.experience.prior.protocols import NoPrior, Prior
+from exgrpo_fast.experience.prior.source import PriorRecipe, PriorSource
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
 from exgrpo_fast.experience.question_stream import QuestionStream
@@ -135,7 +136,7 @@ def make_prior(
     tokenizer: Tokenizer,
     engine: RolloutEngine,
     vllm_prior: VllmModel | None,
-) -> PriorSource | NoPrior:
+) -> Prior:
     """`vllm_prior`: the prior that was reserved beside the vLLM in `engine`, which then drafts;
     None: both by transformers, with the trainer's own policy."""
     settings, rollout = config.prior_resampling, config.rollout

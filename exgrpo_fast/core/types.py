@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # rewards and data read this module before torch is loaded
+    from torch import Tensor
 
 SourceName = Literal["fresh", "replay", "prior", "hindsight"]
 
@@ -50,6 +52,18 @@ class Completion:
     logprobs: Tensor  # float32 [T]
     truncated: bool  # True when the length limit ended it
     weight_spans: tuple[WeightSpan, ...] = ()  # none: all of it by the present weights
+
+
+class RewardSample(NamedTuple):
+    """What one reward is asked about; `columns` are the other fields of the data row (JSON).
+
+    They hold the answer, too, where it is no text: the functions get it as the row has it.
+    """
+
+    prompt: str
+    completion: str
+    answer: str
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

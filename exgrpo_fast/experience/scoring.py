@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
-from exgrpo_fast.core.types import Completion, Question, Trajectory, Verdict
-from exgrpo_fast.rewards import (
-    FAULTS,
-    RewardError,
-    RewardPool,
-    RewardSample,
-    RubricScorer,
-    ScoreFuture,
-)
+from exgrpo_fast.core.types import Completion, Question, RewardSample, Trajectory, Verdict
 from exgrpo_fast.rollout.engine import Observer
 from exgrpo_fast.run.display import Screen
 
 Decode = Callable[[Sequence[int]], str]
-Scorer = RewardPool | RubricScorer
-# A reward that fails on such a share of the verdicts, of at least so many, fails by itself.
-NEARLY_ALL, ENOUGH = 0.95, 4
+
+
+class Scorer(Protocol):
+    """What gives verdicts: a reward pool, or a pool with a judge behind it."""
+
+    def score(
+        self, samples: Sequence[RewardSample], on_finished: Callable[[int], object]
+    ) -> list[Verdict]: ...
+
+    def refuse_faults(self, verdicts: Sequence[Verdict]) -> None:
+        """RewardError where nearly all verdicts are errors of the reward itself."""
+        ...
+
+
+@runtime_checkable
+class StreamingPool(Scorer, Protocol):
+    """A scorer that works while completions are still being generated."""
+
+    def submit(self, samples: Sequence[RewardSample], *, append_to: Any = None) -> Any: ...
+    def poll(self) -> None: ...
+    def verdicts(self, future: Any, on_finished: Callable[[int], object]) -> list[Verdict]: ...
 
 
 class Verifier:
@@ -94,8 +104,8 @@ class StreamingScorer(Observer):
         # all of them comes after.
         self.meanwhile = meanwhile if verifier.processes.count == 1 else None
         self.beside = beside
-        self.pool = verifier.rewards if isinstance(verifier.rewards, RewardPool) else None
-        self.future: ScoreFuture | None = None
+        self.pool = verifier.rewards if isinstance(verifier.rewards, StreamingPool) else None
+        self.future: Any = None  # the pool's, with the verdicts so far
         self.places: list[int] = []  # of the samples handed in, in that order
         self.samples: list[RewardSample] = []
 
@@ -141,14 +151,7 @@ class StreamingScorer(Observer):
                 found = self.pool.verdicts(self.future, advance)
             else:
                 found = rewards.score([*self.samples, *samples], advance)
-        refuse_failing_reward(found, rewards.fault)
+        rewards.refuse_faults(found)
         by_place = dict(zip(self.places, found, strict=False))
         in_order = [by_place[place] for place in range(len(self.questions))]
         return in_order + found[len(in_order) :]
-
-
-def refuse_failing_reward(verdicts: Sequence[Verdict], fault: str) -> None:
-    """RewardError where nearly all verdicts are errors of the reward itself; `fault`: the last."""
-    num_faults = sum(verdict.reason.startswith(FAULTS) for verdict in verdicts)
-    if num_faults >= max(ENOUGH, NEARLY_ALL * len(verdicts)):
-        raise RewardError(f"{num_faults} of {len(verdicts)} rewards are errors; {fault}")

@@ -19,7 +19,7 @@ from exgrpo_fast.core.types import Completion, Group, Question, Trajectory, Verd
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSource
 from exgrpo_fast.experience.prior.metrics import GuidanceCost
-from exgrpo_fast.experience.prior.source import Guided, NoPrior, PriorSource
+from exgrpo_fast.experience.prior.protocols import PendingGuidance, Prior
 from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.experience.replay.protocol import Replay, StepPlan
 from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
@@ -112,7 +112,7 @@ class Collector:
         fresh: FreshSource,
         replay: Replay,
         verifier: Verifier,
-        prior: PriorSource | NoPrior,
+        prior: Prior,
         hindsight: HindsightSource | None = None,
         screen: Screen,
         advantages: AdvantageRule,
@@ -237,7 +237,7 @@ class Collector:
         self,
         begun: PendingBatch,
         question_of: Sequence[Question],
-        guided: Guided,
+        guided: PendingGuidance,
         clock: Clock,
         on_poll: Callable[[], None],
     ) -> tuple[list[Completion], StreamingScorer]:

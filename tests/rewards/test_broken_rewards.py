@@ -12,10 +12,10 @@ from conftest import make_questions
 from exgrpo_fast.build.rewards import check_rewards
 from exgrpo_fast.config import validate
 from exgrpo_fast.core.types import Verdict
-from exgrpo_fast.experience.scoring import refuse_failing_reward
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample
 from exgrpo_fast.rewards.pool import worker
 from exgrpo_fast.rewards.pool.calling import SoftTimeout
+from exgrpo_fast.rewards.pool.jobs import refuse_failing_reward
 
 REWARDS = '''
 import asyncio

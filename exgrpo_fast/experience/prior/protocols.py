@@ -1,7 +1,8 @@
-"""What the driver asks of the engine that drafts and of the prior that scores.
+"""What the driver asks of the engine that drafts and of the prior that scores; and, at the end, what
+the collector asks of both together.
 
 Every call names whole prefixes, so an engine without memory can answer it (with a prefix cache it
-is cheap); one that keeps a cache of its own finds what it has already read (transformers_lane.py).
+is cheap); one that keeps a cache of its own finds what it has already read (hf_backend.py).
 Answers may be late: an engine that is stepped returns a reply that becomes ready.
 
 Legend: m drafted tokens, V tokens of the vocabulary.
@@ -10,9 +11,12 @@ Legend: m drafted tokens, V tokens of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
+
+from exgrpo_fast.core.types import Question, Trajectory
+from exgrpo_fast.experience.prior.metrics import GuidanceCost
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -120,3 +124,64 @@ class PriorScorer(Protocol):
     def forget(self) -> None:
         """The session is over: drop what belongs to its responses."""
         ...
+
+
+# --- what the collector asks of a prior -----------------------------------------------------------
+
+
+class PendingGuidance(Protocol):
+    """The guided completions of one call, in the making."""
+
+    def advance(self) -> None:
+        """As far as it goes without waiting."""
+        ...
+
+
+class Prior(Protocol):
+    """A source of guided completions; `PriorSource` is the one with a prior policy."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether completions are guided while the fresh ones are generated."""
+        ...
+
+    def counts(self, num_questions: int, *, step: int) -> list[int]:
+        """Guided completions of each question."""
+        ...
+
+    def begin(
+        self, questions: Sequence[Question], counts: Sequence[int], *, step: int
+    ) -> PendingGuidance: ...
+
+    def score(
+        self, guided: Any, fresh: Sequence[Trajectory], *, step: int
+    ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
+        """(guided trajectories, the fresh ones, what it took); `guided`: what `begin` returned."""
+        ...
+
+    def judged(self, trajectory: Trajectory) -> Trajectory:
+        """A trajectory with its verdict, as it goes into its group."""
+        ...
+
+
+class NoPrior:
+    """The run without a prior: every slot is fresh or replayed."""
+
+    concurrent = False
+
+    def counts(self, num_questions: int, *, step: int) -> list[int]:
+        return [0] * num_questions
+
+    def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> NoPrior:
+        return self
+
+    def advance(self) -> None:
+        pass
+
+    def score(
+        self, guided: Any, fresh: Sequence[Trajectory], *, step: int
+    ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
+        return [], list(fresh), GuidanceCost()
+
+    def judged(self, trajectory: Trajectory) -> Trajectory:
+        return trajectory

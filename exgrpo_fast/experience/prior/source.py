@@ -236,26 +236,6 @@ class PriorSource:
         )
 
 
-class NoPrior:
-    """The run without a prior: every slot is fresh or replayed."""
-
-    concurrent = False
-
-    def counts(self, num_questions: int, *, step: int) -> list[int]:
-        return [0] * num_questions
-
-    def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> Guided:
-        return Guided([], [])
-
-    def score(
-        self, guided: Guided, fresh: Sequence[Trajectory], *, step: int
-    ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
-        return [], list(fresh), GuidanceCost()
-
-    def judged(self, trajectory: Trajectory) -> Trajectory:
-        return trajectory
-
-
 def reweighted(trajectory: Trajectory, factors_T: Tensor) -> Trajectory:
     """Its tokens and its share of the baseline weighted: a reward whose response hardly weighs must
     not push the others down (docs/eapo.md)."""

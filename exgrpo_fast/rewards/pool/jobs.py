@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+from exgrpo_fast.core.types import RewardSample
+from exgrpo_fast.rewards.judgement import RewardError
 
 # Reasons that speak of a broken reward rather than of a completion; the first one is a prefix.
 FAULTS = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
-
-
-class RewardSample(NamedTuple):
-    """What one reward is asked about; `columns` are the other fields of the data row (JSON).
-
-    They hold the answer, too, where it is no text: the functions get it as the row has it.
-    """
-
-    prompt: str
-    completion: str
-    answer: str
-    columns: Mapping[str, Any] = MappingProxyType({})
+# A reward that fails on such a share of the verdicts, of at least so many, fails by itself.
+NEARLY_ALL, ENOUGH = 0.95, 4
 
 
 class Scored(NamedTuple):
@@ -133,3 +125,15 @@ class ScoreFuture:
 
 def _as_json(sample: RewardSample) -> str:
     return json.dumps([*sample[:3], dict(sample.columns)], default=str)
+
+
+class HasReason(Protocol):
+    @property
+    def reason(self) -> str: ...
+
+
+def refuse_failing_reward(verdicts: Sequence[HasReason], fault: str) -> None:
+    """RewardError where nearly all verdicts are errors of the reward itself; `fault`: the last."""
+    num_faults = sum(verdict.reason.startswith(FAULTS) for verdict in verdicts)
+    if num_faults >= max(ENOUGH, NEARLY_ALL * len(verdicts)):
+        raise RewardError(f"{num_faults} of {len(verdicts)} rewards are errors; {fault}")

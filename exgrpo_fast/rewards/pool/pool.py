@@ -35,17 +35,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
+from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import REWARDS, as_reference, check_reference
-from exgrpo_fast.rewards.pool.jobs import FAULTS, Job, RewardSample, Scored, ScoreFuture
+from exgrpo_fast.rewards.pool.jobs import FAULTS, Job, Scored, ScoreFuture, refuse_failing_reward
 from exgrpo_fast.rewards.pool.worker_process import WorkerProcess, inside_worker
 from exgrpo_fast.rewards.rubrics.rubrics import RubricText
-
-if TYPE_CHECKING:  # experience.py loads torch, which a reward alone does not need
-    from exgrpo_fast.core.types import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -247,9 +245,11 @@ class RewardPool:
         self, future: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
     ) -> list[Verdict]:
         """`finish`, as the trainer's `Verdict`."""
-        from exgrpo_fast.core.types import Verdict
-
         return [Verdict(*scored) for scored in self.finish(future, on_finished)]
+
+    def refuse_faults(self, verdicts: Sequence[Verdict]) -> None:
+        """RewardError where nearly all verdicts are errors of the reward itself."""
+        refuse_failing_reward(verdicts, self.fault)
 
     def cancel(self, future: ScoreFuture) -> None:
         """Cancel what a future still lacks; it is unscored with reason `cancelled`.

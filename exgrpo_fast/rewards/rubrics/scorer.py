@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
-from exgrpo_fast.rewards.pool.jobs import RewardSample, Scored
+from exgrpo_fast.rewards.pool.jobs import Scored
 from exgrpo_fast.rewards.pool.pool import RewardPool
 from exgrpo_fast.rewards.rubrics.rubrics import RubricText, summarise
 
-if TYPE_CHECKING:  # the one needs an HTTP client, the other torch
-    from exgrpo_fast.core.types import Verdict
+if TYPE_CHECKING:  # it needs an HTTP client
     from exgrpo_fast.rewards.rubrics.judge import Judge, JudgeRequest
 
 
@@ -32,9 +32,8 @@ class RubricScorer:
         self.pool = pool
         self._judge = judge
 
-    @property
-    def fault(self) -> str:
-        return self.pool.fault
+    def refuse_faults(self, verdicts: Sequence[Verdict]) -> None:
+        self.pool.refuse_faults(verdicts)
 
     @property
     def rubrics(self) -> dict[str, RubricText]:
@@ -56,8 +55,6 @@ class RubricScorer:
         on_finished: Callable[[int], object] = lambda count: None,
     ) -> list[Verdict]:
         """One verdict per sample, in order; `on_finished(count)` after the pool and the judge."""
-        from exgrpo_fast.core.types import Verdict
-
         return [Verdict(*scored) for scored in self.run(samples, on_finished=on_finished)]
 
     def run(

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from exgrpo_fast.core.types import RewardSample
 from exgrpo_fast.data import DataError, check_data
-from exgrpo_fast.rewards.pool.jobs import RewardSample
 from exgrpo_fast.rewards.pool.pool import RewardPool
 from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
 from exgrpo_fast.rewards.verifiers.numerals import plain_form

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from exgrpo_fast.rewards.pool.jobs import RewardSample
+from exgrpo_fast.core.types import RewardSample
 from exgrpo_fast.rewards.pool.pool import RewardPool
 
 MORE_TRIES = 3  # of an answer that took too long
