@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from exgrpo_fast.build.engines import find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
@@ -33,7 +34,7 @@ from exgrpo_fast.run.sinks import (
     TensorBoardSink,
     WandbSink,
 )
-from exgrpo_fast.training.advantages import ADVANTAGES, AdvantageRule, grpo_sample_std
+from exgrpo_fast.training.advantages import ADVANTAGES, AdvantageRule, grpo_sample_std, quantile
 from exgrpo_fast.training.bad_batches import BadBatches, NoBadBatches
 from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.collector import Collector, OverlongRule
@@ -41,6 +42,13 @@ from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
 from exgrpo_fast.training.reference import Reference
+from exgrpo_fast.training.token_advantages import (
+    ClipCov,
+    EntropyShaping,
+    HighEntropyTokens,
+    KLCov,
+    Rule,
+)
 from exgrpo_fast.training.trainer import Trainer
 from exgrpo_kernels import PolicyObjective
 
@@ -103,6 +111,7 @@ def make_trainer(
             mask_truncated=algorithm.overlong.mask_truncated,
             replay_coef=config.replay.coef,
         ),
+        token_rules=make_token_rules(config),
         minibatches=config.train.minibatches,
         reference=reference,
         sparsity=config.train.sparsity,
@@ -134,8 +143,26 @@ def make_trainer(
     )
 
 
+def make_token_rules(config: Config) -> list[Rule]:
+    """In the order in which they are applied."""
+    tokens, seed = config.algorithm.tokens, config.train.seed
+    rules: list[Rule] = []
+    if tokens.entropy_shaping > 0:
+        rules.append(EntropyShaping(tokens.entropy_shaping, tokens.entropy_shaping_cap))
+    if tokens.high_entropy_share < 1:
+        rules.append(HighEntropyTokens(tokens.high_entropy_share, tokens.divide_by))
+    if tokens.clip_cov > 0:
+        rules.append(ClipCov(tokens.clip_cov, *tokens.clip_cov_range, seed))
+    if tokens.kl_cov > 0:
+        rules.append(KLCov(tokens.kl_cov))
+    return rules
+
+
 def make_advantages(config: Config) -> AdvantageRule:
     algorithm = config.algorithm
+    if algorithm.advantage == "quantile":
+        advantage = partial(quantile, share=algorithm.quantile, std=algorithm.std)
+        return AdvantageRule(advantage, config.replay.baseline)
     with_sample_std = (algorithm.advantage, algorithm.std) == ("grpo", "sample")
     advantage = grpo_sample_std if with_sample_std else ADVANTAGES[algorithm.advantage]
     return AdvantageRule(advantage, config.replay.baseline)
@@ -152,6 +179,8 @@ def make_objective(config: Config) -> PolicyObjective:
         kl_coef=algorithm.kl.coef,
         kl_estimator=algorithm.kl.estimator,
         entropy_coef=algorithm.entropy_coef,
+        tv_low=algorithm.tv_low,
+        tv_high=algorithm.tv_high,
     )
 
 

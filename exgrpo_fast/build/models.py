@@ -30,7 +30,7 @@ from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.run.checkpoint.format import read_manifest
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.training.reference import AdapterOff, Reference
+from exgrpo_fast.training.reference import AdapterOff, BehaviourReference, Reference
 
 
 def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: str) -> str:
@@ -168,11 +168,15 @@ def make_plain_policy(
     return wrap(config, lambda: load_model(name, dtype=dtype), device=device, processes=processes)
 
 
-def make_reference(config: Config, name: str, policy: Policy, *, device: str) -> Reference | None:
+def make_reference(
+    config: Config, name: str, policy: Policy, *, device: str
+) -> Reference | BehaviourReference | None:
     """The frozen policies of a KL term; with adapters the base is the policy with them switched off."""
     kl = config.algorithm.kl
     if kl.coef == 0.0:
         return None
+    if kl.reference == "behaviour":
+        return BehaviourReference()
 
     def frozen() -> Policy:
         weights = getattr(torch, config.model.weights)

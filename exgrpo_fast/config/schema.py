@@ -78,17 +78,8 @@ class Config(Section):
                 f"reward.weights has {len(self.reward.weights)} entries for "
                 f"{len(self.reward.functions)} reward.functions"
             )
+        self._loss_fits()
         algorithm = self.algorithm
-        if algorithm.kl.previous_share and algorithm.kl.estimator == "k3":
-            raise ValueError(
-                "algorithm.kl.previous_share joins two KL terms, which the estimator k3 does not "
-                "allow; set algorithm.kl.estimator to k2"
-            )
-        if algorithm.dual_clip is not None and algorithm.surrogate != "clip":
-            raise ValueError(
-                f"algorithm.dual_clip belongs to algorithm.surrogate clip, not to "
-                f"{algorithm.surrogate}; set it to null"
-            )
         if self.reward.judge and len(self.reward.functions) != 1:
             raise ValueError("reward.judge goes with one set of rubrics in reward.functions")
         soft, limit = algorithm.overlong.soft_penalty_tokens, self.rollout.max_completion_tokens
@@ -109,6 +100,71 @@ class Config(Section):
             )
         self._one_pack_holds_an_update()
         return self
+
+    def _loss_fits(self) -> None:
+        """What `PolicyObjective` refuses, and columns that cannot mean two things."""
+        algorithm, kl = self.algorithm, self.algorithm.kl
+        if kl.previous_share and kl.estimator not in ("k1", "k2"):
+            raise ValueError(
+                f"algorithm.kl.previous_share joins two KL terms, which the estimator "
+                f"{kl.estimator} does not allow; set algorithm.kl.estimator to k2"
+            )
+        if kl.reference == "behaviour" and (kl.previous_share or kl.rebase_at_step is not None):
+            raise ValueError(
+                "algorithm.kl.previous_share and rebase_at_step need algorithm.kl.reference initial"
+            )
+        if algorithm.dual_clip is not None and algorithm.surrogate != "clip":
+            raise ValueError(
+                f"algorithm.dual_clip belongs to algorithm.surrogate clip, not to "
+                f"{algorithm.surrogate}; set it to null"
+            )
+        self._token_advantages_fit()
+        has_trust_region = algorithm.tv_low is not None or algorithm.tv_high is not None
+        moves_ratio = self.replay.enabled and self.replay.weight == "proximal"
+        if moves_ratio and (has_trust_region or (kl.coef and kl.estimator == "k3_ratio")):
+            raise ValueError(
+                "replay.weight proximal shifts the ratio, which algorithm.tv_low, tv_high and the "
+                "KL estimator k3_ratio read; use another weight"
+            )
+        if not has_trust_region:
+            return
+        if algorithm.surrogate not in ("clip", "cispo") or algorithm.ratio_level != "token":
+            raise ValueError(
+                "algorithm.tv_low and tv_high need algorithm.surrogate clip or cispo and "
+                "algorithm.ratio_level token"
+            )
+        if algorithm.surrogate == "clip":
+            for name in ("clip_low", "clip_high", "dual_clip"):
+                if getattr(algorithm, name) is not None:
+                    raise ValueError(
+                        f"algorithm.tv_low and tv_high replace the clip; set algorithm.{name} "
+                        "to null"
+                    )
+
+    def _token_advantages_fit(self) -> None:
+        algorithm, tokens = self.algorithm, self.algorithm.tokens
+        if tokens.kl_cov > 0:
+            kl = algorithm.kl
+            if kl.coef == 0 or (kl.estimator, kl.reference) != ("abs", "behaviour"):
+                raise ValueError(
+                    "algorithm.tokens.kl_cov needs algorithm.kl.coef above 0, estimator abs and "
+                    "reference behaviour"
+                )
+            if self.train.minibatches == 1:
+                raise ValueError(
+                    "algorithm.tokens.kl_cov has no effect with train.minibatches 1: its term is "
+                    "0 until the policy has moved; set train.minibatches to 2 or more"
+                )
+        low, high = tokens.clip_cov_range
+        if tokens.clip_cov > 0 and not low < high:
+            raise ValueError(
+                f"algorithm.tokens.clip_cov_range must be increasing, got [{low:g}, {high:g}]"
+            )
+        if algorithm.advantage == "quantile" and self.prior_resampling.enabled:
+            raise ValueError(
+                "algorithm.advantage quantile has no weighted mean, which prior_resampling needs; "
+                "use dr_grpo or grpo"
+            )
 
     def _one_pack_holds_an_update(self) -> None:
         """Where gradients are released, nothing is left to sum over packs."""

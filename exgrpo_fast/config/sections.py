@@ -291,11 +291,15 @@ class RolloutConfig(Section):
 
 
 class KLConfig(Section):
-    """A KL term towards the initial policy; the reference is loaded only where coef is above 0."""
+    """A KL term towards a frozen policy, which is loaded only where coef is above 0."""
 
     coef: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="weight of the term")
-    estimator: Literal["k1", "k2", "k3"] = Field(
+    estimator: Literal["k1", "k2", "k3", "k3_ratio", "k3_plus", "abs"] = Field(
         default="k3", description="of the KL: docs/losses.md"
+    )
+    reference: Literal["initial", "behaviour"] = Field(
+        default="initial",
+        description="the initial policy, or the behaviour log-probs, which need no second model",
     )
     previous_share: Fraction = Field(
         default=0.0, description="share of the term towards the policy of the preceding step"
@@ -331,14 +335,44 @@ class MismatchConfig(Section):
     )
 
 
+class TokensConfig(Section):
+    """Advantages of single tokens, by their entropies and log-probs: docs/losses.md."""
+
+    high_entropy_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="only this share of tokens, of highest entropy, has an advantage"
+    )
+    divide_by: Literal["kept", "all"] = Field(
+        default="kept", description="tokens that high_entropy_share counts in the normaliser"
+    )
+    entropy_shaping: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="advantages grow by so much x the token's entropy; 0 = not"
+    )
+    entropy_shaping_cap: Annotated[float, Field(gt=1.0)] = Field(
+        default=2.0, description="but at most by |advantage| / cap"
+    )
+    clip_cov: Fraction = Field(
+        default=0.0, description="Clip-Cov: share of tokens, drawn, without a gradient"
+    )
+    clip_cov_range: tuple[float, float] = Field(
+        default=(1.0, 5.0), description="drawn from tokens whose covariance lies between"
+    )
+    kl_cov: Fraction = Field(
+        default=0.0, description="KL-Cov: the KL term is on this share, of largest covariance"
+    )
+
+
 class AlgorithmConfig(Section):
     """Advantage and loss: docs/losses.md. A recipe sets these; touch them to change the method."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
+    advantage: Literal["grpo", "dr_grpo", "rloo", "quantile"] = Field(
         default="dr_grpo", description="estimator: docs/losses.md"
     )
     std: Literal["population", "sample"] = Field(
-        default="population", description="of advantage grpo: over K, or over K - 1 as verl's"
+        default="population",
+        description="of advantage grpo and quantile: over K, or over K - 1 as verl's",
+    )
+    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.4, description="of a group's rewards, the baseline of advantage quantile"
     )
     surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = Field(
         default="clip", description="policy loss: docs/losses.md"
@@ -355,11 +389,20 @@ class AlgorithmConfig(Section):
     dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
         default=None, description="largest ratio where the advantage is negative; null = none"
     )
+    tv_low: PositiveFloat | None = Field(
+        default=None,
+        description="DPPO: no gradient where a probability fell by more, at A <= 0; null = no bound",
+    )
+    tv_high: PositiveFloat | None = Field(
+        default=None,
+        description="DPPO: no gradient where a probability rose by more, at A > 0; null = no bound",
+    )
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         default="constant",
         description="what the token sum is divided by; constant = max_completion_tokens",
     )
     entropy_coef: float = Field(default=0.0, description="weight of the entropy bonus")
+    tokens: TokensConfig = TokensConfig()
     kl: KLConfig = KLConfig()
     overlong: OverlongConfig = OverlongConfig()
     mismatch: MismatchConfig = MismatchConfig()

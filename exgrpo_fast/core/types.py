@@ -191,6 +191,7 @@ class TokenColumns:
     shaping: Tensor  # float32 [N]
     sequence_ids: Tensor  # int64 [N], which trajectory of the micro-batch (sequence-level ratios)
     ref_logprobs: Tensor | None = None  # float32 [N], only when a KL term is on
+    kl_weights: Tensor | None = None  # float32 [N], where the KL term is not on all tokens alike
 
     def __post_init__(self) -> None:
         sizes = {f.name: getattr(self, f.name).shape for f in fields(self) if self._has(f.name)}

@@ -288,7 +288,7 @@ def activation_rows(made: Update) -> dict[str, Bytes]:
 def num_references(config: Config) -> int:
     """Whole frozen copies; with adapters the base is the model without them."""
     kl = config.algorithm.kl
-    if kl.coef == 0.0:
+    if kl.coef == 0.0 or kl.reference == "behaviour":
         return 0
     is_free = config.model.lora is not None and kl.rebase_at_step is None
     return (0 if is_free else 1) + (1 if kl.previous_share else 0)

@@ -77,6 +77,7 @@ SECTIONS: dict[str, list[Metric]] = {
         Metric("clip_frac_low", "", "clipped at the lower bound, of unshaped tokens"),
         Metric("clip_frac_high", "", "clipped at the upper bound, of unshaped tokens"),
         Metric("dual_clip_frac", "", "cut by dual-clip, of unshaped tokens"),
+        Metric("tv_frac", "", "silenced by tv_low or tv_high, of unshaped tokens"),
         Metric("log_ratio_clamped", "tokens", "whose log-ratio met the limit of 20"),
         Metric("approx_kl", "nats", "KL(behaviour to policy), k3 estimate, unshaped tokens"),
         Metric("shaped_mean", "", "mean shaped ratio of the shaped tokens"),

@@ -50,6 +50,29 @@ def rloo(rewards: Sequence[float], of: Sequence[float] | None = None) -> list[fl
     return [a * len(rewards) / others for a in dr_grpo(rewards)]
 
 
+def quantile(
+    rewards: Sequence[float],
+    of: Sequence[float] | None = None,
+    *,
+    share: float = 0.4,
+    std: Literal["population", "sample"] = "population",
+) -> list[float]:
+    """(r - b) / std, b the smallest reward at or below which `share` of them lie (arXiv 2509.22611).
+
+    With rewards 0 and 1 and a success rate of at most 1 - share, b is 0 and only successes have an
+    advantage; above it b is 1 and only failures have one. The advantages of a group do not add up
+    to 0. The authors' code interpolates between rewards, which the paper does not.
+    """
+    of = rewards if of is None else of
+    if len({*rewards, *of}) <= 1:
+        return [0.0] * len(rewards)
+    baseline = sorted(of)[max(math.ceil(share * len(of) - 1e-9), 1) - 1]
+    mean = sum(of) / len(of)
+    divisor = len(of) if std == "population" else max(len(of) - 1, 1)
+    spread = math.sqrt(sum((r - mean) ** 2 for r in of) / divisor)
+    return [(r - baseline) / spread if spread > 0 else r - baseline for r in rewards]
+
+
 ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
 
 

@@ -34,6 +34,14 @@ class LossTerm(NamedTuple):
     trajectory: Trajectory
     advantage: float
     weight: float  # mask x loss normaliser
+    token_advantages: Tensor | None = None  # float32 [T]; None: `advantage` on every token
+    kl_weights: Tensor | None = None  # float32 [T], of the KL term; None: 1 on every token
+
+    @property
+    def advantages_T(self) -> Tensor:
+        if self.token_advantages is not None:
+            return self.token_advantages
+        return torch.full((self.trajectory.num_tokens,), self.advantage)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -129,9 +137,15 @@ class UpdateBatch:
     objective: PolicyObjective
 
     @staticmethod
-    def of(groups: Sequence[Group], rule: WeightRule, objective: PolicyObjective) -> UpdateBatch:
-        terms = [t for t in rule.terms(groups) if carries_gradient(t, objective)]
-        return UpdateBatch(terms, objective)
+    def of(
+        groups: Sequence[Group],
+        rule: WeightRule,
+        objective: PolicyObjective,
+        change_terms: Callable[[list[LossTerm]], list[LossTerm]] = lambda terms: terms,
+    ) -> UpdateBatch:
+        """`change_terms`: gives single tokens advantages of their own; sees all terms."""
+        terms = change_terms(rule.terms(groups))
+        return UpdateBatch([t for t in terms if carries_gradient(t, objective)], objective)
 
     def extent(self) -> Extent:
         return extent(*sequences_of([term.trajectory for term in self.terms]))
@@ -176,6 +190,8 @@ class UpdateBatch:
         }
         if references:
             columns["ref_logprobs"] = join(references)
+        if any(term.kl_weights is not None for term in terms):
+            columns["kl_weights"] = join(map(kl_weights_of, terms))
         moved = dict(zip(columns, to_device(list(columns.values()), device), strict=True))
         ids = on_host(torch.arange(len(terms)).repeat_interleave(lengths), device)
         return TokenColumns(targets=packed.targets, sequence_ids=ids, **moved)
@@ -183,17 +199,26 @@ class UpdateBatch:
 
 def carries_gradient(term: LossTerm, objective: PolicyObjective) -> bool:
     """Trajectories that cannot move the weights are not even read; they stay in every denominator."""
-    has_term = term.advantage != 0.0 or objective.kl_coef != 0.0 or objective.entropy_coef != 0.0
-    return term.weight != 0.0 and has_term
+    if term.weight == 0.0:
+        return False
+    has_term = objective.kl_coef != 0.0 or objective.entropy_coef != 0.0
+    if term.token_advantages is not None:
+        return has_term or bool(term.token_advantages.any())
+    return has_term or term.advantage != 0.0
 
 
 def ratio_columns_of(term: LossTerm, objective: PolicyObjective) -> tuple[Tensor, Tensor]:
     """(denominators of the ratio [T], advantages [T]) of one trajectory."""
     behaviour, proximal = term.trajectory.behaviour_logprobs, term.trajectory.proximal_logprobs
     if proximal is None:
-        return behaviour, torch.full_like(behaviour, term.advantage)
+        return behaviour, term.advantages_T
     moved = moved_clip(behaviour, proximal, term.advantage, objective)
-    return moved.behaviour_logprobs, term.advantage * moved.factors
+    return moved.behaviour_logprobs, term.advantages_T.to(moved.factors.device) * moved.factors
+
+
+def kl_weights_of(term: LossTerm) -> Tensor:
+    """float32 [T]: its `kl_weights`, or ones."""
+    return torch.ones(term.trajectory.num_tokens) if term.kl_weights is None else term.kl_weights
 
 
 def factors_of(trajectory: Trajectory) -> Tensor:

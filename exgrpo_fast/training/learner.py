@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from exgrpo_fast.core.types import Group
@@ -10,7 +11,8 @@ from exgrpo_fast.model.oom import retry_smaller_on_oom
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.training.batch import TrainingPack, UpdateBatch, WeightRule
 from exgrpo_fast.training.optim.optimiser import Optimiser
-from exgrpo_fast.training.reference import Reference
+from exgrpo_fast.training.reference import BehaviourReference, Reference
+from exgrpo_fast.training.token_advantages import Rule, apply_rules
 from exgrpo_fast.training.update_stats import UnreadSums, UpdateReport
 from exgrpo_kernels import NonFiniteHidden, PolicyLoss, PolicyObjective, linear_policy_loss
 
@@ -24,12 +26,14 @@ class Learner:
         optimiser: Optimiser,
         *,
         weights: WeightRule,
+        token_rules: Sequence[Rule] = (),
         minibatches: int = 1,
-        reference: Reference | None = None,
+        reference: Reference | BehaviourReference | None = None,
         sparsity: str | float = "auto",
         tail: str = "drop",
     ) -> None:
-        """`reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
+        """`token_rules`: give single tokens of an update advantages of their own, in this order.
+        `reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
 
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
@@ -37,6 +41,7 @@ class Learner:
         self.policy.sizes.halves_packs = optimiser.sums_packs
         self.optimiser = optimiser
         self.weights = weights
+        self.token_rules = token_rules
         self.minibatches = minibatches
         self.reference = reference
         self.sparsity, self.tail = sparsity, tail
@@ -54,7 +59,7 @@ class Learner:
             groups = self.reference.score(groups)  # before the weights of the step change
             self.reference.follow(self.policy)
         for minibatch in split_evenly(groups, self.minibatches):
-            batch = UpdateBatch.of(minibatch, self.weights, objective)
+            batch = self._batch_of(minibatch, objective)
             self._update_once(batch, report, on_tokens)
         if self.reference is not None:
             self.reference.finish_step(self.policy)
@@ -62,6 +67,10 @@ class Learner:
             report.skipped["update_without_gradient"] += 1
         report.chunk_halvings, report.microbatch_halvings = self.policy.sizes.take_halvings()
         return report
+
+    def _batch_of(self, groups: Sequence[Group], objective: PolicyObjective) -> UpdateBatch:
+        rules = partial(apply_rules, self.token_rules)
+        return UpdateBatch.of(groups, self.weights, objective, rules)
 
     def _update_once(
         self, batch: UpdateBatch, report: UpdateReport, on_tokens: Callable[[int], None]
@@ -120,6 +129,7 @@ class Learner:
                 shaping=columns.shaping,
                 ref_logprobs=columns.ref_logprobs,
                 sequence_ids=columns.sequence_ids,
+                kl_weights=columns.kl_weights,
                 objective=objective,
                 weight_main_grad=head_gradient_VD,
                 bias=bias,
@@ -134,7 +144,7 @@ class Learner:
         """The passes of one update and nothing of its effect: gradients are made and dropped."""
         if objective.kl_coef and self.reference is not None:
             groups = self.reference.score(groups)
-        self._backward(UpdateBatch.of(groups, self.weights, objective))
+        self._backward(self._batch_of(groups, objective))
         self.optimiser.discard()
 
     # --- persistence ---

@@ -111,6 +111,30 @@ class Reference:
                 policy.model.load_state_dict(state[name], strict=False)
 
 
+class BehaviourReference:
+    """A KL term towards the policy that produced each token: its log-probs are there already."""
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The same groups, `behaviour_logprobs` as their `ref_logprobs`."""
+        return [replace(g, trajectories=tuple(map(_with_own, g.trajectories))) for g in groups]
+
+    def follow(self, policy: Policy) -> None:
+        """Nothing is kept."""
+
+    def finish_step(self, policy: Policy) -> None:
+        """Nothing is kept."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing was saved."""
+
+
+def _with_own(trajectory: Trajectory) -> Trajectory:
+    return replace(trajectory, ref_logprobs=trajectory.behaviour_logprobs)
+
+
 @torch.no_grad()
 def copy_weights(source: Policy, target: Policy) -> None:
     ours = target.model.state_dict()
