@@ -1,4 +1,4 @@
-"""Rollouts on a vLLM server that somebody else runs: evaluation only, it takes no weights.
+"""Rollouts on a vLLM server started by others: for evaluation only, it takes no weights.
 
 Token ids go to `/completions` and come back from it (`return_token_ids`), so nothing is tokenised
 twice. Each completion is a request of its own: prompts that share one would share its seed, and
@@ -74,7 +74,7 @@ class EndpointEngine(LocalEngine):
         sampling: Sampling,
         observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
-        """EngineLost where a completion cannot be had. Log-probs are the server's own: before
+        """EngineLost where a completion fails. Log-probs are the server's own: before
         temperature, unless it was started with --logprobs-mode processed_logprobs."""
         self._check_lengths(requests, sampling)
         return asyncio.run(self._generate(requests, sampling, observer))
@@ -85,12 +85,6 @@ class EndpointEngine(LocalEngine):
             f"endpoint {self.endpoint.base_url}: a plain vLLM server takes no weights; to train, "
             f"use rollout.engine vllm_server"
         )
-
-    def rest(self) -> None:
-        """Its memory is its own."""
-
-    def close(self) -> None:
-        """Connections end with each generation."""
 
     def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
         longest = max((len(r.prompt_ids) + _limit(r, sampling) for r in requests), default=0)

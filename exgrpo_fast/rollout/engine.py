@@ -1,4 +1,4 @@
-"""The protocol every rollout engine obeys, and the seeds of its requests."""
+"""The protocol of rollout engines, and the seeds of their requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ UNOBSERVED = Observer()
 
 
 class EngineLost(UserError):
-    """The engine died, hung or lost its connection; the run goes on from its last checkpoint."""
+    """The engine died, hung or lost its connection; the last checkpoint can be resumed."""
 
 
 class Generation(Protocol):
@@ -56,7 +56,7 @@ class Generation(Protocol):
 
 class RolloutEngine(Protocol):
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
-        """Begin to generate, where the engine runs elsewhere; else `wait` does all of it."""
+        """Begin to generate in an engine of another process; in this one `wait` does all of it."""
         ...
 
     def generate(
@@ -69,18 +69,18 @@ class RolloutEngine(Protocol):
         ...
 
     def sync(self, version: int) -> dict[str, float]:
-        """Take over the trainer's weights; `version` is the number of finished steps.
+        """Load the trainer's weights; `version` is the number of finished steps.
 
-        Returns figures for the step's metrics.
+        Returns metrics of the step.
         """
         ...
 
-    def rest(self) -> None:
-        """Training begins: an engine on the same GPU may have to make room until it is asked."""
+    def on_update_start(self) -> None:
+        """An engine on the same GPU may free memory until the next generation."""
         ...
 
     def close(self) -> None:
-        """Give back memory, processes and sockets."""
+        """Free memory, end processes, close sockets."""
         ...
 
 
@@ -102,15 +102,18 @@ class LocalEngine(RolloutEngine):
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
         return LazyGeneration(self, requests, sampling)
 
-    def rest(self) -> None:
+    def on_update_start(self) -> None:
         """It keeps nothing between two generations."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """It owns nothing that has to be freed."""
 
 
 class AsyncEngine(RolloutEngine):
-    """An engine whose generations begin with `start`."""
+    """An engine whose generations begin with `start`, in another process."""
+
+    def on_update_start(self) -> None:
+        """It uses none of the trainer's memory."""
 
     def generate(
         self,
@@ -119,6 +122,24 @@ class AsyncEngine(RolloutEngine):
         observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
         return self.start(requests, sampling).wait(observer)
+
+
+class EngineWrapper(AsyncEngine):
+    """Base of engines that add something to another one, to which they forward every call."""
+
+    engine: RolloutEngine
+
+    def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
+        return self.engine.start(requests, sampling)
+
+    def sync(self, version: int) -> dict[str, float]:
+        return self.engine.sync(version)
+
+    def on_update_start(self) -> None:
+        self.engine.on_update_start()
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 def request_seed(run_seed: int, step: int | str, question_id: str, sample: int) -> int:

@@ -1,9 +1,9 @@
-"""A log of finished rollouts around any engine: a run that died does not generate them again.
+"""Completions on disk, around any engine: a restarted run does not generate them again.
 
     rollouts/version_12.log   what was generated with the weights after step 12
 
 One record holds what finished together, length and xxh3-128 in front, so that a torn tail is seen
-and left aside. A request is found again by the weights' version, its own content and the sampling.
+and cut off. A request is found again by the weights' version, its own content and the sampling.
 A disk that refuses a record costs that record and nothing else.
 
 No sqlite3: its database file has no checksums, so a digest a row would stay, and a file cut in its
@@ -26,7 +26,7 @@ import xxhash
 from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
-    AsyncEngine,
+    EngineWrapper,
     Generation,
     Observer,
     Request,
@@ -44,8 +44,8 @@ _SPAN = struct.Struct("<qII")
 log = logging.getLogger(__name__)
 
 
-class JournalledEngine(AsyncEngine):
-    """Answers what the log knows, lets `engine` generate the rest, and logs what it finishes."""
+class JournalledEngine(EngineWrapper):
+    """Returns logged completions, has `engine` generate the others, and logs what it finishes."""
 
     def __init__(
         self, engine: RolloutEngine, folder: Path, *, identity: str = "", version: int = 0
@@ -62,12 +62,6 @@ class JournalledEngine(AsyncEngine):
         self._known = self._read(version)
         return self.engine.sync(version)
 
-    def rest(self) -> None:
-        self.engine.rest()
-
-    def close(self) -> None:
-        self.engine.close()
-
     def start(self, requests: Sequence[Request], sampling: Sampling) -> JournalledGeneration:
         keys = [self._key(request, sampling) for request in requests]
         known = {i: self._known[key] for i, key in enumerate(keys) if key in self._known}
@@ -83,7 +77,7 @@ class JournalledEngine(AsyncEngine):
         return JournalledGeneration(known, rest, generation, log_finished)
 
     def forget_before(self, version: int) -> None:
-        """A checkpoint with the weights of `version` is durable: no life needs the earlier ones."""
+        """Delete the logs of weights that are older than a durable checkpoint's, `version`."""
         for path in self.folder.glob("version_*.log"):
             number = path.stem.removeprefix("version_")
             if number.isdecimal() and int(number) < version:
@@ -123,10 +117,10 @@ class JournalledEngine(AsyncEngine):
 
 @dataclass(frozen=True)
 class JournalledGeneration:
-    """What the log knew, and the rest on its way."""
+    """Logged completions, and the others on their way."""
 
-    known: dict[int, Completion]  # by the caller's places, as the rest is
-    rest: list[int]
+    known: dict[int, Completion]  # by the caller's places
+    missing: list[int]  # the others' places
     generation: Generation | None
     log_finished: Callable[[Sequence[int], Sequence[Completion]], None]
 
@@ -136,18 +130,18 @@ class JournalledGeneration:
             observer.finished(list(found), list(found.values()))
         if self.generation is not None:
             made = self.generation.wait(_Recorder(self, observer))
-            found |= dict(zip(self.rest, made, strict=True))
+            found |= dict(zip(self.missing, made, strict=True))
         return [found[place] for place in range(len(found))]
 
 
 class _Recorder(Observer):
-    """Logs what finishes, and tells the caller's observer of it by the caller's places."""
+    """Logs what finishes, and calls the caller's observer with the caller's places."""
 
     def __init__(self, generation: JournalledGeneration, to: Observer) -> None:
         self.generation, self.to = generation, to
 
     def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
-        own = [self.generation.rest[place] for place in places]
+        own = [self.generation.missing[place] for place in places]
         self.generation.log_finished(own, completions)
         self.to.finished(own, completions)
 

@@ -35,7 +35,7 @@ class MismatchRule:
     min_ratio: float = 0.0
 
     def factors(self, difference_T: Tensor) -> Tensor | None:
-        """float32 [T], for the weights of a response's tokens; None where nothing is corrected."""
+        """float32 [T], for the weights of a completion's tokens; None where nothing is corrected."""
         if self.correction == "none":
             return None
         ratio_T = self._ratio(difference_T)
@@ -94,7 +94,7 @@ def measure(
     *,
     version: int,
 ) -> Mismatch:
-    """`differences`: d of each response, [T]; `version`: of the trainer's present weights."""
+    """`differences`: d of each completion, [T]; `version`: of the trainer's present weights."""
     if not differences:
         return Mismatch()
     d = torch.cat(list(differences)).double()

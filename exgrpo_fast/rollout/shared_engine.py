@@ -1,8 +1,8 @@
 """Rank 0 generates and broadcasts the completions; all ranks take part in sending the weights.
 
-An engine takes the weights from its policy, and may ask that for scores as well, as often as it
-likes. In parts, each of these is work for all processes. So the first one's engine has a policy
-that says what it is about to do, and the others do it along until they hear that the engine is done.
+An engine reads the weights of its policy, and may score with it, any number of times. With a sharded
+policy each of these is a collective. So the engine of rank 0 has a policy that broadcasts what it is
+about to do, and the other ranks do the same until rank 0 broadcasts the end.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from exgrpo_fast.rollout.server.wire import pack_completion, unpack_completion
 
 
 class SharedEngine(AsyncEngine):
-    """The engine of the first process, for all of them; the others have none of their own."""
+    """The engine of rank 0, for all ranks."""
 
     def __init__(self, engine: RolloutEngine | None, policy: Policy, processes: Processes) -> None:
-        """`engine`: made with an `AnnouncedPolicy`; None in all processes but the first."""
+        """`engine`: made with an `AnnouncedPolicy`; None on ranks other than 0."""
         assert (engine is not None) == processes.is_main
         self.engine = engine
         self.policy = policy
@@ -46,18 +46,18 @@ class SharedEngine(AsyncEngine):
 
     def sync(self, version: int) -> dict[str, float]:
         if self.engine is None:
-            return help_along(self.policy, self.processes)
+            return follow_rank0(self.policy, self.processes)
         try:
             figures = self.engine.sync(version)
         except BaseException:
-            self.processes.broadcast({"do": "give up"})
+            self.processes.broadcast({"do": "fail"})
             raise
         self.processes.broadcast({"do": "end", "figures": figures})
         return figures
 
-    def rest(self) -> None:
+    def on_update_start(self) -> None:
         if self.engine:
-            self.engine.rest()
+            self.engine.on_update_start()
 
     def close(self) -> None:
         if self.engine:
@@ -65,7 +65,7 @@ class SharedEngine(AsyncEngine):
 
 
 class SharedGeneration:
-    """Completions on their way to the first process, and from it to the others."""
+    """Completions on their way to rank 0, and from it to the other ranks."""
 
     def __init__(self, own: Generation | None, processes: Processes) -> None:
         self.own = own
@@ -93,7 +93,7 @@ def unpack_all(entries: Sequence[dict[str, Any]]) -> list[Completion]:
 
 
 class AnnouncedPolicy(Policy):
-    """What an engine needs of a sharded policy; it tells the other processes to do the same."""
+    """What an engine needs of a sharded policy: each call is broadcast, and all ranks make it."""
 
     def __init__(self, policy: Policy, processes: Processes) -> None:
         self.model = policy.model
@@ -107,31 +107,31 @@ class AnnouncedPolicy(Policy):
         yield from self.policy.named_weights()
 
     def score(
-        self, prompts: Ragged, responses: Ragged, *, on_poll: Callable[[], None] = lambda: None
+        self, prompts: Ragged, completions: Ragged, *, on_poll: Callable[[], None] = lambda: None
     ) -> Scores:
-        parts = [prompts.values, prompts.lengths, responses.values, responses.lengths]
+        parts = [prompts.values, prompts.lengths, completions.values, completions.lengths]
         self.processes.broadcast({"do": "score", "of": [part.tolist() for part in parts]})
-        return self.policy.score(prompts, responses, on_poll=on_poll)
+        return self.policy.score(prompts, completions, on_poll=on_poll)
 
 
-def help_along(policy: Policy, processes: Processes) -> dict[str, float]:
-    """Do what the first process announces until its engine has what it needs; its figures."""
+def follow_rank0(policy: Policy, processes: Processes) -> dict[str, float]:
+    """Make the calls that rank 0 broadcasts until its engine is done; its metrics."""
     while True:
-        told = processes.broadcast(None)
-        if told["do"] == "end":
-            return told["figures"]
-        if told["do"] == "weights":
+        command = processes.broadcast(None)
+        if command["do"] == "end":
+            return command["figures"]
+        if command["do"] == "weights":
             for _ in policy.named_weights():
                 pass
-        elif told["do"] == "score":
-            parts = [torch.tensor(part, dtype=torch.int64) for part in told["of"]]
+        elif command["do"] == "score":
+            parts = [torch.tensor(part, dtype=torch.int64) for part in command["of"]]
             policy.score(Ragged(parts[0], parts[1]), Ragged(parts[2], parts[3]))
         else:
             raise MainRankFailed
 
 
 class CopiedEngine(LocalEngine):
-    """Transformers' `generate` by a whole copy of the model, which the first process keeps."""
+    """Generation by an unsharded copy of the model on rank 0."""
 
     def __init__(self, engine: RolloutEngine, copy: Policy, source: AnnouncedPolicy) -> None:
         """`engine`: whose policy is `copy`."""

@@ -1,4 +1,4 @@
-"""Proof that an engine holds the trainer's weights: it draws, the trainer scores."""
+"""Check that an engine holds the trainer's weights: it samples, the trainer scores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.rollout.engine import AsyncEngine, Generation, Request, RolloutEngine, Sampling
+from exgrpo_fast.rollout.engine import EngineWrapper, Request, RolloutEngine, Sampling
 
 NUM_TOKENS = 16
 NUM_DRAWS = 4  # of the one prompt: an end of sequence may come early in some
 # Longer than two blocks of any prefix cache: keys and values of old weights would be seen.
 PROMPT_TOKENS = 288
 # Mean |log-prob difference|. Measured between vLLM and transformers on random models: 2.5e-6 in
-# float32, 0.035 in bfloat16; an update that was not taken over shows as 1e-2 to 1.
+# float32, 0.035 in bfloat16; an update that was not loaded shows as 1e-2 to 1.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
 
 
@@ -24,7 +24,7 @@ class WeightsOutOfSync(UserError):
     """The engine's log-probs are not those of the trainer's weights."""
 
 
-class VerifiedEngine(AsyncEngine):
+class VerifiedEngine(EngineWrapper):
     """An engine whose weights are checked after every update.
 
     A fixed prompt is continued by the engine under fixed seeds; the trainer scores what it drew.
@@ -48,9 +48,6 @@ class VerifiedEngine(AsyncEngine):
         self.requests = [Request(tuple(repeated[:length]), seed) for seed in range(NUM_DRAWS)]
         self.sampling = Sampling(NUM_TOKENS, policy.temperature)
 
-    def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
-        return self.engine.start(requests, sampling)
-
     def sync(self, version: int) -> dict[str, float]:
         """WeightsOutOfSync, with both numbers, where the weights did not arrive."""
         figures = self.engine.sync(version)
@@ -69,9 +66,3 @@ class VerifiedEngine(AsyncEngine):
                 f"{self.tolerance:.0e} is allowed (rollout.sync_tolerance)"
             )
         return {**figures, "sync_gap": gap}
-
-    def rest(self) -> None:
-        self.engine.rest()
-
-    def close(self) -> None:
-        self.engine.close()

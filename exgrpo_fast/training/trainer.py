@@ -92,7 +92,7 @@ class Trainer:
         replay = self.replay.finish(batch.plan, batch.generated, self.objective)
         if self.generate_ahead and step < self.max_steps:
             self.collector.begin(step + 1, clock)
-        self.engine.rest()
+        self.engine.on_update_start()
         with clock.measure("update"), self.screen.phase("update") as advance:
             update = self.learner.update(batch.groups, replay.objective, advance)
         with clock.measure("sync"), self.screen.phase("sync"):

@@ -99,5 +99,5 @@ def test_requests_pass_through(policy) -> None:
     (one,) = engine.generate([request], Sampling(6))
     (same,) = engine.start([request], Sampling(6)).wait()
     assert one.token_ids.tolist() == same.token_ids.tolist()
-    engine.rest()
+    engine.on_update_start()
     engine.close()

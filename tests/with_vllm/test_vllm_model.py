@@ -194,7 +194,7 @@ def test_scores_behind_a_prefix_are_the_trainers_whatever_is_cached(engine) -> N
 
 
 def test_tokens_say_which_weights_drew_them(engine) -> None:
-    if not engine.model.tells_versions:
+    if not engine.model.reports_versions:
         with pytest.raises(RuntimeError, match="cannot tell"):
             engine.model.add(REQUESTS[0], Sampling(16))
             engine.sync(1)

@@ -2,7 +2,7 @@
 
 A prompt is read once for all of its samples, rows that have ended leave the batch, and keys and
 values are written into memory that is allocated ahead. `generate` of transformers reads the prompt
-of every sample, carries ended rows along to the end of the longest one, and copies the cache at each
+of every sample, keeps ended rows until the longest one ends, and copies the cache at each
 token.
 
 The loop uses transformers' public interfaces alone: the model's `forward`, a `Cache`, and masks and
@@ -34,8 +34,8 @@ TOKENS_UNSEEN = 16  # on a device that works ahead: tokens between two looks at 
 
 
 class Decoding:
-    """One batch of requests. `tokens_RT` and `logprobs_RT` hold what was drawn; what stands behind
-    the end token or the limit of a row says nothing."""
+    """One batch of requests. `tokens_RT` and `logprobs_RT` hold what was drawn; positions behind
+    the end token or the limit of a row are undefined."""
 
     def __init__(
         self,

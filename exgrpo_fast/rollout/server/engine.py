@@ -1,4 +1,4 @@
-"""Rollouts by one or several rollout servers: generation goes on beside the training."""
+"""Rollouts by one or more rollout servers, which generate while the trainer updates."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ServerEngine(AsyncEngine):
         return RemoteGeneration(self.connections, requests, sampling, deadline=self.deadline)
 
     def sync(self, version: int) -> dict[str, float]:
-        """EngineLost where a server did not take the weights over."""
+        """EngineLost where a server did not load the weights."""
 
         def announce(announced: dict[str, Any]) -> Callable[[], None]:
             body = {"announced": announced, "version": version}
@@ -69,9 +69,6 @@ class ServerEngine(AsyncEngine):
         with ThreadPoolExecutor(len(self.connections)) as pool:
             self.sender.send(self.policy.named_weights(), announce)
         return {}
-
-    def rest(self) -> None:
-        """Its memory is its own."""
 
     def close(self) -> None:
         for process in self.processes:
@@ -142,11 +139,11 @@ class RemoteGeneration:
                     missing -= 1
             if missing:
                 raise EngineLost(
-                    f"rollout engine {connection.name} ended with {missing} responses missing"
+                    f"rollout engine {connection.name} ended with {missing} completions missing"
                 )
         except EngineLost as error:
             self.arrivals.put(error)
-        except Exception as error:  # a thread that dies in silence would be waited for in vain
+        except Exception as error:  # `wait` would wait for a thread that has died for ever
             self.arrivals.put(EngineLost(f"rollout engine {connection.name}: {error!r}"))
         else:
             self.arrivals.put(None)

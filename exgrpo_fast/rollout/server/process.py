@@ -36,7 +36,7 @@ class ServerConnection:
             transport=transport,
             base_url=url,
             headers={"Authorization": f"Bearer {key}"},
-            trust_env=False,  # no proxy stands between the two
+            trust_env=False,  # no proxy in between
         )
 
     def post(self, route: str, body: Mapping[str, Any], *, deadline: float) -> Any:

@@ -11,9 +11,9 @@ pickle. Here the list of routes is the one below, each asks for the key, and not
     POST /pause, /resume
     GET  /health
 
-It listens on a Unix socket, or on loopback unless told otherwise, and ends with the process that
+It listens on a Unix socket, or on loopback by default, and ends with the process that
 holds the other end of its standard input. The engine belongs to the main thread, which steps it
-and obeys between two steps; the web server has a thread of its own.
+and runs commands between two steps; the web server has a thread of its own.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Delivery:
 
 
 class EngineLoop:
-    """The main thread: obey what is waiting, step the engine, hand out what has finished."""
+    """The main thread: run queued commands, step the engine, deliver finished completions."""
 
     def __init__(self, model: VllmModel, device: torch.device) -> None:
         self.model = model
@@ -84,16 +84,16 @@ class EngineLoop:
         self.receiver: Receiver | None = None
         self.paused = False
         self.stopping = False
-        self.progress = 0  # steps and commands done; stands still when the engine hangs
+        self.progress = 0  # steps and commands done; constant when the engine hangs
 
     def run(self) -> None:
         while not self.stopping:
-            self._obey(wait=self.paused or not self.model.running)
+            self._run_commands(wait=self.paused or not self.model.running)
             if self.model.running and not self.paused:
                 self._step()
 
-    def _obey(self, *, wait: bool) -> None:
-        """Do all commands that are there; where there is nothing to step, wait for one."""
+    def _run_commands(self, *, wait: bool) -> None:
+        """Run all queued commands; `wait`: for one where there is none."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self.commands.get(block=wait)()
@@ -101,16 +101,16 @@ class EngineLoop:
                 wait = False
 
     def ask(self, command: Callable[[], Any]) -> Future[Any]:
-        """Have a command done between two steps; called from the web server's thread."""
+        """Queue a command to run between two steps; called from the web server's thread."""
         future: Future[Any] = Future()
 
-        def obey() -> None:
+        def run() -> None:
             try:
                 future.set_result(command())
             except Exception as error:
                 future.set_exception(error)
 
-        self.commands.put(obey)
+        self.commands.put(run)
         return future
 
     # --- commands ---
@@ -130,7 +130,7 @@ class EngineLoop:
         return delivery
 
     def abandon(self, delivery: Delivery) -> None:
-        """Its reader has gone: what is still open is dropped."""
+        """Its reader has gone: drop what has not finished."""
         self.model.drop_requests(list(delivery.place_of))
         delivery.place_of.clear()
         self._close_finished()
@@ -141,8 +141,8 @@ class EngineLoop:
     def update(self, announced: dict[str, Any], version: int) -> None:
         if self.receiver is None:
             raise ValueError("POST /join comes before /update")
-        if not self.model.tells_versions:
-            while self.model.running:  # their tokens could not be told apart
+        if not self.model.reports_versions:
+            while self.model.running:  # their tokens would have no version
                 self._step()
         with contextlib.closing(self.receiver.receive(announced)) as weights:
             self.model.load(weights, version)
@@ -331,16 +331,16 @@ def end_with_stdin(loop: EngineLoop, socket: str | None) -> None:
     if loop.receiver is not None:
         loop.receiver.close()
     time.sleep(10.0)
-    os._exit(1)  # a hanging engine obeys nobody
+    os._exit(1)  # the engine hangs
 
 
 def main() -> None:
     settings = ServerSettings.model_validate_json(sys.stdin.readline())
 
-    def tell(port: int) -> None:
+    def report(port: int) -> None:
         print(json.dumps({"ready": True, "port": port}), flush=True)
 
-    serve(settings, tell)
+    serve(settings, report)
 
 
 if __name__ == "__main__":

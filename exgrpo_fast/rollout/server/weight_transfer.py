@@ -36,13 +36,13 @@ class Sender(Protocol):
     """The trainer's end."""
 
     def introduce(self, rank: int) -> dict[str, Any]:
-        """What server `rank` (from 1) is told when it joins."""
+        """The body of POST /join for server `rank`, from 1."""
         ...
 
     def send(
         self, weights: NamedWeights, announce: Callable[[dict[str, Any]], Callable[[], None]]
     ) -> None:
-        """`announce` tells all servers what comes; what it returns waits for their answers."""
+        """`announce` posts /update to all servers; what it returns waits for their answers."""
         ...
 
     def close(self) -> None: ...
@@ -115,7 +115,7 @@ class SharedMemoryReceiver:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-# --- several GPUs or machines ---------------------------------------------------------------------
+# --- other GPUs or machines -----------------------------------------------------------------------
 
 
 class BroadcastSender:

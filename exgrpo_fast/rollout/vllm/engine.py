@@ -1,4 +1,4 @@
-"""vLLM in the trainer's own process: one GPU, two copies of the weights, taking turns if need be."""
+"""vLLM in the trainer's process: one GPU, two copies of the weights, one asleep if need be."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class VllmEngine(LocalEngine):
             raise
 
     def wake(self) -> None:
-        """With the weights it had, where it has rested."""
+        """With the weights it had, where it sleeps."""
         if not self.awake:
             self.sync(self.version)
 
@@ -66,7 +66,7 @@ class VllmEngine(LocalEngine):
         self.awake, self.version = True, version
         return {}
 
-    def rest(self) -> None:
+    def on_update_start(self) -> None:
         if self.sleeps and self.awake:
             self.model.sleep()
             self.awake = False

@@ -1,8 +1,8 @@
-"""vLLM as this project uses it. The only file that knows vLLM's names.
+"""vLLM behind a small interface; the only file that uses its API.
 
-Runs inside the process that calls it, be it the trainer or a rollout server. The engine is stepped
+Runs inside the process that calls it, the trainer or a rollout server. The engine is stepped
 by hand: requests can be added, and weights replaced, between two steps. Written for vLLM 0.31 to
-0.33; what they do differently is decided in one place each, by asking the installed one.
+0.33; where they differ, the installed one is inspected.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class VllmModel:
                 **machine,
             )
         self.engine: Any = self.llm.llm_engine
-        self.tells_versions = _tells_versions()
+        self.reports_versions = _reports_versions()
         # The runner for GPUs scores chosen tokens at chosen rows; the one for CPUs whole prompts.
-        self.scores_rows = device == "cuda" and self.tells_versions
+        self.scores_rows = device == "cuda" and self.reports_versions
         self.cache_block_tokens = int(self.engine.vllm_config.cache_config.block_size)
         self.num_added = 0
         self.running: set[str] = set()
@@ -172,7 +172,7 @@ class VllmModel:
                 )
 
     def take(self, keys: Container[str]) -> dict[str, Any]:
-        """Those of the given keys that are done; each can be taken once."""
+        """The results of those keys that are done; each can be taken once."""
         return {key: self.done.pop(key) for key in [k for k in self.done if k in keys]}
 
     def drop_requests(self, keys: Sequence[str] | None = None) -> None:
@@ -207,7 +207,7 @@ class VllmModel:
         )
 
     def _spans(self, output: Any, num_tokens: int) -> tuple[WeightSpan, ...]:
-        if not self.tells_versions:
+        if not self.reports_versions:
             return (WeightSpan(self.version, 0, num_tokens),)
         return tuple(
             WeightSpan(int(s.version), min(s.start, num_tokens), min(s.end, num_tokens))
@@ -222,8 +222,8 @@ class VllmModel:
         Running requests go on with the new weights, their cached keys and values made again.
         EngineLost where it breaks off: vLLM is then left between two models, for good.
         """
-        if self.running and not self.tells_versions:
-            raise RuntimeError("this vLLM cannot tell tokens of two weight versions apart")
+        if self.running and not self.reports_versions:
+            raise RuntimeError("this vLLM does not report the weight version of a token")
         try:
             with untouched_random_state():
                 self.llm.collective_rpc(
@@ -239,7 +239,7 @@ class VllmModel:
 
     def _stamp(self, version: int) -> None:
         self.version = version
-        if self.tells_versions:
+        if self.reports_versions:
             self.llm.update_weight_version(str(version))
 
     def drop_cache(self) -> None:
@@ -284,8 +284,8 @@ def untouched_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _tells_versions() -> bool:
-    """From 0.32 on a completion says which of its tokens which weights drew."""
+def _reports_versions() -> bool:
+    """From 0.32 on a completion has the weight version of each token."""
     from vllm.outputs import CompletionOutput  # pyright: ignore[reportMissingImports]
 
     return "weight_versions" in CompletionOutput.__dataclass_fields__

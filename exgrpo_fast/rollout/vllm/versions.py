@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from packaging.requirements import Requirement
+
 NEWEST_TESTED, OLDEST_TESTED = (0, 32), (0, 31)
 READ = (0, 33)  # its sources were read for this adapter; it has not run
 # The CPU build's attention has no others (vLLM 0.32).
@@ -37,7 +39,7 @@ class Trouble(NamedTuple):
 
 
 class Installed(NamedTuple):
-    """vLLM as its metadata tells it."""
+    """The installed vLLM, from its metadata."""
 
     version: str
     cpu: bool  # the build for CPUs, which has a distribution name of its own
@@ -110,8 +112,6 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _outside(vllm: Installed, name: str, installed: str | None) -> list[Trouble]:
     """What vLLM requires of a package, where the installed one is none of these."""
-    from packaging.requirements import Requirement
-
     for line in vllm.requires:
         wanted = Requirement(line)
         if wanted.name != name or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
