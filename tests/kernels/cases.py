@@ -87,7 +87,7 @@ class Case:
     device: str = "cpu"
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator(self.device).manual_seed(self.seed)
 
 
 @dataclass
@@ -100,23 +100,14 @@ class Batch:
     columns: dict[str, Any]
     objective: PolicyObjective
 
-    def to(self, device: str) -> Batch:
-        def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        columns = {name: moved(column) for name, column in self.columns.items()}
-        return Batch(
-            moved(self.hidden),
-            moved(self.weight),
-            moved(self.targets),
-            moved(self.bias),
-            moved(self.temperature),
-            columns,
-            self.objective,
-        )
-
 
 def make_batch(case: Case) -> Batch:
+    """Drawn on the device: a CPU would take minutes for the head of a large vocabulary."""
+    with torch.device(case.device):
+        return _draw(case)
+
+
+def _draw(case: Case) -> Batch:
     generator = case.generator()
 
     def normal(*shape: int) -> Tensor:
@@ -154,7 +145,7 @@ def make_batch(case: Case) -> Batch:
         softcap=case.softcap,
         logits_dtype=case.logits_dtype,
     )
-    log_ratios = LOG_RATIOS if case.extreme else LOG_RATIOS[1:-1]
+    log_ratios = (LOG_RATIOS if case.extreme else LOG_RATIOS[1:-1]).to(case.device)
     picked = torch.randint(len(log_ratios), (n,), generator=generator)
     weights = 0.1 + torch.rand(n, generator=generator)
     advantages = normal(n).float()
@@ -190,8 +181,7 @@ def make_batch(case: Case) -> Batch:
     if case.strided:
         hidden = torch.cat([hidden, hidden], 1)[:, ::2] if d > 1 else hidden.t().contiguous().t()
         weight = weight.t().contiguous().t()
-    batch = Batch(hidden, weight, targets, bias, temperature, columns, objective)
-    return batch if case.device == "cpu" else batch.to(case.device)
+    return Batch(hidden, weight, targets, bias, temperature, columns, objective)
 
 
 Outputs = dict[str, Tensor]
@@ -294,7 +284,7 @@ def check_policy_loss(case: Case, backend: str, **arguments) -> None:
 def check_logprob(case: Case, backend: str) -> None:
     """`linear_logprob` on one case, with gradients through all three outputs."""
     batch = make_batch(case)
-    upstream = torch.randn(3, case.num_rows, generator=case.generator()).to(case.device)
+    upstream = torch.randn(3, case.num_rows, generator=case.generator(), device=case.device)
 
     def run(function: Any, dtype: torch.dtype | None, **more) -> Outputs:
         tensors = [batch.hidden, batch.weight]

@@ -20,6 +20,28 @@ from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 
+class StubDriver:
+    """As much of Triton's driver as its launcher and its autotuner ask for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        return CUDA
+
+    def get_benchmarker(self) -> Any:
+        return lambda call, quantiles: [1.0 for _ in quantiles]  # nothing is timed here
+
+
 @contextlib.contextmanager
 def launched_on(gpu: Any) -> Iterator[None]:
     """Kernels take pretended tensors, and no tensor of the host beside one."""
@@ -37,32 +59,16 @@ def launched_on(gpu: Any) -> Iterator[None]:
                     )
         run(executor, *map(values_of, args), **{k: values_of(v) for k, v in kwargs.items()})
 
-    with mock.patch.object(GridExecutor, "__call__", launch):
+    with (
+        mock.patch.object(GridExecutor, "__call__", launch),
+        mock.patch.object(driver, "_active", StubDriver(90)),
+    ):
         yield
 
 
 # ---- compiled instead of run ---------------------------------------------------------------------
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # that a block may have, by capability
-
-
-class StubDriver:
-    """As much of Triton's driver as its launcher asks before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> Any:
-        return CUDA
 
 
 @contextlib.contextmanager
@@ -79,8 +85,8 @@ def compiled_for(capability: int) -> Iterator[dict[str, set[int]]]:
         found[kernel.fn.__name__].add(id(made))
         return made
 
-    driver.set_active(StubDriver(capability))  # pyright: ignore[reportArgumentType]
     with (
+        mock.patch.object(driver, "_active", StubDriver(capability)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(**sizes)),
         mock.patch.object(

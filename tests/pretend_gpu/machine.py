@@ -41,6 +41,7 @@ class PretendGpu:
 
     def __init__(self) -> None:
         self.waits = Waits()
+        self.whole_scores: list[str] = []  # where attention held its scores [B, heads, Q, K]
         self.random_state = torch.Generator().manual_seed(0).get_state()
         self._pinned: dict[int, Any] = {}
         self._arriving: list[tuple[Tensor, Tensor]] = []

@@ -44,7 +44,10 @@ RECIPES: dict[str, list[str]] = {
     "remix, sparse backward": ["remix", "--train.sparsity", "1e-4"],
     "replay-groups": ["replay-groups"],
     "repo": ["repo"],
-    "rlep": ["rlep", "--train.minibatches", "2"],
+    "rlep": [
+        *("rlep", "--train.minibatches", "2", "--algorithm.overlong.soft_penalty_tokens", "4"),
+        *("--replay.store.pool", "null", "--replay.store.pool_field", "solution"),
+    ],
     "tiles, activations on the host": [
         *("exgrpo", "--model.tile_tokens", "32", "--model.offload_activations", "true"),
     ],
@@ -62,7 +65,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the data is; `auto` looks at the tiles of the small vocabulary."""
     monkeypatch.setattr(runtime, "SPARSE_VOCABULARY", 256)
     for name, term, count in (("train", 1, 8), ("eval", 2, 3)):
-        rows = [{"prompt": f"{i} + {term}?", "answer": "3"} for i in range(count)]
+        row = {"answer": "3", "solution": "<answer>3</answer>"}
+        rows = [{"prompt": f"{i} + {term}?", **row} for i in range(count)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text)
     return tmp_path

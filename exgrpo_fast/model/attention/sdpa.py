@@ -83,7 +83,10 @@ def attend(
 ) -> Tensor:
     """[answered, heads, head size]."""
     mask = block.window(window)
-    if mask is not None or sinks is not None:  # the kernels then want as many key heads as heads
+    # Fused kernels then want as many key heads as heads; the one that shares them takes no float32,
+    # and without any SDPA would hold all scores [B, heads, C, C].
+    wants_all_heads = query.is_cuda and query.dtype == torch.float32
+    if mask is not None or sinks is not None or wants_all_heads:
         shared = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     query, key, value = (x.unflatten(0, block.shape).transpose(1, 2) for x in (query, key, value))
