@@ -104,17 +104,17 @@ class Processes:
         if self.count == 1:
             return make()
         if not self.is_main:
-            told = self.broadcast(None)
-            if not told["made"]:
+            outcome = self.broadcast(None)
+            if not outcome["made"]:
                 raise MainRankFailed
-            return unpack(told["value"])
+            return unpack(outcome["value"])
         try:
             value = make()
-            told = {"made": True, "value": pack(value)}
+            outcome = {"made": True, "value": pack(value)}
         except BaseException:
             self.broadcast({"made": False})
             raise
-        self.broadcast(told)
+        self.broadcast(outcome)
         return value
 
     def one_rank_at_a_time(self, make: Callable[[], T]) -> T:

@@ -3,7 +3,7 @@
 All of them are frozen; a change makes a new value (`dataclasses.replace`).
 
 Legend of shapes
-    T   response tokens of one trajectory (the end-of-sequence token included)
+    T   completion tokens of one trajectory (the end-of-sequence token included)
     K   trajectories in one group
     N   trained tokens of a batch, trajectories joined end to end, no padding
 
@@ -85,7 +85,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a prior took part in a response, as the engines saw it; one entry a token."""
+    """How a prior took part in a completion, as the engines saw it; one entry a token."""
 
     redrawn: Tensor  # bool [T], drawn from the prior in place of the policy's draft
     draft_logprobs: Tensor  # float32 [T], of the drafts that were kept; nan where redrawn
@@ -96,7 +96,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One response to a question, with what the loss has to know about where it came from."""
+    """One completion to a question, with what the loss has to know about where it came from."""
 
     question: Question
     token_ids: Tensor  # int64 [T]
@@ -110,11 +110,11 @@ class Trajectory:
     ref_logprobs: Tensor | None = None  # float32 [T], under the reference policy of a KL term
     baseline_weight: float = 1.0  # of its reward in the group's mean
     masked: bool = False  # counts in the group's statistics alone, neither in loss nor normaliser
-    guidance: Guidance | None = None  # of a prior-guided response
+    guidance: Guidance | None = None  # of a prior-guided completion
     birth_step: int = 0  # the step in which it was generated
     verdict: Verdict | None = None
-    penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong responses
-    bonus: float = 0.0  # added as well, such as HeRL's for a response that can be mended
+    penalty: float = 0.0  # added to the verified reward, such as DAPO's for overlong completions
+    bonus: float = 0.0  # added as well, such as HeRL's for a completion that was revised
 
     @property
     def reward(self) -> float:
@@ -150,7 +150,7 @@ class Group:
 
     @property
     def num_successes(self) -> int:
-        """Responses with full marks, a replayed one included (ExGRPO's s)."""
+        """Completions with full marks, a replayed one included (ExGRPO's s)."""
         return sum(trajectory.successful for trajectory in self.trajectories)
 
     @property
@@ -172,7 +172,7 @@ class Group:
 
 def pass_at_1(groups: Sequence[Group]) -> float:
     """Share of correct among all trajectories, replayed ones included (ExGRPO's start rule); those
-    that a prior has guided say nothing of the policy."""
+    that a prior has guided do not measure the policy."""
     own = (t for group in groups for t in group.trajectories if t.source != "prior")
     return fmean(t.successful for t in own)
 

@@ -46,7 +46,7 @@ class Verifier:
         screen: Screen,
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
-        """Of several `processes` the first one judges, for all; the others have no rewards."""
+        """`rewards`: None on all ranks but 0, which scores for all of them."""
         self.processes = processes
         self.rewards = rewards
         self.decode = decode
@@ -80,7 +80,7 @@ def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:
 class StreamingScorer(Observer):
     """Has completions scored while others are still being generated.
 
-    A judge, and a reward that is per group, are asked at the end, with all of them.
+    A judge, and a reward of whole groups, get all of them together at the end.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class StreamingScorer(Observer):
         self.questions = questions
         self.drafts = drafts
         self.advance = advance
-        # The first of several processes generates while the others wait for it: what is work for
-        # all of them comes after.
+        # Beside other ranks only rank 0 generates; `meanwhile` may use collectives, which the
+        # others would not join. The caller runs it afterwards.
         self.meanwhile = meanwhile if verifier.processes.count == 1 else None
         self.beside = beside
         self.pool = verifier.rewards if isinstance(verifier.rewards, StreamingPool) else None

@@ -1,13 +1,13 @@
 """Sequences -> padding-free micro-batches.
 
-Responses to the same prompt that meet in a pack share one reading of it.
+Completions to the same prompt that meet in a pack share one reading of it.
 
 Legend of shapes
-    S   sequences, each a response behind its prompt
+    S   sequences, each a completion behind its prompt
     G   prompts that are read, each once
-    L   tokens the model reads: each prompt, then its responses, each without its last token
+    L   tokens the model reads: each prompt, then its completions, each without its last token
         (nothing is predicted from it)
-    N   response tokens, the rows of the loss
+    N   completion tokens, the rows of the loss
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Ragged:
 
 
 def sequences_of(trajectories: Sequence[Trajectory]) -> tuple[Ragged, Ragged]:
-    """(prompts, responses), on the CPU."""
+    """(prompts, completions), on the CPU."""
     prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
     return prompts, Ragged.of([t.token_ids for t in trajectories])
 
@@ -89,16 +89,16 @@ class Pack:
     """What one forward pass reads. `index[s]` is the place of sequence s in the caller's list."""
 
     input_ids: Tensor  # int64 [L]
-    position_ids: Tensor  # int64 [L], from 0 in every prompt, on from its length in every response
-    layout: AttentionLayout  # where prompts and responses lie in [L]
+    position_ids: Tensor  # int64 [L], from 0 in a prompt, from its length in its completions
+    layout: AttentionLayout  # where prompts and completions lie in [L]
     rows: Tensor  # int64 [N], the positions in [L] whose hidden state predicts `targets`; the last
-    # token of a prompt predicts the first one of each of its responses
+    # token of a prompt predicts the first one of each of its completions
     targets: Tensor  # int64 [N]
-    lengths: tuple[int, ...]  # response tokens of each sequence, sum N
+    lengths: tuple[int, ...]  # completion tokens of each sequence, sum N
     index: tuple[int, ...]
 
     def places_in(self, responses: Ragged) -> Tensor:
-        """int64 [N], on the CPU: where each row stands among the caller's responses."""
+        """int64 [N], on the CPU: the place of each row among the caller's completions."""
         members, lengths = torch.tensor(self.index), torch.tensor(self.lengths)
         of_row, place = places(lengths, "cpu")
         return responses.starts[members][of_row] + place
@@ -118,7 +118,7 @@ def pack(
     """Fill packs of at most `max_tokens` read tokens, longest sequences first.
 
     Longest first keeps similar lengths together and shows an out-of-memory in the first pack.
-    Responses to one prompt stand together; where they do not all fit, the next pack reads the
+    Completions of one prompt are neighbours; where they do not all fit, the next pack reads the
     prompt again. A sequence longer than `max_tokens` gets a pack of its own.
     """
     prompt_of = same_prompts(prompts)
@@ -136,7 +136,7 @@ def same_prompts(prompts: Ragged) -> Tensor:
 
 
 def extent(prompts: Ragged, responses: Ragged) -> Extent:
-    """Of sequences, each a response behind its prompt."""
+    """Of sequences, each a completion behind its prompt."""
     prompt_of = same_prompts(prompts).tolist()
     once = dict(zip(prompt_of, prompts.lengths.tolist(), strict=True))
     longest = int((prompts.lengths + responses.lengths).max())
@@ -177,7 +177,7 @@ def _join(
     members: Tensor,
     device: torch.device | str,
 ) -> Pack:
-    """`tokens`: all prompts and responses end to end. Made on the CPU, sent in one copy."""
+    """`tokens`: all prompts and completions end to end. Made on the CPU, sent in one copy."""
     lengths = responses.lengths[members]
     _, group_of, sizes = prompt_of[members].unique_consecutive(
         return_inverse=True, return_counts=True
@@ -188,7 +188,7 @@ def _join(
     prompt_sources = prompts.starts[readers]
     response_sources = responses.starts[members] + len(prompts.values)
 
-    # prompts and responses as segments, in reading order
+    # prompts and completions as segments, in reading order
     order = torch.cat([layout.prompt_starts, layout.response_starts]).argsort(stable=True)
     segment_lengths = torch.cat([prompt_lengths, lengths - 1])[order]
     sources = torch.cat([prompt_sources, response_sources])[order]

@@ -1,7 +1,7 @@
-"""One step's groups: plan -> sources -> rewards -> groups.
+"""One step's groups: plan -> sources -> rewards -> groups -> advantages.
 
 The plan of a step is a list of questions with open slots: those that the store asks again come
-first, the stream brings the others. What replay samples for a question stands in its first slots.
+first, the stream brings the others. A question's replayed trajectories take its first slots.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from exgrpo_fast.training.advantages import AdvantageRule
 
 
 class NothingScored(UserError):
-    """No response of a step got a verdict, in one line."""
+    """No completion of a step got a verdict, in one line."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class OverlongRule:
 
 
 @dataclass
-class Clock:
+class PhaseTimer:
     """Seconds per phase of one step; a phase inside another one is not counted in both."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Batch:
     mismatch: Mismatch
     hindsight: HindsightReport | None = None
     guidance: GuidanceCost = GuidanceCost()
-    num_unscored: int = 0  # responses without a verdict, left out of their groups
+    num_unscored: int = 0  # completions without a verdict, left out of their groups
 
     @property
     def generated(self) -> tuple[Group, ...]:
@@ -136,7 +136,7 @@ class Collector:
         self.max_extra_batches = max_extra_batches
         self.begun: PendingBatch | None = None  # by `begin`, until it is collected
 
-    def begin(self, step: int, clock: Clock) -> None:
+    def begin(self, step: int, clock: PhaseTimer) -> None:
         """Plan a step and have the engine generate for it, while the one before is trained on."""
         with clock.measure("replay"):
             plan = self.replay.prepare(step)
@@ -148,8 +148,10 @@ class Collector:
         generation = self.fresh.start(plan.questions, num_fresh, step=plan.step)
         return PendingBatch(plan, num_fresh, num_guided, generation)
 
-    def collect(self, step: int, clock: Clock, on_poll: Callable[[], None] = lambda: None) -> Batch:
-        """`on_poll` is called while the first responses are generated, and may raise: the step
+    def collect(
+        self, step: int, clock: PhaseTimer, on_poll: Callable[[], None] = lambda: None
+    ) -> Batch:
+        """`on_poll` is called while the first completions are generated, and may raise: the step
         stays begun. (Whole groups from the store are in no checkpoint; they are not given up.)"""
         if self.begun is None:
             self.begin(step, clock)
@@ -162,7 +164,7 @@ class Collector:
             groups = plan.replace_groups([*plan.groups, *made.groups])
         if not groups:
             raise NothingScored(
-                f"step {step}: none of {made.num_unscored} responses got a verdict; is the judge "
+                f"step {step}: none of {made.num_unscored} completions got a verdict; is the judge "
                 f"reachable? The newest checkpoint can be resumed"
             )
         batch = Batch(
@@ -185,7 +187,7 @@ class Collector:
             discarded=tuple(map(self.advantages.apply, batch.discarded)),
         )
 
-    def _refill(self, batch: Batch, step: int, clock: Clock) -> Batch:
+    def _refill(self, batch: Batch, step: int, clock: PhaseTimer) -> Batch:
         """DAPO's dynamic sampling: groups without a gradient make room for new questions."""
         kept = [group for group in batch.groups if group.learnable]
         discarded = [group for group in batch.groups if not group.learnable]
@@ -204,7 +206,7 @@ class Collector:
         return replace(batch, groups=tuple(kept), discarded=tuple(discarded), guidance=guidance)
 
     def _make_groups(
-        self, begun: PendingBatch, clock: Clock, on_poll: Callable[[], None] = lambda: None
+        self, begun: PendingBatch, clock: PhaseTimer, on_poll: Callable[[], None] = lambda: None
     ) -> BuiltGroups:
         """One group for each question: what replay sampled, then fresh ones, then guided ones."""
         questions, step = begun.plan.questions, begun.plan.step
@@ -221,10 +223,11 @@ class Collector:
         others = [*(t for found in sample.slots for t in found), *guided_ones]
         with clock.measure("reward"):  # what is still open
             verdicts = grading.verdicts(others)
-        judged = iter(self._judged(pair) for pair in zip([*fresh, *others], verdicts, strict=True))
-        own = [[next(judged) for _ in range(n)] for n in begun.num_fresh]
-        first = [[next(judged) for _ in found] for found in sample.slots]
-        last = [[next(judged) for _ in range(n)] for n in begun.num_guided]
+        pairs = zip([*fresh, *others], verdicts, strict=True)
+        following = iter([self._with_verdict(*pair) for pair in pairs])
+        own = [[next(following) for _ in range(n)] for n in begun.num_fresh]
+        first = [[next(following) for _ in found] for found in sample.slots]
+        last = [[next(following) for _ in range(n)] for n in begun.num_guided]
         groups = [
             Group(question, tuple(chain(*members)))
             for question, *members in zip(questions, first, own, last, strict=True)
@@ -238,10 +241,10 @@ class Collector:
         begun: PendingBatch,
         question_of: Sequence[Question],
         guided: PendingGuidance,
-        clock: Clock,
+        clock: PhaseTimer,
         on_poll: Callable[[], None],
     ) -> tuple[list[Completion], StreamingScorer]:
-        """The fresh responses; beside them, what can be done while they are generated."""
+        """The fresh completions; beside them, what can be done while they are generated."""
 
         def sample_now() -> None:
             with clock.measure("replay"):
@@ -264,10 +267,9 @@ class Collector:
         sample_now()
         return completions, grading
 
-    def _judged(self, pair: tuple[Trajectory, Verdict]) -> Trajectory:
-        trajectory, verdict = pair
+    def _with_verdict(self, trajectory: Trajectory, verdict: Verdict) -> Trajectory:
         penalty = self.overlong.penalty(trajectory.num_tokens)
-        return self.prior.judged(replace(trajectory, verdict=verdict, penalty=penalty))
+        return self.prior.mask_failed(replace(trajectory, verdict=verdict, penalty=penalty))
 
     # --- persistence ---
 

@@ -47,7 +47,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sample:
-    """One judged completion, for `exgrpo-fast sample` and for the completion tables."""
+    """One scored completion, for `exgrpo-fast sample` and for the completion tables."""
 
     question: Question
     completion: Completion
@@ -74,7 +74,7 @@ class Evaluator:
     ) -> None:
         """The same `seed` gives the same random numbers before and after training.
 
-        `revisions`: rounds in which failed responses are revised, told the verdict by `prompt`.
+        `revisions`: rounds in which failed completions are revised; `prompt` shows the verdict.
         """
         assert prompt is not None or revisions == 0
         self.engine = engine
@@ -119,7 +119,7 @@ class Evaluator:
         return np.array(correct).reshape(-1, self.n).sum(axis=1)
 
     def _revised(self, samples: Sequence[Sample]) -> list[float]:
-        """avg@n after each round of revision; a response that is right is left alone."""
+        """avg@n after each round of revision; correct completions are left alone."""
         averages, samples = [], list(samples)
         for number in range(1, self.revisions + 1):
             samples = self._revise(samples, number)
@@ -156,7 +156,7 @@ class Evaluator:
     def sample(
         self, questions: Sequence[Question], on_poll: Callable[[], None] = lambda: None
     ) -> list[Sample]:
-        """n judged completions of each question, question by question."""
+        """n scored completions of each question, question by question."""
         asked = [question for question in questions for _ in range(self.n)]
         requests = [
             Request(q.prompt_ids, request_seed(self.seed, "eval", q.id, i % self.n))

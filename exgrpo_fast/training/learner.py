@@ -141,7 +141,7 @@ class Learner:
             )
 
     def rehearse(self, groups: Sequence[Group], objective: PolicyObjective) -> None:
-        """The passes of one update and nothing of its effect: gradients are made and dropped."""
+        """The passes of one update without its step: gradients are computed and dropped."""
         if objective.kl_coef and self.reference is not None:
             groups = self.reference.score(groups)
         self._backward(self._batch_of(groups, objective))
@@ -167,6 +167,6 @@ class Learner:
 def split_evenly(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
     """Parts whose sizes differ by at most one; never an empty one.
 
-    Every `parts`-th group: the replayed ones stand first in a batch, and each part gets its share.
+    Every `parts`-th group: the replayed ones come first in a batch, and each part gets its share.
     """
     return [part for start in range(parts) if (part := groups[start::parts])]

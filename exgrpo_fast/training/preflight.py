@@ -1,9 +1,9 @@
 """The worst step a run can bring, rehearsed before the first one.
 
-Responses at their greatest length, two full packs of them for each process behind one prompt (one,
-where an update can only be one): what would run out of memory at step 120 does so in the first
-minute. Weights, moments and random state stay what they are, bit for bit: no update is made. Where
-the optimiser has no moments yet, a placeholder of their size stands in.
+Completions of the greatest length behind one prompt, two full packs of them for each rank (one where
+an update must be a single pack): what would run out of memory at step 120 does so in the first
+minute. No update is made: weights, moments and random state stay the same bit for bit. Before the
+first update a placeholder takes the room of the optimiser's moments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rehearsal:
     def note(self, planned_bytes: float | None = None) -> str:
         planned = f", planned {planned_bytes / 2**30:.2f}" if planned_bytes is not None else ""
         return (
-            f"preflight: {self.sequences} responses at their longest ({self.tokens} tokens with "
+            f"preflight: {self.sequences} completions at their longest ({self.tokens} tokens with "
             f"the prompt), peak {self.peak_gib:.2f} GiB{planned}"
         )
 
@@ -82,7 +82,7 @@ def rehearse(
     except torch.OutOfMemoryError as error:
         learner.optimiser.discard()
         raise DoesNotFit(
-            f"preflight: {sequences} responses of {completion_tokens} tokens do not fit "
+            f"preflight: {sequences} completions of {completion_tokens} tokens do not fit "
             f"({str(error).partition('.')[0]}); `exgrpo-fast train ... --dry-run` shows the plan, "
             f"and a smaller train.max_tokens_per_microbatch needs less"
         ) from None
@@ -100,7 +100,7 @@ def worst_groups(
     completion_tokens: int,
     vocabulary: int,
 ) -> list[Group]:
-    """Right and wrong responses in turn, of random tokens, as long as they may be."""
+    """Correct and incorrect completions in turn, of random tokens and the greatest length."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> torch.Tensor:

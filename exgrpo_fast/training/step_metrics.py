@@ -12,12 +12,14 @@ import torch
 
 from exgrpo_fast.core.types import Group, Trajectory, pass_at_1
 from exgrpo_fast.experience.prior.metrics import guidance_metrics
-from exgrpo_fast.training.collector import Batch, Clock
+from exgrpo_fast.training.collector import Batch, PhaseTimer
 from exgrpo_fast.training.update_stats import UpdateReport
 
 
-def step_metrics(step: int, batch: Batch, update: UpdateReport, clock: Clock) -> dict[str, Any]:
-    """The keys other tools rely on stand first; None where a figure does not exist."""
+def step_metrics(
+    step: int, batch: Batch, update: UpdateReport, clock: PhaseTimer
+) -> dict[str, Any]:
+    """The keys that other tools rely on come first; None where there is nothing to average."""
     everything = [t for group in batch.generated for t in group.trajectories]
     fresh = [t for t in everything if t.source == "fresh"]
     replayed = [t for t in everything if t.source == "replay"]

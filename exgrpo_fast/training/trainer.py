@@ -22,7 +22,7 @@ from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.sinks import CompletionLog, MetricSink, peak_memory_gib
 from exgrpo_fast.training.bad_batches import BadBatches
-from exgrpo_fast.training.collector import Batch, Clock, Collector
+from exgrpo_fast.training.collector import Batch, Collector, PhaseTimer
 from exgrpo_fast.training.evaluate import Evaluation, Evaluator
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.step_metrics import completion_rows, step_metrics
@@ -86,7 +86,7 @@ class Trainer:
 
     def step(self) -> tuple[Batch, dict[str, Any]]:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
-        step, clock = self.num_steps + 1, Clock()
+        step, clock = self.num_steps + 1, PhaseTimer()
         HEARTBEAT.begin_step(step)
         batch = self.collector.collect(step, clock, self._give_up_when_stopped)
         replay = self.replay.finish(batch.plan, batch.generated, self.objective)

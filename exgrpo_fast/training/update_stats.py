@@ -42,8 +42,8 @@ class TokensRead:
 
     forwarded: int = 0  # input tokens, padding included
     prompts: int = 0  # of them prompt tokens
-    responses: int = 0  # and response tokens
-    prompts_shared: int = 0  # prompt tokens more, had every response read its own
+    responses: int = 0  # and completion tokens
+    prompts_shared: int = 0  # prompt tokens more, had every completion read its own
 
     def add(self, packed: Pack) -> None:
         layout = packed.layout

@@ -55,7 +55,7 @@ def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:
 
 def test_a_device_that_is_too_small_ends_the_rehearsal_of_all() -> None:
     first, second = run_processes(2, WORKER, "too little memory")
-    assert second.startswith("DoesNotFit: preflight: 24 responses of 16 tokens do not fit (CUDA")
+    assert second.startswith("DoesNotFit: preflight: 24 completions of 16 tokens do not fit (CUDA")
     assert first.startswith("RankLost: ")
 
 

@@ -38,7 +38,7 @@ def test_a_rehearsal_changes_nothing(folder: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-4000:]
     (line,) = (line for line in ended.stdout.splitlines() if "preflight:" in line)
     sequences = 2 * 2 * ((1200 - 512) // (8 - 1))  # of 1200 tokens, the prompt read once
-    assert f"preflight: {sequences} responses at their longest (519 tokens" in line
+    assert f"preflight: {sequences} completions at their longest (519 tokens" in line
     assert_same_course(folder / "rehearsed", folder / "one")
     assert (folder / "rehearsed" / "metrics.jsonl").exists()
     ours, twos = (moments(folder / out / "checkpoints" / "step_4") for out in ("rehearsed", "two"))

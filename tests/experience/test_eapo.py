@@ -27,7 +27,7 @@ from exgrpo_fast.experience.prior.source import PriorSource
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import UNOBSERVED
 from exgrpo_fast.run.checkpoint.format import load_state
-from exgrpo_fast.training.collector import Clock
+from exgrpo_fast.training.collector import PhaseTimer
 from exgrpo_fast.training.trainer import Trainer
 from exgrpo_kernels import policy_loss
 
@@ -133,7 +133,7 @@ def test_linear_annealing_guides_a_falling_share(make_eapo) -> None:
 
 def test_the_behaviour_column_is_the_papers_mixture(make_eapo, prior_folder: Path) -> None:
     trainer = make_eapo()
-    batch = trainer.collector.collect(1, Clock())
+    batch = trainer.collector.collect(1, PhaseTimer())
     redrawn = 0
     for t in guided_of(batch):
         assert t.guidance is not None and t.token_weights is None
@@ -309,7 +309,7 @@ def test_e5_losses(make_eapo, tokenizer) -> None:
             )
             for i, (logprobs, reward) in enumerate(zip(olds, rewards, strict=True))
         ]
-        group = Group(question, tuple(source_of(trainer).judged(t) for t in members))
+        group = Group(question, tuple(source_of(trainer).mask_failed(t) for t in members))
         rows = terms_of(trainer, [group])
         result = policy_loss(
             torch.cat([*fresh, now]),

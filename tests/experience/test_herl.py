@@ -19,7 +19,7 @@ from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.experience.scoring import StreamingScorer
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
 from exgrpo_fast.run.display import NullScreen
-from exgrpo_fast.training.collector import Clock, NothingScored
+from exgrpo_fast.training.collector import NothingScored, PhaseTimer
 from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.trainer import Trainer
 from exgrpo_kernels import policy_loss
@@ -103,7 +103,7 @@ def test_the_revision_is_trained_behind_its_hindsight(tokenizer, make_test_train
     is trained, and r / (r + 1) is not clipped."""
     trainer, engine = herl_trainer(tokenizer, make_test_trainer, {"q": H3}, H3_REVISIONS)
     model = trainer.learner.policy.model
-    batch = trainer.collector.collect(1, Clock())
+    batch = trainer.collector.collect(1, PhaseTimer())
     winner = batch.groups[0].trajectories[-1]
     prompt = tokenizer.decode(winner.question.prompt_ids)
     assert H3[1] in prompt and "What it missed:\n- The final answer is right." in prompt
@@ -226,7 +226,7 @@ def test_what_nobody_could_judge_leaves_its_group(tokenizer, make_test_trainer) 
 
 def test_a_step_in_which_nothing_was_judged_stops_the_run(tokenizer, make_test_trainer) -> None:
     trainer, _ = herl_trainer(tokenizer, make_test_trainer, {"q": ["illegible"] * 3}, {})
-    with pytest.raises(NothingScored, match="none of 3 responses got a verdict"):
+    with pytest.raises(NothingScored, match="none of 3 completions got a verdict"):
         trainer.step()
 
 
@@ -301,7 +301,7 @@ def test_a_judge_in_the_trainer(tokenizer, make_test_trainer, tmp_path, status: 
             reward=rewards,
         )
         if status == 500:
-            with pytest.raises(NothingScored, match="none of 3 responses got a verdict"):
+            with pytest.raises(NothingScored, match="none of 3 completions got a verdict"):
                 trainer.step()
             return
         batch, _ = trainer.step()

@@ -10,7 +10,7 @@ from test_collector import scripted
 
 from exgrpo_fast.core.types import Verdict
 from exgrpo_fast.rewards import RewardError, RewardPool, RewardSample
-from exgrpo_fast.training.collector import Clock
+from exgrpo_fast.training.collector import PhaseTimer
 
 REWARDS = '''
 import time
@@ -137,7 +137,7 @@ def test_a_training_step_and_its_replay_are_judged_as_groups(
     engine.lines.clear()
     for name in "abcd":
         engine.expect(name, "b", "a", "d", "c")
-    batch = trainer.collector.collect(1, Clock())
+    batch = trainer.collector.collect(1, PhaseTimer())
     assert [g.rewards for g in batch.groups] == [[1.0, 0.0, 3.0, 2.0]] * 4
 
 

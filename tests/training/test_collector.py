@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.training.collector import Clock, OverlongRule
+from exgrpo_fast.training.collector import OverlongRule, PhaseTimer
 
 
 def dynamic(extra: int) -> dict:
@@ -39,7 +39,7 @@ def test_groups_without_a_gradient_make_room_for_others(tokenizer, make_test_tra
     trainer, engine = scripted(
         tokenizer, make_test_trainer, "abcdefgh", scripts, rollout=dynamic(extra=7)
     )
-    batch = trainer.collector.collect(1, Clock())
+    batch = trainer.collector.collect(1, PhaseTimer())
     assert ids(batch.groups) == learnable
     assert ids(batch.discarded) <= set("aceg") and all(not g.learnable for g in batch.discarded)
     asked = {name for name, lines in engine.lines.items() if not lines}
@@ -53,7 +53,7 @@ def test_refilling_is_bounded(tokenizer, make_test_trainer, extra: int) -> None:
     trainer, _ = scripted(
         tokenizer, make_test_trainer, names, dict.fromkeys(names, "11"), rollout=dynamic(extra)
     )
-    batch = trainer.collector.collect(1, Clock())
+    batch = trainer.collector.collect(1, PhaseTimer())
     assert (len(batch.groups), len(batch.discarded)) == (0, 4 * (1 + extra))
 
 
@@ -61,7 +61,7 @@ def test_a_full_step_is_not_refilled(tokenizer, make_test_trainer) -> None:
     trainer, _ = scripted(
         tokenizer, make_test_trainer, "abcdef", dict.fromkeys("abcdef", "10"), rollout=dynamic(5)
     )
-    batch = trainer.collector.collect(1, Clock())
+    batch = trainer.collector.collect(1, PhaseTimer())
     assert (len(batch.groups), batch.discarded) == (4, ())
 
 
@@ -147,7 +147,7 @@ def test_the_replayed_trajectory_takes_slot_0(tokenizer, make_test_trainer) -> N
     engine.expect("d", "wrong", "wrong", "wrong", "right 5")
     for name in "bc":
         engine.expect(name, *["wrong"] * 4)
-    batch = trainer.collector.collect(2, Clock())
+    batch = trainer.collector.collect(2, PhaseTimer())
     sources = {g.question.id: [t.source for t in g.trajectories] for g in batch.groups}
     assert sources == {
         "a": ["replay", "fresh", "fresh", "fresh"],
@@ -164,7 +164,7 @@ def test_the_replayed_trajectory_takes_slot_0(tokenizer, make_test_trainer) -> N
 def test_a_phase_inside_another_is_counted_once(monkeypatch) -> None:
     now = iter([0.0, 1.0, 4.0, 5.0, 5.5, 6.0])  # outer begins, inner twice, outer ends
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock()
+    clock = PhaseTimer()
     with clock.measure("rollout"):
         for _ in range(2):
             with clock.measure("replay"):

@@ -12,7 +12,7 @@ from conftest import make_questions, terms_of
 from exgrpo_fast.core.types import Group, Trajectory, Verdict
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.training.batch import carries_gradient
-from exgrpo_fast.training.collector import Clock
+from exgrpo_fast.training.collector import PhaseTimer
 from exgrpo_fast.training.learner import split_evenly
 from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
 from exgrpo_fast.training.update_stats import MetricSums
@@ -41,7 +41,7 @@ def questions_of(tokenizer):
 
 
 def collect(trainer) -> list[Group]:
-    return list(trainer.collector.collect(1, Clock()).groups)
+    return list(trainer.collector.collect(1, PhaseTimer()).groups)
 
 
 def with_rewards(trainer, group: Group, rewards: list[float]) -> Group:

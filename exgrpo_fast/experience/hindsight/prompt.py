@@ -1,4 +1,4 @@
-"""The prompt under which a policy revises its own failed response.
+"""The prompt under which a policy revises its own failed completion.
 
 It shows the task, the earlier solution, and which requirements that met and missed, in their public
 words. It never shows the reference answer, and it is never cut: one that is too long is no prompt.

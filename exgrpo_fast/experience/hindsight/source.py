@@ -2,14 +2,14 @@
 
 HeRL (arXiv 2603.20046), sections 3.1 and 3.2. For a group whose best reward is below a threshold:
 
-    candidates   the failed responses of the highest reward, at most so many: those that ended by
+    candidates   the failed completions of the highest reward, at most so many: those that ended by
                  themselves first, then the shorter ones, then at random
-    revision     one new response each, with the draft and its verdict in the prompt
+    revision     one new completion each, with the draft and its verdict in the prompt
     bonus        r <- r + alpha (r' - r) for each revised one (eq. 8)
     winner       the best revision joins the group, so that K becomes K + 1 (eq. 7)
 
-The winner is trained with the hindsight in its context, in numerator and denominator alike, weighted
-r / (r + gamma) without a clip (eqs. 11 and 12). Its prompt, being a prompt, is not trained on.
+The winner is trained with the hindsight in its context, in numerator and denominator alike, with
+weight r / (r + gamma) and no clip (eqs. 11 and 12). Its prompt, being a prompt, is not trained on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIE = 1e-6  # rewards this near are equal
 
 @dataclass(frozen=True)
 class HindsightRecipe:
-    """`choose`: the best revision joins if it is "at_least" as good as the best response, or
+    """`choose`: the best revision joins if it is "at_least" as good as the best completion, or
     "always" (as printed). `naive` drops the hindsight from the context of training: the paper's
     ablation NaiveHE, whose exact denominator is still the one with hindsight."""
 
@@ -48,7 +48,7 @@ class HindsightRecipe:
 
 
 class Candidate(NamedTuple):
-    """A failed response that is to be revised."""
+    """A failed completion that is to be revised."""
 
     group: int  # place in the batch
     member: int  # place in the group
@@ -76,7 +76,7 @@ class HindsightReport:
 
 
 class HindsightSource:
-    """Revises a batch of judged groups in one more call of the engine."""
+    """Revises a batch of scored groups in one more call of the engine."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class HindsightSource:
 
 
 def choose_candidates(group: Group, count: int, rng: np.random.Generator) -> list[int]:
-    """Places of the best failed responses (eq. 5), in the order of preference, at most `count`."""
+    """Places of the best failed completions (eq. 5), best first, at most `count`."""
     best = max(group.rewards)
     tied = [i for i, reward in enumerate(group.rewards) if reward >= best - TIE]
     lot = rng.permutation(len(group.trajectories))

@@ -1,6 +1,6 @@
-"""Draft, score, resample: many responses of different lengths side by side, in rounds.
+"""Draft, score, resample: many completions of different lengths side by side, in rounds.
 
-Of every response that is not finished, a round
+Of every completion that is not finished, a round
 
     drafts   up to K tokens with the policy (an end-of-sequence token ends the draft)
     scores   them with the prior, all in one pass
@@ -8,7 +8,7 @@ Of every response that is not finished, a round
     draws    the token of that position from the prior; it is accepted as it is
 
 EAPO (arXiv 2606.30420), section 3.2 and algorithm 1. The law of what is emitted does not depend on
-K (docs/eapo.md). Randomness is a hash of (seed of the request, round, purpose), so a response
+K (docs/eapo.md). Randomness is a hash of (seed of the request, round, purpose), so a completion
 depends on its own seed alone.
 """
 
@@ -40,7 +40,7 @@ NO_TOKEN = -1
 
 @dataclass
 class Response:
-    """A response in the making; the lists have one entry for each emitted token."""
+    """A completion in the making; the lists have one entry for each emitted token."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -122,7 +122,7 @@ class Resampler:
 
 
 class Session:
-    """The responses to some requests. `advance` never waits, `finish` does."""
+    """The completions to some requests. `advance` never waits, `finish` does."""
 
     def __init__(self, resampler: Resampler, requests: Sequence[Request]) -> None:
         self.resampler = resampler

@@ -1,6 +1,6 @@
 """Drafting and scoring with transformers: a KV cache in which every row keeps its own prefix.
 
-Responses of a batch accept different numbers of drafted tokens. Cropping the cache would crop all
+Completions of a batch accept different numbers of drafted tokens. Cropping the cache would crop all
 rows alike; here nothing is cropped. What a row has thrown away stays in the cache as a hole that
 the attention mask hides, and every forward gets the positions of its tokens and a 4-D mask. So one
 forward serves all rows, however ragged.
@@ -30,7 +30,7 @@ from exgrpo_fast.rollout.hf.drawing import hash_uniform, invert_cdf, signed
 
 
 class MaskedCache:
-    """What a model has read of some sequences, each under the place of its response."""
+    """What a model has read of some sequences, each under the place of its completion."""
 
     def __init__(self, policy: Policy, places: Sequence[int]) -> None:
         self.policy = policy
@@ -106,7 +106,7 @@ def _common(read: Sequence[int], ids: Sequence[int]) -> int:
 
 
 class PrefixSession:
-    """A model with a holed cache that follows the responses of one session."""
+    """A model with a holed cache that follows the completions of one session."""
 
     def __init__(self, policy: Policy, *, num_tokens: int, vocabulary_size: int) -> None:
         """`num_tokens`: ids of the tokenizer, beyond which a row of the head is padding;
@@ -128,7 +128,7 @@ class PrefixSession:
 
     def open(self, places: Sequence[int]) -> MaskedCache:
         """The session's cache, with a row for each place of its first call. Rows of finished
-        responses leave once they are half of all: moving the others costs a copy."""
+        completions leave once they are half of all: moving the others costs a copy."""
         if self.cache is None:
             self.cache = MaskedCache(self.policy, places)
         elif 2 * len(places) <= len(self.cache.row_of):

@@ -1,19 +1,19 @@
-"""What a prior-guided response is to the loss: denominators, and a factor of its weights.
+"""What a prior-guided completion is to the loss: denominators, and a factor of its weights.
 
-For one response, per token: old = log pi_old (trainer), prior = log r, g = was it redrawn, mu = the
-exact law of the emitted token. rho = mean g. Sums and means run over the tokens of the response.
+Per token of one completion: old = log pi_old (trainer), prior = log r, g = was it redrawn, mu = the
+exact law of the emitted token. rho = mean g. Sums and means run over the tokens of the completion.
 
     none         denominators old                                     EAPO's "w/o sIS"
     sis_token    log((1 - rho) pi_old + rho r), by the token          EAPO, eqs. 11-12 (the default)
-    sis_seq      the same of whole responses: every ratio starts at pi_old(o) / pi~(o)
+    sis_seq      the same of whole completions: every ratio starts at pi_old(o) / pi~(o)
     sis_geo      its |o|-th root
     flag_token   old where kept, prior where redrawn: biased, the tempting one
     exact_token  factor min(pi_old / mu, cap) of each token
     exact_traj   factor min(product of them, cap): unbiased without the cap
-    mis          the balance heuristic over the group, factor of ALL its responses (`balance_weight`)
+    mis          the balance heuristic, factor of ALL completions of the group (`balance_weight`)
 
-The smoothed forms stand in the denominators, so that the clip sees the whole ratio, as the paper's
-does. The exact ones stand in the weights: the correction of the sampling is not clipped, the ratio
+The smoothed forms change the denominators, so that the clip sees the whole ratio, as the paper's
+does. The exact ones change the weights: the correction of the sampling is not clipped, the ratio
 to pi_old is. docs/eapo.md says which are unbiased for what.
 """
 
@@ -33,7 +33,7 @@ NEEDS_LAW: frozenset[str] = frozenset({"exact_token", "exact_traj", "mis"})
 
 
 class Columns(NamedTuple):
-    """Of one response."""
+    """Of one completion."""
 
     behaviour_logprobs: Tensor  # [T]
     token_weights: Tensor | None = None  # [T], factors of the weights; None = 1
@@ -48,7 +48,7 @@ def columns_of(
     mu_T: Tensor | None = None,
     cap: float = math.inf,
 ) -> Columns:
-    """The columns of one prior-guided response; log-probabilities in any floating dtype.
+    """The columns of one prior-guided completion; log-probabilities in any floating dtype.
 
     `mu_T`: log mu, for the exact modes (NEEDS_LAW); "mis" gets its factor from the group.
     """
@@ -77,6 +77,6 @@ def mixture(old: Tensor, prior: Tensor, rho: float) -> Tensor:
 
 
 def balance_weight(log_mu_over_p: Tensor, *, group_size: int, num_guided: int = 1) -> Tensor:
-    """p / (((G - m) p + m mu) / G) of a response; at most G / (G - m) (Veach and Guibas, 1995)."""
+    """p / (((G - m) p + m mu) / G) of a completion; at most G / (G - m) (Veach, Guibas 1995)."""
     guided = num_guided / group_size
     return 1 / ((1 - guided) + guided * log_mu_over_p.exp())

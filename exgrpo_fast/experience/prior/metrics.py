@@ -18,7 +18,7 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class GuidanceCost:
-    """Counts and sums over the responses that were guided; those of several calls add up."""
+    """Counts and sums over the completions that were guided; those of several calls add up."""
 
     rounds: int = 0
     drafted: int = 0
@@ -26,7 +26,7 @@ class GuidanceCost:
     seconds_draft: float = 0.0
     seconds_score: float = 0.0
     seconds_draw: float = 0.0
-    divergence: float = 0.0  # sum of log pi - log r over the tokens of some fresh responses
+    divergence: float = 0.0  # sum of log pi - log r over the tokens of some fresh completions
     divergence_tokens: int = 0
     rates: float = 0.0  # sum of R over guided tokens, where the exact law was taken
     rate_tokens: int = 0
@@ -71,7 +71,7 @@ def ratio(total: float, count: int) -> float | None:
 
 
 def redrawn_by_decile(guided: Sequence[Trajectory]) -> list[float | None]:
-    """Share of redrawn tokens in each tenth of the responses, from their beginning."""
+    """Share of redrawn tokens in each tenth of the completions, from their beginning."""
     redrawn, decile = [], []
     for t in guided:
         if t.guidance is not None:

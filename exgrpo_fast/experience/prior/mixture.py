@@ -1,6 +1,6 @@
 """The exact law of emitted tokens, from the full distributions of policy and prior.
 
-One forward of both over the responses; the logits of a few hundred rows at a time exist.
+One forward of both over the completions; the logits of a few hundred rows at a time exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 256  # 256 x 150k float32 logits are 0.15 GB, and five such tenso
 
 
 class MixtureLogprobs(NamedTuple):
-    """Of the tokens of some responses, joined end to end; float32, on the CPU."""
+    """Of the tokens of some completions, joined end to end; float32, on the CPU."""
 
     mu: Ragged  # log mu, of the emitted token
     rates: Ragged  # R: how likely a draft is thrown away there
@@ -96,7 +96,7 @@ def pad_logprobs(logits: Tensor, num_tokens: int, width: int) -> Tensor:
 def response_logprobs(
     prior: Policy, prompts: Ragged, responses: Ragged, *, num_tokens: int
 ) -> list[Tensor]:
-    """float32 [T] of each response, on the CPU; -inf for ids that the prior does not have."""
+    """float32 [T] of each completion, on the CPU; -inf for ids that the prior does not have."""
     found = torch.empty(len(responses.values))
     with inference(prior.model):
         limit = prior.max_tokens_per_microbatch

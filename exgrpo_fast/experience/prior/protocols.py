@@ -1,5 +1,5 @@
-"""What the driver asks of the engine that drafts and of the prior that scores; and, at the end, what
-the collector asks of both together.
+"""Protocols of prior resampling: the engine that drafts, the prior that scores, and the source of
+guided completions that the collector uses.
 
 Every call names whole prefixes, so an engine without memory can answer it (with a prefix cache it
 is cheap); one that keeps a cache of its own finds what it has already read (hf_backend.py).
@@ -23,7 +23,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Prefix(NamedTuple):
-    """A prompt with the response so far. `place` says which response of the session it is."""
+    """A prompt with the completion so far. `place` says which completion of the session it is."""
 
     place: int
     token_ids: list[int]
@@ -75,7 +75,7 @@ class Ready(Generic[T]):
 class Drafter(Protocol):
     """The policy, as the rollout engine holds it."""
 
-    concurrent: bool  # whether drafts are made beside the fresh responses
+    concurrent: bool  # whether drafts are made beside the fresh completions
 
     def draft(
         self,
@@ -118,11 +118,11 @@ class PriorScorer(Protocol):
     def whole_responses(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
     ) -> list[Tensor]:
-        """float32 [T] of each: log-probabilities of responses that are not guided."""
+        """float32 [T] of each: log-probabilities of completions that are not guided."""
         ...
 
     def forget(self) -> None:
-        """The session is over: drop what belongs to its responses."""
+        """The session is over: drop what belongs to its completions."""
         ...
 
 
@@ -130,7 +130,7 @@ class PriorScorer(Protocol):
 
 
 class PendingGuidance(Protocol):
-    """The guided completions of one call, in the making."""
+    """The guided completions of one call, while they are generated."""
 
     def advance(self) -> None:
         """As far as it goes without waiting."""
@@ -159,8 +159,8 @@ class Prior(Protocol):
         """(guided trajectories, the fresh ones, what it took); `guided`: what `begin` returned."""
         ...
 
-    def judged(self, trajectory: Trajectory) -> Trajectory:
-        """A trajectory with its verdict, as it goes into its group."""
+    def mask_failed(self, trajectory: Trajectory) -> Trajectory:
+        """The positive filter, on a trajectory with its verdict: see `PriorSource.mask_failed`."""
         ...
 
 
@@ -183,5 +183,5 @@ class NoPrior:
     ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
         return [], list(fresh), GuidanceCost()
 
-    def judged(self, trajectory: Trajectory) -> Trajectory:
+    def mask_failed(self, trajectory: Trajectory) -> Trajectory:
         return trajectory

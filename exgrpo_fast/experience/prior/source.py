@@ -1,7 +1,7 @@
-"""The prior: for each question some responses in which a frozen policy re-draws critical tokens.
+"""The prior: for each question some completions in which a frozen policy re-draws critical tokens.
 
 EAPO (arXiv 2606.30420), section 3.3 and algorithm 1. For its first T steps a run gives one of the K
-slots of every group to a response that is drafted by the policy and corrected by the prior
+slots of every group to a completion that is drafted by the policy and corrected by the prior
 (`exgrpo_fast/experience/prior`). Its reward counts in the group's statistics like any other; it is
 trained only where it is correct, and weighs by its importance mode. After T steps all K are fresh.
 """
@@ -51,14 +51,14 @@ class PriorRecipe:
 
 
 class Guided:
-    """The guided responses of one call, in the making."""
+    """The guided completions of one call, while they are generated."""
 
     def __init__(self, question_of: Sequence[Question], sessions: Sequence[Session]) -> None:
         self.question_of = list(question_of)
         self.sessions = list(sessions)
 
     def advance(self) -> None:
-        """As far as it goes without waiting, for engines that work beside the fresh responses."""
+        """As far as it goes without waiting, for engines that work beside the fresh completions."""
         next((s for s in self.sessions if s.advance()), None)
 
     def finish(self) -> list[Response]:
@@ -66,7 +66,7 @@ class Guided:
 
 
 class PriorSource:
-    """Guided responses, from their drafts to trajectories with the columns of their mode."""
+    """Guided completions, from their drafts to trajectories with the columns of their mode."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class PriorSource:
         seed: int = 0,
     ) -> None:
         """`prior` with its `num_tokens` ids: needed where the importance mode needs the exact law.
-        `max_batch_sequences`: responses guided side by side."""
+        `max_batch_sequences`: completions guided side by side."""
         assert prior is not None or recipe.importance not in NEEDS_LAW
         self.resampler = resampler
         self.policy = policy
@@ -128,7 +128,7 @@ class PriorSource:
         self, guided: Guided, fresh: Sequence[Trajectory], *, step: int
     ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
         """(guided trajectories, the fresh ones, what it took). The fresh ones change only under
-        importance `mis`, which weighs every response of a group."""
+        importance `mis`, which weighs every completion of a group."""
         responses, questions = guided.finish(), guided.question_of
         if not responses:
             return [], list(fresh), GuidanceCost()
@@ -144,7 +144,7 @@ class PriorSource:
         mus = law.mu.split()
         return [self._weighed(t, mu) for t, mu in zip(scored, mus, strict=True)], list(fresh), cost
 
-    def judged(self, trajectory: Trajectory) -> Trajectory:
+    def mask_failed(self, trajectory: Trajectory) -> Trajectory:
         """The positive filter: what failed stays in the baseline and leaves the loss."""
         failed = trajectory.source == "prior" and not trajectory.successful
         if failed and self.recipe.positive_only:
@@ -198,7 +198,7 @@ class PriorSource:
     def _balanced(
         self, guided: Sequence[Trajectory], mu: Ragged, fresh: Sequence[Trajectory]
     ) -> tuple[list[Trajectory], list[Trajectory]]:
-        """Every response of a group with a guided one, by the balance heuristic."""
+        """Every completion of a group with a guided one, by the balance heuristic."""
         num_guided = Counter(t.question.id for t in guided)
         size = num_guided + Counter(t.question.id for t in fresh)
         beside = [t for t in fresh if num_guided[t.question.id]]
@@ -216,7 +216,7 @@ class PriorSource:
     def _cost(
         self, guided: Guided, responses: Sequence[Response], fresh: Sequence[Trajectory]
     ) -> GuidanceCost:
-        """With KL(pi || r), from one fresh response of each question: a few per cent of the tokens."""
+        """With KL(pi || r) of one fresh completion a question: a few per cent of the tokens."""
         seconds = [session.seconds for session in guided.sessions]
         firsts = list({t.question.id: t for t in fresh}.values())
         scorer = self.resampler.scorer
@@ -237,8 +237,8 @@ class PriorSource:
 
 
 def reweighted(trajectory: Trajectory, factors_T: Tensor) -> Trajectory:
-    """Its tokens and its share of the baseline weighted: a reward whose response hardly weighs must
-    not push the others down (docs/eapo.md)."""
+    """Weights its tokens and its share of the baseline alike: the reward of a completion that hardly
+    weighs must not lower the advantages of the others (docs/eapo.md)."""
     before = trajectory.token_weights
     return replace(
         trajectory,

@@ -1,7 +1,7 @@
 """Drafts and scores by two vLLM models in this process: the policy's and the prior's.
 
 Both are stateless towards the driver; their prefix caches make that cheap. Drafts run in the same
-engine and at the same time as the fresh responses, because whoever steps it moves all of them on.
+engine and at the same time as the fresh completions, because whoever steps it moves all of them on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Awaited(Generic[R]):
 
 
 class VllmDrafter:
-    """The policy, in the engine that also makes the fresh responses."""
+    """The policy, in the engine that also makes the fresh completions."""
 
     concurrent = True
 

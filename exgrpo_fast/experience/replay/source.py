@@ -174,7 +174,7 @@ class ReplaySource:
         return [0] * before + counts.tolist() + [0] * after, choose_now
 
     def _choose(self, rows: Tensor, owner: Tensor, num_asked: int, *, step: int) -> ReplaySample:
-        """Of the candidates of each asked question those that the recipe wants.
+        """The recipe's choice among the candidates of each question.
 
         Changes nothing: a step that is given up after it chooses the same again.
         """
@@ -230,7 +230,7 @@ class ReplaySource:
         return self.policy.score(prompts, experiences.tokens)
 
     def _trajectories(self, chosen: Experiences, scores: Scores | None = None) -> list[Trajectory]:
-        """The nouns of the chosen ones; they are scored here unless they have been."""
+        """The chosen experiences as trajectories, scored here where `scores` is None."""
         parts = (scores or self._score(chosen)).split()
         lengths = chosen.tokens.lengths
         tokens = Ragged(chosen.tokens.values.cpu(), lengths).split()
@@ -313,7 +313,7 @@ class ReplaySource:
         """Store, move and retire by the rule above; returns the questions retired now.
 
         Groups taken whole from the store are no news, and neither a revision nor a prior-guided
-        response says how hard the question is for the policy alone.
+        completion says how hard the question is for the policy alone.
         """
         groups = [without_guidance(group) for group in groups if not all(group.replayed)]
         retiring = [group for group in groups if self.recipe.retire and is_solved(group)]
@@ -385,7 +385,7 @@ class ReplaySource:
         return torch.tensor(places, dtype=torch.int64)
 
     def maybe_activate(self, pass_at_1: float) -> None:
-        """Latch replay on after a step whose share of correct responses is above the threshold."""
+        """Latch replay on after a step whose pass@1 is above the threshold."""
         threshold = self.recipe.start_success_rate
         if threshold is not None and pass_at_1 > threshold and not self.stopped:
             self.active = True
@@ -452,7 +452,7 @@ class ReplaySource:
 
 
 def without_guidance(group: Group) -> Group:
-    """Without revisions and prior-guided responses."""
+    """Without revisions and prior-guided completions."""
     own = tuple(t for t in group.trajectories if t.source in ("fresh", "replay"))
     return Group(group.question, own)
 

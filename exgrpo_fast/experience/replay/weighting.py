@@ -28,14 +28,14 @@ Weight = Literal["shaped", "importance", "clipped", "none", "proximal"]
 NEEDS_START: frozenset[str] = frozenset({"none", "proximal"})
 UNCLIPPED: frozenset[str] = frozenset({"shaped", "importance"})
 
-# Where a lower clip is out of reach: the ratio stands so far above it that nothing gets there.
+# Where no ratio can reach the lower clip: the ratio is moved so far above it.
 FAR_ABOVE = 1e3
 
 
 def weighted(
     trajectory: Trajectory, weight: Weight, *, shaping: float, start_logprobs: Tensor | None
 ) -> Trajectory:
-    """A recalled trajectory with the denominators and the shaping of its weight."""
+    """A replayed trajectory with the denominators and the shaping of its weight."""
     if weight == "shaped":
         return replace(trajectory, shaping=shaping)
     if weight in NEEDS_START:

@@ -68,7 +68,7 @@ class ReleasingOptimiser(Optimiser):
         """Apply the gradient of the pack, in a second pass. HalfApplied where that does not fit."""
         norm_P = torch.stack([self._norms[p] for p in self.parameters if p in self._norms])
         norm = torch.linalg.vector_norm(norm_P)
-        outcome = self.judge(float(norm))
+        outcome = self.check(float(norm))
         if outcome.skipped is None:
             with self.applying(outcome.lr):
                 self._second_pass(norm)

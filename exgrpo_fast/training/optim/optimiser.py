@@ -84,14 +84,14 @@ class Optimiser:
     def step(self) -> UpdateOutcome:
         """Apply the accumulated gradients and clear them."""
         norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)))
-        outcome = self.judge(norm)
+        outcome = self.check(norm)
         if outcome.skipped is None:
             with self.applying(outcome.lr):
                 self.adamw.step()
         self.discard()
         return outcome
 
-    def judge(self, norm: float) -> UpdateOutcome:
+    def check(self, norm: float) -> UpdateOutcome:
         """What becomes of a gradient of this norm, before it is clipped."""
         skipped = None
         if not math.isfinite(norm):
