@@ -1,4 +1,4 @@
-"""The run directory: its lock, its fixed file names, and who may write into it.
+"""The run directory: its lock and its file names.
 
 config.yaml env.json metrics.jsonl run.log completions/ checkpoints/ report.html summary.json
 rollouts/ bad_batches/
@@ -87,7 +87,7 @@ class RunFolder:
         root.addHandler(handler)
 
     def append_to_log(self, text: str) -> None:
-        """One line of a process that has no log open."""
+        """A line from a process that has no log open."""
         with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -99,7 +99,7 @@ class RunFolder:
 
 
 class GuestFolder(RunFolder):
-    """The run directory as the other processes of a run have it: the first one writes."""
+    """The run directory on ranks other than 0, which write nothing into it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,20 +148,20 @@ def _take_lock(path: Path) -> TextIO:
 
 
 def _owner_of(lock: TextIO) -> str:
-    """'process 123 on host', as the owner has written, or will have in a moment."""
-    said = ""
+    """'process 123 on host', which the owner writes just after it has taken the lock."""
+    owner = ""
     for _ in range(20):
         lock.seek(0)
-        said = lock.read(200).strip()
-        if said and not _names_a_dead_process(said):
-            return said
+        owner = lock.read(200).strip()
+        if owner and not _names_a_dead_process(owner):
+            return owner
         time.sleep(0.05)
-    return said or "unknown"
+    return owner or "unknown"
 
 
-def _names_a_dead_process(said: str) -> bool:
-    """The name of the owner before, which the present one has not replaced yet."""
-    _, number, _, host = said.split(" ", 3)
+def _names_a_dead_process(owner: str) -> bool:
+    """Whether it is the previous owner's name, which the present one has not replaced yet."""
+    _, number, _, host = owner.split(" ", 3)
     if host != socket.gethostname():
         return False
     try:

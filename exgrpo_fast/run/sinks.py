@@ -69,7 +69,7 @@ def numbers(metrics: Metrics, prefix: str = "") -> dict[str, float]:
 
 
 class MetricSink(Protocol):
-    """Takes the metrics of a step away."""
+    """Writes the metrics of steps somewhere."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
@@ -77,7 +77,7 @@ class MetricSink(Protocol):
 
 
 class NullSink:
-    """Keeps nothing."""
+    """Writes nothing."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         pass
@@ -87,7 +87,7 @@ class NullSink:
 
 
 class JsonlSink:
-    """One strict-JSON object a line. The local truth of a run, so it does not give up.
+    """One strict-JSON object a line; the record of a run, so it is never switched off.
 
     The file is opened anew for each line: whoever moves, links or repairs the folder under a
     running process finds the next line in the new place. Lines that cannot be written (disk full,
@@ -226,7 +226,7 @@ class WandbSink:
 
 
 class FanOut:
-    """Several sinks as one; a sink that raises is switched off with one warning."""
+    """A list of sinks; one that raises is switched off with one warning."""
 
     def __init__(
         self, sinks: Sequence[MetricSink], *, warn: Callable[[str], None] = logger.warning
@@ -337,7 +337,7 @@ def peak_memory_gib(device: torch.device | str) -> float:
 
 
 class NoCompletionLog(CompletionLog):
-    """Of ranks other than 0: rank 0 has the same rows and writes them."""
+    """On ranks other than 0, whose rows rank 0 has as well."""
 
     def __init__(self) -> None:
         super().__init__(Path())

@@ -1,6 +1,6 @@
-"""Watches over a training run from another process: no torch, no GPU, nothing that can hang.
+"""Supervises a training run from another process, which loads no torch and cannot hang.
 
-A worker that dies or gives no sign of life is started again from its newest checkpoint. A user's
+A worker that dies or stops beating (`core/heartbeat.py`) is restarted from its newest checkpoint. A user's
 mistake, broken numbers, a disk that refuses and a signal end the run with the worker's own exit code,
 and so does an exception that comes a second time at the same step with the same message.
 """
@@ -33,11 +33,13 @@ DEADLINE_SECONDS = 300.0
 PATIENCE = {"start": 6.0, "save": 2.0, "between": 2.0, "reward": 2.0}
 MEDIANS = 10.0  # a phase is also allowed so many times its own median silence
 
-Command = Callable[[Supervised, bool], Sequence[str]]  # (its end, whether to resume) -> words
+Command = Callable[
+    [Supervised, bool], Sequence[str]
+]  # (the worker's descriptors, whether to resume) -> words
 
 
 class Deadlines:
-    """How long each phase may be silent: a minimum, or ten times what it has been so far."""
+    """Seconds that a phase may go without a beat: a minimum, or ten times its median gap so far."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -69,8 +71,8 @@ class Supervisor:
         """The exit code of the run: the worker's, 128 + a signal's, or 75."""
         restarts, newest = 0, self.folder.newest_step()
         seen: set[tuple[int | None, str]] = set()
-        with self._signals_passed_on():
-            code = self._life(resume=False)
+        with self._forwarded_signals():
+            code = self._run_worker(resume=False)
             while not self.signals and code not in FINAL_CODES:
                 restarts = restarts + 1 if self.folder.newest_step() == newest else 1
                 newest = self.folder.newest_step()
@@ -78,42 +80,46 @@ class Supervisor:
                 if failure := self.failure:
                     what = f"the run ended with {failure}"
                     if (failure.step, failure.message) in seen:
-                        self._say(f"{what} again; it is not restarted, run.log has the tracebacks")
+                        self._report(
+                            f"{what} again; it is not restarted, run.log has the tracebacks"
+                        )
                         return code
                     seen.add((failure.step, failure.message))
                     print(failure.last_frames.rstrip(), file=sys.stderr)
                 if restarts > MAX_RESTARTS:
-                    self._say(f"{what}; gave up after {MAX_RESTARTS} restarts without a checkpoint")
+                    self._report(
+                        f"{what}; gave up after {MAX_RESTARTS} restarts without a checkpoint"
+                    )
                     return EXIT_GAVE_UP
                 where = f"step {newest}" if newest is not None else "the beginning"
-                self._say(f"{what}; restart {restarts} of {MAX_RESTARTS} from {where}")
-                code = self._life(resume=True)
+                self._report(f"{what}; restart {restarts} of {MAX_RESTARTS} from {where}")
+                code = self._run_worker(resume=True)
         return 128 + self.signals[0] if self.signals and code not in FINAL_CODES else code
 
-    def _life(self, *, resume: bool) -> int:
-        """Start a worker and watch it to its end; its exit code, negative for a signal."""
+    def _run_worker(self, *, resume: bool) -> int:
+        """Start a worker and wait for its end; its exit code, negative for a signal."""
         reader, writer = os.pipe()
-        told = Supervised(os.getpid(), writer, self.folder.lock_descriptor)
+        supervised = Supervised(os.getpid(), writer, self.folder.lock_descriptor)
         self.phase, self.failure = "start", None
         try:
             self.worker = subprocess.Popen(
-                self.command(told, resume),
+                self.command(supervised, resume),
                 process_group=0,
                 pass_fds=(writer, self.folder.lock_descriptor),
             )
             os.close(writer)
-            if self.signals:  # it came while there was nobody to tell
-                self._tell(signal.SIGTERM)
+            if self.signals:  # one that came before the worker
+                self._send(signal.SIGTERM)
             self._watch(reader)
             return self.worker.wait()
         finally:
             os.close(reader)
-            self._tell(signal.SIGKILL)  # what the worker may have left of its group
+            self._send(signal.SIGKILL)  # children that the worker has left behind
             if sys.stdout.isatty():
                 print("\033[?25h", end="", flush=True)  # the cursor, which a live screen hides
 
     def _watch(self, reader: int) -> None:
-        """Until the worker is gone, by itself or because a deadline has passed."""
+        """Returns when the worker has ended, or was stopped after a deadline."""
         deadlines = Deadlines(self.deadline)
         last = time.monotonic()
         while True:
@@ -135,32 +141,34 @@ class Supervisor:
                     else:
                         self.phase = line
             elif now - last > allowed:
-                self._end_what_hangs(now - last)
+                self._stop_hanging_worker(now - last)
                 return
 
-    def _end_what_hangs(self, silence: float) -> None:
+    def _stop_hanging_worker(self, silence: float) -> None:
         assert self.worker is not None
         state = _state_of(self.worker.pid)
-        self._say(f"no sign of life for {silence:.0f} s in phase {self.phase} ({state}): stopped")
+        self._report(
+            f"no sign of life for {silence:.0f} s in phase {self.phase} ({state}): stopped"
+        )
         self.worker.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.worker.wait(SECONDS_TO_DUMP)
-        self._tell(signal.SIGKILL)
+        self._send(signal.SIGKILL)
 
     @contextlib.contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        """As SIGTERM, whose default ends also a worker that has no handler yet."""
+    def _forwarded_signals(self) -> Iterator[None]:
+        """SIGINT is forwarded as SIGTERM, whose default ends a worker that has no handler yet."""
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
+        def forward(number: int, frame: FrameType | None) -> None:
             self.signals.append(number)
-            self._tell(signal.SIGTERM if len(self.signals) <= 2 else signal.SIGKILL)
+            self._send(signal.SIGTERM if len(self.signals) <= 2 else signal.SIGKILL)
 
         def pause(number: int, frame: FrameType | None) -> None:
-            self._tell(signal.SIGSTOP)
+            self._send(signal.SIGSTOP)
             os.kill(os.getpid(), signal.SIGSTOP)
-            self._tell(signal.SIGCONT)
+            self._send(signal.SIGCONT)
 
-        handlers = {signal.SIGTERM: pass_on, signal.SIGINT: pass_on, signal.SIGTSTP: pause}
+        handlers = {signal.SIGTERM: forward, signal.SIGINT: forward, signal.SIGTSTP: pause}
         previous = {number: signal.signal(number, h) for number, h in handlers.items()}
         try:
             yield
@@ -168,13 +176,13 @@ class Supervisor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _tell(self, number: int) -> None:
-        """A signal to the worker's group."""
+    def _send(self, number: int) -> None:
+        """A signal to the worker's process group."""
         if self.worker is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.worker.pid, number)
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         """On the screen and in run.log."""
         print(f"exgrpo-fast: {text}", file=sys.stderr, flush=True)
         self.folder.append_to_log(f"SUPERVISOR {text}")
@@ -185,7 +193,7 @@ def describe(code: int) -> str:
 
 
 def _state_of(pid: int) -> str:
-    """'T (stopped)', 'D (disk sleep)', ...: what the kernel says of a process that is silent."""
+    """'T (stopped)', 'D (disk sleep)', ...: the state of a process in /proc."""
     try:
         with open(f"/proc/{pid}/status") as file:
             return next(line.split("\t")[1].strip() for line in file if line.startswith("State:"))

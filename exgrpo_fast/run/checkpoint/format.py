@@ -4,10 +4,10 @@
     step_12/hf/             model.safetensors, config.json, tokenizer: loads anywhere
     step_12/adapter/        with model.lora: the adapter in peft's format; hf/ has it merged
     step_12/state/          trainer.json + tensors.safetensors: optimiser, replay, cursors
-    step_12/state/parts/    of several processes: the optimiser's moments, as each one holds them
+    step_12/state/parts/    with several ranks: the optimiser's moments, each rank's shards
 
 The files hold no pickle. A folder counts as a checkpoint only when its manifest verifies.
-`checkpoint_writer.py` writes them beside training.
+`writer.py` writes them in the background.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used, as one line naming the file."""
+    """A checkpoint that cannot be used; one line that names the file."""
 
 
 class CannotSave(Exception):
@@ -101,12 +101,12 @@ class Checkpoints:
             return False
         older = [path for s in self.steps() if (path := self.folder / f"step_{s}") != newest]
         for path in older:
-            log.warning("%s leaves, to make room on a full disk", path)
+            log.warning("%s is deleted, to make room on a full disk", path)
             _discard(path)
         return bool(older)
 
     def clear_leftovers(self) -> None:
-        """Remove what a process that died here had not finished writing, or deleting."""
+        """Remove what a process that died had not finished writing, or deleting."""
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover)
 
@@ -116,9 +116,9 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def set_aside_after(self, step: int) -> list[str]:
-        """Take later checkpoints out of the way of a run that goes on from `step`; their new names.
+        """Rename checkpoints later than `step`, from which a run resumes; their new names.
 
-        They are of a future that will be another one, or damaged; nothing is deleted.
+        They belong to steps that will be done again, or are damaged; nothing is deleted.
         """
         names = []
         for later in (s for s in self.steps() if s > step):
@@ -196,12 +196,12 @@ def load_state(
     wanted = set(tensor_names(plain))
     with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in wanted & set(file.keys())}
-    if in_parts := wanted - tensors.keys():
+    if sharded := wanted - tensors.keys():
         from exgrpo_fast.core.dtensor import (
             read_shards,  # a second of imports, of which few have need
         )
 
-        tensors |= read_shards(path / PARTS, in_parts, mesh)
+        tensors |= read_shards(path / PARTS, sharded, mesh)
     return merge_tensors(plain, tensors)
 
 
@@ -275,7 +275,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def folder_bytes(path: Path) -> int:
-    """What the files of a checkpoint take on the disk, manifest apart."""
+    """Bytes of a checkpoint's files on the disk, without the manifest."""
     return sum(file.stat().st_size for file in _files(path))
 
 
@@ -335,7 +335,7 @@ def merge_tensors(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def tensor_names(plain: Any) -> Iterator[str]:
-    """Of the tensors that a state without them names."""
+    """The names of the tensors that `plain` refers to."""
     if isinstance(plain, dict):
         if plain.keys() == {"__tensor__"}:
             yield plain["__tensor__"]

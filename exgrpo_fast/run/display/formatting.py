@@ -1,4 +1,4 @@
-"""Numbers and completions as people read them."""
+"""Numbers and completions formatted for people."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def joined(parts: Iterable[str]) -> str:
 
 
 def best_and_worst(rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    """The rows to show, named; equal rewards are told apart by length (long failures teach)."""
+    """The rows to show, named; equal rewards are ordered by length (long failures are instructive)."""
 
     def order(row: Row) -> tuple[float, float]:
         return number_of(row, "reward") or 0.0, -(number_of(row, "num_tokens") or 0.0)

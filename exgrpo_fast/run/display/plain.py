@@ -25,9 +25,8 @@ from exgrpo_fast.run.metrics import Metrics
 class PlainScreen:
     """Plain lines for files, pipes and dumb terminals: one a step, no carriage returns.
 
-    A phase speaks only when it is slow. The first of its name tells that it goes on after
-    `first_after` seconds and when it is done; later ones, whose times are on the step lines, only
-    from `again_after` on, as a sign of life.
+    A phase is reported only when it is slow. The first of its name is reported after `first_after`
+    seconds and at its end; later ones, whose times are on the step lines, only from `again_after` on.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class PlainScreen:
 
 
 class _Phase:
-    """A phase that is going on; written by the trainer's thread, read by the watching one."""
+    """A running phase; written by the trainer's thread, read by the reporting one."""
 
     def __init__(self, name: str, total: int | None, clock: Clock) -> None:
         self.name = name

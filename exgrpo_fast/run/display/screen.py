@@ -1,4 +1,4 @@
-"""What the trainer tells its user, and the screen that shows nothing of it."""
+"""The protocol of screens, and one that shows nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]  # one trajectory, named as in the completion tables
 
 
 class Screen(Protocol):
-    """What the trainer tells its user."""
+    """Where the trainer reports phases, steps and completions to its user."""
 
     def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
         """A long piece of work; the block calls `advance(count=1)` as it proceeds."""

@@ -1,4 +1,4 @@
-"""One finished step, read: its change and remaining time, and the lines that tell it."""
+"""A finished step: its change of reward, the remaining time, and its lines of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class StepLine:
-    """A finished step with what only the sequence of steps knows."""
+    """A finished step with what is computed over several of them."""
 
     metrics: Metrics
     step: int
@@ -53,7 +53,7 @@ class StepLine:
 
     @property
     def replays(self) -> bool:
-        """Whether replay belongs to this run at all (plain GRPO has none to speak of)."""
+        """Whether this run replays; plain GRPO does not."""
         keys = ("replay_frac", "replay_size", "replay_active")
         return any(self.number(key) for key in keys) or "replay_buckets" in self.metrics
 
@@ -89,7 +89,7 @@ class StepReader:
 
 
 def plain_line(line: StepLine) -> str:
-    """The whole step on one line; what is not known is left out."""
+    """The step on one line; what is not known is left out."""
     change, cut = line.show_change(), line.show("truncated_frac", percent)
     rollout = _pace_text(line, "tokens_per_second_rollout", "seconds_rollout")
     train = _pace_text(line, "tokens_per_second_train", "seconds_update")

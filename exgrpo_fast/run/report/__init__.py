@@ -1,7 +1,7 @@
-"""report.html: one self-contained page that tells what a run did and whether it worked.
+"""report.html: one self-contained page about what a run did and whether it learned.
 
-Reads only what lies in the run directory, and copes with whatever is missing, short or torn: a
-report is most wanted after a run that went wrong. The figures are SVG drawn here, so that they are
+Reads the run directory alone, and accepts files that are missing, short or torn: a report is most
+useful after a run that failed. The figures are SVG drawn here, so that they are
 small, sharp, follow the reader's light or dark theme, and need nothing from the network.
 """
 

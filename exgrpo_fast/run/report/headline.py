@@ -1,4 +1,4 @@
-"""What came of the run: one sentence, one before/after graphic, and its size in a few numbers."""
+"""The result of the run in one sentence, before and after, and its size in a few numbers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _change(
 
 
 def facts(run: Run) -> str:
-    """The few numbers that say how big and how long the run was."""
+    """Size and duration of the run."""
     seconds = number_of(run.summary, "wall_seconds") or run.total("step_seconds")
     peaks = run.values("peak_memory_gib")
     peak = number_of(run.summary, "peak_memory_gib") or max(peaks, default=None)
