@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exgrpo_fast.config import Config, ConfigError, all_keys, keys_by_last_word
+from exgrpo_fast.config import Config, ConfigError, all_keys, hint, keys_by_last_word
 from exgrpo_fast.config.load import assign, read_recipe, validate
 from exgrpo_fast.rewards.loading import as_reference
 
@@ -42,8 +42,8 @@ def assign_keyword(tree: dict[str, Any], key: str, value: Any) -> None:
         assign(tree, by_last_word[key], value)
     else:
         near = difflib.get_close_matches(key, [*by_last_word, *sections], n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"unknown keyword '{key}'{hint}")
+        close = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"unknown keyword '{key}'{hint([key]) or close}")
 
 
 def as_source(rows: Rows, file: Path) -> str:

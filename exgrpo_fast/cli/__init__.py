@@ -1,8 +1,8 @@
 """`exgrpo-fast`: one file a command, with its arguments and its body. torch is imported inside the
 body, so that a user's mistake is reported in one line before it is loaded.
 
-Exit codes: 0 done, 2 usage or config, 70 numerical stop, 74 cannot save, 75 gave up after restarts,
-130/143 signals.
+Exit codes: 0 done, 2 usage or config, 69 engine lost, 70 numerical stop, 74 cannot save, 75 gave up
+after restarts, 130/143 signals.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exgrpo_fast.config import Config, ConfigError, suggest
+from exgrpo_fast.config import Config, ConfigError, require, suggest
 from exgrpo_fast.rewards import RewardError, check_reference
 
 
@@ -77,17 +77,13 @@ def resume_point(text: str) -> str:
 
 def check_inputs(config: Config) -> None:
     """Missing values and files, before torch is imported."""
-    if config.model.name is None:
-        raise ConfigError(
-            "model.name is not set: give a folder, a hub name, a .gguf file or smollm2"
-        )
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: give a .jsonl file, a dataset or a gym task")
+    name = require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
+    require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}:
             require_file(source, key)
-    if looks_local(config.model.name):
-        require_file(config.model.name, "model.name")
+    if looks_local(name):
+        require_file(name, "model.name")
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
     require_rewards(config.reward.functions, "reward.functions")

@@ -167,9 +167,9 @@ def show_plan(
         cause = clean_line(error, max_line=200)
         print(f"{prefix}no memory plan without the model's config.json here ({cause})")
         return 0
-    print("".join(f"{prefix}{line}".rstrip() + "\n" for line in planned.text.splitlines()), end="")
-    if planned.refusal is not None:
-        raise ConfigError(planned.refusal)
+    planned.accepted(
+        lambda text: print("\n".join(f"{prefix}{line}".rstrip() for line in text.splitlines()))
+    )
     return 0
 
 

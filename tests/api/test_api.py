@@ -100,7 +100,11 @@ def test_keywords_are_keys_by_their_last_word_or_sections() -> None:
 
 @pytest.mark.parametrize(
     ("keys", "words"),
-    [({"group_sise": 5}, "did you mean 'group_size'"), ({"lr": "fast"}, "train.lr")],
+    [
+        ({"group_sise": 5}, "did you mean 'group_size'"),
+        ({"num_generations": 8}, "here it is 'rollout.group_size'"),
+        ({"lr": "fast"}, "train.lr"),
+    ],
 )
 def test_a_mistake_is_one_line(keys: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

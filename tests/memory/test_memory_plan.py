@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_questions, peak_bytes
+from conftest import make_questions, peak_bytes, small_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from exgrpo_fast.build.run import run_preflight
 from exgrpo_fast.cli import main
-from exgrpo_fast.config import Config, ConfigError, load_config, validate
+from exgrpo_fast.config import Config, ConfigError, load_config, validate, with_values
 from exgrpo_fast.memory.advice import cheapest, refusal
-from exgrpo_fast.memory.fit import Expected, machine_of, plan_run
+from exgrpo_fast.memory.fit import Expected, machine_of, plan_run, resolve_auto
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.training import Head, States, states, update
@@ -500,3 +500,17 @@ def test_offloaded_activations_give_the_same_gradients(
     assert all(torch.equal(a, b) for a, b in zip(plain, offloaded, strict=True))
     with pytest.raises(ConfigError, match="offload_activations needs model.gradient_checkpointing"):
         validate({"model": {"offload_activations": True, "gradient_checkpointing": False}})
+
+
+def test_auto_is_resolved_on_a_cpu_for_the_preflight_alone(model_folder: Path) -> None:
+    notes: list[str] = []
+    config = small_config(model_folder, "right", {"train": {"max_tokens_per_microbatch": "auto"}})
+    folder = str(model_folder)
+    assert resolve_auto(config, folder, device="cpu", note=notes.append) == (config, None)
+    assert notes == []
+    config = with_values(config, {"train.preflight": "always"})
+    resolved, expected = resolve_auto(config, folder, device="cpu", note=notes.append)
+    made = plan_run(config, folder, machine_of(config, device="cpu")).plan
+    assert expected == Expected.of(made) and expected.optimiser > 0
+    assert resolved.train.max_tokens_per_microbatch == config.microbatch_tokens
+    assert resolved.model.tile_tokens == 0 and len(notes) == 1
