@@ -46,9 +46,11 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 # What does not change what a run has learned so far, nor what its next step would be.
 MAY_CHANGE = (
-    "model.gradient_checkpointing model.tile_tokens data.check_answers reward.workers reward.timeout_seconds "
-    "rollout.engine rollout.max_batch_sequences replay.enabled train.max_steps "
-    "train.max_tokens_per_microbatch train.gradient_release eval checkpoint log"
+    "model.gradient_checkpointing model.offload_activations model.tile_tokens data.check_answers "
+    "reward.workers reward.timeout_seconds rollout.engine rollout.max_batch_sequences "
+    "rollout.kv_cache_gib rollout.sleep rollout.sync_tolerance rollout.server replay.enabled "
+    "train.max_steps train.max_tokens_per_microbatch train.gradient_release train.preflight "
+    "train.allow_mismatch eval checkpoint log"
 ).split()
 
 

@@ -366,6 +366,23 @@ def test_keys_of_another_version_are_left_aside(tmp_path: Path) -> None:
     refuse_other_config(tmp_path / "config.yaml", validate({"train": {"lr": 3e-5}}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.allow_mismatch", True),
+        ("rollout.sync_tolerance", 0.5),
+        ("rollout.kv_cache_gib", 1.0),
+        ("rollout.server.deadline_seconds", 600.0),
+    ],
+)
+def test_what_an_error_advises_can_be_changed_on_resume(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_yaml(validate({})))
+    refuse_other_config(saved, with_values(validate({}), {key: value}))
+
+
 def test_a_renamed_key_of_an_earlier_run_is_named(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     tree = validate({}).model_dump(mode="json")
