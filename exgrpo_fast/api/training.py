@@ -11,7 +11,7 @@ from typing import Any
 
 from exgrpo_fast.api.inputs import Reward, Rows, as_references, as_source, make_config
 from exgrpo_fast.cli.arguments import check_inputs, choose_device
-from exgrpo_fast.config import Config, refuse_other_config, refuse_with_several
+from exgrpo_fast.config import Config, refuse_other_config, refuse_world_size
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
@@ -96,7 +96,7 @@ def train(
     if reward is not None:
         values["reward.functions"] = as_references(reward, inputs)
     config = make_config(recipe, values)
-    refuse_with_several(config, rank.count)
+    refuse_world_size(config, rank.count)
     check_inputs(config)
     resumes = resume != "never"
     folder = RunFolder(out, resume=resumes) if rank.is_main else GuestFolder(out)

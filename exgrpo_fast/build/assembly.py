@@ -11,7 +11,6 @@ from exgrpo_fast.build.experience import make_hindsight, make_replay
 from exgrpo_fast.build.models import vocabulary_of
 from exgrpo_fast.build.rewards import make_evaluator, make_verifier
 from exgrpo_fast.config import Config
-from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.prior.protocols import Prior
@@ -67,13 +66,13 @@ def make_trainer(
     screen: Screen,
     sink: MetricSink,
     prior: Prior,
-    processes: Processes = SINGLE_PROCESS,
 ) -> Trainer:
     """Sources, collector, learner, evaluator and trainer.
 
     `rewards`: None on all ranks but 0, which scores and writes for them.
     """
     rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
+    processes = policy.processes
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
     replay = make_replay(config, policy, train, stream, tokenizer)
     sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
@@ -127,7 +126,7 @@ def make_trainer(
         objective=make_objective(config),
         evaluator=evaluator,
         eval_questions=held_out,
-        writer=make_writer(config, policy, tokenizer, folder, screen, engine, processes),
+        writer=make_writer(config, policy, tokenizer, folder, screen, engine),
         bad_batches=BadBatches(folder.bad_batches) if processes.is_main else NoBadBatches(),
         sink=sink,
         completion_log=(
@@ -206,7 +205,6 @@ def make_writer(
     folder: RunFolder,
     screen: Screen,
     engine: RolloutEngine,
-    processes: Processes = SINGLE_PROCESS,
 ) -> CheckpointWriter:
     """Checkpoints that say which config, tokenizer and packages they come from."""
     checkpoints = Checkpoints(
@@ -223,7 +221,7 @@ def make_writer(
     return CheckpointWriter(
         checkpoints,
         model,
-        processes=processes,
+        processes=policy.processes,
         warn=screen.note,
         on_committed=journal_cleanup(engine),
     )

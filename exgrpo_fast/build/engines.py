@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from exgrpo_fast.build.environment import config_digest
 from exgrpo_fast.build.models import end_of_sequence_ids, make_plain_policy
-from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
+from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_world_size
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.memory.budgets import EnginePlan, engine_plan
@@ -84,7 +84,7 @@ def reserve_engine(
 def refuse_unplaced_engine(config: Config, device: str, count: int) -> None:
     """ConfigError where the engine has no device of its own beside `count` ranks."""
     kind, server = engine_kind(config, device), config.rollout.server
-    refuse_engine_with_several(config, kind, count)
+    refuse_engine_world_size(config, kind, count)
     is_placed = server.gpus is not None or server.urls
     if kind == "vllm_server" and count > 1 and device == "cuda" and not is_placed:
         raise ConfigError(

@@ -123,7 +123,6 @@ def open_run(
                     folder=folder,
                     screen=screen,
                     sink=sink,
-                    processes=processes,
                 )
                 if resume_from:
                     restore_run(trainer, state)

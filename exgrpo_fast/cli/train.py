@@ -28,7 +28,7 @@ from exgrpo_fast.config import (
     load_config,
     recipe_names,
     refuse_other_config,
-    refuse_with_several,
+    refuse_world_size,
     require,
 )
 from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
@@ -78,7 +78,7 @@ def train(arguments: argparse.Namespace) -> int:
         overrides.append(("train.max_steps", str(arguments.max_steps)))
     config = load_config(arguments.config, overrides)
     rank = place_of()
-    refuse_with_several(config, rank.count)
+    refuse_world_size(config, rank.count)
     check_inputs(config)
     if arguments.dry_run:
         return show_dry_run(arguments, config, processes=rank.count) if rank.is_main else 0

@@ -29,8 +29,8 @@ from exgrpo_fast.config.load import (
 from exgrpo_fast.config.schema import (
     Config,
     engine_kind,
-    refuse_engine_with_several,
-    refuse_with_several,
+    refuse_engine_world_size,
+    refuse_world_size,
 )
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
 
@@ -51,8 +51,8 @@ __all__ = [
     "read_yaml",
     "recipe_names",
     "refuse_other_config",
-    "refuse_engine_with_several",
-    "refuse_with_several",
+    "refuse_engine_world_size",
+    "refuse_world_size",
     "require",
     "suggest",
     "validate",

@@ -273,11 +273,11 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 # --- limits of the world size and of what is installed --------------------------------------------
 
 
-def refuse_with_several(config: Config, count: int) -> None:
-    """ConfigError naming the first key that `count` processes cannot honour."""
+def refuse_world_size(config: Config, count: int) -> None:
+    """ConfigError naming the first key that does not go with `count` ranks."""
     if count == 1:
         return
-    refuse_engine_with_several(config, config.rollout.engine, count)
+    refuse_engine_world_size(config, config.rollout.engine, count)
     algorithm, rollout = config.algorithm, config.rollout
     refused = {
         "model.quantization": config.model.quantization is not None,
@@ -294,7 +294,7 @@ def refuse_with_several(config: Config, count: int) -> None:
             raise ConfigError(f"{name} does not go with {count} processes; one process can do it")
 
 
-def refuse_engine_with_several(config: Config, kind: str, count: int) -> None:
+def refuse_engine_world_size(config: Config, kind: str, count: int) -> None:
     """`kind`: the resolved `rollout.engine`."""
     if kind == "vllm" and count > 1:
         raise ConfigError(

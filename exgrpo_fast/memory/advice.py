@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from exgrpo_fast.config import Config, ConfigError, refuse_with_several, with_values
+from exgrpo_fast.config import Config, ConfigError, refuse_world_size, with_values
 from exgrpo_fast.config.sections import PREFERRED_TOKENS
 from exgrpo_fast.memory.planner import GIB, MemoryPlan, Planner
 
@@ -85,7 +85,7 @@ def cheapest(planner: Planner, config: Config, *, count: int = 3) -> list[Change
 def _try(planner: Planner, config: Config, keys: Mapping[str, Any]) -> MemoryPlan | None:
     try:
         changed = with_values(config, keys)
-        refuse_with_several(changed, planner.machine.processes)
+        refuse_world_size(changed, planner.machine.processes)
         return planner.plan(changed)
     except ConfigError:
         return None

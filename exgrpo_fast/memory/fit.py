@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_with_several
+from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_world_size
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.planner import Machine, MemoryPlan, Planner, table, with_sizes
@@ -82,7 +82,7 @@ def machine_of(
     else:
         num_bytes, engine = int(memory_gib * 2**30), config.rollout.engine
         engine = "vllm" if engine == "auto" else engine
-    refuse_engine_with_several(config, engine, processes)
+    refuse_engine_world_size(config, engine, processes)
     return Machine(kind, num_bytes, engine, processes)
 
 

@@ -10,7 +10,7 @@ import torch
 from several_processes import run_processes
 
 from exgrpo_fast.cli import main
-from exgrpo_fast.config import ConfigError, refuse_with_several, validate
+from exgrpo_fast.config import ConfigError, refuse_world_size, validate
 from exgrpo_fast.core.process_group import SINGLE_PROCESS
 from exgrpo_fast.core.torchrun import RankInfo, place_of
 from exgrpo_fast.model.packing import Ragged, pack
@@ -78,14 +78,14 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> None:
     config = validate(REFUSED[key])
-    refuse_with_several(config, 1)
+    refuse_world_size(config, 1)
     with pytest.raises(ConfigError, match=key):
-        refuse_with_several(config, 2)
+        refuse_world_size(config, 2)
 
 
 @pytest.mark.parametrize("model", [{"tile_tokens": 4096}, {"lora": {}, "weights": "bfloat16"}])
 def test_what_goes_with_several_processes(model: dict[str, Any]) -> None:
-    refuse_with_several(validate({"model": model}), 2)
+    refuse_world_size(validate({"model": model}), 2)
 
 
 def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:

@@ -16,7 +16,7 @@ from test_resume import restore_run
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from exgrpo_fast.config import Config, ConfigError, refuse_with_several
+from exgrpo_fast.config import Config, ConfigError, refuse_world_size
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.training import Head, released, states, update
@@ -465,4 +465,4 @@ def test_what_does_not_go_with_it(sections: dict[str, Any], why: str) -> None:
 
 def test_several_processes_are_refused() -> None:
     with pytest.raises(ConfigError, match="train.gradient_release does not go with 2 processes"):
-        refuse_with_several(config_with(), 2)
+        refuse_world_size(config_with(), 2)
