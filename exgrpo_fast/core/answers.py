@@ -9,9 +9,8 @@ import json
 import re
 from typing import Any
 
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
-_FRAMED = re.compile(r"\\fbox(?=\s*\{)")
 _BARE_BOX = re.compile(r"\\boxed[ ~]+([^\s{}$.,]+)")
 
 
@@ -20,7 +19,7 @@ def gold_answer(solution: str) -> str:
     hashes = last_hashes(solution)
     if hashes is not None:
         return hashes.strip()
-    box = last_box(_BARE_BOX.sub(r"\\boxed{\1}", _FRAMED.sub(r"\\boxed", solution)))
+    box = last_box(_BARE_BOX.sub(r"\\boxed{\1}", solution))
     return solution.strip() if box is None else box.strip()
 
 
@@ -34,7 +33,7 @@ def answer_text(value: Any) -> str:
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the balanced `\boxed{...}` that opens last; an unclosed one is none."""
+    r"""The content of the balanced `\boxed{...}` or `\fbox{...}` that opens last, if any."""
     spans = box_spans(text)
     return text[slice(*spans[-1])] if spans else None
 
@@ -51,7 +50,7 @@ def box_spans(text: str) -> list[tuple[int, int]]:
             start = open_braces.pop() if open_braces else -1
             if start >= 0:
                 spans.append((start, match.start()))
-        elif token[1] == "b":
+        elif token[1] in "bf":
             open_braces.append(match.end())
     return sorted(spans)
 

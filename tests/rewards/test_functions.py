@@ -21,7 +21,7 @@ from exgrpo_fast.rewards.verifiers.functions import (
     reasoning_gym,
 )
 from exgrpo_fast.rewards.verifiers.numerals import number
-from exgrpo_fast.rewards.verifiers.refusals import refuse
+from exgrpo_fast.rewards.verifiers.refusals import says_several_things, too_large
 
 
 def judge(completion: str, gold: str) -> tuple[float, str]:
@@ -185,7 +185,6 @@ def test_other_answers_are_wrong(gold: str, answer: str) -> None:
         (boxed("\\text{east or west}"), "\\text{east}", "refused:words"),
         (boxed("42 \\text{ (41)}"), "42", "refused:second_number"),
         (boxed("42"), "42\\%", "unit"),
-        (boxed("\\frac{42}{100}"), "42\\%", "unit"),
         (boxed("3 \\text{ or } 4"), "3,5", "wrong"),  # a list may be written so, and is compared
     ],
 )
@@ -221,7 +220,8 @@ def test_several_answers_are_none(completion: str, reason: str) -> None:
 
 
 def test_a_plain_number_is_no_percentage() -> None:
-    assert judge(boxed("0.42"), "42\\%")[0] == 0.0
+    assert judge(boxed("42"), "42\\%") == (0.0, "unit")
+    assert judge(boxed("0.42"), "42\\%") == judge(boxed("\\frac{42}{100}"), "42\\%") == (1.0, "ok")
     assert judge(boxed("42\\%"), "42\\%") == (1.0, "ok")
 
 
@@ -263,7 +263,7 @@ def test_answers_that_are_provably_too_large_are_refused(answer: str, reason: st
     ],
 )
 def test_honest_answers_are_not_refused(answer: str) -> None:
-    assert refuse(answer, "42") is None
+    assert too_large(answer) is says_several_things(answer, "42") is None
 
 
 def test_a_gold_answer_is_right_even_where_it_would_be_refused() -> None:

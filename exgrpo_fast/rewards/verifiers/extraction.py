@@ -5,11 +5,13 @@ left to the rewards. Linear in the length of the window, so that no completion c
 search itself slow. Pure standard library: the reward workers import it at start.
 
 The answer is looked for after the last `</think>`, within the last 64 KB, in this order:
-the last balanced `\boxed{...}`, the last `#### ...` line, the last `<answer>...</answer>`.
+the last balanced `\boxed{...}` or `\fbox{...}`, the last `#### ...` line, the last
+`<answer>...</answer>`, a last line `Answer: ...`.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any
 
@@ -32,6 +34,7 @@ __all__ = [
     "visible_part",
 ]
 
+MAX_LINE_CHARS = 500
 WINDOW_CHARS = 65_536  # an answer stands at the end; scanning more only costs time
 
 
@@ -43,11 +46,21 @@ def visible_part(completion: str) -> str:
 def final_answer(completion: str) -> str | None:
     """The cleaned text of the final answer; None when there is none or it is empty."""
     text = visible_part(completion)
-    for find in (last_box, last_hashes, last_tag):
+    for find in (last_box, last_hashes, last_tag, _answer_line):
         found = find(text)
         if found is not None:
             return clean(found) or None
     return None
+
+
+_ANSWER_LINE = re.compile(r"\W*answer\W*:\W*?(?=[^\s*])(.*)", re.IGNORECASE)
+
+
+def _answer_line(text: str) -> str | None:
+    """What a last line of the form `Answer: 34` gives."""
+    last_line = text.rstrip()[-MAX_LINE_CHARS:].rpartition("\n")[2]
+    found = _ANSWER_LINE.fullmatch(last_line)
+    return found[1].strip().rstrip("*") if found else None
 
 
 def gold_text(value: Any) -> str:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from exgrpo_fast.rewards.judgement import NO_ANSWER, RIGHT, WRONG, Judgement, RewardError
 from exgrpo_fast.rewards.verifiers import extraction
+from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
-from exgrpo_fast.rewards.verifiers.refusals import refuse
+from exgrpo_fast.rewards.verifiers.quantities import quantity, units_differ
+from exgrpo_fast.rewards.verifiers.refusals import says_several_things, too_large
 
 
 def math_verify(
@@ -36,8 +38,8 @@ def math_verify(
 
 
 # An honest answer costs at most 0.35 s of a core; hostile ones cost all they are given.
-MATH_SECONDS = 1.0
-MATH_CPU_SECONDS = 0.5
+MATH_SECONDS = 1.5
+MATH_CPU_SECONDS = 0.8
 
 
 def _math_verify(completion: str, gold: str) -> Judgement:
@@ -46,14 +48,42 @@ def _math_verify(completion: str, gold: str) -> Judgement:
         return NO_ANSWER
     if found == gold or plain_form(found) == plain_form(gold):
         return RIGHT
-    fast = _fast_verdict(found, gold)
-    if fast is not None:
-        return fast
-    refusal = refuse(found, gold)
-    if refusal is not None:
-        return 0.0, f"refused:{refusal}"
+    found, gold = latex(found), latex(gold)
+    if same_text(found, gold):
+        return RIGHT
+    return (
+        _fast_verdict(found, gold)
+        or _refused(too_large(found))
+        or _by_value(found, gold)
+        or _refused(says_several_things(found, gold))
+        or _by_mathematics(found, gold)
+    )
+
+
+def _refused(why: str | None) -> Judgement | None:
+    return None if why is None else (0.0, f"refused:{why}")
+
+
+def _by_value(found: str, gold: str) -> Judgement | None:
+    """Exactly, where both are rational numbers, whatever their units; None for anything else."""
+    of_found, of_gold = quantity(found), quantity(gold)
+    if of_found is None or of_gold is None:
+        return None
+    if of_gold.unit == "%" != of_found.unit:  # `0.25` is 25 %, `25` is not
+        return RIGHT if of_found.value == of_gold.value / 100 else (0.0, "unit")
+    if units_differ(of_found.unit, of_gold.unit):
+        return WRONG
+    if _same_number(of_found.value, of_gold.value):
+        return RIGHT
+    as_share = of_found.unit == "%" != of_gold.unit and of_found.value / 100 == of_gold.value
+    return RIGHT if as_share else WRONG
+
+
+def _by_mathematics(found: str, gold: str) -> Judgement:
     if _has_percent(gold) and not _has_percent(found):
         return 0.0, "unit"
+    if "\\cup" in gold:
+        found = as_union(found)
     return RIGHT if _equal(_parse_gold(gold), _parse(found)) else WRONG
 
 
@@ -63,6 +93,7 @@ def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
     boxed = extraction.last_box(f"\\boxed{{{gold}}}")
     if boxed is None or extraction.clean(boxed) != gold:
         return 0.0, "unbalanced"
+    gold = latex(gold)
     if number(gold) is not None:
         return RIGHT
     parsed = _parse(gold)
@@ -104,14 +135,26 @@ def _has_percent(text: str) -> bool:
 
 
 # What math-verify 0.9.0 cannot read although it is plain mathematics.
-_REWRITES = [
+_REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<=\d)\.(?=\s*(?:[/)},]|$))"), ""),  # 3./2
     (re.compile(r"^([-+]?\d+\.?\d*)[eE]([-+]?\d{1,4})$"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<![A-Za-z\\])E_"), r"\\Xi_"),  # E alone is Euler's number, even with an index
+    # Behind a number it takes letters for a unit, and drops them: `2ab` would be 2.
+    (re.compile(r"(?<=[\d}])([a-zA-Z]{1,3})$"), lambda m: _factors(m[1])),
+    (re.compile(r"(\\cdot|\\times)\s*([a-zA-Z]{1,2})$"), r"\1 {\2}"),
     (re.compile(r"_\{\\odot\s*\}"), "_{o}"),
     (re.compile(r"_\{\\(max|min)\s*\}"), r"_{\1}"),
     (re.compile(r"\bnp\.(arcsin|arccos|arctan|sin|cos|tan|exp|log|pi)\b"), r"\\\1"),
 ]
+
+
+_UNITS = ("mm", "cm", "dm", "km", "kg", "mg", "ml", "mL", "ft", "lb", "lbs")
+
+
+def _factors(letters: str) -> str:
+    if letters == "i" or letters in _UNITS:
+        return letters
+    return "".join(f" \\cdot {{{letter}}}" for letter in letters)
 
 
 def _parse(text: str) -> list[Any]:
@@ -128,7 +171,9 @@ _parse_gold = lru_cache(maxsize=16_384)(_parse)
 
 def _equal(gold: list[Any], found: list[Any]) -> bool:
     # No limits of math-verify's own: they clear the worker's timer, and count whole seconds.
-    return bool(_math_verifier()[0].verify(gold, found, timeout_seconds=None))
+    # An interval and the inequality that says the same are equal.
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}
+    return bool(_math_verifier()[0].verify(gold, found, **options))
 
 
 @lru_cache(maxsize=1)

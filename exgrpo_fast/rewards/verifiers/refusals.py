@@ -10,12 +10,6 @@ from __future__ import annotations
 import math
 import re
 
-
-def refuse(found: str, gold: str) -> str | None:
-    """Why this answer is not evaluated, as a word; None when it may be."""
-    return _too_large(found) or _says_several_things(found, gold)
-
-
 # --- too large ------------------------------------------------------------------------------------
 
 _LARGE = {
@@ -29,7 +23,8 @@ _LARGE = {
 _TOWER = re.compile(r"(?:\^|\*\*)\s*[{(]?\s*(\d{1,4})\s*(?:\^|\*\*)\s*[{(]?\s*(\d{1,4})")
 
 
-def _too_large(text: str) -> str | None:
+def too_large(text: str) -> str | None:
+    """Why this answer is not evaluated, as a word; None when it may be."""
     if len(text) > 512:
         return "length"
     if text.count("|") > 6:
@@ -68,12 +63,15 @@ _VARIABLE = re.compile(
     r"|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega"
     r"|angle|ell)(?![a-zA-Z])"
 )
-_HEDGE = re.compile(r"\b(or|and|maybe|perhaps|possibly|probably|either|not)\b", re.IGNORECASE)
+_HEDGE = re.compile(
+    r"\b(or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false)\b",
+    re.IGNORECASE,
+)
 _TEXT_WITH_DIGIT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\d[^{}]*\}")
 _SEVERAL = re.compile(r"[,;]|\\\{|\\pm|\\cup|\b(?:and|or)\b")
 
 
-def _says_several_things(found: str, gold: str) -> str | None:
+def says_several_things(found: str, gold: str) -> str | None:
     if _chained(found) and not _chained(gold):
         return "equals"
     hedges = {word.lower() for word in _HEDGE.findall(found)}

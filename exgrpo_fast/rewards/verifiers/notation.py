@@ -1,0 +1,198 @@
+r"""One notation for what people write in many: `½`, `√2`, `1 000`, `0.\overline{3}`, `– 5` -> LaTeX.
+
+Nothing here changes what an answer says. Pure standard library; linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+
+from exgrpo_fast.rewards.verifiers.numerals import plain_form
+
+MAX_CHARS = 2048  # a longer text is not read but refused
+
+# --- characters -----------------------------------------------------------------------------------
+
+_SIGNS = {
+    "∞": r"\infty ",
+    "×": r"\times ",
+    "⋅": r"\cdot ",
+    "·": r"\cdot ",
+    "∙": r"\cdot ",
+    "÷": "/",
+    "∕": "/",
+    "≤": r"\leq ",
+    "⩽": r"\leq ",
+    "≥": r"\geq ",
+    "⩾": r"\geq ",
+    "≠": r"\neq ",
+    "≈": r"\approx ",
+    "±": r"\pm ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∅": r"\emptyset ",
+    "∈": r"\in ",
+    "°": r"^\circ ",
+    "º": r"^\circ ",
+    "€": "",
+    "£": "",
+    "¥": "",
+    "₹": "",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+    "‐": "-",
+    "‑": "-",
+    "‒": "-",
+    "﹣": "-",
+}
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+
+
+def _character(character: str) -> str:
+    if character.isascii():
+        return character
+    if character in _SIGNS:
+        return _SIGNS[character]
+    if "\uff01" <= character <= "\uff5e":  # full width
+        return chr(ord(character) - 0xFEE0)
+    name = unicodedata.name(character, "")
+    if name.startswith("VULGAR FRACTION"):
+        above, bar, below = unicodedata.normalize("NFKC", character).partition("\u2044")
+        return rf"\frac{{{above}}}{{{below}}}" if bar and below else character
+    if match := _GREEK.fullmatch(name):
+        letter = match[2].lower().replace("lamda", "lambda")
+        return f"\\{letter if match[1] == 'SMALL' else letter.capitalize()} "
+    return character
+
+
+_GREEK = re.compile(r"GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
+
+# --- words and typesetting ------------------------------------------------------------------------
+
+_FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|sec|csc|cot|ln|log|exp|pi"
+_Replacement = str | Callable[[re.Match[str]], str]
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """`0.1\\overline{6}` as a fraction: (16 - 1) / 90."""
+    whole, fixed, period = match[1] or "0", match[2], match[3]
+    below = 10 ** len(fixed) * (10 ** len(period) - 1)
+    return rf"\frac{{{int(whole + fixed + period) - int(whole + fixed)}}}{{{below}}}"
+
+
+def _mixed(match: re.Match[str]) -> str:
+    proper = int(match[2]) < int(match[3])
+    return rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}" if proper else match[0]
+
+
+_REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
+    # An en dash between digits is a range; elsewhere it is a minus sign.
+    (re.compile(r"(?<!\d)[–—]|[–—](?!\d)"), "-"),
+    (re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+"), lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
+    (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
+    (
+        re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[A-Za-z]))"),
+        lambda m: f"{_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}",
+    ),
+    (
+        re.compile(
+            r"\\(?:large|Large|LARGE|huge|Huge|small|displaystyle|textstyle|bf|rm|it)(?![a-zA-Z])"
+        ),
+        " ",
+    ),
+    (re.compile(r"\\cfrac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile(r"(?:\^\s*)?\\degree(?:s)?(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\\leqslant(?![a-zA-Z])"), r"\\leq"),
+    (re.compile(r"\\geqslant(?![a-zA-Z])"), r"\\geq"),
+    (re.compile(r"\\mathrm\s*\{([ied])\}"), r"\1"),
+    (re.compile(r"\+\s*\(\s*-\s*([\w.]+)\s*\)"), r"-\1"),
+    (re.compile(r"\\log_\{?e\}?(?![a-zA-Z])"), r"\\ln"),
+    (re.compile(r"\\([dt]?binom)(\d)(\d)"), r"\\\1{\2}{\3}"),
+    (re.compile(r"\\frac\s*([\da-z])\s*([\da-z])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"^\s*\\text\s*\{[^{}\d]*(?:\bis|[:=])\s*\}\s*:?"), ""),
+    (re.compile(r"(\\sqrt\[\d+\])\s*(\d|[a-z])"), r"\1{\2}"),
+    (re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(rf"(?<![\\a-zA-Z.])({_FUNCTIONS})(?![a-zA-Z{{}}])"), r"\\\1"),
+    (re.compile(r"\^\{(-?\d*)\.(\d)\}"), lambda m: _power(m)),
+    (re.compile(r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}"), _repeating),
+    (
+        re.compile(r"(?<![\d.,])\d{1,3}(?:[ ']\d{3})+(?![\d/'])"),
+        lambda m: re.sub("[ ']", "", m[0]),
+    ),
+    (re.compile(r"(?<![\d./^_{])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d./])"), _mixed),
+    (re.compile(r"^\s*(?:\\(?:approx|simeq|approxeq|sim)(?![a-zA-Z])|~)\s*"), ""),
+    (
+        re.compile(
+            r"^\s*(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|roughly)\s*\}?\s+(?=[-\d\\.])"
+        ),
+        "",
+    ),
+]
+
+
+def _power(match: re.Match[str]) -> str:
+    digits = int(f"{match[1].lstrip('-') or 0}{match[2]}")
+    sign = "-" if match[1].startswith("-") else ""
+    return rf"^{{{sign}\frac{{{digits}}}{{10}}}}"
+
+
+_WHOLE = re.compile(
+    r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|underline)"
+    r"\s*\{([^{}\\]*)\}"
+)
+
+
+@lru_cache(maxsize=16_384)
+def latex(text: str) -> str:
+    """The text in plain LaTeX; one that is too long to be an answer as it is."""
+    if len(text) > MAX_CHARS:
+        return text
+    text = "".join(map(_character, plain_form(text)))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = text.strip()
+    whole = _WHOLE.fullmatch(text)
+    return (whole[1] if whole else text).strip().strip('"').strip()
+
+
+# --- comparisons of text --------------------------------------------------------------------------
+
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+_WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|[Nn]o")
+
+
+def same_text(found: str, gold: str) -> bool:
+    """Whether two answers in one notation read the same, but for spaces and, in words, capitals."""
+    if _SPACE.sub("", found) == _SPACE.sub("", gold):
+        return True
+    found = found.rstrip(".")
+    return _WORDS.fullmatch(gold) is not None and found.casefold() == gold.casefold()
+
+
+# --- inequalities ---------------------------------------------------------------------------------
+
+_LESS, _MORE = r"<|\\leq?(?![a-zA-Z])|\\lt(?![a-zA-Z])", r">|\\geq?(?![a-zA-Z])|\\gt(?![a-zA-Z])"
+_HALF_LINE = re.compile(rf"[a-z]\s*({_LESS}|{_MORE})\s*([^<>=,;]+)")
+_OR = re.compile(r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\bor\b|\\lor|\\vee)\s*")
+
+
+def as_union(text: str) -> str:
+    r"""`x < 2 or x \geq 3` as `(-\infty, 2) \cup [3, \infty)`; any other text as it is."""
+    parts = [_HALF_LINE.fullmatch(part.strip()) for part in _OR.split(text)]
+    if len(parts) < 2 or not all(parts):
+        return text
+    return r" \cup ".join(_interval(part[1], part[2].strip()) for part in parts if part)
+
+
+def _interval(relation: str, bound: str) -> str:
+    closed = relation.startswith(("\\le", "\\ge"))
+    if re.fullmatch(_LESS, relation):
+        return rf"(-\infty, {bound}{']' if closed else ')'}"
+    return rf"{'[' if closed else '('}{bound}, \infty)"

@@ -1,0 +1,278 @@
+r"""The exact value of an answer that is a rational number, with a unit behind it or not.
+
+Exact, because math-verify compares numbers by their first six decimals: to it 2^{-98} is 2^{-99}.
+Pure standard library, and bounded: what would be large is None.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from exgrpo_fast.rewards.verifiers.numerals import number
+
+MAX_CHARS, MAX_BITS, MAX_DEPTH = 200, 40_000, 12
+
+
+class Quantity(NamedTuple):
+    value: Fraction
+    unit: str = ""  # as it stands there; "%" for a percentage, whose value is not divided
+
+
+@lru_cache(maxsize=16_384)
+def quantity(text: str) -> Quantity | None:
+    """Number and unit of an answer that is in `notation.latex`; None for anything else."""
+    if len(text) > MAX_CHARS:
+        return None
+    text = _ASSIGNED.sub("", text)
+    value = rational(text)
+    if value is not None:
+        return Quantity(value)
+    percent = _PERCENT.fullmatch(text)
+    if percent is not None and (value := rational(percent[1])) is not None:
+        return Quantity(value, "%")
+    for pattern in (_TYPESET_UNIT, _DEGREES, _BARE_UNIT):
+        found = pattern.fullmatch(text)
+        if found is None or _NO_UNIT.search(found[2]):
+            continue
+        value = rational(found[1])
+        if value is not None:
+            return _scaled(value, _plain_unit(found[2]))
+    return None
+
+
+_ASSIGNED = re.compile(r"^[a-zA-Z]\s*=\s*")
+_PERCENT = re.compile(r"(.*\d.*?)\s*(?:\\?%|(?:\\(?:text|mathrm)\s*\{)?\s*(?:percent|pct)\s*\}?)")
+_POWER = r"(?:\s*\^\s*\{?\s*-?[1-4]\s*\}?)"
+_TYPESET_UNIT = re.compile(
+    r"(.*?[\d})!])((?:\s*(?:/|\\cdot|\\times|~|\\,)?\s*"
+    r"\\(?:text|mathrm|mbox|textrm|textbf|operatorname)\s*"
+    rf"\{{(?:[^{{}}\\0-9^]|\\[ ,;]|{_POWER})*\}}{_POWER}?)+)\s*\.?"
+)
+_DEGREES = re.compile(r"(.*?[\d})])(\s*\^\s*\{?\s*\\circ\s*\}?)")
+_SYMBOLS = (
+    "mm|cm|dm|km|m|in|ft|yd|mi|kg|mg|g|lbs?|oz|ml|mL|L|s|sec|min|hrs?|h|Hz|N|J|W|kW|V|A|Pa|mph|kph"
+)
+_WORD = rf"(?:[A-Za-z]{{3,}}|{_SYMBOLS})\.?{_POWER}?"
+_BARE_UNIT = re.compile(
+    rf"(.*?[\d}}])((?:\s+{_WORD}|(?<=\d)(?:mm|cm|dm|km|kg|mg|ml|mL|ft|lbs?)(?![a-zA-Z]){_POWER}?)"
+    rf"(?:\s*/\s*{_WORD}|\s+{_WORD}){{0,3}})\s*"
+)
+# Functions, and words that take an answer back.
+_NO_UNIT = re.compile(
+    r"(?<![a-zA-Z])(?:sin|cos|tan|sec|csc|cot|log|exp|lim|max|min(?=\s*\()|mod|gcd|lcm|sqrt"
+    r"|or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false|if|is)(?![a-zA-Z])",
+    re.IGNORECASE,
+)
+
+
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def _scaled(value: Fraction, unit: str) -> Quantity:
+    first, _, rest = unit.partition(" ")
+    scale = _SCALES.get(first)
+    return Quantity(value, unit) if scale is None else Quantity(value * 10**scale, rest)
+
+
+def _plain_unit(text: str) -> str:
+    text = re.sub(r"\\(?:text|mathrm|mbox|textrm|textbf|operatorname)\s*", "", text)
+    text = re.sub(r"\\circ", "degrees", text)
+    return " ".join(re.sub(r"[{}~.^]|\\[ ,;]", " ", text).split()).lower()
+
+
+_SPELLINGS = {
+    "mm": "mm|millimeters?|millimetres?",
+    "cm": "cm|centimeters?|centimetres?",
+    "m": "m|meters?|metres?",
+    "km": "km|kilometers?|kilometres?",
+    "in": "in|inch|inches",
+    "ft": "ft|foot|feet",
+    "yd": "yd|yards?",
+    "mi": "mi|miles?",
+    "g": "g|grams?",
+    "kg": "kg|kilograms?",
+    "s": "s|sec|seconds?",
+    "min": "min|minutes?",
+    "h": "h|hrs?|hours?",
+    "days": "days?",
+    "cents": "cents?",
+    "dollars": "dollars?|usd",
+}
+_SAME_UNIT = {name: re.compile(spellings) for name, spellings in _SPELLINGS.items()}
+
+
+def units_differ(found: str, gold: str) -> bool:
+    """Whether both are well known and not the same; a unit that is missing differs from none."""
+    names = [
+        next((name for name, known in _SAME_UNIT.items() if known.fullmatch(unit)), None)
+        for unit in (found, gold)
+    ]
+    return None not in names and names[0] != names[1]
+
+
+# --- rational expressions -------------------------------------------------------------------------
+
+_TOKEN = re.compile(
+    r"\s*(?:(\d+(?:\.\d*)?|\.\d+)|(\\frac|\\cdot|\\times|\\div|[-+*/^(){}!]))", re.ASCII
+)
+
+
+class _NotRational(Exception):
+    pass
+
+
+def rational(text: str) -> Fraction | None:
+    r"""The value of `3`, `-1,234.5`, `\frac{1}{2^{98}}`, `1\frac{1}{2}`, `6 \cdot 7`, `5!`; else None."""
+    value = number(text)
+    if value is not None:
+        return value
+    if len(text) > MAX_CHARS or not any(c.isdigit() for c in text):
+        return None
+    tokens: list[str] = []
+    at = 0
+    text = text.rstrip()
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            return None
+        tokens.append(match[1] or match[2])
+        at = match.end()
+    try:
+        reader = _Reader(tokens)
+        value = reader.sum()
+        return value if reader.at_end else None
+    except (_NotRational, ZeroDivisionError):
+        return None
+
+
+class _Reader:
+    """Recursive descent: sum -> product -> signed -> power -> atom."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.place = 0
+        self.depth = 0
+
+    @property
+    def at_end(self) -> bool:
+        return self.place == len(self.tokens)
+
+    @property
+    def next(self) -> str:
+        return "" if self.at_end else self.tokens[self.place]
+
+    def take(self, *wanted: str) -> str:
+        """The next token where it is one of these, else ""."""
+        token = self.next
+        if token and token in wanted:
+            self.place += 1
+            return token
+        return ""
+
+    def sum(self) -> Fraction:
+        value = self.product()
+        while sign := self.take("+", "-"):
+            other = self.product()
+            value = _bounded(value + other if sign == "+" else value - other)
+        return value
+
+    def product(self) -> Fraction:
+        value = self.signed()
+        while sign := self.take("*", "/", r"\cdot", r"\times", r"\div"):
+            other = self.signed()
+            value = _bounded(value / other if sign in ("/", r"\div") else value * other)
+        return value
+
+    def signed(self) -> Fraction:
+        if sign := self.take("+", "-"):
+            return self.signed() if sign == "+" else -self.signed()
+        return self.power()
+
+    def power(self) -> Fraction:
+        value = self.atom()
+        if self.take("!"):
+            if value.denominator != 1 or not 0 <= value <= 170:
+                raise _NotRational
+            value = Fraction(math.factorial(int(value)))
+        if self.take("^"):
+            value = _raised(value, self.exponent())
+        return value
+
+    def exponent(self) -> Fraction:
+        if self.next == "{":
+            return self.atom()
+        token = self.next
+        if not token.isdigit():
+            raise _NotRational
+        # `2^10` without braces is 2^1 times 0 to LaTeX, and 1024 to whoever wrote it.
+        self.place += 1
+        return Fraction(token)
+
+    def atom(self) -> Fraction:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _NotRational
+        try:
+            if self.take("("):
+                return self.until(")")
+            if self.take("{"):
+                return self.until("}")
+            if self.take(r"\frac"):
+                return self.fraction()
+            return self.numeral()
+        finally:
+            self.depth -= 1
+
+    def until(self, closing: str) -> Fraction:
+        value = self.sum()
+        if not self.take(closing):
+            raise _NotRational
+        return value
+
+    def numeral(self) -> Fraction:
+        token = self.next
+        if not token or not (token[0].isdigit() or token[0] == "."):
+            raise _NotRational
+        self.place += 1
+        value = Fraction(token.rstrip("."))
+        if token.isdigit() and self.take(r"\frac"):  # a mixed number
+            part = self.fraction()
+            if not 0 <= part < 1:
+                raise _NotRational
+            return value + part
+        return value
+
+    def fraction(self) -> Fraction:
+        r"""What follows `\frac`: two groups, or two digits as in `\frac12`."""
+        digits = self.next
+        if digits.isdigit() and len(digits) == 2:
+            self.place += 1
+            return Fraction(int(digits[0]), int(digits[1]))
+        above, below = self.part(), self.part()
+        return _bounded(above / below)
+
+    def part(self) -> Fraction:
+        if self.take("{"):
+            return self.until("}")
+        digit = self.next
+        if not (digit.isdigit() and len(digit) == 1):
+            raise _NotRational
+        self.place += 1
+        return Fraction(digit)
+
+
+def _raised(base: Fraction, exponent: Fraction) -> Fraction:
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator != 1 or abs(exponent) * bits > MAX_BITS:
+        raise _NotRational
+    return base ** int(exponent)
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise _NotRational
+    return value

@@ -1,0 +1,168 @@
+"""Verdicts on what models and data sets write, beside those of math-verify alone.
+
+`honest_pairs.jsonl` has a gold answer, a completion, whether it is right, and why math-verify says
+otherwise where it does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exgrpo_fast.rewards.verifiers.mathematics import math_verify
+from exgrpo_fast.rewards.verifiers.notation import as_union, latex
+from exgrpo_fast.rewards.verifiers.quantities import quantity, rational, units_differ
+
+PAIRS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "honest_pairs.jsonl").read_text().splitlines()
+]
+
+
+def verdicts(pairs: list[dict[str, Any]]) -> list[bool]:
+    columns = {name: [pair[name] for pair in pairs] for name in ("gold", "completion")}
+    scored = math_verify([""] * len(pairs), columns["completion"], columns["gold"])
+    return [reward == 1.0 for reward, _ in scored]
+
+
+def test_the_table_is_large_and_has_both_kinds() -> None:
+    right = [pair for pair in PAIRS if pair["right"]]
+    assert len(right) >= 300 and len(PAIRS) - len(right) >= 300
+    assert len({(pair["gold"], pair["completion"]) for pair in PAIRS}) == len(PAIRS)
+
+
+def test_no_honest_answer_is_refused_and_no_wrong_one_accepted() -> None:
+    wrong = [
+        (pair["gold"], pair["completion"], "accepted" if verdict else "refused")
+        for pair, verdict in zip(PAIRS, verdicts(PAIRS), strict=True)
+        if verdict != pair["right"]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_every_disagreement_with_math_verify_is_explained() -> None:
+    from math_verify import parse, verify
+
+    different = []
+    for pair in PAIRS:
+        gold = parse(f"${pair['gold']}$", parsing_timeout=None)
+        found = parse(pair["completion"], parsing_timeout=None)
+        agrees = bool(verify(gold, found, timeout_seconds=None)) == pair["right"]
+        if agrees == ("math_verify_differs" in pair):
+            different.append((pair["gold"], pair["completion"]))
+    assert different == []
+
+
+def test_the_explanations_are_few() -> None:
+    reasons = Counter(pair.get("math_verify_differs") for pair in PAIRS)
+    assert len(reasons) <= 30 and reasons[None] > 0.8 * len(PAIRS)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1\\frac{1}{2}", "3/2"),
+        ("\\frac12", "1/2"),
+        ("-\\frac{3}{4}", "-3/4"),
+        ("2^{-99}", "1/633825300114114700748351602688"),
+        ("\\frac{1}{2^{98}}", "1/316912650057057350374175801344"),
+        ("6 \\cdot 7 + 1", "43"),
+        ("-2^2", "-4"),
+        ("(-2)^2", "4"),
+        ("\\frac{5!}{2! \\cdot 3!}", "10"),
+        ("8 / 4 / 2", "1"),
+        ("2 - 3 - 4", "-5"),
+        (".5", "1/2"),
+    ],
+)
+def test_rational_expressions_have_their_exact_value(text: str, value: str) -> None:
+    assert str(rational(text)) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "1/0",
+        "\\frac{1}{0}",
+        "9^{9^{9}}",
+        "2^{3000000000}",
+        "(9^9)^{9999}",
+        "1000!",
+        "(9!)!",
+        "3!!",
+        "2^{0.5}",
+        "41=42",
+        "1,2",
+        "2(3)",
+        "(" * 20 + "1" + ")" * 20,
+        "1+" * 200 + "1",
+        "{1",
+        "1\\frac{3}{2}",
+    ],
+)
+def test_anything_else_has_none(text: str) -> None:
+    assert rational(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("12\\ \\mathrm{cm^2}", 12, "cm 2"),
+        ("12 \\text{ square units}", 12, "square units"),
+        ("10 km/h", 10, "km/h"),
+        ("20 million", 20_000_000, ""),
+        ("x = 7 \\text{ m}", 7, "m"),
+        ("62.5\\%", 62.5, "%"),
+        ("90^\\circ", 90, "degrees"),
+        ("5cm", 5, "cm"),
+    ],
+)
+def test_a_unit_is_told_from_its_number(text: str, value: float, unit: str) -> None:
+    assert quantity(latex(text)) == (value, unit)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "42 \\text{ or } 41",
+        "42 \\text{ (41)}",
+        "42 \\text{ is wrong}",
+        "42 \\text{ maybe}",
+        "3 x",
+        "3x",
+        "2 \\sin",
+        "5 log",
+        "2ab",
+        "\\text{Evelyn}",
+    ],
+)
+def test_what_is_no_unit(text: str) -> None:
+    assert quantity(latex(text)) is None
+
+
+def test_units_differ_only_where_both_are_known() -> None:
+    assert units_differ("cm", "km") and units_differ("minutes", "hours")
+    assert not units_differ("inches", "in") and not units_differ("", "cm")
+    assert not units_differ("apples", "pears")
+
+
+def test_alternatives_of_half_lines_are_a_union() -> None:
+    assert as_union("x<2 \\text{ or } x \\geq 3") == "(-\\infty, 2) \\cup [3, \\infty)"
+    for other in ("x<2", "x<2 \\text{ and } x>3", "1<x<2 \\text{ or } x>3", "42 or 41"):
+        assert as_union(other) == other
+
+
+@pytest.mark.parametrize("text", ["3\u20135", "1 2 3", "1,000 000", "4\u00b2", "E_1"])
+def test_what_says_something_else_is_not_rewritten_into_a_number(text: str) -> None:
+    assert quantity(latex(text)) is None or text == "4\u00b2"
+    assert quantity(latex("4\u00b2")) == (16, "")
