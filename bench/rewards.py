@@ -36,7 +36,7 @@ from typing import Any
 
 from loss import installed, machine
 
-from exgrpo_fast.rewards import RewardPool, RewardSample, Scored, ScoreFuture
+from exgrpo_fast.rewards import RewardPool, RewardSample, ScoreFuture, Verdict
 from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
 from exgrpo_fast.rewards.verifiers.mathematics import MATH_SECONDS
 
@@ -169,10 +169,10 @@ class WatchedPool(RewardPool):
         return mine
 
 
-def timed_pool(pool: WatchedPool, rows: Sequence[RewardSample]) -> tuple[list[Scored], dict]:
+def timed_pool(pool: WatchedPool, rows: Sequence[RewardSample]) -> tuple[list[Verdict], dict]:
     pool.warm()
     cpu, wall = pool.cpu_seconds(), time.perf_counter()
-    scored = pool.run(rows)
+    scored = pool.score(rows)
     wall, cpu = time.perf_counter() - wall, pool.cpu_seconds() - cpu
     return scored, rates(len(rows), wall, cpu, cores=pool._max_busy)
 
@@ -248,7 +248,7 @@ def hostile(pool: WatchedPool, seed: int) -> dict[str, Any]:
 
 
 def names(
-    nasty: Sequence[Nasty], scored: Iterable[Scored], bad: Callable[[Scored], bool]
+    nasty: Sequence[Nasty], scored: Iterable[Verdict], bad: Callable[[Verdict], bool]
 ) -> list[str]:
     return [n.name for n, s in zip(nasty, scored, strict=True) if bad(s)]
 
@@ -265,7 +265,7 @@ def stuck(workers: int, rows: Sequence[RewardSample]) -> dict[str, Any]:
     """Stop every worker by a signal while rows are waiting, and go on calling."""
     with WatchedPool(["math_verify"], workers=workers) as pool:
         pool.warm()
-        expected = [s.reward for s in pool.run(rows)]
+        expected = [s.reward for s in pool.score(rows)]
         pool.warm()
         for worker in pool._workers:
             os.kill(worker.process.pid, signal.SIGSTOP)
@@ -278,7 +278,7 @@ def stuck(workers: int, rows: Sequence[RewardSample]) -> dict[str, Any]:
         while not ticket.done:
             calls.append(milliseconds(pool.poll))
             time.sleep(0.005)
-        scored = pool.finish(ticket)
+        scored = pool.verdicts(ticket)
         lost = [s.reason for s in scored if s.reason == "timeout"]
         return {
             "stopped_workers": workers + 1,

@@ -16,7 +16,7 @@ from typing import Any
 from exgrpo_fast.cli.arguments import add_command, require_file, require_rewards
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.data import BadRow, Row, as_answer, read_rows
-from exgrpo_fast.rewards import RewardPool, RewardSample, Scored
+from exgrpo_fast.rewards import RewardPool, RewardSample, Verdict
 
 ROWS_AT_ONCE = 2048  # bounds memory; large enough to keep the workers busy
 
@@ -92,7 +92,7 @@ def score_file(
 
 def _score_rows(rows: Sequence[Row | BadRow], pool: RewardPool) -> Iterator[dict[str, Any]]:
     samples = [_sample(row) for row in rows]
-    scored = iter(pool.run([sample for sample in samples if isinstance(sample, RewardSample)]))
+    scored = iter(pool.score([sample for sample in samples if isinstance(sample, RewardSample)]))
     for sample in samples:
         yield _bad_line(sample) if isinstance(sample, BadRow) else _line(next(scored))
 
@@ -119,7 +119,7 @@ def _sample(row: Row | BadRow) -> RewardSample | BadRow:
     return RewardSample(prompt if isinstance(prompt, str) else "", completion, gold, fields)
 
 
-def _line(scored: Scored) -> dict[str, Any]:
+def _line(scored: Verdict) -> dict[str, Any]:
     return {"reward": scored.reward, "reason": scored.reason, "ms": scored.milliseconds}
 
 

@@ -66,8 +66,7 @@ class RewardSample(NamedTuple):
     columns: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A reward and why: `reason` is a short word that is counted in the metrics."""
 
     reward: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
@@ -67,7 +66,7 @@ class Verifier:
 
 
 def pack_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    return [asdict(verdict) for verdict in verdicts]
+    return [verdict._asdict() for verdict in verdicts]
 
 
 def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:

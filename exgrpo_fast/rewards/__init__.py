@@ -1,9 +1,9 @@
 """Verifiers, and the pool of killable worker processes they run in. Loads no torch."""
 
-from exgrpo_fast.core.types import RewardSample
+from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import check_reference, load_function
-from exgrpo_fast.rewards.pool.jobs import Scored, ScoreFuture
+from exgrpo_fast.rewards.pool.jobs import ScoreFuture
 from exgrpo_fast.rewards.pool.pool import RewardPool
 from exgrpo_fast.rewards.rubrics.rubrics import Rubric
 from exgrpo_fast.rewards.rubrics.scorer import RubricScorer
@@ -18,7 +18,7 @@ __all__ = [
     "RewardSample",
     "Rubric",
     "RubricScorer",
-    "Scored",
+    "Verdict",
     "ScoreFuture",
     "check_golds",
     "check_reference",

@@ -47,7 +47,7 @@ def test_nasty_answers_cost_nothing_but_themselves(chosen: list[Nasty]) -> None:
         samples.append(RewardSample("", nasty.completion, nasty.gold))
         expected += [float(right) for _, right in honest] + [float(nasty.right)]
     with WatchedPool(["math_verify"], workers=2) as pool:
-        verdicts = pool.run(samples)
+        verdicts = pool.score(samples)
         for worker in list(pool._workers):
             pool._remove(worker)
         assert pool.peak_mb < 512

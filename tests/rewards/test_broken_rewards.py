@@ -108,7 +108,7 @@ def rewards(tmp_path_factory: Any) -> Path:
 
 def scored(reference: str, *texts: str, seconds: float = 5.0) -> list[tuple[float, str]]:
     with RewardPool([reference], workers=1, timeout_seconds=seconds) as pool:
-        return [s[:2] for s in pool.run([RewardSample("q", text, "3") for text in texts])]
+        return [s[:2] for s in pool.score([RewardSample("q", text, "3") for text in texts])]
 
 
 # --- one real row before the first step -----------------------------------------------------------
@@ -195,9 +195,9 @@ def test_a_long_call_into_c_costs_its_own_sample_and_no_worker(rewards) -> None:
     with RewardPool([f"{rewards}:long_in_c"], workers=1) as pool:
         pool.check(RewardSample("q", "1", "3"))
         process = pool._workers[0].process
-        found = pool.run([RewardSample("q", str(8_000_000 + i), "3") for i in range(8)])
+        found = pool.score([RewardSample("q", str(8_000_000 + i), "3") for i in range(8)])
         assert {s[:2] for s in found} == {(0.0, "timeout")}
-        assert pool.run([RewardSample("q", "3", "3")])[0][:2] == (3.0, "ok")
+        assert pool.score([RewardSample("q", "3", "3")])[0][:2] == (3.0, "ok")
         assert process.poll() is None
 
 
@@ -219,5 +219,5 @@ def test_an_alarm_raises_inside_a_reward_and_nowhere_else() -> None:
 
 def test_the_fault_of_one_function_is_not_hidden_by_the_verdict_of_another(rewards) -> None:
     with RewardPool(["exact", f"{rewards}:for_messages"], workers=1) as pool:
-        [found] = pool.run([RewardSample("q", "4", "3")])
+        [found] = pool.score([RewardSample("q", "4", "3")])
     assert found[:2] == (0.0, "error:TypeError")

@@ -164,7 +164,7 @@ def test_formats_are_added_to_a_reward_that_knows_the_answer() -> None:
     samples = [RewardSample("q", f"<think>hm</think> \\boxed{{{a}}}", "C") for a in "CD"]
     names = ["multiple_choice", "boxed_once", "think_format"]
     with RewardPool(names, weights=[1.0, 0.1, 0.1], workers=1) as pool:
-        assert [round(v.reward, 3) for v in pool.run(samples)] == [1.2, 0.2]
-        assert [v.reason for v in pool.run(samples)] == ["ok", "wrong"]
-        golds = pool.run([RewardSample("", "", a) for a in ("C", "Z")], checking_gold=True)
+        assert [round(v.reward, 3) for v in pool.score(samples)] == [1.2, 0.2]
+        assert [v.reason for v in pool.score(samples)] == ["ok", "wrong"]
+        golds = pool.score([RewardSample("", "", a) for a in ("C", "Z")], checking_gold=True)
         assert [v.reason for v in golds] == ["ok", "no_letter"]

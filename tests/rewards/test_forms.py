@@ -72,14 +72,14 @@ def samples(*completions: str, **columns) -> list[RewardSample]:
 def test_every_form_says_the_same(forms, name: str) -> None:
     with RewardPool([f"{forms}:{name}"], workers=1) as pool:
         pool.check()
-        verdicts = pool.run(samples("42", "41", level=3))
+        verdicts = pool.score(samples("42", "41", level=3))
     assert [v.reward for v in verdicts] == [1.0, 0.0]
     assert {v.reason for v in verdicts} == {"awaited" if name == "single_async" else "ok"}
 
 
 def test_one_sample_at_a_time_gets_columns_as_they_are(forms) -> None:
     with RewardPool([f"{forms}:single_with_column"], workers=1) as pool:
-        assert pool.run(samples("x", level=3))[0].reward == 0.3
+        assert pool.score(samples("x", level=3))[0].reward == 0.3
         with pytest.raises(RewardError, match="asks for the column 'level'; columns there: answer"):
             pool.check(*samples("x"))
 
@@ -91,7 +91,7 @@ def test_none_is_unscored_unless_another_function_has_an_opinion(forms) -> None:
             assert (none.reward, none.reason, none.scored) == (0.0, "unscored", False)
             assert some.scored and some.reward > 0
     with RewardPool([f"{forms}:opinion", f"{forms}:opinions", "exact"], workers=1) as pool:
-        none, some = pool.run(samples("none", "42"))
+        none, some = pool.score(samples("none", "42"))
         assert (none.reward, none.scored, some.reward, some.scored) == (0.0, True, 2.5, True)
 
 
@@ -103,16 +103,16 @@ def test_a_list_function_without_a_return_is_a_mistake(forms) -> None:
 
 def test_async_functions_are_stopped_and_may_fail(forms) -> None:
     with RewardPool([f"{forms}:never"], workers=1, timeout_seconds=0.5) as pool:
-        assert pool.run(samples("x"))[0].reason == "timeout"
-        assert pool.run(samples("y"))[0].reason == "timeout"  # the worker is fit for the next
+        assert pool.score(samples("x"))[0].reason == "timeout"
+        assert pool.score(samples("y"))[0].reason == "timeout"  # the worker is fit for the next
     with RewardPool([f"{forms}:fails"], workers=1) as pool:
-        assert pool.run(samples("x"))[0].reason == "error:ValueError"
+        assert pool.score(samples("x"))[0].reason == "error:ValueError"
 
 
 def test_reasons_are_kept_and_counted_as_they_are(forms, caplog) -> None:
     said = ["right", "wrong", "wrong", "no_answer", "refused:equals", "raise 1", "raise 2"]
     with RewardPool([f"{forms}:reasons"], workers=2) as pool, caplog.at_level(logging.WARNING):
-        counts = Counter(v.reason for v in pool.run(samples(*said)))
+        counts = Counter(v.reason for v in pool.score(samples(*said)))
     assert counts == {
         "ok": 1, "wrong": 2, "no_answer": 1, "refused:equals": 1, "error:KeyError": 2
     }  # fmt: skip

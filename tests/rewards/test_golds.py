@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from exgrpo_fast.core.types import Verdict
 from exgrpo_fast.data import CheckedRow, check_data
 from exgrpo_fast.rewards import RewardPool, RewardSample, check_golds
-from exgrpo_fast.rewards.pool.jobs import Scored
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EXGRPO_SHARED", ROOT.parent / "shared")) / "data"
@@ -79,13 +79,13 @@ def test_an_answer_that_took_too_long_is_tried_again() -> None:
         def __init__(self, **late: int) -> None:
             self.late, self.batches = late, []
 
-        def run(self, samples, **options) -> list[Scored]:
+        def score(self, samples, **options) -> list[Verdict]:
             self.batches.append([sample.answer for sample in samples])
             return [self.judge(sample.answer) for sample in samples]
 
-        def judge(self, answer: str) -> Scored:
+        def judge(self, answer: str) -> Verdict:
             self.late[answer] -= 1
-            return Scored(0.0, "timeout") if self.late[answer] >= 0 else Scored(1.0, "ok")
+            return Verdict(0.0, "timeout") if self.late[answer] >= 0 else Verdict(1.0, "ok")
 
     pool: Any = BusyMachine(a=0, b=3, c=99)
     bad = check_golds([gold("a"), gold("b"), gold("c")], pool)
@@ -111,7 +111,7 @@ def test_golds_of_reasoning_gym_score_themselves(name: str) -> None:
             RewardSample("", f"<answer>{r.answer}</answer>", r.answer, r.columns) for r in task
         ]
         if name != "graph_color":  # it names no answer of its own
-            assert [s.reward for s in gym.run(samples)] == [1.0] * 3
+            assert [s.reward for s in gym.score(samples)] == [1.0] * 3
 
 
 def test_a_sample_of_gsm8k_verifies_against_itself(pool) -> None:
@@ -126,7 +126,7 @@ def test_every_gold_of_gsm8k_verifies_against_itself(pool, name: str, count: int
     assert len(every) == count
     assert check_golds(every, pool) == []
     boxed = [RewardSample("", f"so \\boxed{{{row.answer}}}", row.answer) for row in every]
-    assert {scored.reward for scored in pool.run(boxed)} == {1.0}
+    assert {scored.reward for scored in pool.score(boxed)} == {1.0}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -140,7 +140,7 @@ def test_benchmark_golds_verify_or_are_listed_here(pool, name: str) -> None:
     assert found == unusable
     # Even those are right when they are repeated word for word.
     boxed = [RewardSample("", f"so \\boxed{{{row.answer}}}", row.answer) for row in every]
-    assert {scored.reward for scored in pool.run(boxed)} == {1.0}
+    assert {scored.reward for scored in pool.score(boxed)} == {1.0}
 
 
 @pytest.mark.parametrize("name", ["amc", "math500"])
@@ -148,5 +148,5 @@ def test_the_gold_of_another_question_is_wrong(pool, name: str) -> None:
     every = rows(f"math_benchmarks/{name}", "problem")
     pairs = [(a.answer, b.answer) for a, b in zip(every, every[7:], strict=False)]
     pairs = [(a, b) for a, b in pairs if a != b]
-    scored = pool.run([RewardSample("", f"so \\boxed{{{b}}}", a) for a, b in pairs])
+    scored = pool.score([RewardSample("", f"so \\boxed{{{b}}}", a) for a, b in pairs])
     assert [pair for pair, s in zip(pairs, scored, strict=True) if s.reward] == []

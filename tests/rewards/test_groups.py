@@ -84,7 +84,7 @@ def samples(*pairs: tuple[str, str], **columns: Any) -> list[RewardSample]:
 def test_a_per_group_reward_gets_the_completions_of_a_question_together(rewards) -> None:
     pairs = [("p", "so 7"), ("q", "it is 7"), ("p", "7"), ("q", "8"), ("p", "6"), ("p", "so 7")]
     with RewardPool([f"{rewards}:shortest"], workers=2) as pool:
-        found = [s.reward for s in pool.run(samples(*pairs))]
+        found = [s.reward for s in pool.score(samples(*pairs))]
     assert found == [0.5, 1.0, 1.0, 0.0, 0.0, 0.5]
 
 
@@ -97,23 +97,23 @@ def test_they_are_together_although_they_were_handed_in_one_by_one(rewards) -> N
             pool.submit(samples((prompt, "same"), level=1), append_to=future)
             pool.poll()
         assert not future.done
-        assert [s.reward - 100.0 for s in pool.finish(future)] == [4, 3, 4, 4, 4, 3, 3]
+        assert [s.reward - 100.0 for s in pool.verdicts(future)] == [4, 3, 4, 4, 4, 3, 3]
 
 
 def test_rows_without_a_prompt_are_no_group(rewards) -> None:
     with RewardPool([f"{rewards}:size"], workers=1) as pool:
-        found = pool.run(samples(("", "a"), ("", "a"), level=1))
+        found = pool.score(samples(("", "a"), ("", "a"), level=1))
     assert [s.reward for s in found] == [1.0, 1.0]
 
 
 def test_a_group_has_the_time_of_its_samples_and_shares_its_fate(rewards) -> None:
     group = samples(("p", "a"), ("p", "b"), ("p", "c"))
     with RewardPool([f"{rewards}:slow"], workers=1, timeout_seconds=0.3) as pool:
-        assert {s[:2] for s in pool.run(group)} == {(1.0, "ok")}
+        assert {s[:2] for s in pool.score(group)} == {(1.0, "ok")}
     with RewardPool([f"{rewards}:slow"], workers=1, timeout_seconds=0.1) as pool:
-        assert [s[:2] for s in pool.run(group)] == [(0.0, "timeout")] * 3
+        assert [s[:2] for s in pool.score(group)] == [(0.0, "timeout")] * 3
     with RewardPool([f"{rewards}:too_few"], workers=1) as pool:
-        assert [s[:2] for s in pool.run(group)] == [(0.0, "not_a_number")] * 3
+        assert [s[:2] for s in pool.score(group)] == [(0.0, "not_a_number")] * 3
         assert pool.fault == "reward grouped.py:too_few: returned 1 rewards for 3 completions"
 
 
@@ -150,30 +150,30 @@ def test_a_training_step_and_its_replay_are_judged_as_groups(
 def test_full_marks_are_counted_by_function_whatever_the_weights(rewards, weights) -> None:
     names = [f"{rewards}:right", f"{rewards}:short", f"{rewards}:no_opinion"]
     with RewardPool([*names[:2], f"{rewards}:right"], weights=weights, workers=1) as pool:
-        found = pool.run(samples(("p", "right"), ("p", "wrong"), ("p", "right and long")))
+        found = pool.score(samples(("p", "right"), ("p", "wrong"), ("p", "right and long")))
     assert [s.successful for s in found] == [True, False, False]
     assert found[0].reward == pytest.approx(sum(weights))
     with RewardPool(names, weights=weights, workers=1) as pool:
-        found = pool.run(samples(("p", "right"), ("p", "right and long")))
+        found = pool.score(samples(("p", "right"), ("p", "right and long")))
     assert [s.successful for s in found] == [True, False]
 
 
 def test_form_alone_is_never_correct(rewards) -> None:
     """With a sum, a wrong completion of the right length would have earned 1."""
     with RewardPool([f"{rewards}:right", f"{rewards}:short"], workers=1) as pool:
-        [wrong] = pool.run(samples(("p", "wrong")))
+        [wrong] = pool.score(samples(("p", "wrong")))
     assert (wrong.reward, wrong.successful) == (1.0, False)
 
 
 def test_a_penalty_must_be_avoided_and_a_zero_weight_is_ignored(rewards) -> None:
     names = [f"{rewards}:right", f"{rewards}:short", f"{rewards}:no_opinion"]
     with RewardPool(names, weights=[1.0, -0.5, 1.0], workers=1) as pool:
-        found = pool.run(samples(("p", "right"), ("p", "right and long")))
+        found = pool.score(samples(("p", "right"), ("p", "right and long")))
     assert [s.successful for s in found] == [False, True]
     with RewardPool(names, weights=[1.0, 0.0, 1.0], workers=1) as pool:
-        assert [s.successful for s in pool.run(samples(("p", "right and long")))] == [True]
+        assert [s.successful for s in pool.score(samples(("p", "right and long")))] == [True]
     with RewardPool([f"{rewards}:no_opinion"], workers=1) as pool:
-        assert [s.successful for s in pool.run(samples(("p", "right")))] == [False]
+        assert [s.successful for s in pool.score(samples(("p", "right")))] == [False]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_penalty_must_be_avoided_and_a_zero_weight_is_ignored(rewards) -> None
 )
 def test_a_single_reward_is_correct_at_one(rewards, reward: str, correct: bool) -> None:
     with RewardPool([f"{rewards}:share"], workers=1) as pool:
-        [found] = pool.run(samples(("p", f"worth {reward}")))
+        [found] = pool.score(samples(("p", f"worth {reward}")))
     assert found.successful == correct
 
 

@@ -75,7 +75,7 @@ def test_polling_alone_brings_every_verdict_in_order() -> None:
         poll_until(pool, lambda: ticket.done)
         assert [v.reward for v in ticket.verdicts if v] == [float(a == "3") for a in answers]
         seen: list[int] = []
-        assert pool.finish(ticket, seen.append) == ticket.verdicts
+        assert pool.verdicts(ticket, seen.append) == ticket.verdicts
         assert seen == [100]
 
 
@@ -83,7 +83,7 @@ def test_two_tickets_are_worked_off_together(rewards) -> None:
     with RewardPool([f"{rewards}:process", "exact"], weights=[0.0, 1.0], workers=2) as pool:
         first = pool.submit(samples("slow 1", "slow 2", "42"))
         second = pool.submit(samples("42", "41"))
-        assert [v.reward for v in pool.finish(second)] == [1.0, 0.0]
+        assert [v.reward for v in pool.verdicts(second)] == [1.0, 0.0]
         assert [v.reward for v in pool.verdicts(first)] == [0.0, 0.0, 1.0]
 
 
@@ -91,11 +91,11 @@ def test_equal_samples_of_a_ticket_are_scored_once(rewards) -> None:
     with RewardPool([f"{rewards}:counts"], workers=1) as pool:
         ticket = pool.submit(samples("a", "b", "a"))
         pool.submit(samples("b", "c"), append_to=ticket)
-        assert [v.reward for v in pool.finish(ticket)] == [1.0, 2.0, 1.0, 2.0, 3.0]
+        assert [v.reward for v in pool.verdicts(ticket)] == [1.0, 2.0, 1.0, 2.0, 3.0]
         pool.submit(samples("c", "a"), append_to=ticket)  # known already
         assert ticket.done
-        assert [v.reward for v in pool.finish(ticket)][5:] == [3.0, 1.0]
-        assert pool.run(samples("a"))[0].reward == 4.0  # another ticket
+        assert [v.reward for v in pool.verdicts(ticket)][5:] == [3.0, 1.0]
+        assert pool.score(samples("a"))[0].reward == 4.0  # another ticket
 
 
 def test_a_cancelled_ticket_is_unscored_and_costs_the_others_nothing(rewards) -> None:
@@ -107,13 +107,13 @@ def test_a_cancelled_ticket_is_unscored_and_costs_the_others_nothing(rewards) ->
         assert hopeless.done
         [verdict] = pool.verdicts(hopeless)
         assert (verdict.reward, verdict.reason, verdict.scored) == (0.0, "cancelled", False)
-        assert {v.reason for v in pool.finish(other)} == {"ok"}
+        assert {v.reason for v in pool.verdicts(other)} == {"ok"}
 
 
 def test_a_closed_pool_says_so() -> None:
     pool = RewardPool(["exact"], workers=1)
     pool.close()
-    for call in (pool.poll, lambda: pool.submit([]), lambda: pool.finish(ScoreFuture())):
+    for call in (pool.poll, lambda: pool.submit([]), lambda: pool.verdicts(ScoreFuture())):
         with pytest.raises(RuntimeError, match="closed"):
             call()
 
@@ -138,7 +138,7 @@ def test_stuck_workers_never_stop_the_caller(rewards) -> None:
             time.sleep(0.005)
         assert len(calls) > 100
         assert [seconds for seconds in calls if seconds > 0.5] == []
-        verdicts = pool.finish(ticket)
+        verdicts = pool.verdicts(ticket)
     # Each stopped worker costs the sample it had, and no other.
     late = [v for v in verdicts if v.reason == "timeout"]
     assert 2 <= len(late) <= 3
@@ -151,7 +151,7 @@ def test_two_stuck_workers_do_not_stop_the_rest(rewards) -> None:
     with RewardPool([f"{rewards}:process"], workers=2, timeout_seconds=1.0) as pool:
         pool.check()
         texts = ["deaf 1", "deaf 2", *map(str, range(50))]
-        reasons = [v.reason for v in pool.run(samples(*texts))]
+        reasons = [v.reason for v in pool.score(samples(*texts))]
     assert reasons == ["timeout", "timeout"] + ["ok"] * 50
 
 
@@ -162,7 +162,7 @@ def test_the_spare_takes_over_from_a_killed_worker(rewards) -> None:
     with RewardPool([f"{rewards}:process"], workers=1, timeout_seconds=0.5) as pool:
         warm = ready_with_spare(pool)
         assert len(warm) == 2
-        killed, then = pool.run(samples("deaf", "next"))
+        killed, then = pool.score(samples("deaf", "next"))
         assert killed.reason == "timeout"
         assert then.reward in warm
         assert len(ready_with_spare(pool) - warm) == 1  # and another one stands by
@@ -171,7 +171,7 @@ def test_the_spare_takes_over_from_a_killed_worker(rewards) -> None:
 def test_the_spare_does_not_work_beside_the_others(rewards) -> None:
     with RewardPool([f"{rewards}:process"], workers=2) as pool:
         ready_with_spare(pool)
-        used = {v.reward for v in pool.run(samples(*(f"slow {i}" for i in range(12))))}
+        used = {v.reward for v in pool.score(samples(*(f"slow {i}" for i in range(12))))}
     assert len(used) == 2
 
 
@@ -181,9 +181,9 @@ def test_worn_workers_are_replaced_between_jobs(rewards, monkeypatch, wear: str)
     with RewardPool([f"{rewards}:process"], workers=1, memory_bytes=100 << 20) as pool:
         first = ready_with_spare(pool)
         texts = [f"slow {i}" for i in range(20)] if wear == "jobs" else ["hoard"]
-        [used] = {v.reward for v in pool.run(samples(*texts))}
+        [used] = {v.reward for v in pool.score(samples(*texts))}
         poll_until(pool, lambda: used not in {w.process.pid for w in pool._workers})
-        later = pool.run(samples("a", "b"))
+        later = pool.score(samples("a", "b"))
         assert {v.reward for v in later} == first - {used}
         assert {v.reason for v in later} == {"ok"}
 

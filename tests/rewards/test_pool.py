@@ -115,7 +115,7 @@ def sample(completion: str, answer: str = "42", **columns) -> RewardSample:
 
 
 def outcomes(pool: RewardPool, *completions: str) -> list[tuple[float, str]]:
-    return [(v.reward, v.reason) for v in pool.run([sample(text) for text in completions])]
+    return [(v.reward, v.reason) for v in pool.score([sample(text) for text in completions])]
 
 
 # --- the signature --------------------------------------------------------------------------------
@@ -132,11 +132,11 @@ def test_verdicts_come_in_order_with_columns_and_time(rewards) -> None:
 
 def test_a_function_gets_the_columns_that_it_asks_for(rewards) -> None:
     with RewardPool([f"{rewards}:columns_of"], workers=1) as pool:
-        [verdict] = pool.run([sample("x", difficulty=3, tests=[1])])
+        [verdict] = pool.score([sample("x", difficulty=3, tests=[1])])
         assert verdict[:2] == (4.0, "answer-difficulty-prompts-tests")
     with RewardPool([f"{rewards}:narrow"], workers=1) as pool:
-        assert pool.run([sample("x", difficulty=3, other=1)])[0].reward == 0.3
-        assert pool.run([sample("x", other=1)])[0][:2] == (0.0, "missing_column")
+        assert pool.score([sample("x", difficulty=3, other=1)])[0].reward == 0.3
+        assert pool.score([sample("x", other=1)])[0][:2] == (0.0, "missing_column")
         pool.check()  # a made-up sample cannot have the columns
         with pytest.raises(RewardError, match="narrow: asks for the column 'difficulty'; columns "
                            "there: answer, other"):  # fmt: skip
@@ -244,7 +244,7 @@ def test_it_costs_its_own_sample_only(obedient, monkeypatch, does: str, expected
 
 
 def test_a_worker_that_dies_once_is_forgiven(obedient, tmp_path) -> None:
-    verdicts = obedient.run([sample("die once", marker=str(tmp_path / "died")), sample("fine")])
+    verdicts = obedient.score([sample("die once", marker=str(tmp_path / "died")), sample("fine")])
     assert [v.reward for v in verdicts] == [1.0, 1.0]
     assert (tmp_path / "died").exists()
 
@@ -261,7 +261,7 @@ def test_a_limit_on_the_work_stops_what_works_and_lets_wait_what_waits(tmp_path)
         "work.max_cpu_seconds = 0.2\n"
     )
     with RewardPool([f"{tmp_path}/work.py:work"], workers=1, timeout_seconds=60) as pool:
-        verdicts = pool.run([sample("waits"), sample("busy"), sample("waits too")])
+        verdicts = pool.score([sample("waits"), sample("busy"), sample("waits too")])
     assert [(v.reward, v.reason) for v in verdicts] == [(1.0, "ok"), (0.0, "timeout"), (1.0, "ok")]
 
 
@@ -277,7 +277,7 @@ def test_workers_killed_from_outside_cost_no_verdict(rewards) -> None:
                 kills.append(pool._workers[0].process.pid)
                 os.kill(kills[-1], signal.SIGKILL)
 
-        verdicts = pool.run([sample(f"{i}") for i in range(600)], on_finished=kill_now_and_then)
+        verdicts = pool.score([sample(f"{i}") for i in range(600)], on_finished=kill_now_and_then)
     assert len(kills) >= 3
     assert {v[:2] for v in verdicts} == {(1.0, "ok")}
 
@@ -289,14 +289,14 @@ def test_equal_samples_are_scored_once(rewards, tmp_path) -> None:
     with RewardPool([f"{tmp_path}/count.py:count"], workers=1) as pool:
         seen: list[int] = []
         samples = [sample("a"), sample("b"), sample("a"), sample("a", answer="43"), sample("b")]
-        verdicts = pool.run(samples, on_finished=seen.append)
+        verdicts = pool.score(samples, on_finished=seen.append)
     assert [v.reward for v in verdicts] == [1.0, 2.0, 1.0, 3.0, 2.0]
     assert sum(seen) == 5
 
 
 def test_errors_are_logged_once_per_kind(rewards, caplog) -> None:
     with RewardPool([f"{rewards}:obeys"], workers=1) as pool, caplog.at_level(logging.WARNING):
-        pool.run([RewardSample(f"q{i}", "raise", "42") for i in range(20)])
+        pool.score([RewardSample(f"q{i}", "raise", "42") for i in range(20)])
     assert len(caplog.records) == 1
     assert "ValueError: no such answer" in caplog.text and "error:ValueError" in caplog.text
 
@@ -305,7 +305,7 @@ def test_strange_text_and_large_messages_go_through(rewards) -> None:
     with RewardPool([f"{rewards}:trl"], workers=1) as pool:
         strange = "\ud800\x00\u2028\n\r" + "x" * 3_000_000 + "42"
         assert outcomes(pool, strange, "42") == [(1.0, "ok")] * 2
-        assert pool.run([]) == []
+        assert pool.score([]) == []
 
 
 def test_an_interrupted_call_leaves_a_usable_pool(obedient) -> None:
@@ -313,7 +313,7 @@ def test_an_interrupted_call_leaves_a_usable_pool(obedient) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        obedient.run([sample(f"interrupted {i}") for i in range(50)], on_finished=stop)
+        obedient.score([sample(f"interrupted {i}") for i in range(50)], on_finished=stop)
     assert outcomes(obedient, "fine", "raise") == [(1.0, "ok"), (0.0, "error:ValueError")]
 
 
@@ -343,7 +343,7 @@ def test_hostile_answers_stop_neither_the_pool_nor_the_others() -> None:
     with RewardPool(["math_verify"], workers=2, timeout_seconds=1.5) as pool:
         pool.check()
         started = time.perf_counter()
-        verdicts = pool.run([*honest[:20], *hostile, *honest[20:]])
+        verdicts = pool.score([*honest[:20], *hostile, *honest[20:]])
         seconds = time.perf_counter() - started
     judged = verdicts[20 : 20 + len(HOSTILE)]
     assert [v.reward for v in judged] == [0.0] * len(HOSTILE)
@@ -379,7 +379,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 def test_close_leaves_no_process_and_no_descriptor(rewards, tmp_path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     with RewardPool([f"{rewards}:obeys"], workers=2, timeout_seconds=1.0) as pool:
-        [verdict] = pool.run([sample("child", marker=str(tmp_path / "pid"))])
+        [verdict] = pool.score([sample("child", marker=str(tmp_path / "pid"))])
         assert verdict.reason == "timeout"
         assert wait_until_gone([int((tmp_path / "pid").read_text())])  # the reward's own child
         pids = [worker.process.pid for worker in pool._workers]
@@ -388,7 +388,7 @@ def test_close_leaves_no_process_and_no_descriptor(rewards, tmp_path) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
-        pool.run([])
+        pool.score([])
 
 
 @needs_proc
@@ -402,7 +402,7 @@ def test_workers_do_not_outlive_the_trainer(rewards, how: str) -> None:
         print(*[w.process.pid for w in pool._workers], flush=True)
         if "{how}" == "exit":
             sys.exit(0)
-        pool.run([RewardSample("q", "deaf", "42")])
+        pool.score([RewardSample("q", "deaf", "42")])
     """)
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None

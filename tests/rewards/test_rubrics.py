@@ -235,7 +235,7 @@ def test_the_reason_is_the_heaviest_unmet_one(own) -> None:
 def test_a_check_that_breaks_is_unmet_and_said(own, caplog) -> None:
     samples = [RewardSample("q", text, "a") for text in ("please", "please!", "thanks")]
     with RewardPool([f"{own}:BREAKS"], workers=1) as pool, caplog.at_level(logging.WARNING):
-        scored = pool.run(samples)
+        scored = pool.score(samples)
         with pytest.raises(RewardError, match=r"rubric 'breaks': ValueError: no idea \(own.py, li"):
             pool.check()
     assert [s[:2] for s in scored] == [(0.75, "error:ValueError")] * 2 + [(0.0, "error:ValueError")]
@@ -266,15 +266,15 @@ def test_checks_and_public_texts_come_through_the_pool(own) -> None:
 
 def test_an_overlong_check_costs_its_sample_only(own) -> None:
     with RewardPool([f"{own}:SLEEPS"], workers=1, timeout_seconds=0.5) as pool:
-        [scored] = pool.run([RewardSample("q", "please", "a")])
+        [scored] = pool.score([RewardSample("q", "please", "a")])
     assert (scored.reward, scored.reason, scored.checks) == (0.0, "timeout", ())
 
 
 def test_built_in_sets_run_in_the_pool_with_other_rewards() -> None:
     with RewardPool(["maths_rubrics", "exact"], weights=[1, 10], workers=1) as pool:
         pool.check()
-        scored = pool.run([RewardSample("q", RIGHT, "42"), RewardSample("q", "42", "42")])
-        gold = pool.run([RewardSample("", "", "\\frac{1}{2")], checking_gold=True)
+        scored = pool.score([RewardSample("q", RIGHT, "42"), RewardSample("q", "42", "42")])
+        gold = pool.score([RewardSample("", "", "\\frac{1}{2")], checking_gold=True)
     assert [s.reward for s in scored] == [11.0, 10 + 0.5 / 9.5]
     assert [s.reason for s in scored] == ["ok", "unmet:answer_correct"]
     assert gold[0].reason == "unbalanced"  # as math_verify says

@@ -5,34 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from exgrpo_fast.core.types import RewardSample
+from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
 
 # Reasons that speak of a broken reward rather than of a completion; the first one is a prefix.
 FAULTS = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
 # A reward that fails on such a share of the verdicts, of at least so many, fails by itself.
 NEARLY_ALL, ENOUGH = 0.95, 4
-
-
-class Scored(NamedTuple):
-    """A `Verdict` that needs no torch: same fields, same order."""
-
-    reward: float
-    reason: str = "ok"
-    milliseconds: float = 0.0
-    scored: bool = True
-    checks: tuple[tuple[str, bool], ...] = ()
-    correct: bool | None = None
-
-    @property
-    def successful(self) -> bool:
-        return self.reward == 1.0 if self.correct is None else self.correct
-
-    @property
-    def is_fault(self) -> bool:
-        return self.reason.startswith(FAULTS)
 
 
 @dataclass(eq=False)
@@ -42,7 +23,7 @@ class Job:
     future: ScoreFuture
     samples: list[str]  # JSON: [prompt, completion, answer, columns]
     places: list[list[int]]  # for each sample, those in the future that its verdict fills
-    scored: list[Scored] | None = None
+    scored: list[Verdict] | None = None
     crashes: int = 0  # workers that ended of their own accord while they had it
 
     @property
@@ -55,7 +36,7 @@ class ScoreFuture:
     """Samples that were handed in, and their verdicts as they arrive."""
 
     checking_gold: bool = False
-    verdicts: list[Scored | None] = field(default_factory=list)  # in order; None: not known yet
+    verdicts: list[Verdict | None] = field(default_factory=list)  # in order; None: not known yet
     num_done: int = 0
     complete: bool = False  # no sample will be added
     _unsent: list[tuple[int, RewardSample]] = field(default_factory=list)
@@ -106,7 +87,7 @@ class ScoreFuture:
         self._jobs += jobs.values()
         return list(jobs.values())
 
-    def set_result(self, job: Job, scored: Sequence[Scored]) -> None:
+    def set_result(self, job: Job, scored: Sequence[Verdict]) -> None:
         """The verdicts of a job, one for each of its samples."""
         job.scored = list(scored)
         for places, of_sample in zip(job.places, job.scored, strict=True):
@@ -116,7 +97,7 @@ class ScoreFuture:
 
     def cancel(self) -> None:
         """What is open becomes unscored."""
-        cancelled = Scored(0.0, "cancelled", scored=False)
+        cancelled = Verdict(0.0, "cancelled", scored=False)
         self.take_jobs(per_group=False)
         for job in self._jobs:
             if job.scored is None:
@@ -127,12 +108,7 @@ def _as_json(sample: RewardSample) -> str:
     return json.dumps([*sample[:3], dict(sample.columns)], default=str)
 
 
-class HasReason(Protocol):
-    @property
-    def reason(self) -> str: ...
-
-
-def refuse_failing_reward(verdicts: Sequence[HasReason], fault: str) -> None:
+def refuse_failing_reward(verdicts: Sequence[Verdict], fault: str) -> None:
     """RewardError where nearly all verdicts are errors of the reward itself; `fault`: the last."""
     num_faults = sum(verdict.reason.startswith(FAULTS) for verdict in verdicts)
     if num_faults >= max(ENOUGH, NEARLY_ALL * len(verdicts)):

@@ -41,7 +41,7 @@ from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.loading import REWARDS, as_reference, check_reference
-from exgrpo_fast.rewards.pool.jobs import FAULTS, Job, Scored, ScoreFuture, refuse_failing_reward
+from exgrpo_fast.rewards.pool.jobs import FAULTS, Job, ScoreFuture, refuse_failing_reward
 from exgrpo_fast.rewards.pool.worker_process import WorkerProcess, inside_worker
 from exgrpo_fast.rewards.rubrics.rubrics import RubricText
 
@@ -155,22 +155,15 @@ class RewardPool:
         self,
         samples: Sequence[RewardSample],
         on_finished: Callable[[int], object] = lambda count: None,
+        *,
+        checking_gold: bool = False,
     ) -> list[Verdict]:
         """One verdict per sample, in order; `on_finished(count)` as they arrive.
 
-        RewardError only when the functions can no longer be imported at all.
+        `checking_gold` asks the functions about the answers instead. RewardError only when they can
+        no longer be imported at all.
         """
-        return self.verdicts(self.submit(samples), on_finished)
-
-    def run(
-        self,
-        samples: Sequence[RewardSample],
-        *,
-        checking_gold: bool = False,
-        on_finished: Callable[[int], object] = lambda count: None,
-    ) -> list[Scored]:
-        """`score` without torch. `checking_gold` asks the functions about the answers instead."""
-        return self.finish(self.submit(samples, checking_gold=checking_gold), on_finished)
+        return self.verdicts(self.submit(samples, checking_gold=checking_gold), on_finished)
 
     def check(self, *samples: RewardSample) -> None:
         """Import the functions and call each; RewardError in one line where one fails on all.
@@ -178,7 +171,7 @@ class RewardPool:
         With real samples a column that a function asks for and the data lacks is found, too.
         """
         self.fault = ""
-        found = self.run(samples or [RewardSample("What is 1 + 1?", "\\boxed{2}", "2")])
+        found = self.score(samples or [RewardSample("What is 1 + 1?", "\\boxed{2}", "2")])
         faults = FAULTS if samples else FAULTS[:-1]
         if all(scored.reason.startswith(faults) for scored in found):
             hint = (
@@ -218,9 +211,9 @@ class RewardPool:
         while self._turn(wait=False) and time.monotonic() < end:
             pass
 
-    def finish(
+    def verdicts(
         self, future: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
-    ) -> list[Scored]:
+    ) -> list[Verdict]:
         """Wait for the rest of a future; `on_finished(count)` first for what is there already.
 
         An exception, Ctrl-C above all, cancels the future.
@@ -240,12 +233,6 @@ class RewardPool:
         except BaseException:
             self.cancel(future)
             raise
-
-    def verdicts(
-        self, future: ScoreFuture, on_finished: Callable[[int], object] = lambda count: None
-    ) -> list[Verdict]:
-        """`finish`, as the trainer's `Verdict`."""
-        return [Verdict(*scored) for scored in self.finish(future, on_finished)]
 
     def refuse_faults(self, verdicts: Sequence[Verdict]) -> None:
         """RewardError where nearly all verdicts are errors of the reward itself."""
@@ -351,7 +338,7 @@ class RewardPool:
         scored = [self._combine(results, milliseconds) for results in reply["results"]]
         job.future.set_result(job, scored)
 
-    def _combine(self, results: Sequence[Sequence[Any]], milliseconds: float) -> Scored:
+    def _combine(self, results: Sequence[Sequence[Any]], milliseconds: float) -> Verdict:
         """The weighted sum over the functions; None does not count.
 
         The reason is that of the first fault, else of the first function that is not ok. Correct is
@@ -370,12 +357,12 @@ class RewardPool:
                 if weight != 0.0:
                     best.append(reward >= 1.0 - TIE if weight > 0 else reward <= TIE)
         if not reasons:
-            return Scored(0.0, "unscored", milliseconds, False, tuple(checks))
+            return Verdict(0.0, "unscored", milliseconds, False, tuple(checks))
         not_ok = [reason for reason in reasons if reason != "ok"]
         faults = [reason for reason in not_ok if reason.startswith(FAULTS)]
         reason = [*faults, *not_ok, "ok"][0]
         correct = bool(best) and all(best)
-        return Scored(total, reason, milliseconds, checks=tuple(checks), correct=correct)
+        return Verdict(total, reason, milliseconds, checks=tuple(checks), correct=correct)
 
     def _log_once(self, name: str, reason: str, detail: str) -> None:
         name = Path(name).name
@@ -426,7 +413,7 @@ class RewardPool:
                 job = worker.jobs.popleft()
                 self._log_once(self._names, "timeout", "killed at the time limit")
                 milliseconds = 1000 * (now - worker.waited_since)
-                scored = Scored(0.0, "timeout", round(milliseconds / len(job.samples), 3))
+                scored = Verdict(0.0, "timeout", round(milliseconds / len(job.samples), 3))
                 job.future.set_result(job, [scored] * len(job.samples))
                 self._requeue(worker)
             else:
@@ -447,7 +434,7 @@ class RewardPool:
             if job.crashes >= CRASHES_PER_JOB:
                 worker.jobs.popleft()
                 self._log_once(self._names, "worker_died", f"ended the worker ({how})")
-                job.future.set_result(job, [Scored(0.0, "worker_died")] * len(job.samples))
+                job.future.set_result(job, [Verdict(0.0, "worker_died")] * len(job.samples))
         self._requeue(worker)
 
     @property

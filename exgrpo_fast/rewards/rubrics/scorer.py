@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
-from exgrpo_fast.rewards.pool.jobs import Scored
 from exgrpo_fast.rewards.pool.pool import RewardPool
 from exgrpo_fast.rewards.rubrics.rubrics import RubricText, summarise
 
@@ -55,16 +54,7 @@ class RubricScorer:
         on_finished: Callable[[int], object] = lambda count: None,
     ) -> list[Verdict]:
         """One verdict per sample, in order; `on_finished(count)` after the pool and the judge."""
-        return [Verdict(*scored) for scored in self.run(samples, on_finished=on_finished)]
-
-    def run(
-        self,
-        samples: Sequence[RewardSample],
-        *,
-        on_finished: Callable[[int], object] = lambda count: None,
-    ) -> list[Scored]:
-        """`score` without torch."""
-        scored = self.pool.run(samples)
+        scored = self.pool.score(samples)
         asked = [self._unchecked(*pair) for pair in zip(samples, scored, strict=True)]
         places = [place for place, names in enumerate(asked) if names]
         on_finished(len(samples) - len(places))
@@ -74,7 +64,7 @@ class RubricScorer:
         on_finished(len(places))
         return scored
 
-    def _unchecked(self, sample: RewardSample, scored: Scored) -> list[str]:
+    def _unchecked(self, sample: RewardSample, scored: Verdict) -> list[str]:
         """The rubrics that the judge has to decide; none where the pool has failed."""
         applying = {n: text for n, text in self.rubrics.items() if text.applies(sample.columns)}
         judged = [name for name, text in applying.items() if text.judged]
@@ -98,7 +88,7 @@ class RubricScorer:
             raise RewardError(f"rubrics without a check, and no judge to decide them: {judged}")
         return self._judge
 
-    def _join(self, scored: Scored, names: Sequence[str], answer: list[bool] | None) -> Scored:
+    def _join(self, scored: Verdict, names: Sequence[str], answer: list[bool] | None) -> Verdict:
         """The pool's checks and the judge's answer -> one verdict, in the order of the rubrics."""
         if answer is None:
             return scored._replace(reward=0.0, reason="unscored", scored=False)
@@ -108,4 +98,4 @@ class RubricScorer:
         if scored.reason.startswith("error:"):  # a check that failed is worth more words
             reason = scored.reason
         correct = all(met for name, met in checks if self.rubrics[name].weight)
-        return Scored(reward, reason, scored.milliseconds, checks=checks, correct=correct)
+        return Verdict(reward, reason, scored.milliseconds, checks=checks, correct=correct)

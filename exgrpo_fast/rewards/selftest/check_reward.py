@@ -174,8 +174,8 @@ def check_reward(
     nasty_samples = [RewardSample("", n.completion, n.gold, columns) for n in nasty]
     with RewardPool(functions, workers=workers) as pool:
         pool.check(*right_samples[:3])
-        of_golds, of_others = pool.run(right_samples), pool.run(other_samples)
-        of_nasty = pool.run(nasty_samples)
+        of_golds, of_others = pool.score(right_samples), pool.score(other_samples)
+        of_nasty = pool.score(nasty_samples)
     everything = [*of_golds, *of_others, *of_nasty]
     judged = list(zip(nasty, of_nasty, strict=True))
     return Trial(

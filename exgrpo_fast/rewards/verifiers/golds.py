@@ -50,11 +50,11 @@ def check_golds(
     A time-out says as much of a busy machine as of an answer: those are tried again, one at a time.
     """
     samples = [RewardSample("", "", q.answer, q.columns) for q in questions]
-    verdicts = pool.run(samples, checking_gold=True, on_finished=on_finished)
+    verdicts = pool.score(samples, checking_gold=True, on_finished=on_finished)
     for _ in range(MORE_TRIES):
         for index, verdict in enumerate(verdicts):
             if verdict.reason == "timeout":
-                [verdicts[index]] = pool.run([samples[index]], checking_gold=True)
+                [verdicts[index]] = pool.score([samples[index]], checking_gold=True)
     usable = ("ok", "any_answer", "unscored")
     return [
         BadGold(index, question.id, question.answer, verdict.reason)
