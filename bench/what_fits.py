@@ -17,7 +17,7 @@ import torch
 from transformers import Qwen2Config
 
 from exgrpo_fast.config import load_config
-from exgrpo_fast.memory.plan import GIB, Machine, Planner
+from exgrpo_fast.memory.planner import GIB, Machine, Planner
 
 CARDS_GB = (8, 16, 24, 48, 80)
 # size: hidden, intermediate, layers, heads, key heads, tied head
