@@ -17,6 +17,13 @@ from exgrpo_fast.rewards import RewardError, check_reference
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line with a suggestion."""
 
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """A `dest` that is a config key shows its last word in the help: `-n N`."""
+        action = super().add_argument(*names, **options)
+        if "." in action.dest and action.nargs != 0 and not (action.metavar or action.choices):
+            action.metavar = action.dest.rpartition(".")[2].upper()
+        return action
+
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice:
