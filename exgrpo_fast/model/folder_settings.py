@@ -186,11 +186,11 @@ def sampling_defaults(name: str) -> dict[str, Any]:
 
 
 def dropout_settings(config: Any) -> dict[str, float]:
-    """Probabilities of dropout in a model's config, and the noise of its router."""
+    """Probabilities of dropout in a model's config."""
     return {
         key: value
         for key, value in config.to_dict().items()
-        if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0.0
+        if "drop" in key and isinstance(value, float) and value > 0.0
     }
 
 

@@ -30,6 +30,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # peft's format names weights from its own wrapper on
 
 
+_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
+
+
 class LoraError(UserError):
     """An adapter that this model cannot take, as one line to the user."""
 
@@ -58,7 +61,7 @@ def add_adapter(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
-        target_modules="all-linear" if everything else list(targets),
+        target_modules=_linear_layers(model) if everything else list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -66,12 +69,51 @@ def add_adapter(
     _check_targets(model, () if everything else targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject(config, model)
+        try:
+            inject(config, model)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise LoraError(f"model.lora.targets: {model.config.model_type}: {reason}") from None
+    _check_adapted(model)
     for parameter in trainable(model):
         parameter.data = parameter.data.float()  # bfloat16 would round the updates away
     for layer in _adapted_layers(model):
         # peft would make a float32 copy of each layer's input, which autocast makes bfloat16 again
         layer.cast_input_dtype_enabled = False
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of all linear layers but the head.
+
+    Of a mixture of experts those of its MLPs are left out: under these names peft would adapt the
+    fused weights of all experts, which have no plain B A to be merged. So are a family's own
+    subclasses that are no product alone, such as routers.
+    """
+    head = model.get_output_embeddings()
+    is_mixture = any(parameter.dim() == 3 for parameter in model.parameters())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and not (is_mixture and name.rpartition(".")[2] in _NAMES_OF_EXPERTS)
+        and not (
+            type(module).__module__.startswith("transformers.models")
+            and type(module).forward is not nn.Linear.forward
+        )
+    ]
+
+
+def _check_adapted(model: PreTrainedModel) -> None:
+    """LoraError where peft has adapted what `merged_weights` cannot merge."""
+    adapted: Any = {id(layer) for layer in _adapted_layers(model)}
+    for name, module in model.named_modules():
+        layer: Any = module
+        if id(module) in adapted and not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)):
+            raise LoraError(
+                f"model.lora.targets: peft takes {name} of {model.config.model_type} along, the "
+                f"weights of several experts in one; name the layers of the attention, such as q_proj"
+            )
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:

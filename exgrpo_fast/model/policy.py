@@ -290,7 +290,7 @@ class Policy:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """No dropout and no router noise in training mode; the model's config keeps its values.
+    """No dropout in training mode; the model's config keeps its values.
 
     The ratio of an update to the log-probs of its rollouts is 1 at first only without them. Layers
     hold the probabilities as dropout modules or as float attributes with such a name. Those that
@@ -302,8 +302,7 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for attribute, value in list(vars(module).items()):
-            is_noise = "drop" in attribute or "jitter" in attribute
-            if is_noise and isinstance(value, float):
+            if "drop" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 
@@ -368,7 +367,7 @@ def _check_supported(model: PreTrainedModel) -> None:
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
-    for kind in set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS:
+    for kind in sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS):
         raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
     if model.get_output_embeddings() is None:
         raise PolicyError(f"{config.model_type}: the model has no language-model head")

@@ -149,7 +149,7 @@ class _ForwardCheck:
         if isinstance(engine, TransformersEngine):
             self._attempt("end token", lambda: self._check_end_tokens(engine, eos_token_ids))
         if has_adapter(self.policy.model) and self.policy.processes.count == 1:
-            self._check_adapter(probe, tolerance)
+            self._attempt("adapter", lambda: self._check_adapter(probe, tolerance))
         self._check_checkpoint()
         return ForwardReport(self.gaps, tolerance)
 
@@ -194,9 +194,9 @@ class _ForwardCheck:
         model = self.policy.model
         with random_adapter(model):
             with inference(model), self.policy.as_loaded():
-                adapted = self._attempt("adapter", lambda: plain_logprobs(self.policy, probe))
+                adapted = plain_logprobs(self.policy, probe)
                 with running_merged(model):
-                    merged = self._attempt("adapter", lambda: plain_logprobs(self.policy, probe))
+                    merged = plain_logprobs(self.policy, probe)
                 with rounded_embeddings(self.policy):
                     rounded = plain_logprobs(self.policy, probe)
             tolerance = max(tolerance, self._tolerance(gap(adapted, rounded)))
@@ -276,7 +276,7 @@ def _same_states(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    return f"its own code fails, {type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 # --- probes and passes ----------------------------------------------------------------------------

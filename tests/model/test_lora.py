@@ -12,6 +12,8 @@ import torch
 from conftest import ScriptedEngine, make_questions
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -354,3 +356,34 @@ def test_an_adapter_on_conv1d_is_merged_as_it_lies() -> None:
             torch.testing.assert_close(model(ids).logits, adapted, atol=1e-5, rtol=0)
         with switched_off(model):
             assert (model(ids).logits - adapted).abs().max() > 1e-2
+
+
+def tiny_mixture() -> PreTrainedModel:
+    """Dense in the first layer, experts in the second, beside one that is shared."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    sizes |= {"v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+    sizes |= {"topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
+
+
+def test_of_a_mixture_the_attention_is_adapted() -> None:
+    """peft's all-linear takes the fused experts along; their update was lost in the merge."""
+    model = tiny_mixture().eval()
+    add_adapter(model, rank=2, alpha=4.0)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(adapted) == 10 and all("self_attn" in name for name in adapted)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), random_adapter(model):
+        expected = model(ids).logits
+        plain = tiny_mixture().eval()
+        plain.load_state_dict(dict(merged_weights(model)))
+        torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], ["gate_proj", "up_proj", "down_proj"]])
+def test_targets_that_peft_takes_for_experts_are_refused(targets: list[str]) -> None:
+    with pytest.raises(LoraError, match="model.lora.targets: "):
+        add_adapter(tiny_mixture(), rank=2, alpha=4.0, targets=targets)

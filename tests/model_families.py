@@ -1,0 +1,147 @@
+"""Tiny random models of the families of transformers, each held against the plain model.
+
+`python tests/model_families.py` prints the table of docs/models.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.model.lora import add_adapter, random_adapter, save_plain
+from exgrpo_fast.model.policy import Policy, inference
+from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward
+from exgrpo_fast.rollout.hf.engine import TransformersEngine
+
+PROMPT, EOS, LARGEST = tuple(range(3, 40)), 2, 3_000_000
+# As far as a family's config knows the key; None leaves it out.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(["vocab_size"], 96),
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size"], 64),
+    **dict.fromkeys(["word_embed_proj_dim"], 64),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"], 96),
+    **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers"], 2),
+    **dict.fromkeys(
+        ["num_attention_heads", "attention_heads", "num_heads", "n_head", "n_heads"], 4
+    ),
+    **dict.fromkeys(["num_key_value_heads", "num_kv_heads"], 2),
+    **dict.fromkeys(["head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank"], 16),
+    **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"], 8),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"], 512),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk"], 2),
+    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"], 1),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 32),
+    **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads"], 2),
+    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 16),
+    **dict.fromkeys(["state_size", "mamba_d_state", "sliding_window"], 8),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+_MLA: dict[str, Any] = {"head_dim": None, "num_key_value_heads": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    **{
+        name: {}
+        for name in """afmoe apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 ctrl
+        cwm diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_mamba flex_olmo
+        gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj
+        granite granite_swa granitemoe granitemoeshared helium hyperclovax jais2 jetmoe lfm2 llama llama4_text mamba minicpm3 minimax minimax_m2
+        ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron_h olmo olmo2 olmo3 olmo_hybrid
+        olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
+        rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm""".split()
+    },
+    "deepseek_v2": _MLA | {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "deepseek_v3": _MLA,
+    "falcon": {"head_dim": None, "num_kv_heads": 4},
+    "glm4_moe_lite": _MLA,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "dots1": {
+        **dict.fromkeys(["n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"], 1),
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "youtu": _MLA,
+}
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """2 layers, width 64; weights as large as after training, so that attention has a say."""
+    kind = CONFIG_MAPPING[family]
+    usual, renamed = kind(), getattr(kind, "attribute_map", {})
+    known = {k: v for k, v in SMALL.items() if k not in renamed and hasattr(usual, k)}
+    tokens = {"pad_token_id", "bos_token_id", "eos_token_id"}
+    known = {k: v for k, v in known.items() if k in tokens or getattr(usual, k) is not None}
+    values = {k: v for k, v in (known | FAMILIES[family]).items() if v is not None}
+    config = kind(**values)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    assert shell.num_parameters() < LARGEST, f"{family}: {shell.num_parameters()} parameters"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.uniform_(-1.0, 2.0)
+            elif parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model
+
+
+def outcome(family: str) -> str:
+    """`right`, or why the family is refused; the words of the check, without its numbers."""
+    try:
+        for adapter in (False, True):
+            model = tiny(family)
+            if adapter:
+                add_adapter(model, rank=4, alpha=8.0)
+            policy = Policy(model)
+            engine = TransformersEngine(policy, eos_token_ids=[EOS], pad_token_id=0)
+            check_forward(policy, engine, prompt_ids=PROMPT, eos_token_ids=[EOS])
+        gap = reloaded_gap(policy)
+        return "right" if gap < 1e-4 else f"refused (checkpoint: reloaded, it differs by {gap:.0e})"
+    except ForwardMismatch as error:
+        what = str(error).partition(f"({error.part}: ")[2].removesuffix(")")
+        for kept in ("its attention cannot be replaced", "its own code fails", "log-probs differ"):
+            what = kept if what.startswith(kept) else what
+        return f"refused ({error.part}: {what})"
+    except UserError as error:
+        return f"refused ({str(error).removeprefix(family + ': ')})"
+
+
+def reloaded_gap(policy: Policy) -> float:
+    """Largest difference of logits between a model with an adapter and its saved, reloaded self."""
+    model: Any = policy.model
+    ids = torch.tensor([PROMPT])
+    with random_adapter(model), inference(model), policy.as_loaded(), torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        with tempfile.TemporaryDirectory() as folder:
+            save_plain(model, Path(folder))
+            saved: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found = saved(input_ids=ids, use_cache=False).logits
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def table() -> list[str]:
+    """The rows of docs/models.md."""
+    return [f"| {family} | {outcome(family)} |" for family in sorted(FAMILIES)]
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for family in sys.argv[1:] or sorted(FAMILIES):
+        print(f"| {family} | {outcome(family)} |", flush=True)
