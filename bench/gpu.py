@@ -455,6 +455,7 @@ def trainer_inputs(folder: Path, sizes: Sizes) -> list[str]:
         *("--rollout.engine", "transformers", "--rollout.max_completion_tokens", str(tokens)),
         *("--rollout.prompts_per_step", "4" if is_small else "32", "--rollout.group_size", "4"),
         *("--data.max_prompt_tokens", "64", "--checkpoint.every", "3", "--eval.every", "0"),
+        *(("--train.max_tokens_per_microbatch", "160") if is_small else ()),
     ]
 
 
