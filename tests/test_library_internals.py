@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from exgrpo_fast.model.renamed import cache_argument, checkpointing_enable
+
 SMALL = Qwen3Config(
     vocab_size=32,
     hidden_size=16,
@@ -90,10 +92,23 @@ def test_attention_receives_what_the_packed_forward_is_given() -> None:
 def test_policy_recomputes_layers() -> None:
     """recompute_layers: enabled with use_reentrant=False, the embeddings' hook taken off again."""
     model = Qwen3ForCausalLM(SMALL)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointing_enable(model)({"use_reentrant": False})
     model.disable_input_require_grads()
     assert not model.get_input_embeddings()(torch.tensor([1])).detach().requires_grad
     assert isinstance(model, PreTrainedModel)
+
+
+def test_renamed_arguments_are_called_by_their_newest_names(recwarn: Any) -> None:
+    """model/renamed.py: `cache` and `activation_checkpointing_enable` since 5.24."""
+    model = Qwen3ForCausalLM(SMALL)
+    model.set_attn_implementation("sdpa")  # the config is shared with other tests
+    is_new = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    assert cache_argument(model) == ("cache" if is_new else "past_key_values")
+    cache = DynamicCache(config=SMALL)
+    model(torch.tensor([[1, 2, 3]]), use_cache=True, **{cache_argument(model): cache})
+    assert cache.get_seq_length() == 3
+    checkpointing_enable(model)({"use_reentrant": False})
+    assert not [w for w in recwarn if "deprecated" in str(w.message)]
 
 
 def test_lora_reads_pefts_layers() -> None:

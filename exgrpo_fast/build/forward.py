@@ -9,6 +9,7 @@ from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.folder import check_folder
 from exgrpo_fast.build.models import end_of_sequence_ids, load_tokenizer, make_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, validate
+from exgrpo_fast.model.folder_settings import positions
 from exgrpo_fast.model.policy import Policy, Tokenizer
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward
@@ -32,15 +33,20 @@ def prove_forward(
     `option`: of the command, that sets it. An engine with arithmetic of its own agrees as far as `sync` asks.
     """
     tolerance, device = None, policy.device.type
+    limit = positions(policy.model.config.get_text_config())
+    longest = limit.limit if limit else None
     if engine_kind(config, device) != "transformers":
         dtype = config.model.compute_dtype(device)
         tolerance = config.rollout.sync_tolerance or TOLERANCE[dtype]
+        # vLLM has room for the longest sequence of the run, and no more
+        longest = min(longest or config.longest_sequence, config.longest_sequence)
     try:
         report = check_forward(
             policy,
             without_journal(engine),
             prompt_ids=prompt_ids,
             eos_token_ids=end_of_sequence_ids(policy.model.generation_config, tokenizer),
+            longest=longest,
             engine_tolerance=tolerance,
         )
     except ForwardMismatch as error:

@@ -285,7 +285,9 @@ def _first_line(error: BaseException) -> str:
 def probe_prompts(prompt_ids: Sequence[int], longest: int | None = None) -> list[tuple[int, ...]]:
     """Four prompts: one twice, a shorter one (padded at the left), and one longer than a block."""
     ids = list(prompt_ids)
-    room = BLOCK + 21 if longest is None else max(1, min(BLOCK + 21, longest - COMPLETION_TOKENS))
+    room = BLOCK + 21
+    if longest is not None:
+        room = max(1, min(room, longest - COMPLETION_TOKENS))
     usual, short = ids[: min(12, room)], ids[-min(5, room) :]
     repeated = (ids * (room // len(ids) + 1))[:room]
     return [tuple(usual), tuple(usual), tuple(short), tuple(repeated)]

@@ -122,6 +122,20 @@ def test_right_models_pass(make: Callable[[], PreTrainedModel], adapter: bool) -
     assert policy.model.training and policy.model.config._attn_implementation == "exgrpo_packed"
 
 
+def test_a_model_of_few_positions_is_checked_within_them() -> None:
+    more: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 2, "n_positions": 24}
+    sizes: dict[str, Any] = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    policy = made(lambda: GPT2LMHeadModel(GPT2Config(**sizes, **more)))
+    engine = TransformersEngine(policy, eos_token_ids=EOS, pad_token_id=0)
+    options: dict[str, Any] = {"prompt_ids": PROMPT, "eos_token_ids": EOS}
+    assert check_forward(policy, engine, longest=24, **options).gaps["engine"] < 2e-6
+    with pytest.raises(ForwardMismatch):
+        check_forward(policy, engine, **options)
+    lengths = [len(prompt) for prompt in forward_check.probe_prompts(PROMPT, longest=24)]
+    assert lengths == [12, 12, 5, 16]
+    assert [len(p) for p in forward_check.probe_prompts((3,))] == [1, 1, 1, 149]
+
+
 def test_bfloat16_is_allowed_its_rounding() -> None:
     report = checked(made(qwen3, compute_dtype=torch.bfloat16))
     assert 1e-4 < report.gaps["packed"] < report.tolerance < 0.3
