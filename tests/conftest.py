@@ -1,4 +1,4 @@
-"""A tiny model, its tokenizer, and a trainer around it, built by the project's own `composition`."""
+"""A tiny model, its tokenizer, and a trainer around it, built by the project's own `build`."""
 
 from __future__ import annotations
 
