@@ -8,7 +8,7 @@ in the same run:
 - clean: GSM8K-like rows, all distinct, so that nothing is gained by scoring equal ones once;
 - formulas: pairs in the style of math-verify's own tests, generated here, because the installed
   package ships none;
-- hostile: every answer of nasty.py that deserves nothing, one in a hundred rows;
+- hostile: every answer of adversarial.py that deserves nothing, one in a hundred rows;
 - hostile sample: a few of them, also in this process;
 - stuck: every worker stopped by a signal while rows are waiting.
 
@@ -37,7 +37,12 @@ from typing import Any
 from loss import installed, machine
 
 from exgrpo_fast.rewards import RewardPool, RewardSample, ScoreFuture, Verdict
-from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
+from exgrpo_fast.rewards.selftest.adversarial import (
+    IN_TIME_MS,
+    Adversarial,
+    adversarial_answers,
+    box,
+)
 from exgrpo_fast.rewards.verifiers.mathematics import MATH_SECONDS
 
 PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime", "gmpy2")
@@ -110,12 +115,14 @@ FORMULAS: list[Callable[[int, int, int], tuple[str, str]]] = [
 ]
 
 
-def with_hostile(rows: Sequence[RewardSample], hostile: Sequence[Nasty]) -> list[RewardSample]:
+def with_hostile(
+    rows: Sequence[RewardSample], hostile: Sequence[Adversarial]
+) -> list[RewardSample]:
     """A hostile row behind each 99 others."""
     mixed, others = [], iter(rows)
-    for nasty in hostile:
+    for adversarial in hostile:
         mixed += [next(others) for _ in range(ROWS_PER_HOSTILE - 1)]
-        mixed.append(RewardSample("", nasty.completion, nasty.gold))
+        mixed.append(RewardSample("", adversarial.completion, adversarial.gold))
     return mixed
 
 
@@ -219,44 +226,44 @@ def compare(pool: WatchedPool, rows: Sequence[RewardSample], peer_rows: int) -> 
 
 
 def hostile(pool: WatchedPool, seed: int) -> dict[str, Any]:
-    """All nasty answers among honest rows, against the same rows alone."""
-    nasty = [n for n in nasty_answers() if not n.right]
-    random.Random(seed).shuffle(nasty)
-    others = clean_rows((ROWS_PER_HOSTILE - 1) * len(nasty), seed + 1)
+    """All adversarial answers among honest rows, against the same rows alone."""
+    adversarial = [n for n in adversarial_answers() if not n.correct]
+    random.Random(seed).shuffle(adversarial)
+    others = clean_rows((ROWS_PER_HOSTILE - 1) * len(adversarial), seed + 1)
     alone, clean = timed_pool(pool, others)
-    scored, mixed = timed_pool(pool, with_hostile(others, nasty))
-    of_nasty = scored[ROWS_PER_HOSTILE - 1 :: ROWS_PER_HOSTILE]
+    scored, mixed = timed_pool(pool, with_hostile(others, adversarial))
+    of_adversarial = scored[ROWS_PER_HOSTILE - 1 :: ROWS_PER_HOSTILE]
     of_others = [s for i, s in enumerate(scored) if (i + 1) % ROWS_PER_HOSTILE]
-    cpu_ms = 1000 * (mixed["cpu_seconds"] - clean["cpu_seconds"]) / len(nasty)
+    cpu_ms = 1000 * (mixed["cpu_seconds"] - clean["cpu_seconds"]) / len(adversarial)
     return {
         "clean": clean,
         "pool": mixed,
-        "answers": len(nasty),
-        "slowest_ms": max(s.milliseconds for s in of_nasty),
-        "late": names(nasty, of_nasty, lambda s: s.milliseconds > IN_TIME_MS),
-        "accepted": names(nasty, of_nasty, lambda s: s.reward == 1.0),
+        "answers": len(adversarial),
+        "slowest_ms": max(s.milliseconds for s in of_adversarial),
+        "late": names(adversarial, of_adversarial, lambda s: s.milliseconds > IN_TIME_MS),
+        "accepted": names(adversarial, of_adversarial, lambda s: s.reward == 1.0),
         "wrong_on_other_rows": sum(
             a.reward != b.reward for a, b in zip(alone, of_others, strict=True)
         ),
-        "reasons": dict(Counter(s.reason for s in of_nasty).most_common()),
+        "reasons": dict(Counter(s.reason for s in of_adversarial).most_common()),
         "timeouts_by_the_clock": sum(
-            s.reason == "timeout" and s.milliseconds >= 1000 * MATH_SECONDS for s in of_nasty
+            s.reason == "timeout" and s.milliseconds >= 1000 * MATH_SECONDS for s in of_adversarial
         ),
         "cpu_ms_per_hostile_row": round(cpu_ms, 1),
-        "wall_ms_per_hostile_row": round(fmean(s.milliseconds for s in of_nasty), 1),
+        "wall_ms_per_hostile_row": round(fmean(s.milliseconds for s in of_adversarial), 1),
     }
 
 
 def names(
-    nasty: Sequence[Nasty], scored: Iterable[Verdict], bad: Callable[[Verdict], bool]
+    adversarial: Sequence[Adversarial], scored: Iterable[Verdict], bad: Callable[[Verdict], bool]
 ) -> list[str]:
-    return [n.name for n, s in zip(nasty, scored, strict=True) if bad(s)]
+    return [n.name for n, s in zip(adversarial, scored, strict=True) if bad(s)]
 
 
 def hostile_sample(pool: WatchedPool, count: int, seed: int) -> dict[str, Any]:
     """Few enough for the peer, which spends seconds on each."""
-    nasty = [n for n in nasty_answers() if not n.right and len(n.completion) < 10_000]
-    chosen = random.Random(seed).sample(nasty, count)
+    adversarial = [n for n in adversarial_answers() if not n.correct and len(n.completion) < 10_000]
+    chosen = random.Random(seed).sample(adversarial, count)
     rows = with_hostile(clean_rows((ROWS_PER_HOSTILE - 1) * count, seed + 2), chosen)
     return {"names": [n.name for n in chosen], **compare(pool, rows, len(rows))}
 
@@ -333,8 +340,8 @@ def goals(results: dict[str, Any]) -> dict[str, bool]:
         "1 % hostile rows cost 3.5 x at most": costs["of_the_pool"] <= 3.5,
         "the same, formulas": costs["of_the_pool_with_formulas"] <= 3.5,
         "the same, of math-verify in process": costs["of_in_process"] <= 3.5,
-        "every nasty answer within 2.5 s": not bad["late"],
-        "no nasty answer accepted": not bad["accepted"],
+        "every adversarial answer within 2.5 s": not bad["late"],
+        "no adversarial answer accepted": not bad["accepted"],
         "no wrong verdict on any other row": not bad["wrong_on_other_rows"],
         f"no worker above {MEMORY_GOAL_MB} MB": results["worker_peak_mb"] <= MEMORY_GOAL_MB,
         "stuck workers stop nobody": results["stuck"]["wrong_on_other_rows"] == 0,

@@ -38,7 +38,7 @@ from exgrpo_fast.core.errors import UserError
 RewardFunction = Callable[..., Any]
 Judgement = tuple[float, str]  # reward and reason
 
-RIGHT: Judgement = (1.0, "ok")
+CORRECT: Judgement = (1.0, "ok")
 WRONG: Judgement = (0.0, "wrong")
 NO_ANSWER: Judgement = (0.0, "no_answer")
 

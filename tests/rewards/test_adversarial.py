@@ -9,18 +9,23 @@ import pytest
 
 from exgrpo_fast.cli import main
 from exgrpo_fast.rewards import RewardPool, RewardSample
-from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
+from exgrpo_fast.rewards.selftest.adversarial import (
+    IN_TIME_MS,
+    Adversarial,
+    adversarial_answers,
+    box,
+)
 from exgrpo_fast.rewards.selftest.check_reward import Gold, built_in_golds, check_reward, golds_of
 from exgrpo_fast.rewards.verifiers.functions import math_verify
 
-NASTY = nasty_answers()
+ADVERSARIAL = adversarial_answers()
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
 
 def test_there_are_enough_of_them_and_each_has_a_name() -> None:
-    assert len(NASTY) >= 148
-    assert len({nasty.name for nasty in NASTY}) == len(NASTY)
-    assert 10 <= sum(nasty.right for nasty in NASTY) <= 20
+    assert len(ADVERSARIAL) >= 148
+    assert len({adversarial.name for adversarial in ADVERSARIAL}) == len(ADVERSARIAL)
+    assert 10 <= sum(adversarial.correct for adversarial in ADVERSARIAL) <= 20
 
 
 class WatchedPool(RewardPool):
@@ -37,15 +42,17 @@ class WatchedPool(RewardPool):
 
 @needs_proc
 @pytest.mark.parametrize(
-    "chosen", [NASTY[::9], pytest.param(NASTY, marks=pytest.mark.slow)], ids=["some", "all"]
+    "chosen",
+    [ADVERSARIAL[::9], pytest.param(ADVERSARIAL, marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
-def test_nasty_answers_cost_nothing_but_themselves(chosen: list[Nasty]) -> None:
+def test_adversarial_answers_cost_nothing_but_themselves(chosen: list[Adversarial]) -> None:
     samples, expected = [], []
-    for number, nasty in enumerate(chosen):
+    for number, adversarial in enumerate(chosen):
         honest = [(f"\\frac{{{number}}}{{7}}", True), (f"\\frac{{{number + 1}}}{{7}}", False)]
         samples += [RewardSample("", box(text), f"{number}/7") for text, _ in honest]
-        samples.append(RewardSample("", nasty.completion, nasty.gold))
-        expected += [float(right) for _, right in honest] + [float(nasty.right)]
+        samples.append(RewardSample("", adversarial.completion, adversarial.gold))
+        expected += [float(right) for _, right in honest] + [float(adversarial.correct)]
     with WatchedPool(["math_verify"], workers=2) as pool:
         verdicts = pool.score(samples)
         for worker in list(pool._workers):
@@ -63,25 +70,31 @@ QUICK = ("chain_", "hedge_", "bare_", "box_", "list_", "e_notation", "percent_",
 
 
 @pytest.mark.parametrize(
-    "nasty", [n for n in NASTY if n.name.startswith(QUICK)], ids=lambda n: n.name
+    "adversarial", [n for n in ADVERSARIAL if n.name.startswith(QUICK)], ids=lambda n: n.name
 )
-def test_the_right_ones_are_told_from_the_others(nasty: Nasty) -> None:
-    [(reward, _)] = math_verify(["q"], [nasty.completion], [nasty.gold])
-    assert reward == float(nasty.right)
+def test_the_right_ones_are_told_from_the_others(adversarial: Adversarial) -> None:
+    [(reward, _)] = math_verify(["q"], [adversarial.completion], [adversarial.gold])
+    assert reward == float(adversarial.correct)
 
 
 def test_code_in_an_answer_does_not_run() -> None:
-    codes = [n for n in NASTY if n.name.startswith(("code_import", "code_write", "code_in_text"))]
+    codes = [
+        n for n in ADVERSARIAL if n.name.startswith(("code_import", "code_write", "code_in_text"))
+    ]
     assert len(codes) >= 5
-    for nasty in codes:
-        math_verify(["q"], [nasty.completion], [nasty.gold])
-    assert not Path("/tmp/nasty").exists()
+    for adversarial in codes:
+        math_verify(["q"], [adversarial.completion], [adversarial.gold])
+    assert not Path("/tmp/adversarial").exists()
 
 
 # --- reward-test ----------------------------------------------------------------------------------
 
 GOLDS = [Gold("q", "1"), Gold("q", "2"), Gold("q", "2")]
-FEW = [Nasty("sleeper", "sleep"), Nasty("liar", "cheat"), Nasty("fine", box("42"), right=True)]
+FEW = [
+    Adversarial("sleeper", "sleep"),
+    Adversarial("liar", "cheat"),
+    Adversarial("fine", box("42"), correct=True),
+]
 
 REWARDS = """
 import time
@@ -106,21 +119,21 @@ def rewards(tmp_path) -> Path:
 
 
 def test_a_trial_finds_what_a_reward_does_wrong(rewards) -> None:
-    generous = check_reward([f"{rewards}:generous"], GOLDS, nasty=FEW)
+    generous = check_reward([f"{rewards}:generous"], GOLDS, adversarial=FEW)
     assert not generous.passed
-    assert (generous.num_golds, generous.num_others, generous.num_nasty) == (3, 3, 3)
+    assert (generous.num_golds, generous.num_others, generous.num_adversarial) == (3, 3, 3)
     assert generous.golds_failed == []
     assert generous.others_accepted == ["'2' for '1'", "'1' for '2'", "'1' for '2'"]
-    assert generous.nasty_accepted == ["sleeper", "liar"]
+    assert generous.adversarial_accepted == ["sleeper", "liar"]
 
-    strict = check_reward([f"{rewards}:strict"], GOLDS, nasty=FEW)
+    strict = check_reward([f"{rewards}:strict"], GOLDS, adversarial=FEW)
     assert not strict.passed and strict.golds_failed == ["'1': ok", "'2': ok", "'2': ok"]
-    assert (strict.others_accepted, strict.nasty_accepted, strict.nasty_refused) == (
+    assert (strict.others_accepted, strict.adversarial_accepted, strict.adversarial_refused) == (
         [], [], ["fine"]
     )  # fmt: skip
 
-    fooled = check_reward([f"{rewards}:fooled"], GOLDS, nasty=FEW)
-    assert (fooled.nasty_accepted, fooled.nasty_late) == (["liar"], ["sleeper"])
+    fooled = check_reward([f"{rewards}:fooled"], GOLDS, adversarial=FEW)
+    assert (fooled.adversarial_accepted, fooled.adversarial_late) == (["liar"], ["sleeper"])
     figures = fooled.as_dict()
     assert figures["golds"]["accepted_percent"] == 100.0
     assert figures["answers_of_other_rows"]["rejected_percent"] == 100.0
@@ -130,16 +143,16 @@ def test_a_trial_finds_what_a_reward_does_wrong(rewards) -> None:
 
 def test_a_trial_passes_when_gold_answers_do_and_nasty_ones_do_not() -> None:
     for name in ("exact", "gsm8k", "multiple_choice"):
-        trial = check_reward([name], built_in_golds([name]), nasty=FEW[:2])
+        trial = check_reward([name], built_in_golds([name]), adversarial=FEW[:2])
         assert trial.passed, str(trial)
         assert trial.others_accepted == []
         assert str(trial).endswith("passed")
 
 
 def test_the_built_in_golds_of_math_verify_are_told_apart() -> None:
-    trial = check_reward(["math_verify"], built_in_golds(["math_verify"]), nasty=FEW)
+    trial = check_reward(["math_verify"], built_in_golds(["math_verify"]), adversarial=FEW)
     assert trial.passed and trial.num_golds > 30
-    assert trial.others_accepted == [] and trial.nasty_refused == []
+    assert trial.others_accepted == [] and trial.adversarial_refused == []
 
 
 def test_the_command_reads_files_and_ends_with_a_code(rewards, tmp_path, capsys) -> None:
@@ -159,7 +172,7 @@ def test_the_command_reads_files_and_ends_with_a_code(rewards, tmp_path, capsys)
     code, out = run("--functions", "exact", *fields, "--json")
     figures = json.loads(out)
     assert code == 0 and figures["passed"]
-    assert (figures["golds"]["rows"], figures["nasty"]["answers"]) == (2, len(NASTY))
+    assert (figures["golds"]["rows"], figures["adversarial"]["answers"]) == (2, len(ADVERSARIAL))
     code, out = run("--functions", f"{rewards}:generous", *fields)
     assert code == 1 and "100.0 % of 2 accepted" in out and "0.0 % of 2 rejected" in out
     assert run("--functions", "exat")[0] == 2

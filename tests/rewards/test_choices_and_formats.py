@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from exgrpo_fast.rewards import RewardPool, RewardSample
-from exgrpo_fast.rewards.selftest.adversarial import nasty_answers
+from exgrpo_fast.rewards.selftest.adversarial import adversarial_answers
 from exgrpo_fast.rewards.verifiers.choices import multiple_choice
 from exgrpo_fast.rewards.verifiers.formats import boxed_once, think_format
 
@@ -104,8 +104,8 @@ def test_other_text_is_no_gold_answer(gold: str) -> None:
 
 
 def test_nasty_completions_choose_nothing() -> None:
-    for nasty in nasty_answers():
-        assert choice(nasty.completion)[0] == 0.0, nasty.name
+    for adversarial in adversarial_answers():
+        assert choice(adversarial.completion)[0] == 0.0, adversarial.name
 
 
 # --- formats --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A language model that decides rubrics, behind any OpenAI-compatible `/chat/completions`.
 
 `Judge.judge` takes requests and gives one answer for each, in order: which rubrics are met, or None
-where no verdict was possible. None is not 0: a response without an answer is left out of its group.
+where no verdict was possible. None is not 0: a completion without an answer is left out of its group.
 
 The HTTP client lives on an event loop of its own, in a daemon thread, so that the trainer can go on
 meanwhile (`submit`). What the judge reads was written by the policy, hence fenced in by markers that
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class JudgeRequest(NamedTuple):
-    """What the judge is asked about one response."""
+    """What the judge is asked about one completion."""
 
     prompt: str
     response: str
@@ -151,7 +151,7 @@ class Judge:
     # --- on the loop ------------------------------------------------------------------------------
 
     async def _answer_all(self, requests: Sequence[JudgeRequest]) -> list[Answer | None]:
-        """Equal requests are asked once: the K responses of an easy question are often the same."""
+        """Equal requests are asked once: the K completions of an easy question are often the same."""
         if not requests:
             return []
         tasks = {r: asyncio.create_task(self._answer(r)) for r in dict.fromkeys(requests)}

@@ -1,4 +1,4 @@
-r"""Rubrics: a response is judged by several yes-or-no checks, and the reward is how much is met.
+r"""Rubrics: a completion is judged by several yes-or-no checks, and the reward is how much is met.
 
     reward = sum_j w_j I_j / sum_j w_j   over the rubrics that apply      HeRL, arXiv 2603.20046, Eq 4
 
@@ -21,20 +21,20 @@ from exgrpo_fast.rewards.verifiers import extraction
 from exgrpo_fast.rewards.verifiers.functions import reasoning_gym
 from exgrpo_fast.rewards.verifiers.mathematics import math_verify
 
-Check = Callable[[str, str, Mapping[str, Any]], bool]  # prompt, response, context
+Check = Callable[[str, str, Mapping[str, Any]], bool]  # prompt, completion, context
 AppliesTo = Literal["all", "revision"]
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """One thing that is asked of a response.
+    """One thing that is asked of a completion.
 
     weight: None counts as 1, a negative one as 0.
-    check: `check(prompt, response, context) -> bool`. The context holds `answer`, `truncated` (the
-        length limit ended the response), `draft` (the response that this one revises, else None) and
+    check: `check(prompt, completion, context) -> bool`. The context holds `answer`, `truncated` (the
+        length limit ended the completion), `draft` (the completion that this one revises, else None) and
         the other columns of the data row. None: the judge decides by the public text.
     public_text: the rubric in words, for the policy and the judge to read; never the answer.
-    applies_to: `revision` is asked only of responses that revise a draft.
+    applies_to: `revision` is asked only of completions that revise a draft.
     RewardError, in one line, for a rubric that nobody could decide.
     """
 
@@ -138,14 +138,14 @@ class RubricReward:
                 return rubric.check.check_gold(answer, columns)  # pyright: ignore
         return None, "unscored"
 
-    def _judge(self, prompt: str, response: str, columns: Mapping[str, Any]) -> Result:
+    def _judge(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> Result:
         context = {"truncated": False, "draft": None, **columns}
         checks, faults = [], []
         for rubric in self.rubrics:
             if rubric.check is None or not rubric.text.applies(context):
                 continue
             try:
-                met = _as_bool(rubric.check(prompt, response, context))
+                met = _as_bool(rubric.check(prompt, completion, context))
             except (Exception, SystemExit) as error:  # the worker's timer is neither
                 met = False
                 fault = f"rubric '{rubric.name}': {describe(error)}"
@@ -182,17 +182,17 @@ def _as_bool(value: Any) -> bool:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def finished(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
-    """The response ended by itself, before the length limit."""
+def finished(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
+    """The completion ended by itself, before the length limit."""
     return not context["truncated"]
 
 
-def right_by(reward: RewardFunction) -> Check:
+def correct_by(reward: RewardFunction) -> Check:
     """Met where a reward gives full marks; gold answers are checked as that reward checks them."""
 
-    def check(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
+    def check(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
         columns = {name: [value] for name, value in context.items()}
-        [judgement] = reward(prompts=[prompt], completions=[response], **columns)
+        [judgement] = reward(prompts=[prompt], completions=[completion], **columns)
         return judgement[0] == 1.0
 
     return _like(reward, check)
@@ -225,18 +225,18 @@ _META = re.compile(
     re.IGNORECASE,
 )
 
-_right_by_math_verify = right_by(math_verify)
+_correct_by_math_verify = correct_by(math_verify)
 
 
-def _right_in_the_box(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
-    if extraction.last_box(extraction.visible_part(response)) is None:
+def _correct_in_the_box(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
+    if extraction.last_box(extraction.visible_part(completion)) is None:
         return False  # math_verify alone would take `#### 72`, too
-    return _right_by_math_verify(prompt, response, context)
+    return _correct_by_math_verify(prompt, completion, context)
 
 
-def boxed_once(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
+def boxed_once(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
     r"""Exactly one `\boxed{}`, not empty, in the last line; a display may end on the next."""
-    text = extraction.visible_part(response)
+    text = extraction.visible_part(completion)
     content, boxes = extraction.last_box(text), list(_BOX.finditer(text))
     if content is None or not extraction.clean(content) or len(boxes) != 1:
         return False
@@ -244,9 +244,9 @@ def boxed_once(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
     return _DISPLAY_END.fullmatch(after.partition("\n")[2].strip()) is not None
 
 
-def no_meta(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
+def no_meta(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
     """Nothing is said about a draft, feedback, rubrics or an earlier attempt."""
-    return _META.search(response) is None
+    return _META.search(completion) is None
 
 
 # Any wrong answer stays at or below .2, so that form cannot outbid correctness (HeRL, our choice).
@@ -254,7 +254,7 @@ MATHS_RUBRICS = [
     Rubric(
         "answer_correct",
         8.0,
-        _like(math_verify, _right_in_the_box),
+        _like(math_verify, _correct_in_the_box),
         "The final answer is mathematically right.",
     ),
     Rubric(
@@ -280,16 +280,16 @@ _STEP = re.compile(r"(-?[0-9]{1,18}(?:[+-][0-9]{1,18})+)=(-?[0-9]{1,18})")
 _TERM = re.compile(r"[+-]?[0-9]+")
 
 
-def answer_once(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
+def answer_once(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
     """Exactly one `<answer>...</answer>`, not empty."""
-    content = extraction.last_tag(response)
-    tags = response.count("<answer>"), response.count("</answer>")
+    content = extraction.last_tag(completion)
+    tags = completion.count("<answer>"), completion.count("</answer>")
     return tags == (1, 1) and content is not None and content.strip() != ""
 
 
-def steps_true(prompt: str, response: str, context: Mapping[str, Any]) -> bool:
+def steps_true(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
     """At least one line `a+b=c`, and every line with an equals sign is one and holds."""
-    lines = [line.replace(" ", "") for line in response.split("\n") if "=" in line]
+    lines = [line.replace(" ", "") for line in completion.split("\n") if "=" in line]
     return bool(lines) and all(map(_holds, lines))
 
 
@@ -299,7 +299,9 @@ def _holds(line: str) -> bool:
 
 
 SUMS_RUBRICS = [
-    Rubric("answer_correct", 8.0, right_by(reasoning_gym), "The final answer is the right number."),
+    Rubric(
+        "answer_correct", 8.0, correct_by(reasoning_gym), "The final answer is the right number."
+    ),
     Rubric(
         "answer_once",
         1.0,

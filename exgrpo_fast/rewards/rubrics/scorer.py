@@ -19,7 +19,7 @@ class RubricScorer:
 
     pool: holds the one rubric set and nothing else, with weight 1.
     judge: None where every rubric has a check.
-    A response that the judge cannot decide is not scored. One that the pool could not check (a
+    A completion that the judge cannot decide is not scored. One that the pool could not check (a
     timeout, say) has the pool's verdict, and the judge is not asked.
     """
 

@@ -1,6 +1,6 @@
 r"""Answers made to stop a verifier, to fool it, or to break what surrounds it.
 
-`nasty_answers()` is one list for the tests, `exgrpo-fast reward-test` and `bench/rewards.py`. Every
+`adversarial_answers()` is one list for the tests, `exgrpo-fast reward-test` and `bench/rewards.py`. Every
 entry has a gold answer (42 unless it says otherwise) and whether it deserves the reward; few do.
 All of it is generated here: expressions that are short to write and endless to evaluate, nesting,
 megabytes, text aimed at the regular expressions that look for answers, Unicode, code, and answers
@@ -16,21 +16,24 @@ IN_TIME_MS = 2500.0
 MEGABYTE = 1_000_000
 
 
-class Nasty(NamedTuple):
-    """`right`: an honest answer in strange clothes, which earns the reward."""
+class Adversarial(NamedTuple):
+    """`correct`: an honest answer in strange clothes, which earns the reward."""
 
     name: str
     completion: str
     gold: str = "42"
-    right: bool = False
+    correct: bool = False
 
 
-def nasty_answers() -> list[Nasty]:
+def adversarial_answers() -> list[Adversarial]:
     r"""All of them, in a fixed order; the names are distinct."""
     boxed = {**_endless(), **_nested(), **_long(), **_structures(), **_code(), **_several()}
     return [
-        *(Nasty(name, box(text)) for name, text in boxed.items()),
-        *(Nasty(name, text) for name, text in {**_bare(), **_for_regexes(), **_binary()}.items()),
+        *(Adversarial(name, box(text)) for name, text in boxed.items()),
+        *(
+            Adversarial(name, text)
+            for name, text in {**_bare(), **_for_regexes(), **_binary()}.items()
+        ),
         *_hostile_golds(),
         *_honest(),
     ]
@@ -221,7 +224,7 @@ def _matrix(entry: str, size: int) -> str:
 
 def _code() -> dict[str, str]:
     calls = {
-        "import": "__import__('os').system('touch /tmp/nasty')",
+        "import": "__import__('os').system('touch /tmp/adversarial')",
         "exec": "exec('raise SystemExit')",
         "open": "open('/etc/passwd').read()",
         "lambda": "(lambda: 42)()",
@@ -234,7 +237,7 @@ def _code() -> dict[str, str]:
         **{f"code_in_text_{name}": f"\\text{{{call}}}" for name, call in calls.items()},
         "code_operatorname": "\\operatorname{__import__('os').abort()}",
         "code_input": "\\input{/etc/passwd}",
-        "code_write18": "\\write18{touch /tmp/nasty}",
+        "code_write18": "\\write18{touch /tmp/adversarial}",
         "json_reply": '"}\n{"id": 0, "results": [[1.0, "ok", ""]]}',
     }
 
@@ -331,7 +334,7 @@ def _several() -> dict[str, str]:
 # --- hostile data, honest answers -----------------------------------------------------------------
 
 
-def _hostile_golds() -> Iterator[Nasty]:
+def _hostile_golds() -> Iterator[Adversarial]:
     """The data can be as bad as the policy: then the right answer is the same text, if any."""
     golds: Mapping[str, str] = {
         "tower": "9^{9^{9}}",
@@ -343,21 +346,25 @@ def _hostile_golds() -> Iterator[Nasty]:
         "surrogate": "\ud800",
     }
     for name, gold in golds.items():
-        yield Nasty(f"gold_{name}", box("\\frac{5}{7}"), gold)
+        yield Adversarial(f"gold_{name}", box("\\frac{5}{7}"), gold)
 
 
-def _honest() -> Iterator[Nasty]:
-    yield Nasty("honest_full_width", box("\uff14\uff12"), right=True)
-    yield Nasty("honest_arabic", box("\u0664\u0662"), right=True)
-    yield Nasty("honest_zero_width", box("4\u200b2"), right=True)
-    yield Nasty("honest_lines", box("\n 42 \n"), right=True)
-    yield Nasty("honest_brackets", box("(((42)))"), right=True)
-    yield Nasty("honest_equation", box("x = 42"), right=True)
-    yield Nasty("honest_product", box("6 \\cdot 7"), right=True)
-    yield Nasty("honest_dollars", box("\\$42.00"), right=True)
-    yield Nasty("honest_thoughts", "<think>\\boxed{41}</think>" + box("42"), right=True)
-    yield Nasty("honest_second_thought", "\\boxed{41} no: \\boxed{42}", right=True)
-    yield Nasty("honest_after_1MB", "It could be 41. " * (MEGABYTE // 16) + box("42"), right=True)
-    yield Nasty("honest_minus", box("\u22125"), "-5", right=True)
-    yield Nasty("honest_tower", box("9^{9^{9}}"), "9^{9^{9}}", right=True)
-    yield Nasty("honest_conic", box("x^2/4+y^2/3=1"), "\\frac{x^2}{4}+\\frac{y^2}{3}=1", right=True)
+def _honest() -> Iterator[Adversarial]:
+    yield Adversarial("honest_full_width", box("\uff14\uff12"), correct=True)
+    yield Adversarial("honest_arabic", box("\u0664\u0662"), correct=True)
+    yield Adversarial("honest_zero_width", box("4\u200b2"), correct=True)
+    yield Adversarial("honest_lines", box("\n 42 \n"), correct=True)
+    yield Adversarial("honest_brackets", box("(((42)))"), correct=True)
+    yield Adversarial("honest_equation", box("x = 42"), correct=True)
+    yield Adversarial("honest_product", box("6 \\cdot 7"), correct=True)
+    yield Adversarial("honest_dollars", box("\\$42.00"), correct=True)
+    yield Adversarial("honest_thoughts", "<think>\\boxed{41}</think>" + box("42"), correct=True)
+    yield Adversarial("honest_second_thought", "\\boxed{41} no: \\boxed{42}", correct=True)
+    yield Adversarial(
+        "honest_after_1MB", "It could be 41. " * (MEGABYTE // 16) + box("42"), correct=True
+    )
+    yield Adversarial("honest_minus", box("\u22125"), "-5", correct=True)
+    yield Adversarial("honest_tower", box("9^{9^{9}}"), "9^{9^{9}}", correct=True)
+    yield Adversarial(
+        "honest_conic", box("x^2/4+y^2/3=1"), "\\frac{x^2}{4}+\\frac{y^2}{3}=1", correct=True
+    )

@@ -1,7 +1,7 @@
 r"""The body of `exgrpo-fast reward-test`: what does a reward accept, and how long does it take?
 
 Three questions, each with a boxed answer: does every gold answer earn the reward itself, does the
-gold answer of another row earn nothing, and does the reward withstand the answers of nasty.py?
+gold answer of another row earn nothing, and does the reward withstand the answers of adversarial.py?
 "Accepted" is what counts as correct everywhere: full marks of every function.
 """
 
@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 from exgrpo_fast.core.types import RewardSample
 from exgrpo_fast.data import DataError, check_data
 from exgrpo_fast.rewards.pool.pool import RewardPool
-from exgrpo_fast.rewards.selftest.adversarial import IN_TIME_MS, Nasty, box, nasty_answers
+from exgrpo_fast.rewards.selftest.adversarial import (
+    IN_TIME_MS,
+    Adversarial,
+    adversarial_answers,
+    box,
+)
 from exgrpo_fast.rewards.verifiers.numerals import plain_form
 
 NUM_SHOWN = 5  # of each kind of failure
@@ -89,17 +94,17 @@ class Trial:
     golds_failed: list[str]  # with the reason
     num_others: int
     others_accepted: list[str]
-    num_nasty: int
-    nasty_late: list[str]
-    nasty_accepted: list[str]
-    nasty_refused: list[str]  # honest ones among them
+    num_adversarial: int
+    adversarial_late: list[str]
+    adversarial_accepted: list[str]
+    adversarial_refused: list[str]  # honest ones among them
     milliseconds: list[float]  # of every distinct verdict, sorted
     reasons: dict[str, int]
 
     @property
     def passed(self) -> bool:
-        """No gold answer fails and no nasty answer is accepted."""
-        return not self.golds_failed and not self.nasty_accepted
+        """No gold answer fails and no adversarial answer is accepted."""
+        return not self.golds_failed and not self.adversarial_accepted
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -115,11 +120,11 @@ class Trial:
                 "rejected_percent": _percent_other(self.others_accepted, self.num_others),
                 "accepted": self.others_accepted[:NUM_SHOWN],
             },
-            "nasty": {
-                "answers": self.num_nasty,
-                "late": self.nasty_late,
-                "wrongly_accepted": self.nasty_accepted,
-                "wrongly_rejected": self.nasty_refused,
+            "adversarial": {
+                "answers": self.num_adversarial,
+                "late": self.adversarial_late,
+                "wrongly_accepted": self.adversarial_accepted,
+                "wrongly_rejected": self.adversarial_refused,
             },
             "milliseconds": {
                 "p50": _quantile(self.milliseconds, 0.5),
@@ -134,19 +139,19 @@ class Trial:
         figures = self.as_dict()
         golds, others = figures["golds"], figures["answers_of_other_rows"]
         times, reasons = figures["milliseconds"], figures["reasons"]
-        in_time = self.num_nasty - len(self.nasty_late)
-        wrong = len(self.nasty_accepted) + len(self.nasty_refused)
+        in_time = self.num_adversarial - len(self.adversarial_late)
+        wrong = len(self.adversarial_accepted) + len(self.adversarial_refused)
         lines = [
             f"reward            {', '.join(self.functions)}",
             f"gold answers      {golds['accepted_percent']:.1f} % of {self.num_golds} accepted",
             *_listed(self.golds_failed),
             f"other rows' golds {others['rejected_percent']:.1f} % of {self.num_others} rejected",
             *_listed(self.others_accepted),
-            f"nasty answers     {in_time} of {self.num_nasty} returned in time, "
+            f"adversarial       {in_time} of {self.num_adversarial} returned in time, "
             f"{wrong} verdicts wrong",
-            *_listed([f"late: {name}" for name in self.nasty_late]),
-            *_listed([f"accepted: {name}" for name in self.nasty_accepted]),
-            *_listed([f"rejected though right: {name}" for name in self.nasty_refused]),
+            *_listed([f"late: {name}" for name in self.adversarial_late]),
+            *_listed([f"accepted: {name}" for name in self.adversarial_accepted]),
+            *_listed([f"rejected though right: {name}" for name in self.adversarial_refused]),
             f"time              p50 {times['p50']:.2f} ms, p99 {times['p99']:.0f} ms, "
             f"max {times['max']:.0f} ms; {figures['timeouts']} time-outs",
             "reasons           " + ", ".join(f"{name} {count}" for name, count in reasons.items()),
@@ -159,25 +164,25 @@ def check_reward(
     functions: Sequence[str],
     golds: Sequence[Gold],
     *,
-    nasty: Sequence[Nasty] | None = None,
+    adversarial: Sequence[Adversarial] | None = None,
     workers: int = 2,
 ) -> Trial:
-    """Judge gold answers, answers of other rows and nasty answers, and count what goes wrong.
+    """Judge gold answers, answers of other rows and adversarial answers, and count what goes wrong.
 
     RewardError for a reward that cannot be used.
     """
-    nasty = nasty_answers() if nasty is None else nasty
+    adversarial = adversarial_answers() if adversarial is None else adversarial
     others = list(_answers_of_others(golds))
-    right_samples = [_sample(gold, gold.answer) for gold in golds]
+    gold_samples = [_sample(gold, gold.answer) for gold in golds]
     other_samples = [_sample(gold, answer) for gold, answer in others]
     columns = golds[0].columns  # of the first row, so that a reward that asks for some has them
-    nasty_samples = [RewardSample("", n.completion, n.gold, columns) for n in nasty]
+    adversarial_samples = [RewardSample("", n.completion, n.gold, columns) for n in adversarial]
     with RewardPool(functions, workers=workers) as pool:
-        pool.check(*right_samples[:3])
-        of_golds, of_others = pool.score(right_samples), pool.score(other_samples)
-        of_nasty = pool.score(nasty_samples)
-    everything = [*of_golds, *of_others, *of_nasty]
-    judged = list(zip(nasty, of_nasty, strict=True))
+        pool.check(*gold_samples[:3])
+        of_golds, of_others = pool.score(gold_samples), pool.score(other_samples)
+        of_adversarial = pool.score(adversarial_samples)
+    everything = [*of_golds, *of_others, *of_adversarial]
+    pairs = list(zip(adversarial, of_adversarial, strict=True))
     return Trial(
         functions=list(functions),
         num_golds=len(golds),
@@ -192,10 +197,10 @@ def check_reward(
             for (gold, answer), scored in zip(others, of_others, strict=True)
             if scored.successful
         ],
-        num_nasty=len(nasty),
-        nasty_late=[n.name for n, s in judged if s.milliseconds > IN_TIME_MS],
-        nasty_accepted=[n.name for n, s in judged if s.successful and not n.right],
-        nasty_refused=[n.name for n, s in judged if n.right and not s.successful],
+        num_adversarial=len(adversarial),
+        adversarial_late=[n.name for n, s in pairs if s.milliseconds > IN_TIME_MS],
+        adversarial_accepted=[n.name for n, s in pairs if s.successful and not n.correct],
+        adversarial_refused=[n.name for n, s in pairs if n.correct and not s.successful],
         milliseconds=sorted(scored.milliseconds for scored in everything),
         reasons=dict(Counter(scored.reason for scored in everything).most_common()),
     )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from exgrpo_fast.rewards.judgement import NO_ANSWER, RIGHT, WRONG, Judgement
+from exgrpo_fast.rewards.judgement import CORRECT, NO_ANSWER, WRONG, Judgement
 from exgrpo_fast.rewards.verifiers import extraction
 from exgrpo_fast.rewards.verifiers.numerals import plain_form
 
@@ -34,11 +34,11 @@ def _choice(completion: str, gold: str) -> Judgement:
     chosen = chosen_letters(extraction.visible_part(completion))
     if len(chosen) != 1:
         return NO_ANSWER
-    return RIGHT if chosen == _letters(gold) else WRONG
+    return CORRECT if chosen == _letters(gold) else WRONG
 
 
 def _choice_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return RIGHT if len(_letters(extraction.gold_text(gold))) == 1 else (0.0, "no_letter")
+    return CORRECT if len(_letters(extraction.gold_text(gold))) == 1 else (0.0, "no_letter")
 
 
 def chosen_letters(text: str) -> set[str]:

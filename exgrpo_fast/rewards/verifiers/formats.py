@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from exgrpo_fast.rewards.judgement import NO_ANSWER, RIGHT, Judgement
+from exgrpo_fast.rewards.judgement import CORRECT, NO_ANSWER, Judgement
 from exgrpo_fast.rewards.verifiers import extraction
 
 
@@ -26,7 +26,7 @@ def _boxed_once(completion: str) -> Judgement:
     text = extraction.visible_part(completion)
     if text.count("\\boxed") > 1:
         return 0.0, "several_boxes"
-    return RIGHT if extraction.clean(extraction.last_box(text) or "") else NO_ANSWER
+    return CORRECT if extraction.clean(extraction.last_box(text) or "") else NO_ANSWER
 
 
 def think_format(
@@ -50,4 +50,4 @@ def _think_format(prompt: str, completion: str) -> Judgement:
         return 0.0, "no_think"
     if any(tag in text for tag in ("<think>", "</think>") for text in (thoughts, answer)):
         return 0.0, "think_twice"
-    return RIGHT if answer.strip() else NO_ANSWER
+    return CORRECT if answer.strip() else NO_ANSWER

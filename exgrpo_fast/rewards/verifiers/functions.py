@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 from exgrpo_fast.rewards.judgement import (
+    CORRECT,
     NO_ANSWER,
-    RIGHT,
     WRONG,
     Judgement,
     RewardError,
@@ -47,13 +47,13 @@ def _exact(completion: str, gold: Any) -> Judgement:
         found = extraction.clean(extraction.visible_part(completion))
     text = extraction.gold_text(gold)
     if plain_form(found) == plain_form(text):
-        return RIGHT
+        return CORRECT
     value = number(found) if isinstance(gold, int | float) else None
-    return RIGHT if value is not None and value == number(text) else WRONG
+    return CORRECT if value is not None and value == number(text) else WRONG
 
 
 def _exact_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return RIGHT if plain_form(extraction.gold_text(gold)) else (0.0, "empty")
+    return CORRECT if plain_form(extraction.gold_text(gold)) else (0.0, "empty")
 
 
 # --- gsm8k ----------------------------------------------------------------------------------------
@@ -78,11 +78,11 @@ def _gsm8k(completion: str, gold: str) -> Judgement:
     value = None if found is None else _leading_number(found)
     if value is None:
         return NO_ANSWER
-    return RIGHT if value == _leading_number(gold) else WRONG
+    return CORRECT if value == _leading_number(gold) else WRONG
 
 
 def _gsm8k_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return (0.0, "not_a_number") if _leading_number(extraction.gold_text(gold)) is None else RIGHT
+    return (0.0, "not_a_number") if _leading_number(extraction.gold_text(gold)) is None else CORRECT
 
 
 _LEADING_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?![\d,])")
@@ -123,11 +123,11 @@ def _last_number(completion: str, gold: str) -> Judgement:
     value = number(found[-1]) if found else None
     if value is None:
         return NO_ANSWER
-    return RIGHT if value == number(gold) else WRONG
+    return CORRECT if value == number(gold) else WRONG
 
 
 def _last_number_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return (0.0, "not_a_number") if number(gold) is None else RIGHT
+    return (0.0, "not_a_number") if number(gold) is None else CORRECT
 
 
 # --- reasoning-gym --------------------------------------------------------------------------------

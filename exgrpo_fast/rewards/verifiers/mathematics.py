@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from exgrpo_fast.rewards.judgement import NO_ANSWER, RIGHT, WRONG, Judgement, RewardError
+from exgrpo_fast.rewards.judgement import CORRECT, NO_ANSWER, WRONG, Judgement, RewardError
 from exgrpo_fast.rewards.verifiers import extraction
 from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
@@ -47,10 +47,10 @@ def _math_verify(completion: str, gold: str) -> Judgement:
     if found is None:
         return NO_ANSWER
     if found == gold or plain_form(found) == plain_form(gold):
-        return RIGHT
+        return CORRECT
     found, gold = latex(found), latex(gold)
     if same_text(found, gold):
-        return RIGHT
+        return CORRECT
     return (
         _fast_verdict(found, gold)
         or _refused(too_large(found))
@@ -70,13 +70,13 @@ def _by_value(found: str, gold: str) -> Judgement | None:
     if of_found is None or of_gold is None:
         return None
     if of_gold.unit == "%" != of_found.unit:  # `0.25` is 25 %, `25` is not
-        return RIGHT if of_found.value == of_gold.value / 100 else (0.0, "unit")
+        return CORRECT if of_found.value == of_gold.value / 100 else (0.0, "unit")
     if units_differ(of_found.unit, of_gold.unit):
         return WRONG
     if _same_number(of_found.value, of_gold.value):
-        return RIGHT
+        return CORRECT
     as_share = of_found.unit == "%" != of_gold.unit and of_found.value / 100 == of_gold.value
-    return RIGHT if as_share else WRONG
+    return CORRECT if as_share else WRONG
 
 
 def _by_mathematics(found: str, gold: str) -> Judgement:
@@ -84,7 +84,7 @@ def _by_mathematics(found: str, gold: str) -> Judgement:
         return 0.0, "unit"
     if "\\cup" in gold:
         found = as_union(found)
-    return RIGHT if _equal(_parse_gold(gold), _parse(found)) else WRONG
+    return CORRECT if _equal(_parse_gold(gold), _parse(found)) else WRONG
 
 
 def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
@@ -95,21 +95,21 @@ def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
         return 0.0, "unbalanced"
     gold = latex(gold)
     if number(gold) is not None:
-        return RIGHT
+        return CORRECT
     parsed = _parse(gold)
     if all(isinstance(part, str) for part in parsed):
         return 0.0, "unparsable"  # only the very same text will be accepted
-    return RIGHT if _equal(_parse_gold(gold), parsed) else (0.0, "not_equal_to_itself")
+    return CORRECT if _equal(_parse_gold(gold), parsed) else (0.0, "not_equal_to_itself")
 
 
 def _fast_verdict(found: str, gold: str) -> Judgement | None:
     """Numbers and numerals with a base; None sends the pair to math-verify."""
     value, gold_value = number(found), number(gold)
     if value is not None and gold_value is not None:
-        return RIGHT if _same_number(value, gold_value) else WRONG
+        return CORRECT if _same_number(value, gold_value) else WRONG
     base, gold_base = _BASE.fullmatch(found), _BASE.fullmatch(gold)
     if base and gold_base:  # math-verify drops the base
-        return RIGHT if base.groups() == gold_base.groups() else WRONG
+        return CORRECT if base.groups() == gold_base.groups() else WRONG
     if base and gold_value is not None and not _possible_numeral(*base.groups()):
         return WRONG
     return None
