@@ -53,7 +53,7 @@ def final_answer(completion: str) -> str | None:
     return None
 
 
-_ANSWER_LINE = re.compile(r"\W*answer\W*:\W*?(?=[^\s*])(.*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"\W*(?:the\s+)?(?:final\s+)?answer\W*:\W*?(?=[^\s*])(.*)", re.IGNORECASE)
 
 
 def _answer_line(text: str) -> str | None:

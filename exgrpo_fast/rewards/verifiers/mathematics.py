@@ -173,7 +173,17 @@ def _equal(gold: list[Any], found: list[Any]) -> bool:
     # No limits of math-verify's own: they clear the worker's timer, and count whole seconds.
     # An interval and the inequality that says the same are equal.
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}
-    return bool(_math_verifier()[0].verify(gold, found, **options))
+    equal = bool(_math_verifier()[0].verify(gold, found, **options))
+    return equal and not _differ_though_tiny(gold, found)
+
+
+def _differ_though_tiny(gold: list[Any], found: list[Any]) -> bool:
+    """Whether two numbers below 1e-3 are apart: math-verify compares their first six decimals."""
+    numbers = [parsed[0] for parsed in (gold, found) if getattr(parsed[0], "is_number", False)]
+    if len(numbers) < 2:
+        return False
+    value, difference = (abs(complex(n)) for n in (numbers[0], numbers[0] - numbers[1]))
+    return value < 1e-3 and difference > 1e-6 * value
 
 
 @lru_cache(maxsize=1)

@@ -52,7 +52,7 @@ _TYPESET_UNIT = re.compile(
     r"\\(?:text|mathrm|mbox|textrm|textbf|operatorname)\s*"
     rf"\{{(?:[^{{}}\\0-9^]|\\[ ,;]|{_POWER})*\}}{_POWER}?)+)\s*\.?"
 )
-_DEGREES = re.compile(r"(.*?[\d})])(\s*\^\s*\{?\s*\\circ\s*\}?)")
+_DEGREES = re.compile(r"(.*?[\d})])(\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[CFK])?)")
 _SYMBOLS = (
     "mm|cm|dm|km|m|in|ft|yd|mi|kg|mg|g|lbs?|oz|ml|mL|L|s|sec|min|hrs?|h|Hz|N|J|W|kW|V|A|Pa|mph|kph"
 )
