@@ -63,7 +63,7 @@ def test_their_answers_earn_the_reward_and_pass_the_check_of_golds() -> None:
     with RewardPool(["math_verify"], workers=1) as pool:
         assert check_golds(rows, pool) == []
         samples = [RewardSample("", f"\\boxed{{{r.answer}}}", r.answer, r.columns) for r in rows]
-        assert {scored.reward for scored in pool.run(samples)} == {1.0}
+        assert {scored.reward for scored in pool.score(samples)} == {1.0}
 
 
 def test_an_answer_of_any_type_reaches_the_reward_as_the_row_has_it(tmp_path) -> None:
@@ -77,7 +77,7 @@ def test_an_answer_of_any_type_reaches_the_reward_as_the_row_has_it(tmp_path) ->
     assert [row.answer for row in rows] == ["7", "7", "7", "True", "[7, 8]"]
     with RewardPool([f"{tmp_path}/typed.py:typed"], workers=1) as pool:
         samples = [RewardSample("", "", row.answer, row.columns) for row in [countdown, *rows]]
-        reasons = [scored.reason for scored in pool.run(samples)]
+        reasons = [scored.reason for scored in pool.score(samples)]
     assert reasons == [
         "dict {'numbers': [3, 3], 'target': 6}",
         "int 7",
@@ -100,7 +100,7 @@ def test_an_integer_that_a_table_has_widened_is_that_integer(tmp_path, function:
             for row, of_row in zip(rows, texts, strict=True)
             for text in of_row
         ]
-        assert [scored.reward for scored in pool.run(samples)] == [1.0, 1.0, 0.0] * 2
+        assert [scored.reward for scored in pool.score(samples)] == [1.0, 1.0, 0.0] * 2
 
 
 # --- which field ----------------------------------------------------------------------------------
