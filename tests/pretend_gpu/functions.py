@@ -41,6 +41,18 @@ def from_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return func(*args, **kwargs).to(CORE_DEVICE).requires_grad_(grad)
 
 
+def new_tensor(tensor: Tensor, values: Any, **kwargs: Any) -> Tensor:
+    """`Tensor.new_tensor`, which reads the host as `torch.tensor` does."""
+    return from_host(torch.tensor, (values,), {"dtype": tensor.dtype, "device": "cuda"} | kwargs)
+
+
+def with_index_tensors(index: Any) -> Any:
+    """An index in which lists are tensors of the host, where PyTorch's core would make them."""
+    if isinstance(index, tuple):
+        return tuple(map(with_index_tensors, index))
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
 def moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """`to` and `cuda` of a CPU tensor, by the device that PyTorch's core knows."""
     tensor, *rest = args
@@ -53,8 +65,8 @@ def moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def autocast(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments as `torch.autocast("cuda")` hands them on."""
-    if not torch.is_autocast_enabled("cuda"):
+    """The arguments as `torch.autocast("cuda")` hands them on; it leaves calls with `out` alone."""
+    if not torch.is_autocast_enabled("cuda") or kwargs.get("out") is not None:
         return args, kwargs
     if func in LOW:
         dtype = torch.get_autocast_dtype("cuda")

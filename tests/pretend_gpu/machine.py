@@ -154,6 +154,11 @@ class _Functions(TorchFunctionMode):
             return functions.from_host(func, args, kwargs)
         if func in (Tensor.to, Tensor.cuda) and not isinstance(args[0], PretendTensor):
             return functions.moved(func, args, kwargs)
+        if args and isinstance(args[0], PretendTensor):
+            if func is Tensor.new_tensor:
+                return functions.new_tensor(*args, **kwargs)
+            if func in (Tensor.__getitem__, Tensor.__setitem__):
+                args = (args[0], functions.with_index_tensors(args[1]), *args[2:])
         args, kwargs = functions.autocast(func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -93,6 +93,8 @@ WAITING: dict[str, Callable[[], object]] = {
     "a blocking copy": lambda: torch.ones(6).to("cuda"),
     "a copy from pageable memory": lambda: torch.ones(6).to("cuda", non_blocking=True),
     "a list": lambda: torch.tensor([1, 2], device="cuda"),
+    "a list like another tensor": lambda: device_values().new_tensor([1, 2]),
+    "a list as index": lambda: device_values()[[1, 2]],
     "nonzero": lambda: device_values().nonzero(),
     "a boolean mask": lambda: device_values()[device_values() > 2],
     "a mask on the host": lambda: device_values()[torch.ones(6) > 0],
@@ -166,6 +168,11 @@ def test_autocast_of_cuda(gpu: PretendGpu) -> None:
         assert product.dtype == torch.bfloat16
         assert product.softmax(-1).dtype == torch.float32
         assert (product + 1).dtype == torch.bfloat16
+        out = torch.zeros(2, 4, device="cuda")
+        assert (
+            torch.mm(product.detach(), weight.detach().bfloat16(), out_dtype=out.dtype, out=out)
+            is out
+        )
     product.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
