@@ -60,7 +60,7 @@ class Trainer:
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         """`generate_ahead`: the engine generates for a step while the one before is trained on.
-        `processes`: those that do the same beside this one."""
+        `processes`: the ranks of this run."""
         self.stream = stream
         self.replay = replay
         self.collector = collector
@@ -88,7 +88,7 @@ class Trainer:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""
         step, clock = self.num_steps + 1, PhaseTimer()
         HEARTBEAT.begin_step(step)
-        batch = self.collector.collect(step, clock, self._give_up_when_stopped)
+        batch = self.collector.collect(step, clock, self._raise_if_stopped)
         replay = self.replay.finish(batch.plan, batch.generated, self.objective)
         if self.generate_ahead and step < self.max_steps:
             self.collector.begin(step + 1, clock)
@@ -111,7 +111,7 @@ class Trainer:
             last = min(last, self.num_steps + stop_after)
         with self._listen_to_signals(), self._finish_pending_save():
             with contextlib.suppress(Interrupted):  # the step stays begun
-                while self.num_steps < last and not self._is_told_to_stop():
+                while self.num_steps < last and not self._should_stop():
                     batch, metrics = self.step()
                     self._publish(batch, metrics | self._evaluation_due())
                     self._save_if_due()
@@ -124,9 +124,7 @@ class Trainer:
         if not self._due(self.eval_every) or self.num_steps == self.max_steps:
             return {}
         with contextlib.suppress(Interrupted):
-            return evaluation_metrics(
-                self.evaluator(self.eval_questions, self._give_up_when_stopped)
-            )
+            return evaluation_metrics(self.evaluator(self.eval_questions, self._raise_if_stopped))
         return {}
 
     # --- saving ---
@@ -170,7 +168,7 @@ class Trainer:
         self.collector.load_state_dict(state["begun"], step=self.num_steps + 1)
         restore_random_state(state["random"])
 
-    # --- the small print ---
+    # --- metrics and signals ---
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.num_steps % every == 0
@@ -186,10 +184,9 @@ class Trainer:
             shown = next((g for g in batch.groups if g.learnable), batch.generated[0])
             self.screen.completions([r for r in table if r["question_id"] == shown.question.id])
 
-    def _is_told_to_stop(self) -> bool:
-        """By a signal to any of the processes."""
-        told = self.processes.all_reduce_max(self.stop_signal or 0)
-        self.stop_signal = int(told) or None
+    def _should_stop(self) -> bool:
+        """A signal to any rank stops all of them after the same step."""
+        self.stop_signal = int(self.processes.all_reduce_max(self.stop_signal or 0)) or None
         return self.stop_signal is not None
 
     def _check_update(self, metrics: Mapping[str, Any]) -> None:
@@ -204,8 +201,8 @@ class Trainer:
                 f"last good update"
             )
 
-    def _give_up_when_stopped(self) -> None:
-        """Several processes end together, after the step."""
+    def _raise_if_stopped(self) -> None:
+        """Gives up a generation; not beside other ranks, which must stop after the same step."""
         if self.stop_signal is not None and self.processes.count == 1:
             raise Interrupted
 

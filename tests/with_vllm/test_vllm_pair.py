@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exgrpo_fast.core.types import Completion
-from exgrpo_fast.experience.prior.driver import Resampler, Response
+from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
 from exgrpo_fast.model.packing import Ragged
@@ -57,7 +57,9 @@ def make_resampler(
     )
 
 
-def logprobs_of(policy: Policy, responses: list[Response], extra: list[list[int]] | None = None):
+def logprobs_of(
+    policy: Policy, responses: list[GuidedCompletion], extra: list[list[int]] | None = None
+):
     tokens = extra or [response.token_ids for response in responses]
     prompts = Ragged.of([response.request.prompt_ids for response in responses])
     return [logprobs for logprobs, _ in policy.score(prompts, Ragged.of(tokens)).split()]

@@ -25,10 +25,10 @@ from exgrpo_fast.core.types import Completion, Guidance
 from exgrpo_fast.experience.prior.protocols import (
     Draft,
     Drafter,
+    DraftScores,
+    PendingResult,
     Prefix,
     PriorScorer,
-    Reply,
-    Scores,
     T,
 )
 from exgrpo_fast.experience.prior.triggers import Trigger
@@ -39,7 +39,7 @@ NO_TOKEN = -1
 
 
 @dataclass
-class Response:
+class GuidedCompletion:
     """A completion in the making; the lists have one entry for each emitted token."""
 
     request: Request
@@ -62,7 +62,9 @@ class Response:
         text = f"{self.request.seed}/{self.rounds}/{purpose}"
         return xxhash.xxh3_64_intdigest(text.encode())
 
-    def keep(self, draft: Draft, scores: Scores, statistic: Sequence[float], count: int) -> None:
+    def keep(
+        self, draft: Draft, scores: DraftScores, statistic: Sequence[float], count: int
+    ) -> None:
         """The first `count` tokens of a draft."""
         self.token_ids += draft.token_ids[:count]
         self.draft_logprobs += draft.logprobs[:count].tolist()
@@ -126,7 +128,7 @@ class Session:
 
     def __init__(self, resampler: Resampler, requests: Sequence[Request]) -> None:
         self.resampler = resampler
-        self.responses = [Response(request) for request in requests]
+        self.responses = [GuidedCompletion(request) for request in requests]
         self.seconds = {"draft": 0.0, "score": 0.0, "draw": 0.0}
         self._rounds = self._run()
 
@@ -134,13 +136,13 @@ class Session:
         """As far as it goes without waiting for an engine; whether anything is left to do."""
         return next(self._rounds, None) is not None
 
-    def finish(self) -> list[Response]:
+    def finish(self) -> list[GuidedCompletion]:
         while self.advance():
             pass
         return self.responses
 
     def _run(self) -> Generator[bool, None, None]:
-        """Yields True wherever somebody else may go on: after a round, or when a reply is late."""
+        """Yields True wherever somebody else may go on: after a round, or when a result is late."""
         while places := [i for i, r in enumerate(self.responses) if not self._finished(r)]:
             yield from self._round(places)
             yield True
@@ -180,7 +182,7 @@ class Session:
             self.responses[i].rounds += 1
             self.responses[i].ended = self.responses[i].token_ids[-1] in resampler.eos_token_ids
 
-    def _cut(self, prefix: Prefix, draft: Draft, scores: Scores) -> tuple[int, float] | None:
+    def _cut(self, prefix: Prefix, draft: Draft, scores: DraftScores) -> tuple[int, float] | None:
         """Keeps the draft up to the first token that is rejected; that token and its statistic."""
         response, trigger = self.responses[prefix.place], self.resampler.trigger
         if trigger.of_state:
@@ -202,7 +204,7 @@ class Session:
         response.keep(draft, scores, values, first)
         return draft.token_ids[first], values[first]
 
-    def _draft_length(self, response: Response) -> int:
+    def _draft_length(self, response: GuidedCompletion) -> int:
         """K, but no more than there is room for. Where the prior's prefix cache would end in a full
         block just behind the draft, one less: the cache would hide the row of its last token."""
         resampler = self.resampler
@@ -212,14 +214,14 @@ class Session:
             length = max(length - 1, 1)
         return length
 
-    def _finished(self, response: Response) -> bool:
+    def _finished(self, response: GuidedCompletion) -> bool:
         return response.ended or len(response.token_ids) >= self.resampler.max_completion_tokens
 
-    def _wait(self, phase: str, ask: Callable[[], Reply[T]]) -> Generator[bool, None, T]:
+    def _wait(self, phase: str, ask: Callable[[], PendingResult[T]]) -> Generator[bool, None, T]:
         """The answer; yields while it is late. The seconds of the phase run until it is there."""
         start = time.perf_counter()
-        reply = ask()
-        while not reply.ready():
+        pending = ask()
+        while not pending.ready():
             yield True
         self.seconds[phase] += time.perf_counter() - start
-        return reply.result()
+        return pending.result()

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from exgrpo_fast.experience.prior.mixture import known_ids, pad_logprobs, response_logprobs
-from exgrpo_fast.experience.prior.protocols import Draft, Drawn, Prefix, Ready, Scores
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, PolicyError, inference
 from exgrpo_fast.model.renamed import cache_argument
@@ -163,7 +163,7 @@ class TransformersDrafter(PrefixSession):
         seeds: Sequence[int],
         *,
         distributions: bool = False,
-    ) -> Ready[list[Draft]]:
+    ) -> ReadyResult[list[Draft]]:
         cache = self.open([prefix.place for prefix in prefixes])
         tokens: list[list[int]] = [[] for _ in prefixes]
         found: list[list[Tensor]] = [[] for _ in prefixes]  # log-probs: scalars, or [V]
@@ -183,7 +183,7 @@ class TransformersDrafter(PrefixSession):
                 if not going:
                     break
                 logits_BnV = cache.go_on({prefixes[i].place: tokens[i][-1:] for i in going}, keep=1)
-        return Ready(
+        return ReadyResult(
             [_draft(t, torch.stack(lp), distributions) for t, lp in zip(tokens, found, strict=True)]
         )
 
@@ -223,7 +223,7 @@ class TransformersPrior(PrefixSession):
         drafts: Sequence[Sequence[int]],
         *,
         distributions: bool = False,
-    ) -> Ready[list[Scores]]:
+    ) -> ReadyResult[list[DraftScores]]:
         cache = self.open([prefix.place for prefix in prefixes])
         # The last draft is not read: nothing is predicted from it yet.
         sequences = {
@@ -242,14 +242,14 @@ class TransformersPrior(PrefixSession):
         for prefix, draft in zip(prefixes, drafts, strict=True):
             logprobs_mV = self.logprobs(self.scored[prefix.place])
             chosen = _chosen(logprobs_mV, draft).cpu()
-            found.append(Scores(chosen, logprobs_mV.cpu() if distributions else None))
-        return Ready(found)
+            found.append(DraftScores(chosen, logprobs_mV.cpu() if distributions else None))
+        return ReadyResult(found)
 
-    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> Ready[list[Drawn]]:
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> ReadyResult[list[Drawn]]:
         rows = [self.scored[p.place][len(p.token_ids) - self.starts[p.place]] for p in prefixes]
         drawn_A, chosen_A = _draw(self.logprobs(torch.stack(rows)), seeds, 0)
         pairs = zip(drawn_A.tolist(), chosen_A.tolist(), strict=True)
-        return Ready([Drawn(token, logprob) for token, logprob in pairs])
+        return ReadyResult([Drawn(token, logprob) for token, logprob in pairs])
 
     def whole_responses(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]

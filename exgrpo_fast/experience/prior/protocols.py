@@ -3,7 +3,7 @@ guided completions that the collector uses.
 
 Every call names whole prefixes, so an engine without memory can answer it (with a prefix cache it
 is cheap); one that keeps a cache of its own finds what it has already read (hf_backend.py).
-Answers may be late: an engine that is stepped returns a reply that becomes ready.
+An engine that is stepped returns a PendingResult, which becomes ready later.
 
 Legend: m drafted tokens, V tokens of the vocabulary.
 """
@@ -37,7 +37,7 @@ class Draft(NamedTuple):
     distributions: Tensor | None = None  # [m, V] log-probabilities, where they were asked for
 
 
-class Scores(NamedTuple):
+class DraftScores(NamedTuple):
     """Of drafted tokens, under the prior."""
 
     logprobs: Tensor  # float32 [m]; -inf for tokens that the prior does not have
@@ -49,8 +49,8 @@ class Drawn(NamedTuple):
     logprob: float
 
 
-class Reply(Protocol[T_co]):
-    """An answer that may be late."""
+class PendingResult(Protocol[T_co]):
+    """A result that may not be there yet."""
 
     def ready(self) -> bool:
         """Makes what progress can be made without waiting; whether `result` is there."""
@@ -59,8 +59,8 @@ class Reply(Protocol[T_co]):
     def result(self) -> T_co: ...
 
 
-class Ready(Generic[T]):
-    """The answer of an engine that has already worked."""
+class ReadyResult(Generic[T]):
+    """The result of an engine that works inside the call."""
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -84,7 +84,7 @@ class Drafter(Protocol):
         seeds: Sequence[int],
         *,
         distributions: bool = False,
-    ) -> Reply[list[Draft]]:
+    ) -> PendingResult[list[Draft]]:
         """At most `lengths[i]` tokens after each prefix, at temperature 1 from the whole
         distribution, each draft a function of its prefix and its seed."""
         ...
@@ -106,11 +106,11 @@ class PriorScorer(Protocol):
         drafts: Sequence[Sequence[int]],
         *,
         distributions: bool = False,
-    ) -> Reply[list[Scores]]:
+    ) -> PendingResult[list[DraftScores]]:
         """The log-probability of every drafted token behind its prefix, in one pass."""
         ...
 
-    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> Reply[list[Drawn]]:
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> PendingResult[list[Drawn]]:
         """One token after each prefix. A prefix is one of the last `score`, with none or some of
         its draft appended."""
         ...

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.types import Question, Trajectory
-from exgrpo_fast.experience.prior.driver import Resampler, Response, Session
+from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler, Session
 from exgrpo_fast.experience.prior.importance import (
     NEEDS_LAW,
     Importance,
@@ -61,7 +61,7 @@ class Guided:
         """As far as it goes without waiting, for engines that work beside the fresh completions."""
         next((s for s in self.sessions if s.advance()), None)
 
-    def finish(self) -> list[Response]:
+    def finish(self) -> list[GuidedCompletion]:
         return [response for session in self.sessions for response in session.finish()]
 
 
@@ -151,7 +151,7 @@ class PriorSource:
             return replace(trajectory, masked=True)
         return trajectory
 
-    def _trajectory(self, question: Question, response: Response, step: int) -> Trajectory:
+    def _trajectory(self, question: Question, response: GuidedCompletion, step: int) -> Trajectory:
         completion = response.completion()
         return Trajectory(
             question=question,
@@ -214,7 +214,7 @@ class PriorSource:
         return [weighed[id(t)] for t in guided], [weighed.get(id(t), t) for t in fresh]
 
     def _cost(
-        self, guided: Guided, responses: Sequence[Response], fresh: Sequence[Trajectory]
+        self, guided: Guided, responses: Sequence[GuidedCompletion], fresh: Sequence[Trajectory]
     ) -> GuidanceCost:
         """With KL(pi || r) of one fresh completion a question: a few per cent of the tokens."""
         seconds = [session.seconds for session in guided.sessions]

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from exgrpo_fast.experience.prior.protocols import Draft, Drawn, Prefix, Scores
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.vllm.engine import VllmEngine
 from exgrpo_fast.rollout.vllm.model import VllmModel, untouched_random_state
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Awaited(Generic[R]):
-    """The reply to requests of one model; asking whether it is ready steps that model once."""
+    """The result of requests to one model; `ready` steps that model once."""
 
     def __init__(
         self,
@@ -102,10 +102,10 @@ class VllmPrior:
         drafts: Sequence[Sequence[int]],
         *,
         distributions: bool = False,
-    ) -> Awaited[list[Scores]]:
+    ) -> Awaited[list[DraftScores]]:
         assert not distributions, "vLLM returns no whole distributions"
         parts = [(prefix.token_ids, draft) for prefix, draft in zip(prefixes, drafts, strict=True)]
-        return self._score(parts, lambda found: [Scores(logprobs) for logprobs in found])
+        return self._score(parts, lambda found: [DraftScores(logprobs) for logprobs in found])
 
     def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> Awaited[list[Drawn]]:
         one = Sampling(1)

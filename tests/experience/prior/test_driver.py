@@ -10,8 +10,8 @@ import pytest
 import torch
 from tabular import Tabular
 
-from exgrpo_fast.experience.prior.driver import Resampler, Response
-from exgrpo_fast.experience.prior.protocols import Draft, Drawn, Prefix, Ready, Scores
+from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.rollout.engine import Request
 
@@ -69,20 +69,20 @@ class EnumeratedEngine:
             rows.append(self._row(self.problem.logp_SV, [*prefix, *tokens]))
             tokens.append(self.choices.choose(rows[-1].exp().tolist()))
         chosen = torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)])
-        return Ready([Draft(tokens, chosen, torch.stack(rows))])
+        return ReadyResult([Draft(tokens, chosen, torch.stack(rows))])
 
     def score(self, prefixes, drafts, *, distributions=False):
         ((_, prefix),), (draft,) = prefixes, drafts
         rows = torch.stack(
             [self._row(self.problem.logr_SV, [*prefix, *draft[:k]]) for k in range(len(draft))]
         )
-        return Ready([Scores(rows.gather(1, torch.tensor(draft)[:, None])[:, 0], rows)])
+        return ReadyResult([DraftScores(rows.gather(1, torch.tensor(draft)[:, None])[:, 0], rows)])
 
     def draw(self, prefixes, seeds):
         ((_, prefix),) = prefixes
         row = self._row(self.problem.logr_SV, prefix)
         token = self.choices.choose(row.exp().tolist())
-        return Ready([Drawn(token, float(row[token]))])
+        return ReadyResult([Drawn(token, float(row[token]))])
 
     def whole_responses(self, prompts, responses):
         raise NotImplementedError
@@ -135,7 +135,7 @@ class Script:
         self.seeds: list[int] = []
         self.forgot = 0
 
-    def _reply(self, value):
+    def _result(self, value):
         return Late(value, self.late)
 
     def draft(self, prefixes: Sequence[Prefix], lengths, seeds, *, distributions=False):
@@ -143,16 +143,16 @@ class Script:
         self.seeds += seeds
         tokens, logprobs = self.drafts.pop(0)
         assert len(tokens) <= lengths[0]
-        return self._reply([Draft(tokens, torch.tensor(logprobs))])
+        return self._result([Draft(tokens, torch.tensor(logprobs))])
 
     def score(self, prefixes, drafts, *, distributions=False):
         self.asked.append(("score", [*prefixes[0].token_ids, *drafts[0]]))
-        return self._reply([Scores(torch.tensor(self.scores.pop(0)))])
+        return self._result([DraftScores(torch.tensor(self.scores.pop(0)))])
 
     def draw(self, prefixes, seeds):
         self.asked.append(("draw", prefixes[0].token_ids))
         self.seeds += seeds
-        return self._reply([Drawn(*self.draws.pop(0))])
+        return self._result([Drawn(*self.draws.pop(0))])
 
     def whole_responses(self, prompts, responses):
         raise NotImplementedError
@@ -176,7 +176,9 @@ class Late:
         return self.value
 
 
-def run(script: Script, *, block_tokens: int = 5, limit: int = 20, seed: int = 1) -> Response:
+def run(
+    script: Script, *, block_tokens: int = 5, limit: int = 20, seed: int = 1
+) -> GuidedCompletion:
     resampler = Resampler(
         script,
         script,

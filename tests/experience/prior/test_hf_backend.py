@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
-from exgrpo_fast.experience.prior.driver import Resampler, Response
+from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.mixture import mixture_logprobs
 from exgrpo_fast.experience.prior.triggers import Trigger
@@ -61,7 +61,7 @@ def requests(count: int) -> list[Request]:
     return [Request(tuple(range(50 + i, 52 + i + i % 9)), 7000 + i) for i in range(count)]
 
 
-def clean(policy: Policy, response: Response, num_tokens: int) -> torch.Tensor:
+def clean(policy: Policy, response: GuidedCompletion, num_tokens: int) -> torch.Tensor:
     """float64 [T, ROWS]: one response alone, no cache, no padding."""
     ids = torch.tensor([[*response.request.prompt_ids, *response.token_ids]])
     with torch.no_grad():
