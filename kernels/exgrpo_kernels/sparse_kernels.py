@@ -279,6 +279,8 @@ def hidden_gradient_into(
     segments = segments_of(lists)
     num_items, num_hidden = len(lists.counts_I), weight_VD.shape[1]
     shape = runtime.sparse_kernel_shape(num_hidden, dlogits_RV.dtype, out_RD.device)
+    # a head that is converted as it is read leaves no registers for loads ahead: they would spill
+    num_stages = shape.num_stages if weight_VD.dtype == dlogits_RV.dtype else 1
     capacity, block_rows = 2 * num_items, ROWS
     partial = out_RD.new_empty(capacity * block_rows, num_hidden, dtype=torch.float32)
     launch(
@@ -305,7 +307,7 @@ def hidden_gradient_into(
         BLOCK_ROWS=block_rows,
         BLOCK_HIDDEN=shape.block_hidden,
         num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        num_stages=num_stages,
     )
     launch(
         add_segments_kernel,
