@@ -8,7 +8,7 @@ from functools import partial
 from exgrpo_fast.build.engines import find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
 from exgrpo_fast.build.experience import make_hindsight, make_replay
-from exgrpo_fast.build.models import vocabulary_of
+from exgrpo_fast.build.models import make_teacher, vocabulary_of
 from exgrpo_fast.build.rewards import make_evaluator, make_verifier
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.types import Question
@@ -40,9 +40,10 @@ from exgrpo_fast.training.collector import Collector, OverlongRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
-from exgrpo_fast.training.reference import Reference
+from exgrpo_fast.training.reference import BehaviourReference, Reference
 from exgrpo_fast.training.token_advantages import (
     ClipCov,
+    Distillation,
     EntropyShaping,
     HighEntropyTokens,
     KLCov,
@@ -56,7 +57,7 @@ def make_trainer(
     config: Config,
     *,
     policy: Policy,
-    reference: Reference | None,
+    reference: Reference | BehaviourReference | None,
     engine: RolloutEngine,
     rewards: RewardPool | None,
     train: Sequence[Question],
@@ -110,7 +111,7 @@ def make_trainer(
             mask_truncated=algorithm.overlong.mask_truncated,
             replay_coef=config.replay.coef,
         ),
-        token_rules=make_token_rules(config),
+        token_rules=make_token_rules(config, policy),
         minibatches=config.train.minibatches,
         reference=reference,
         sparsity=config.train.sparsity,
@@ -142,10 +143,14 @@ def make_trainer(
     )
 
 
-def make_token_rules(config: Config) -> list[Rule]:
-    """In the order in which they are applied."""
+def make_token_rules(config: Config, policy: Policy) -> list[Rule]:
+    """In the order in which they are applied; loads the teacher of a distillation."""
     tokens, seed = config.algorithm.tokens, config.train.seed
+    distillation = config.algorithm.distillation
     rules: list[Rule] = []
+    if distillation.teacher is not None:
+        teacher = make_teacher(config, policy)
+        rules.append(Distillation(teacher.logprobs, distillation.coef, distillation.rewards))
     if tokens.entropy_shaping > 0:
         rules.append(EntropyShaping(tokens.entropy_shaping, tokens.entropy_shaping_cap))
     if tokens.high_entropy_share < 1:

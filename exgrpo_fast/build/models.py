@@ -195,6 +195,30 @@ def make_reference(
     )
 
 
+def make_teacher(config: Config, policy: Policy) -> Reference:
+    """The frozen model of `algorithm.distillation.teacher`, beside the policy."""
+    name, weights = config.algorithm.distillation.teacher, getattr(torch, config.model.weights)
+    assert name is not None
+    teacher = make_plain_policy(
+        config, name, dtype=weights, device=policy.device.type, processes=policy.processes
+    )
+    teacher.sizes = policy.sizes
+    return Reference(teacher)
+
+
+def check_teacher(config: Config, tokenizer: Tokenizer) -> None:
+    """ConfigError, before any weights are loaded, where the teacher has another tokenizer."""
+    name = config.algorithm.distillation.teacher
+    if name is None:
+        return
+    theirs = load_tokenizer(name, "algorithm.distillation.teacher")
+    if vocabulary_of(theirs) != vocabulary_of(tokenizer):
+        raise ConfigError(
+            f"algorithm.distillation.teacher {name} has another tokenizer ({len(theirs)} tokens) "
+            f"than model.name ({len(tokenizer)} tokens)"
+        )
+
+
 def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
     """The folder of the adapter to resume. ConfigError where only one of run and checkpoint has one."""
     if checkpoint is None:

@@ -18,6 +18,7 @@ from exgrpo_fast.build.folder import check_folder, refuse_too_long
 from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import (
     adapter_of,
+    check_teacher,
     load_tokenizer,
     make_policy,
     make_reference,
@@ -62,6 +63,7 @@ def open_run(
     for line in processes.run_on_rank0(lambda: check_folder(config, start, tokenizer)):
         screen.note(line)
     check_prior(config, start, tokenizer)
+    check_teacher(config, tokenizer)
     with make_rewards(config) if processes.is_main else contextlib.nullcontext() as rewards:
         train, held_out = load_data(config, tokenizer, screen)
         longest = max(len(question.prompt_ids) for question in [*train, *held_out])

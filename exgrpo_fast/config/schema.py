@@ -155,6 +155,11 @@ class Config(Section):
                     "algorithm.tokens.kl_cov has no effect with train.minibatches 1: its term is "
                     "0 until the policy has moved; set train.minibatches to 2 or more"
                 )
+        if algorithm.distillation.teacher is not None and self.replay.weight == "proximal":
+            raise ValueError(
+                "algorithm.distillation gives tokens of a trajectory advantages of either sign, "
+                "which replay.weight proximal does not take; use another weight"
+            )
         low, high = tokens.clip_cov_range
         if tokens.clip_cov > 0 and not low < high:
             raise ValueError(

@@ -335,6 +335,16 @@ class MismatchConfig(Section):
     )
 
 
+class DistillationConfig(Section):
+    """On-policy distillation: docs/losses.md. A token's advantage falls by its reverse KL."""
+
+    teacher: str | None = Field(
+        default=None, description="a model with the policy's tokenizer; null = no distillation"
+    )
+    coef: PositiveFloat = Field(default=1.0, description="weight of the reverse KL")
+    rewards: bool = Field(default=True, description="beside it, the advantages of the groups")
+
+
 class TokensConfig(Section):
     """Advantages of single tokens, by their entropies and log-probs: docs/losses.md."""
 
@@ -403,6 +413,7 @@ class AlgorithmConfig(Section):
     )
     entropy_coef: float = Field(default=0.0, description="weight of the entropy bonus")
     tokens: TokensConfig = TokensConfig()
+    distillation: DistillationConfig = DistillationConfig()
     kl: KLConfig = KLConfig()
     overlong: OverlongConfig = OverlongConfig()
     mismatch: MismatchConfig = MismatchConfig()

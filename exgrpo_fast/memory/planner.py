@@ -286,12 +286,15 @@ def activation_rows(made: Update) -> dict[str, Bytes]:
 
 
 def num_references(config: Config) -> int:
-    """Whole frozen copies; with adapters the base is the model without them."""
-    kl = config.algorithm.kl
+    """Whole frozen copies; with adapters the base is the model without them.
+
+    A teacher counts as one, whatever its size.
+    """
+    kl, count = config.algorithm.kl, int(config.algorithm.distillation.teacher is not None)
     if kl.coef == 0.0 or kl.reference == "behaviour":
-        return 0
+        return count
     is_free = config.model.lora is not None and kl.rebase_at_step is None
-    return (0 if is_free else 1) + (1 if kl.previous_share else 0)
+    return count + (0 if is_free else 1) + (1 if kl.previous_share else 0)
 
 
 def kept_as(config: Config) -> str:

@@ -1,8 +1,8 @@
 """Advantages of single tokens: which tokens of an update are trained, and how strongly.
 
 Each method is a pure function of vectors over the N tokens of one update, and a rule that applies it
-to the terms of the loss. All of it is known before the update: the trajectory's advantage, and the
-entropies and log-probs that were taken when the trajectory was scored.
+to the terms of the loss. All of it is known before the update: the trajectory's advantage, the
+entropies and log-probs that were taken when the trajectory was scored, and those of a teacher.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.types import Trajectory
 from exgrpo_fast.training.batch import LossTerm
 
 Rule = Callable[[Sequence[LossTerm]], list[LossTerm]]
@@ -75,6 +76,39 @@ class EntropyShaping:
             _advantages(terms), entropies_N, alpha=self.alpha, kappa=self.kappa
         )
         return _with_advantages(terms, shaped_N)
+
+
+# --- on-policy distillation -----------------------------------------------------------------------
+
+
+def distilled(
+    advantages_N: Tensor, behaviour_N: Tensor, teacher_N: Tensor, *, coef: float
+) -> Tensor:
+    """A - coef (log pi_old - log teacher): the reverse KL of each sampled token as an advantage.
+
+    As in tinker-cookbook's on-policy distillation. 0 for a token outside the teacher's support.
+    """
+    found = advantages_N - coef * (behaviour_N - teacher_N)
+    return torch.where(teacher_N == -math.inf, 0.0, found)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """`teacher_logprobs`: trajectories -> float32 [T] of each. Without `with_rewards` the
+    advantages of the groups are left out."""
+
+    teacher_logprobs: Callable[[Sequence[Trajectory]], list[Tensor]]
+    coef: float
+    with_rewards: bool
+
+    def __call__(self, terms: Sequence[LossTerm]) -> list[LossTerm]:
+        trajectories = [term.trajectory for term in terms]
+        behaviour_N = _joined([trajectory.behaviour_logprobs for trajectory in trajectories])
+        teacher_N = _joined(self.teacher_logprobs(trajectories))
+        advantages_N = _advantages(terms) * float(self.with_rewards)
+        return _with_advantages(
+            terms, distilled(advantages_N, behaviour_N, teacher_N, coef=self.coef)
+        )
 
 
 # --- covariance of log-prob and advantage ---------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from test_learner import collect, questions_of
 
+from exgrpo_fast.build.models import check_teacher
 from exgrpo_fast.config import ConfigError, load_config, validate
 from exgrpo_fast.training.advantages import quantile
 from exgrpo_fast.training.reference import BehaviourReference
 from exgrpo_fast.training.token_advantages import (
     clip_cov,
     covariances,
+    distilled,
     entropy_shaped,
     highest_entropies,
     kl_cov,
@@ -120,6 +123,36 @@ def test_the_quantile_of_rewards_between_0_and_1() -> None:
     assert [a * std * math.sqrt(5 / 4) for a in wider] == pytest.approx(expected)
     assert quantile([0.1] * 3) == [0.0] * 3 and quantile([1.0], of=[1.0, 1.0]) == [0.0]
     assert quantile([1.0, 0.0], of=[0.0, 0.0, 0.0, 1.0]) == pytest.approx([2.30940108, 0.0])
+
+
+# --- on-policy distillation -----------------------------------------------------------------------
+
+TEACHER = vector(-0.60, -0.90, -0.52, -4.00, -0.20, -2.50)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "advantages", "loss"),
+    [
+        (0.0, [-0.3, 0.1, 0.03, -2.4, -0.15, 0.9], 0.25217212),
+        (1.0, [0.7, 1.1, 1.03, -1.4, -0.95, 0.1], -1.34235803),
+    ],
+)
+def test_distillation(rewards, advantages, loss) -> None:
+    found = distilled(rewards * ADVANTAGES, BEHAVIOUR, TEACHER, coef=1.0)
+    assert found.tolist() == pytest.approx(advantages, abs=1e-12)
+    result = policy_loss(
+        LOGPROBS,
+        advantages=found,
+        behaviour_logprobs=BEHAVIOUR,
+        weights=torch.ones(6),
+        objective=PolicyObjective(clip_low=None, clip_high=None),
+    )
+    assert result.loss.item() == pytest.approx(loss, abs=6e-9)
+
+
+def test_a_token_that_the_teacher_does_not_have_is_silent() -> None:
+    found = distilled(vector(1.0, 1.0), vector(-1.0, -1.0), vector(-math.inf, -3.0), coef=0.5)
+    assert found.tolist() == [0.0, 0.0 + 1.0 - 0.5 * 2.0]
 
 
 # --- covariance -----------------------------------------------------------------------------------
@@ -235,6 +268,44 @@ def test_kl_cov_in_an_update(tokenizer, make_test_trainer) -> None:
     assert report.kernel_metrics["kl_ref"] > 0
 
 
+def test_distillation_in_an_update(tokenizer, make_test_trainer, model_folder) -> None:
+    """The teacher is the initial policy: no gradient at first, and a pull back once it has moved."""
+    algorithm = {
+        "clip_low": None,
+        "clip_high": None,
+        "aggregation": "token_mean",
+        "distillation": {"teacher": str(model_folder), "coef": 2.0, "rewards": False},
+    }
+    trainer = make_test_trainer(
+        questions_of(tokenizer), function="even_length", algorithm=algorithm
+    )
+    groups = collect(trainer)
+    for term in trainer.learner._batch_of(groups, trainer.objective).terms:
+        assert term.advantages_T.abs().max() < 1e-5
+    weight = trainer.learner.policy.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    moved = collect(trainer)
+    terms = trainer.learner._batch_of(moved, trainer.objective).terms
+    (rule,) = trainer.learner.token_rules
+    for term in terms:
+        (teacher,) = rule.teacher_logprobs([term.trajectory])
+        expected = 2.0 * (teacher - term.trajectory.behaviour_logprobs)
+        torch.testing.assert_close(term.advantages_T, expected, rtol=1e-4, atol=1e-5)
+    assert sum(len(group.trajectories) for group in moved) == len(terms)  # equal rewards too
+    report = trainer.learner.update(moved, trainer.objective)
+    assert report.grad_norms[0] > 0
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, tmp_path) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<another>"])
+    other.save_pretrained(tmp_path)
+    config = validate({"algorithm": {"distillation": {"teacher": str(tmp_path)}}})
+    with pytest.raises(ConfigError, match=r"distillation.teacher .* another tokenizer"):
+        check_teacher(config, tokenizer)
+
+
 def test_dppo_in_an_update(tokenizer, make_test_trainer) -> None:
     recipe = load_config("dppo").algorithm.model_dump()
     trainer = make_test_trainer(
@@ -293,6 +364,13 @@ def test_dppo_in_an_update(tokenizer, make_test_trainer) -> None:
                 "replay": {"enabled": True, "weight": "proximal"},
             },
             ["proximal", "k3_ratio"],
+        ),
+        (
+            {
+                "algorithm": {"distillation": {"teacher": "some/model"}},
+                "replay": {"weight": "proximal"},
+            },
+            ["algorithm.distillation", "proximal"],
         ),
         ({"algorithm": {"tokens": {"high_entropy_share": 0.0}}}, ["high_entropy_share"]),
     ],
