@@ -1,7 +1,7 @@
 """Rollouts on a vLLM server started by others: for evaluation only, it takes no weights.
 
 Token ids go to `/completions` and come back from it (`return_token_ids`), so nothing is tokenised
-twice. Each completion is a request of its own: prompts that share one would share its seed, and
+twice. Each completion is one request: prompts that share one would share its seed, and
 `n` completions of a prompt have neighbouring seeds.
 """
 

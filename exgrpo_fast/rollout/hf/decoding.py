@@ -115,7 +115,7 @@ class _Forward:
         accepted = inspect.signature(model.forward).parameters
         # Models with ALiBi or learned positions may count positions from the mask themselves.
         self.takes_positions = "position_ids" in accepted
-        # Said here, whatever the model's config says of caches.
+        # Set here, whatever the model's config says about caches.
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         self.options[cache_argument(model)] = self.cache
         if "logits_to_keep" in accepted:

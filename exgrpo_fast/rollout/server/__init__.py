@@ -1,1 +1,1 @@
-"""Rollouts by vLLM servers in processes of their own."""
+"""Rollouts by vLLM servers in other processes."""

@@ -1,4 +1,4 @@
-"""A rollout server: one vLLM in a process of its own, behind a handful of routes.
+"""A rollout server: one vLLM in its own process, behind a few HTTP routes.
 
     python -m exgrpo_fast.rollout.server.server < settings.json
 
@@ -322,7 +322,7 @@ def serve(settings: ServerSettings, on_ready: Callable[[int], None]) -> None:
 
 
 def end_with_stdin(loop: EngineLoop, socket: str | None) -> None:
-    """The other end closes when its process ends, however it ends; then nobody else tidies up."""
+    """Stop when standard input closes, which it does however the process at its other end ends."""
     while os.read(0, 4096):
         pass
     loop.commands.put(loop.stop)

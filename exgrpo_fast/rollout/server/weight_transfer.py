@@ -1,7 +1,7 @@
-"""Weights on their way from the trainer to engines in other processes.
+"""Weights from the trainer to engines in other processes.
 
     SharedMemory   a safetensors file in memory that both map: the same machine
-    Broadcast      a process group of their own, gloo or NCCL: other GPUs, other machines
+    Broadcast      a separate process group, gloo or NCCL: other GPUs, other machines
 
 Both ends agree on a checksum of every tensor; nothing is pickled.
 """
@@ -121,7 +121,7 @@ class SharedMemoryReceiver:
 class BroadcastSender:
     """Rank 0 of a process group that belongs to the weights alone.
 
-    vLLM and the trainer have default groups of their own, so this one is made without them.
+    vLLM and the trainer each have a default group, so this one is made without them.
     """
 
     def __init__(

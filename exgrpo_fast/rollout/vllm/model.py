@@ -220,7 +220,7 @@ class VllmModel:
         """Replace all weights, by their Hugging Face names, layer after layer.
 
         Running requests go on with the new weights, their cached keys and values made again.
-        EngineLost where it breaks off: vLLM is then left between two models, for good.
+        EngineLost where it fails: vLLM is then left between two models and cannot be used again.
         """
         if self.running and not self.reports_versions:
             raise RuntimeError("this vLLM does not report the weight version of a token")

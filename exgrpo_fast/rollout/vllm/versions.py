@@ -1,6 +1,6 @@
-"""Which vLLM is installed, and why it cannot work beside what else is: read from metadata.
+"""Which vLLM is installed, and what it is incompatible with, by the packages' metadata.
 
-vLLM is imported in a process of its own only (`import_trouble`): it takes seconds, changes the
+vLLM is imported in a separate process only (`import_trouble`): it takes seconds, changes the
 process that imports it, and may end it.
 """
 
@@ -42,7 +42,7 @@ class Installed(NamedTuple):
     """The installed vLLM, from its metadata."""
 
     version: str
-    cpu: bool  # the build for CPUs, which has a distribution name of its own
+    cpu: bool  # the build for CPUs, which has its own distribution name
     requires: tuple[str, ...]  # requirement lines
     both: bool = False  # two distributions that put files into the same folder
 
@@ -170,7 +170,7 @@ print(json.dumps(errors))
 def import_trouble(
     torch_version: str, *, timeout_seconds: float = 120.0, python: str = sys.executable
 ) -> Trouble | None:
-    """Import vLLM in a process of its own; None where that goes well."""
+    """Import vLLM in a separate process; None where that succeeds."""
     try:
         done = subprocess.run(
             [python, "-c", _TRIAL], capture_output=True, text=True, timeout=timeout_seconds

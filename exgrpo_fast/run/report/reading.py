@@ -1,4 +1,4 @@
-"""What a run directory holds; whatever is missing, short or torn is left out."""
+"""Reads a run directory; files and lines that are missing, short or torn are left out."""
 
 from __future__ import annotations
 
