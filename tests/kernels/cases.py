@@ -170,6 +170,9 @@ def _draw(case: Case) -> Batch:
     if objective.kl_estimator == "abs":
         # its slope jumps at a gap of 0, which rounding would make positive or negative
         columns["ref_logprobs"] += 0.01
+    if objective.kl_estimator == "k3_ratio" and case.extreme:
+        # a ratio of exp(20) times a gap of 0 is exp(20) times the rounding of that gap
+        columns["ref_logprobs"] -= 1.0
     if case.kl_weighted:
         columns["kl_weights"] = (2 * torch.rand(n, generator=generator) - 0.5).clamp(min=0.0)
     if case.dirty:
