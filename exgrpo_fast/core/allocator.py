@@ -1,8 +1,8 @@
 """glibc's allocator, told to keep what is freed. Loads no torch.
 
-A decode step and a backward pass free tens of megabytes and ask for them again a moment later. By
-default glibc returns such memory to the system at once, and every page of the next allocation is a
-page fault that the kernel answers with zeros.
+By default glibc returns large blocks to the system as soon as they are freed, and every page of the next
+one is a page fault that the kernel answers with zeros. A loop that makes logits of a large batch at each
+token pays that again and again; `bench/cpu_memory.py` counts it.
 """
 
 from __future__ import annotations
