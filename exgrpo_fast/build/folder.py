@@ -47,14 +47,18 @@ def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
 def refuse_too_long(config: Config, name: str, *, longest_prompt: int) -> None:
     """ConfigError where a sequence of the run can be longer than the model has positions for."""
     limit = positions_of(config, name)
-    longest = max(longest_prompt, _hindsight_prompt(config)) + config.rollout.max_completion_tokens
-    if limit is not None and longest > limit.limit:
-        raise ConfigError(
-            f"rollout.max_completion_tokens ({config.rollout.max_completion_tokens}) behind a prompt "
-            f"of {longest - config.rollout.max_completion_tokens} tokens is more than the "
-            f"{limit.limit} positions of {name} ({limit.why}); lower it"
-            + ("" if not limit.is_rotary else ", or set train.allow_mismatch true")
-        )
+    completion, hindsight = config.rollout.max_completion_tokens, config.hindsight
+    prompts = {f"a prompt of {longest_prompt} tokens": longest_prompt}
+    if hindsight.enabled:
+        key = f"hindsight.max_prompt_tokens ({hindsight.max_prompt_tokens})"
+        prompts[key] = hindsight.max_prompt_tokens
+    for prompt, length in prompts.items():
+        if limit is not None and length + completion > limit.limit:
+            raise ConfigError(
+                f"{prompt} and rollout.max_completion_tokens ({completion}) are more than the "
+                f"{limit.limit} positions of {name} ({limit.why}); lower one of them"
+                + (", or set train.allow_mismatch true" if limit.is_rotary else "")
+            )
 
 
 def completion_room(config: Config, name: str, *, longest_prompt: int) -> int:
@@ -67,10 +71,6 @@ def positions_of(config: Config, name: str) -> Positions | None:
     """None: there is no limit, or train.allow_mismatch lifts it."""
     found = positions(model_config(name).get_text_config())
     return None if found and found.is_rotary and config.train.allow_mismatch else found
-
-
-def _hindsight_prompt(config: Config) -> int:
-    return config.hindsight.max_prompt_tokens if config.hindsight.enabled else 0
 
 
 def model_config(name: str) -> Any:

@@ -18,7 +18,6 @@ Legend: S sequences, N completion tokens, T tokens of one sequence, V vocabulary
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,12 +46,12 @@ T = TypeVar("T")
 
 BLOCK = 128  # the longest block of a kernel or a buffer that a sequence is cut into
 COMPLETION_TOKENS = 8
-# A gap is compared with what rounding the embeddings once more does to the same log-probs. Over
-# random models of 60 families the gap of a right forward pass is at most 6 times that, whatever the
-# depth: rounding at each layer adds up in squares.
-ROUNDINGS_PER_LAYER = 8.0
+# A gap is compared with what one more rounding of the embeddings does to the same log-probs. Over
+# random models of 70 families, 2 to 28 layers deep, in float32 and bfloat16, the gap of a right
+# forward pass is at most 1.8 times that.
+ROUNDINGS = 8.0
 # Where the model hardly amplifies its input, the rounding of the logits themselves is what is left.
-LEAST_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LEAST_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 TENSOR_FLOAT32 = 2.0**-10  # what tensor cores keep of a float32, where a GPU uses them
 
 
@@ -214,8 +213,7 @@ class _ForwardCheck:
         policy, least = self.policy, LEAST_TOLERANCE[self.policy.compute_dtype]
         if policy.device.type == "cuda" and policy.compute_dtype == torch.float32:
             least = TENSOR_FLOAT32
-        depth = getattr(policy.model.config, "num_hidden_layers", None) or 1
-        return max(least, ROUNDINGS_PER_LAYER * math.sqrt(depth) * one_rounding)
+        return max(least, ROUNDINGS * one_rounding)
 
     def _compare(
         self,

@@ -236,7 +236,7 @@ def test_sequences_longer_than_the_positions_are_refused(edited: Edit) -> None:
     refuse_too_long(config, str(folder), longest_prompt=24)
     assert completion_room(config, str(folder), longest_prompt=30) == 34
     with pytest.raises(
-        ConfigError, match=r"\(40\) behind a prompt of 25 tokens is more than the 64"
+        ConfigError, match=r"a prompt of 25 tokens and .* \(40\) are more than the 64"
     ):
         refuse_too_long(config, str(folder), longest_prompt=25)
     allowed = config_of(
@@ -248,7 +248,7 @@ def test_sequences_longer_than_the_positions_are_refused(edited: Edit) -> None:
         rollout={"max_completion_tokens": 40},
         hindsight={"enabled": True, "max_prompt_tokens": 100},
     )
-    with pytest.raises(ConfigError, match="behind a prompt of 100 tokens"):
+    with pytest.raises(ConfigError, match=r"hindsight.max_prompt_tokens \(100\) and"):
         refuse_too_long(hindsight, str(folder), longest_prompt=5)
 
 
