@@ -57,7 +57,8 @@ def make_prompts(tokenizer: Any, count: int) -> list[tuple[int, ...]]:
 
 def work_of(work: str, folder: str, sequences: int, tokens: int) -> Callable[[], object]:
     """The work, with everything loaded."""
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    tokenizer: Any = load_tokenizer(folder)
+    model: Any = load_model(folder)
     prompts = make_prompts(tokenizer, sequences)
     if work == "generate":
         model.eval()
@@ -108,7 +109,7 @@ def in_a_process(arguments: argparse.Namespace, folder: str, work: str, keep: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
