@@ -123,11 +123,6 @@ class TrainingPack(NamedTuple):
     columns: TokenColumns
     counts: bool  # False: a dummy pass, see AssignedPack
 
-    def rows_of(self, wanted: Callable[[Trajectory], bool]) -> Tensor:
-        """bool [N], on the CPU: the rows of the trajectories that are wanted."""
-        mask = torch.tensor([wanted(term.trajectory) for term in self.terms])
-        return mask.repeat_interleave(torch.tensor(self.pack.lengths))
-
 
 @dataclass(frozen=True)
 class UpdateBatch:

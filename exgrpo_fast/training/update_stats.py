@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exgrpo_fast.core.process_group import Processes
 from exgrpo_fast.core.transfer import HostRead
+from exgrpo_fast.core.types import Trajectory
 from exgrpo_fast.model.packing import Pack
 from exgrpo_fast.training.batch import LossTerm, TrainingPack, UpdateBatch, ratio_columns_of
 from exgrpo_fast.training.optim.optimiser import UpdateOutcome
@@ -45,16 +46,15 @@ class TokensRead:
     responses: int = 0  # and completion tokens
     prompts_shared: int = 0  # prompt tokens more, had every completion read its own
 
-    def add(self, packed: Pack) -> None:
+    @staticmethod
+    def of(packed: Pack) -> TokensRead:
         layout = packed.layout
         prompts = int(layout.prompt_lengths.sum())
-        self.join(
-            TokensRead(
-                forwarded=packed.input_ids.numel(),
-                prompts=prompts,
-                responses=int(layout.response_lengths.sum()),
-                prompts_shared=int(layout.prompt_lengths[layout.prompt_of].sum()) - prompts,
-            )
+        return TokensRead(
+            forwarded=packed.input_ids.numel(),
+            prompts=prompts,
+            responses=int(layout.response_lengths.sum()),
+            prompts_shared=int(layout.prompt_lengths[layout.prompt_of].sum()) - prompts,
         )
 
     def join(self, other: TokensRead) -> None:
@@ -121,6 +121,36 @@ class MetricSums:
         return total / self.rows[name] if self.rows[name] else None
 
 
+@dataclass(frozen=True)
+class PackOnHost:
+    """What is known of a pack without its tensors, which must not outlive its backward pass."""
+
+    terms: Sequence[LossTerm]
+    lengths: tuple[int, ...]  # completion tokens of each sequence
+    read: TokensRead
+
+    @staticmethod
+    def of(part: TrainingPack) -> PackOnHost:
+        return PackOnHost(part.terms, part.pack.lengths, TokensRead.of(part.pack))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def reads_ratios(self) -> bool:
+        """Whether a metric needs the ratio of each token."""
+        return any(
+            term.trajectory.source == "replay" or term.trajectory.guidance is not None
+            for term in self.terms
+        )
+
+    def rows_of(self, wanted: Callable[[Trajectory], bool]) -> Tensor:
+        """bool [N], on the CPU: the rows of the trajectories that are wanted."""
+        mask = torch.tensor([wanted(term.trajectory) for term in self.terms])
+        return mask.repeat_interleave(torch.tensor(self.lengths))
+
+
 @dataclass
 class BatchSums:
     """What the packs of one update, or of several, add up to."""
@@ -134,17 +164,19 @@ class BatchSums:
 
     def add(
         self,
-        part: TrainingPack,
+        part: PackOnHost,
         loss: float,
         metrics: Mapping[str, float],
-        ratio_N: Tensor,
+        ratio_N: Tensor | None,
         objective: PolicyObjective,
     ) -> None:
-        """The figures of one pack, on the CPU."""
+        """The figures of one pack, on the CPU. `ratio_N`: where `part.reads_ratios`."""
         self.loss += loss
-        self.num_tokens += part.columns.num_tokens
-        self.read.add(part.pack)
+        self.num_tokens += part.num_tokens
+        self.read.join(part.read)
         self.metrics.add(metrics)
+        if ratio_N is None:
+            return
         self.replay_ratios.append(ratio_N[part.rows_of(lambda t: t.source == "replay")])
         if any(term.trajectory.guidance is not None for term in part.terms):
             self.guided.append(guided_tokens(part, ratio_N, objective))
@@ -175,18 +207,21 @@ class UnreadSums:
     and `read`, after the optimiser has waited for the norm of the gradient, finds them there."""
 
     def __init__(self) -> None:
-        self._packs: list[tuple[TrainingPack, list[str]]] = []
+        self._packs: list[tuple[PackOnHost, list[str]]] = []
         self._figures: list[Tensor] = []
         self._sent: HostRead | None = None
 
     def add(self, part: TrainingPack, result: PolicyLoss) -> None:
-        self._packs.append((part, list(result.metrics)))
+        pack = PackOnHost.of(part)
+        self._packs.append((pack, list(result.metrics)))
         scalars = [result.loss.detach(), *result.metrics.values()]
-        self._figures += [torch.stack([x.double() for x in scalars]), result.ratio.double()]
+        self._figures.append(torch.stack([x.double() for x in scalars]))
+        if pack.reads_ratios:
+            self._figures.append(result.ratio.detach())
 
     def send(self) -> None:
         if self._figures:  # a rank may have none
-            self._sent = HostRead(self._figures)
+            self._sent = HostRead([figure.double() for figure in self._figures])
             self._figures.clear()
 
     def read(self, objective: PolicyObjective) -> BatchSums:
@@ -194,12 +229,12 @@ class UnreadSums:
         if self._sent is None:
             return sums
         values, start = self._sent.values(), 0
-        for part, names in self._packs:
+        for pack, names in self._packs:
             stop = start + 1 + len(names)
             loss, *metrics = values[start:stop].tolist()
-            start = stop + part.columns.num_tokens
-            found = dict(zip(names, metrics, strict=True))
-            sums.add(part, loss, found, values[stop:start].float(), objective)
+            start = stop + pack.num_tokens * pack.reads_ratios
+            ratio_N = values[stop:start].float() if pack.reads_ratios else None
+            sums.add(pack, loss, dict(zip(names, metrics, strict=True)), ratio_N, objective)
         return sums
 
 
@@ -243,7 +278,7 @@ class UpdateReport:
         return self.sums.metrics.joined() | ratios | guided_ratio_metrics(self.sums.guided)
 
 
-def guided_tokens(part: TrainingPack, ratio_N: Tensor, objective: PolicyObjective) -> GuidedTokens:
+def guided_tokens(part: PackOnHost, ratio_N: Tensor, objective: PolicyObjective) -> GuidedTokens:
     members = [term.trajectory for term in part.terms]
     redrawn_N = torch.cat(
         [torch.zeros(t.num_tokens) if t.guidance is None else t.guidance.redrawn for t in members]
