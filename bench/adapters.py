@@ -61,7 +61,7 @@ def make_trainer(side: str, options: argparse.Namespace, dtype: torch.dtype):
     )
     kind = FusedGRPOTrainer if side == "FusedGRPOTrainer" else GRPOTrainer
     trainer = kind(
-        model=LlamaForCausalLM(config).to(dtype),
+        model=LlamaForCausalLM(config).to(dtype=dtype),  # pyright: ignore
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=GRPOConfig(
             output_dir=tempfile.gettempdir(),

@@ -292,7 +292,7 @@ def poisoned_memory() -> Iterator[None]:
     """What PyTorch allocates is full of NaN."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
     try:
         yield
     finally:

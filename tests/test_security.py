@@ -84,7 +84,9 @@ def call_faults(call: ast.Call, file: str) -> Iterator[str]:
         yield "trusts remote code"
     if last == "from_pretrained" and trust is None:
         yield "does not say trust_remote_code=False"
-    if last == "from_pretrained" and name.startswith("AutoModel"):
+    # A GGUF file holds numbers and texts alone, and transformers takes no flag with it.
+    is_gguf = keyword(call, "gguf_file") is not None
+    if last == "from_pretrained" and name.startswith("AutoModel") and not is_gguf:
         if not is_constant(keyword(call, "use_safetensors"), True):
             yield "loads weights that are no safetensors"
     if last in LISTENING_CALLS and "." in name and file not in MAY_LISTEN:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
@@ -30,10 +31,11 @@ from exgrpo_fast.experience.replay.selectors import choose, gaussian_buckets
 from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot
 from exgrpo_fast.experience.replay.store import Experiences, ExperienceStore
 from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.run.checkpoint.format import merge_tensors, split_tensors
 from exgrpo_kernels.adapters import require_parameters
 from exgrpo_kernels.adapters.trl import FusedGRPOTrainer
 
-STATE_FILE = "experience_replay.pt"
+STATE_FILE = "experience_replay.safetensors"  # and its plain values beside it, as .json
 # Columns that belong to a completion token; what replaces a row is padded to their width.
 TOKEN_COLUMNS = (
     "completion_ids",
@@ -294,22 +296,26 @@ class ReplayGRPOTrainer(FusedGRPOTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         state = {
             "store": snapshot(self.store, list(self._place_of)),
-            "rows": json.dumps(self._questions, default=str),
+            "rows": self._questions,
             "active": self.replay_active,
-            "rng": json.dumps(self._rng.bit_generator.state),
+            "rng": self._rng.bit_generator.state,
         }
-        torch.save(state, folder / STATE_FILE)
+        plain, tensors = split_tensors(state)
+        path = folder / STATE_FILE
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        path.with_suffix(".json").write_text(json.dumps(plain, default=str))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not (path := Path(checkpoint) / STATE_FILE).exists():
             return
-        state = torch.load(path, weights_only=True)
-        for row in json.loads(state["rows"]):
+        plain = json.loads(path.with_suffix(".json").read_text())
+        state = merge_tensors(plain, load_file(path))
+        for row in state["rows"]:
             self._place(row)
         load_snapshot(self.store, state["store"], self._place_of)
         self.replay_active = state["active"]
-        self._rng.bit_generator.state = json.loads(state["rng"])
+        self._rng.bit_generator.state = state["rng"]
 
 
 def _widened(column: Tensor, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from exgrpo_fast.api.inputs import Reward, Rows, as_references, as_source, make_config
 from exgrpo_fast.cli.arguments import choose_device
 from exgrpo_fast.config import Config, require
+from exgrpo_fast.rewards.loading import stop_where_imported
 
 
 def evaluate(
@@ -27,6 +28,7 @@ def evaluate(
     model, data, reward and keys are those of `train`.
     Errors: UserError in one line, before weights are loaded.
     """
+    stop_where_imported()
     with tempfile.TemporaryDirectory() as folder:
         source = as_source(data, Path(folder) / "eval.jsonl")
         values = {

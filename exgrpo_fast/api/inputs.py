@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,23 +69,23 @@ def as_source(rows: Rows, file: Path) -> str:
 def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]:
     """References under which worker processes find the functions.
 
-    A function of the calling script or notebook is pickled by value into `folder`: importing a
-    script again in a worker would run it again.
+    A function of the calling script is imported from there, up to the call of `train`; one of a
+    notebook is written to `folder` by its source, so it must import what it uses.
     """
     listed = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     return [_reference(reward, folder) for reward in listed]
 
 
 def _reference(reward: Reward, folder: Path) -> str:
-    if isinstance(reward, str) or getattr(reward, "__module__", None) != "__main__":
+    is_of_main = inspect.isfunction(reward) and reward.__module__ == "__main__"
+    if not is_of_main or Path(inspect.getsourcefile(reward) or "").is_file():
         return as_reference(reward)
-    import dill
-
-    name = getattr(reward, "__name__", type(reward).__name__)
-    path = folder / f"{name.strip('<>')}.pkl"
-    folder.mkdir(parents=True, exist_ok=True)
+    name = reward.__name__
     try:
-        path.write_bytes(dill.dumps(reward, recurse=True))
-    except Exception as error:
-        raise ConfigError(f"reward '{name}' cannot be handed to a worker: {error}") from None
+        source = textwrap.dedent(inspect.getsource(reward))
+    except OSError:
+        raise ConfigError(f"reward '{name}' has no source: save it in a file") from None
+    path = folder / f"{name}.py"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf-8")
     return f"{path.resolve()}:{name}"

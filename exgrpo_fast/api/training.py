@@ -14,6 +14,7 @@ from exgrpo_fast.cli.arguments import check_inputs, choose_device
 from exgrpo_fast.config import Config, refuse_other_config, refuse_world_size
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.torchrun import place_of
+from exgrpo_fast.rewards.loading import stop_where_imported
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
 
 
@@ -85,6 +86,7 @@ def train(
     Errors: UserError in one line for a mistake, before weights are loaded; RunStopped where a run
     ends in an error of its own (exit codes of docs/cli.md).
     """
+    stop_where_imported()
     out, rank = Path(out), place_of()
     values = dict(keys)
     inputs = out / "inputs"

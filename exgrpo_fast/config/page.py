@@ -76,7 +76,8 @@ def values(node: dict[str, Any], definitions: dict[str, Any]) -> str:
     name = {"integer": "int", "number": "float", "boolean": "bool", "string": "text"}
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {node[key]:g}" for key, sign in bounds.items() if key in node]
-    return " ".join([name.get(node["type"], node["type"]), *limits])
+    kind: str = node["type"]
+    return " ".join([name.get(kind, kind), *limits])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class Scorer(Protocol):
         self, samples: Sequence[RewardSample], on_finished: Callable[[int], object]
     ) -> list[Verdict]: ...
 
+    def check(self, *samples: RewardSample) -> None:
+        """RewardError or JudgeError, in one line, where a reward fails on every sample."""
+        ...
+
     def refuse_faults(self, verdicts: Sequence[Verdict]) -> None:
         """RewardError where nearly all verdicts are errors of the reward itself."""
         ...

@@ -146,13 +146,15 @@ def read_generation_config(name: str) -> GenerationConfig | None:
     transformers refuses the whole file for it; then it is read as one of sampling.
     """
     try:
-        return GenerationConfig.from_pretrained(name)
+        return GenerationConfig.from_pretrained(name, trust_remote_code=False)
     except OSError:
         return None
     except (TypeError, ValueError):
         pass
     try:
-        return GenerationConfig.from_pretrained(name, num_return_sequences=1, do_sample=True)
+        return GenerationConfig.from_pretrained(
+            name, num_return_sequences=1, do_sample=True, trust_remote_code=False
+        )
     except (TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FolderError(f"model.name {name}: {GENERATION}: {reason}") from None

@@ -38,10 +38,6 @@ def check_reference(reference: str) -> str:
     location, _, name = reference.rpartition(":")
     if not location or not name:
         raise RewardError(f"reward '{reference}': expected 'file.py:function' or 'module:name'")
-    if location.endswith(".pkl"):  # a function of a script or notebook, pickled by value
-        if not Path(location).is_file():
-            raise RewardError(f"reward '{reference}': no file {location}")
-        return reference
     if not location.endswith(".py"):
         return reference
     _check_file(reference, location, name)
@@ -166,8 +162,6 @@ def load_function(reference: str) -> RewardFunction:
 
 def _import_function(reference: str) -> RewardFunction:
     location, _, name = reference.rpartition(":")
-    if location.endswith(".pkl"):
-        return _unpickle(reference, location)
     try:
         is_file = location.endswith(".py")
         module = _import_file(location) if is_file else importlib.import_module(location)
@@ -187,13 +181,21 @@ def _import_function(reference: str) -> RewardFunction:
     return found
 
 
-def _unpickle(reference: str, location: str) -> RewardFunction:
-    import dill
+class TrainingCalled(BaseException):
+    """A script that a worker imports for its rewards has come to its call of `train`."""
 
-    try:
-        return dill.loads(Path(location).read_bytes())
-    except Exception as error:  # its globals may be of packages that are no longer there
-        raise RewardError(f"reward '{reference}' does not load: {describe(error)}") from None
+
+_is_importing = False
+
+
+def stop_where_imported() -> None:
+    """TrainingCalled where this process imports a file for the rewards in it.
+
+    `train` and `evaluate` begin with it: a script without a main guard is then read up to its
+    call, which comes after the functions that it hands over.
+    """
+    if _is_importing:
+        raise TrainingCalled
 
 
 def _import_file(location: str) -> Any:
@@ -208,7 +210,14 @@ def _import_file(location: str) -> Any:
     sys.modules[name] = module  # dataclasses and pickle look their module up
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # so that the file may import its neighbours
-    spec.loader.exec_module(module)
+    global _is_importing
+    _is_importing = True
+    try:
+        spec.loader.exec_module(module)
+    except TrainingCalled:
+        pass
+    finally:
+        _is_importing = False
     return module
 
 

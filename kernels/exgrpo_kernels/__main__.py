@@ -44,7 +44,8 @@ def loss_and_gradients(function, inputs: dict[str, Tensor], dtype: torch.dtype) 
     others = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
     made = function(**(others | leaves), objective=PolicyObjective(entropy_coef=0.01))
     made.loss.backward()
-    return [made.loss.detach().double(), *(leaf.grad.double() for leaf in leaves.values())]
+    gradients = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    return [t.double() for t in (made.loss.detach(), *gradients)]
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_stop_and_resume_in_this_process(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    keys = KEYS | {"max_steps": 3, "checkpoint.every": 1}
+    keys: dict = KEYS | {"max_steps": 3, "checkpoint.every": 1}
     reward_keys = {"reward.workers": keys.pop("reward")["workers"]}
     reward = f"{Path(__file__).parents[1] / 'reward_functions.py'}:even_length"
     first = exgrpo_fast.train(
@@ -122,13 +123,16 @@ def test_rows_become_a_file(tmp_path: Path) -> None:
         as_source([{"prompt": object()}], file)
 
 
-def test_a_function_of_main_is_pickled_by_value(
+def test_a_function_of_a_notebook_is_written_by_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    source = "def half(completions, **_):\n    return [0.5] * len(completions)\n"
     names: dict = {"__name__": "__main__"}
-    exec("def half(completions, **_):\n    return [0.5] * len(completions)\n", names)
+    exec(compile(source, "<cell 1>", "exec"), names)
+    lines = source.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, "<cell 1>", (len(source), None, lines, "<cell 1>"))
     (reference,) = as_references(names["half"], tmp_path)
-    assert reference == f"{(tmp_path / 'half.pkl').resolve()}:half"
+    assert reference == f"{(tmp_path / 'half.py').resolve()}:half"
     assert check_reference(reference) == reference
     assert load_function(reference)(completions=["a", "b"]) == [0.5, 0.5]
     assert as_references(["math_verify", names["half"]], tmp_path)[0] == "math_verify"

@@ -82,12 +82,12 @@ def test_the_warm_start_learns_what_it_is_shown() -> None:
     tokenizer = make_tokenizer([q + s for q, s in pairs])
     policy = Policy(make_model(tokenizer, seed=0, layers=1, width=64))
     examples = tokenize_examples(pairs, tokenizer)
-    assert all(e.response_ids[-1] == tokenizer.eos_token_id for e in examples)
+    assert all(e.completion_ids[-1] == tokenizer.eos_token_id for e in examples)
 
     def mean_logprob() -> float:
         scores = policy.score(
             Ragged.of([e.prompt_ids for e in examples]),
-            Ragged.of([e.response_ids for e in examples]),
+            Ragged.of([e.completion_ids for e in examples]),
         )
         return float(scores.logprobs.mean())
 

@@ -76,6 +76,7 @@ def test_the_loss_is_the_objective_summed_over_the_mask(settings: dict) -> None:
     made.loss.backward()
     sample = inputs()
     mask = sample.loss_mask
+    assert sample.ref_logprobs is not None
     leaf = sample.trainer_logprobs.detach()[mask].requires_grad_()
     expected = vector_policy_loss(
         leaf,

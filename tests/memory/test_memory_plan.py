@@ -511,6 +511,7 @@ def test_auto_is_resolved_on_a_cpu_for_the_preflight_alone(model_folder: Path) -
     config = with_values(config, {"train.preflight": "always"})
     resolved, expected = resolve_auto(config, folder, device="cpu", note=notes.append)
     made = plan_run(config, folder, machine_of(config, device="cpu")).plan
-    assert expected == Expected.of(made) and expected.optimiser > 0
+    assert expected is not None and expected.optimiser > 0
+    assert expected == Expected.of(made)
     assert resolved.train.max_tokens_per_microbatch == config.microbatch_tokens
     assert resolved.model.tile_tokens == 0 and len(notes) == 1

@@ -226,7 +226,7 @@ def _assert(args: Any) -> None:
 def _attention_kernel(gpu: machine.PretendGpu, args: Any, kwargs: dict[str, Any]) -> int:
     """0: the plain composition, whose values every kernel gives. Noted where CUDA has no other: the
     flash kernel takes 16 bits and no mask, and the one that takes both has no shared key heads."""
-    query, key, _, mask = (*args, None)[:4]
+    query, key, mask = args[0], args[1], args[3] if len(args) > 3 else None
     is_flash = query.dtype in (torch.float16, torch.bfloat16) and mask is None
     if query.shape[1] != key.shape[1] and not is_flash:
         gpu.whole_scores.append(place_of_caller())

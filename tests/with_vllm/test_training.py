@@ -95,6 +95,7 @@ def test_recipes_run_unchanged(folders, tmp_path) -> None:
         "rollout.prompts_per_step": 4,
         "rollout.max_completion_tokens": 12,
         "algorithm.overlong.soft_penalty_tokens": 0,
+        "hindsight.max_prompt_tokens": 900,  # the model has 1024 positions
         "train.max_steps": 2,
     }
     words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]

@@ -26,10 +26,13 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
         if stream.read(4) != b"GGUF":
             raise PolicyError(f"{key}: {file.name} is no GGUF file (it does not begin with 'GGUF')")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,

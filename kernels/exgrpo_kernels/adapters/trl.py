@@ -14,10 +14,13 @@ from the fused log-probabilities.
 Legend: B sequences, C completion tokens, N rows handed to the head, D hidden, V vocabulary.
 """
 
+# pyright: reportMissingImports=false
+
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import trl.trainer.utils as trl_utils
@@ -158,7 +161,7 @@ class Columns:
     sequence_ids: Tensor | None
     shaping: Tensor | None
 
-    def rows(self, mask: Tensor) -> dict[str, Tensor | None]:
+    def rows(self, mask: Tensor) -> dict[str, Any]:
         """[M] each, of the M positions of the bool mask [B, C], row by row."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: None if v is None else v[mask] for name, v in values.items()}
