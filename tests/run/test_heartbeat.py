@@ -100,6 +100,8 @@ def heard(pipe, monkeypatch) -> Iterator[Callable[[], list[str]]]:
     """What HEARTBEAT writes, with no beat left out."""
     read, writer = pipe
     monkeypatch.setattr(module, "SECONDS_BETWEEN_BEATS", 0.0)
+    monkeypatch.setattr(HEARTBEAT, "_phases", ["start"])  # other tests have begun steps
+    monkeypatch.setattr(HEARTBEAT, "_step", None)
     HEARTBEAT.connect(writer)
     yield read
     HEARTBEAT.connect(None)
