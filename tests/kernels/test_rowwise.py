@@ -140,6 +140,10 @@ EVERY_LOSS = [
 ]
 
 
+# Every log-ratio with both signs of advantage, beyond the clamp of 20 too, and nothing shaped.
+BEYOND_THE_CLAMP = Case(objective="clip", num_rows=64, device=DEVICE.type)
+
+
 @pytest.mark.parametrize("case", EVERY_LOSS, ids=lambda c: f"{c.objective}-{c.extreme}")
 @pytest.mark.parametrize("check", ["policy_loss", "from_logits"])
 def test_every_loss(case, check):
@@ -477,6 +481,7 @@ def suite_finds_something_wrong(module: types.ModuleType) -> bool:
         assert torch.count_nonzero(storage[:, 130:]) == 0
         CHECKS["policy_loss"](BEYOND_FLOAT16, "triton")
         CHECKS["logprob"](NEAR_THE_CAP, "triton")
+        CHECKS["policy_loss"](BEYOND_THE_CLAMP, "triton")
         for case in EVERY_LOSS:
             CHECKS["policy_loss"](case, "triton")
         for _ in range(150):
