@@ -77,8 +77,9 @@ def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]
 
 
 def _reference(reward: Reward, folder: Path) -> str:
-    is_of_main = inspect.isfunction(reward) and reward.__module__ == "__main__"
-    if not is_of_main or Path(inspect.getsourcefile(reward) or "").is_file():
+    if isinstance(reward, str) or not inspect.isfunction(reward) or reward.__module__ != "__main__":
+        return as_reference(reward)
+    if Path(inspect.getsourcefile(reward) or "").is_file():
         return as_reference(reward)
     name = reward.__name__
     try:
