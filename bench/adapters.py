@@ -132,7 +132,7 @@ def why_absent(side: str) -> str | None:
 
 
 def peak_mib(side: str, options: argparse.Namespace) -> float:
-    """Peak resident set of the second step above the loaded model, in a process of its own."""
+    """Peak resident set of the second step above the loaded model, in a separate process."""
     command = [sys.executable, __file__, "--peak-of", side, "--batch", str(options.batch)]
     for name in ("prompt", "completion", "vocab", "hidden", "layers"):
         command += [f"--{name}", str(getattr(options, name))]

@@ -6,7 +6,7 @@
     generate    `generate` of transformers, for the same prompts and lengths, one row a sample
     update      forward and backward of the same sequences by the fused loss
 
-Each measurement is a process of its own, side by side in every round. Times are CPU seconds, of user and
+Each measurement is a separate process, side by side in every round. Times are CPU seconds, of user and
 kernel apart: they hardly depend on what else the machine does. Page faults do not at all. Writes
 cpu_memory.json.
 """

@@ -303,7 +303,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def ratios(recorder: Recorder, sizes: Sizes) -> None:
-    """Full passes, each provider by itself; the first hidden size with every peer that is there."""
+    """Full passes, each provider alone; the first hidden size with every peer that is there."""
     for place, hidden in enumerate(sizes.hiddens):
         batch = batch_of(sizes.tokens, sizes.vocab, hidden)
         names = [n for n in PROVIDERS if place == 0 or n.startswith(("linear", "three"))]

@@ -84,7 +84,7 @@ def train(
              with a dict (`replay={"enabled": False}`)
 
     Errors: UserError in one line for a mistake, before weights are loaded; RunStopped where a run
-    ends in an error of its own (exit codes of docs/cli.md).
+    ends in an error (exit codes of docs/cli.md).
     """
     stop_where_imported()
     out, rank = Path(out), place_of()

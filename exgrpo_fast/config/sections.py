@@ -192,7 +192,7 @@ class JudgeConfig(Section):
 
 
 class RewardConfig(Section):
-    """Reward functions, which run in worker processes of their own."""
+    """Reward functions, which run in worker processes."""
 
     functions: list[str] = Field(
         default=["math_verify"],
@@ -223,7 +223,7 @@ class DynamicSamplingConfig(Section):
 
 
 class ServerConfig(Section):
-    """engine vllm_server: vLLM in processes of its own, on other GPUs or machines."""
+    """engine vllm_server: vLLM in separate processes, on other GPUs or machines."""
 
     count: Positive = Field(default=1, description="servers to start, one GPU each")
     gpus: list[NonNegative] | None = Field(
@@ -525,7 +525,7 @@ class ReplayConfig(Section):
         default="pooled", description="of advantages: docs/replay.md"
     )
     coef: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=None, description="weight of a replay objective of its own; null = one objective"
+        default=None, description="weight of a separate replay objective; null = one objective"
     )
     store: StoreConfig = StoreConfig()
 

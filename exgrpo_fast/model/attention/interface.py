@@ -144,7 +144,7 @@ def ready_mask(device: torch.device) -> Tensor:
 
 
 def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Generation brings a 2-D mask and gets SDPA's; a packed forward comes with a mask of its own.
+    """Generation brings a 2-D mask and gets SDPA's; a packed forward brings its own mask.
 
     On CUDA always a whole mask: to leave it out where nothing is padded, the host would have to look
     at it, once a token.

@@ -1,4 +1,4 @@
-"""The built-in rewards: `exact`, `gsm8k`, `last_number` and `reasoning_gym` here, the others in files of their own.
+"""The built-in rewards: `exact`, `gsm8k`, `last_number` and `reasoning_gym` here, the others in separate files.
 
 Imported by the reward workers: it loads no torch, and reasoning-gym only when it is asked for.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from exgrpo_fast.run.diagnosis.logs import Log, Series
 
@@ -150,33 +151,56 @@ def entropy(log: Log) -> Iterator[Finding]:
         yield Finding("entropy growth", True, text, begun, KEYS[log.trainer]["lr"])
 
 
-def drift(log: Log) -> Iterator[Finding]:
-    """Trust region and reference: 0.3 of tokens clipped or 0.5 nats a token is far outside both."""
-    limits = {
-        "clip_frac": (0.3, "of tokens are clipped", "lr"),
-        "kl_behaviour": (0.1, "nats between behaviour and updated policy, per token", "lr"),
-        "kl_ref": (0.5, "nats from the reference policy, per token", "kl"),
-    }
-    for signal, (limit, words, key) in limits.items():
+class Limit(NamedTuple):
+    """A signal whose last quarter may not exceed `limit`."""
+
+    signal: str
+    limit: float
+    check: str
+    text: str  # with the value
+    key: str
+
+
+# Truncation: a truncated completion has no answer, so the limit shapes the reward. Mismatch: ten
+# times what bfloat16 rounding makes. The others are far outside trust region and reference.
+LIMITS = (
+    Limit("truncated", 0.2, "truncation", "{:.0%} of completions reach the length limit", "length"),
+    Limit(
+        "mismatch",
+        0.02,
+        "engine mismatch",
+        "engine and trainer differ by {:.3g} nats a token",
+        "sync",
+    ),
+    Limit("clip_frac", 0.3, "ratio and KL drift", "{:.3g} of tokens are clipped", "lr"),
+    Limit(
+        "kl_behaviour",
+        0.1,
+        "ratio and KL drift",
+        "{:.3g} nats between behaviour and updated policy, per token",
+        "lr",
+    ),
+    Limit(
+        "kl_ref",
+        0.5,
+        "ratio and KL drift",
+        "{:.3g} nats from the reference policy, per token",
+        "kl",
+    ),
+)
+
+
+def limits(log: Log) -> Iterator[Finding]:
+    """Signals above their limit."""
+    for signal, limit, check, text, key in LIMITS:
         values = log.values(signal)
         if values and (value := mean(tail(values))) > limit:
             begun = since(log.series[signal], lambda v, limit=limit: v > limit)
-            yield Finding(
-                "ratio and KL drift", True, f"{value:.3g} {words}", begun, KEYS[log.trainer][key]
-            )
-
-
-def truncation(log: Log) -> Iterator[Finding]:
-    """A truncated completion has no answer: above 0.2 the limit shapes the reward."""
-    values = log.values("truncated")
-    if values and (share := mean(tail(values))) > 0.2:
-        begun = since(log.series["truncated"], lambda value: value > 0.2)
-        text = f"{share:.0%} of completions reach the length limit"
-        yield Finding("truncation", True, text, begun, KEYS[log.trainer]["length"])
+            yield Finding(check, True, text.format(value), begun, KEYS[log.trainer][key])
 
 
 def length_growth(log: Log) -> Iterator[Finding]:
-    """Twice the length without more reward: length pays by itself somewhere."""
+    """Twice the length without more reward: the reward favours length."""
     values, rose = log.values("length"), gained(log)
     if len(values) < 2 * WINDOW or rose is None:
         return
@@ -209,7 +233,7 @@ def reward_fall(log: Log) -> Iterator[Finding]:
         return
     best_at, best = max(points, key=lambda point: point[1])
     lowest, last = min(value for _, value in points), points[-1][1]
-    # 0.05: what a batch of a few hundred completions varies by itself
+    # 0.05: the noise of a batch of a few hundred completions
     if best - last > max(0.25 * (best - lowest), 0.05) and points[-1][0] > best_at:
         text = f"{best:.3g} at step {best_at}, {last:.3g} at the end"
         yield Finding("reward fell", True, text, best_at, KEYS[log.trainer]["lr"])
@@ -250,21 +274,10 @@ def updates(log: Log) -> Iterator[Finding]:
         yield Finding("updates", False, text, None, KEYS[log.trainer]["group"])
 
 
-def mismatch(log: Log) -> Iterator[Finding]:
-    """Engine and trainer disagree: 0.02 nats a token is ten times what bfloat16 rounding makes."""
-    values = log.values("mismatch")
-    if values and (value := mean(tail(values))) > 0.02:
-        begun = since(log.series["mismatch"], lambda v: v > 0.02)
-        text = f"engine and trainer differ by {value:.3g} nats a token"
-        yield Finding("engine mismatch", True, text, begun, KEYS[log.trainer]["sync"])
-
-
 CHECKS = (
     reward_faults,
     zero_variance,
-    truncation,
-    mismatch,
-    drift,
+    limits,
     entropy,
     length_growth,
     reward_fall,

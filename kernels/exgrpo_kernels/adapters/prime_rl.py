@@ -13,20 +13,30 @@ Legend: L tokens of one sequence, N rows handed to the head, D hidden, V vocabul
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exgrpo_kernels import linear_logprob
+from exgrpo_kernels import PolicyObjective, linear_logprob
 from exgrpo_kernels import policy_loss as vector_policy_loss
 from exgrpo_kernels.adapters import AdapterError, require_parameters
-from exgrpo_kernels.adapters.objectives import objective_from
 
 HEAD_MODULE = "prime_rl.trainer.models.layers.lm_head"
 LOSS_MODULE = "prime_rl.trainer.rl.loss"
 INPUTS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
+
+
+def objective_from(settings: Mapping[str, object]) -> PolicyObjective:
+    """Keyword settings of a config file -> `PolicyObjective`; ValueError names an unknown one."""
+    known = {f.name for f in fields(PolicyObjective)}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(
+            f"PolicyObjective has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+        )
+    return PolicyObjective(**settings)  # type: ignore[arg-type]
 
 
 def policy_loss(inputs: Any, **settings: Any) -> Any:

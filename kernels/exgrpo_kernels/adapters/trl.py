@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import trl.trainer.utils as trl_utils
@@ -53,21 +53,40 @@ MODEL_INPUTS = (
 # ---- the head ------------------------------------------------------------------------------------
 
 
-def head_operands(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[N, D], [V, D], [V] in the dtype of autocast, scaled so that their logits are TRL's.
+class HeadCall(NamedTuple):
+    """The arguments of `ChunkedLogProbFunction.apply`, in TRL's order."""
 
-    `logit_scale` multiplies the logits before soft cap and temperature; on the hidden states it
-    costs D instead of V products a row.
-    """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if logit_scale != 1.0:
-        hidden = hidden * logit_scale
-        bias = None if bias is None else bias * logit_scale
-    return hidden, weight, bias
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N]
+    temperature: float
+    chunk_size: int
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    outputs: tuple[str, ...] = ()
+
+    def operands(self, rows: Tensor | slice = slice(None)) -> dict[str, Any]:
+        """The head's arguments of our losses, for some rows, in the dtype of autocast.
+
+        `logit_scale` multiplies the logits before soft cap and temperature; on the hidden states
+        it costs D instead of V products a row.
+        """
+        hidden, weight, bias = self.hidden[rows], self.weight, self.bias
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
+            bias = None if bias is None else bias * self.logit_scale
+        return {
+            "hidden": hidden,
+            "weight": weight,
+            "bias": bias,
+            "targets": self.targets[rows],
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+        }
 
 
 class LogprobHead:
@@ -76,41 +95,15 @@ class LogprobHead:
     def __init__(self, original: type[torch.autograd.Function]) -> None:
         self.original = original
 
-    def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
-    ) -> tuple[Tensor | None, ...]:
-        """[N, D], [V, D], [V], [N] -> log-probs, entropy, and None for what is not asked for."""
-        if set(outputs) - {"log_probs", "entropy"}:
-            return self.original.apply(
-                hidden,
-                weight,
-                bias,
-                targets,
-                temperature,
-                chunk_size,
-                final_logit_softcapping,
-                logit_scale,
-                outputs,
-            )
-        operands = head_operands(hidden, weight, bias, logit_scale)
-        with torch.autocast(hidden.device.type, enabled=False):
-            made = linear_logprob(
-                *operands[:2],
-                targets,
-                bias=operands[2],
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-            )
-        return made.logprobs, made.entropy if "entropy" in outputs else None, None, None, None
+    def apply(self, *arguments) -> tuple[Tensor | None, ...]:
+        """Log-probs and entropy [N], and None for what is not asked for."""
+        call = HeadCall(*arguments)
+        if set(call.outputs) - {"log_probs", "entropy"}:
+            return self.original.apply(*arguments)
+        operands = call.operands()  # reads autocast, so before it is off
+        with torch.autocast(call.hidden.device.type, enabled=False):
+            made = linear_logprob(**operands)
+        return made.logprobs, made.entropy if "entropy" in call.outputs else None, None, None, None
 
 
 def check_head() -> None:
@@ -182,27 +175,14 @@ class LossHead:
         self.is_valid = is_valid  # bool [B, C]
         self.loss: Tensor | None = None  # of the last call, without gradient
 
-    def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
-    ) -> tuple[Tensor | None, ...]:
-        rows = self.rows_of(hidden)
-        operands = head_operands(hidden[rows], weight, bias, logit_scale)
+    def apply(self, *arguments) -> tuple[Tensor | None, ...]:
+        """Log-probs and entropy [N] of the completion rows, 0 elsewhere."""
+        call = HeadCall(*arguments)
+        hidden, rows = call.hidden, self.rows_of(call.hidden)
+        operands = call.operands(rows)
         with torch.autocast(hidden.device.type, enabled=False):
             made = linear_policy_loss(
-                *operands[:2],
-                targets[rows],
-                bias=operands[2],
-                temperature=temperature,
-                softcap=final_logit_softcapping,
+                **operands,
                 objective=self.objective,
                 sparsity="off",
                 **self.columns.rows(self.is_valid),
@@ -213,12 +193,12 @@ class LossHead:
         if len(logprobs):
             logprobs = torch.cat([logprobs[:1] + (made.loss - made.loss.detach()), logprobs[1:]])
         else:
-            logprobs = operands[0].sum(1)  # nothing, and connected to the model
+            logprobs = operands["hidden"].sum(1)  # nothing, and connected to the model
         full = [t.new_zeros(len(hidden)).index_copy(0, rows, t) for t in (logprobs, made.entropy)]
         return *full, None, None, None
 
     def rows_of(self, hidden: Tensor) -> Tensor:
-        """int64 [M]: where the completion tokens stand among the N rows that TRL hands over."""
+        """int64 [M]: the completion tokens among the N rows that TRL passes."""
         num_valid = int(self.is_valid.sum())
         if len(hidden) == num_valid:  # TRL has taken the valid rows already
             return torch.arange(num_valid, device=hidden.device)
