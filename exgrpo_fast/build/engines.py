@@ -82,7 +82,7 @@ def reserve_engine(
 
 
 def refuse_unplaced_engine(config: Config, device: str, count: int) -> None:
-    """ConfigError where the engine has no device of its own beside `count` ranks."""
+    """ConfigError where the engine has no separate device beside `count` ranks."""
     kind, server = engine_kind(config, device), config.rollout.server
     refuse_engine_world_size(config, kind, count)
     is_placed = server.gpus is not None or server.urls

@@ -30,7 +30,7 @@ def prove_forward(
     """What the check of the forward pass found, as a line. ConfigError where a part of it is another
     model's, unless train.allow_mismatch is set; every rank calls this, after the first `sync`.
 
-    `option`: of the command, that sets it. An engine with arithmetic of its own agrees as far as `sync` asks.
+    `option`: of the command, that sets it. An engine with other arithmetic agrees as far as `sync` asks.
     """
     tolerance, device = None, policy.device.type
     limit = positions(policy.model.config.get_text_config())

@@ -643,7 +643,7 @@ class TrainConfig(Section):
         description="skip logit-gradient tiles below this share: docs/kernels.md",
     )
     sparse_tail: Literal["drop", "centroid", "dense_dw"] = Field(
-        default="drop", description="what stands in for skipped tiles: docs/kernels.md"
+        default="drop", description="replacement of skipped tiles: docs/kernels.md"
     )
     seed: NonNegative = Field(default=0, description="of everything random")
 

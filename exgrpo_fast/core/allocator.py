@@ -22,7 +22,7 @@ _SETTINGS = {
 def keep_freed_memory() -> bool:
     """Whether it is so now: in this process, from here on.
 
-    Not where the C library is another one, and not where the environment has settings of its own.
+    Not where the C library is another one, and not where the environment has its own settings.
     Memory that is kept is used again by whatever this process allocates next; its peak is the same.
     """
     if not can_keep():

@@ -39,7 +39,7 @@ def last_box(text: str) -> str | None:
 
 
 def box_spans(text: str) -> list[tuple[int, int]]:
-    r"""Begin and end of what stands in each balanced `\boxed{...}`, by their begin."""
+    r"""Begin and end of the content of each balanced `\boxed{...}`, by their begin."""
     open_braces: list[int] = []  # where the content of a box begins; -1 for any other brace
     spans: list[tuple[int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):

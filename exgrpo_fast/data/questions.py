@@ -140,7 +140,7 @@ class _Renderer:
             return [self._plain_text(row) for row in rows]
         try:
             return self._apply_template(rows)
-        except Exception:  # a template is a program of its own; which row it refuses is found below
+        except Exception:  # a template is a program; which row it refuses is found below
             return [self._one(row) for row in rows]
 
     def _one(self, row: CheckedRow) -> str | BadRow:

@@ -214,7 +214,7 @@ def unlisted_turn_end(tokenizer: Any, eos_token_ids: Iterable[int]) -> str | Non
                 [*asked, {"role": "assistant", "content": answer}], tokenize=False
             )
         )
-    except Exception:  # a template is a program of its own; data loading says what it refuses
+    except Exception:  # a template is a program; data loading says what it refuses
         return None
     behind = text[text.rfind(answer) + len(answer) :]
     ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]

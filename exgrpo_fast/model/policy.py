@@ -294,7 +294,7 @@ def switch_off_dropout(model: nn.Module) -> None:
 
     The ratio of an update to the log-probs of its rollouts is 1 at first only without them. Layers
     hold the probabilities as dropout modules or as float attributes with such a name. Those that
-    `peft` has put in belong to the adapter, which is asked for in words of its own.
+    `peft` has put in belong to the adapter, which is configured separately.
     """
     for name, module in model.named_modules():
         if "lora_dropout" in name:

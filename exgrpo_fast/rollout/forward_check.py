@@ -7,7 +7,7 @@ loads it: its own attention, one sequence at a time. Held against it:
     update       the same in training mode; a difference is dropout, or noise of a router
     engine       the log-probs with which the engine drew: left padding, a cache
     end token    the engine stops at each end token, and at no other
-    adapter      random adapters as layers of their own, against their merged weights
+    adapter      random adapters as separate layers, against their merged weights
     checkpoint   what would be saved: every weight of the model, under its own name
 
 It is the same module throughout: no second copy of the weights.
@@ -100,7 +100,7 @@ def check_forward(
 
     `prompt_ids`: of any question; `engine`: without a log around it, None = no engine here;
     `eos_token_ids`: those of tokenizer and model; `longest`: tokens that a sequence may have;
-    `engine_tolerance`: of an engine with arithmetic of its own, such as vLLM.
+    `engine_tolerance`: of an engine with other arithmetic, such as vLLM.
     """
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

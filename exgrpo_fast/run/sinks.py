@@ -184,7 +184,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases in a thread of its own, so that a slow or absent server costs no step.
+    """Weights & Biases in a separate thread, so that a slow or absent server costs no step.
 
     A failed start is not retried offline: in the same process that fails too, and metrics.jsonl
     already holds everything.

@@ -138,7 +138,7 @@ class UpdateBatch:
         objective: PolicyObjective,
         change_terms: Callable[[list[LossTerm]], list[LossTerm]] = lambda terms: terms,
     ) -> UpdateBatch:
-        """`change_terms`: gives single tokens advantages of their own; sees all terms."""
+        """`change_terms`: gives single tokens their own advantages; sees all terms."""
         terms = change_terms(rule.terms(groups))
         return UpdateBatch([t for t in terms if carries_gradient(t, objective)], objective)
 

@@ -32,7 +32,7 @@ class Learner:
         sparsity: str | float = "auto",
         tail: str = "drop",
     ) -> None:
-        """`token_rules`: give single tokens of an update advantages of their own, in this order.
+        """`token_rules`: give single tokens of an update their own advantages, in this order.
         `reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
 
         `sparsity`, `tail`: those of `linear_policy_loss`.

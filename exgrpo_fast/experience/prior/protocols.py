@@ -2,7 +2,7 @@
 guided completions that the collector uses.
 
 Every call names whole prefixes, so an engine without memory can answer it (with a prefix cache it
-is cheap); one that keeps a cache of its own finds what it has already read (hf_backend.py).
+is cheap); one that keeps its own cache finds what it has already read (hf_backend.py).
 An engine that is stepped returns a PendingResult, which becomes ready later.
 
 Legend: m drafted tokens, V tokens of the vocabulary.

@@ -12,7 +12,7 @@ from exgrpo_fast.rewards.judgement import RewardError
 
 # Reasons that speak of a broken reward rather than of a completion; the first one is a prefix.
 FAULTS = ("error:", "timeout", "worker_died", "not_a_number", "missing_column")
-# A reward that fails on such a share of the verdicts, of at least so many, fails by itself.
+# A reward that fails on such a share of the verdicts, of at least so many, is faulty.
 NEARLY_ALL, ENOUGH = 0.95, 4
 
 

@@ -183,7 +183,7 @@ def _as_bool(value: Any) -> bool:
 
 
 def finished(prompt: str, completion: str, context: Mapping[str, Any]) -> bool:
-    """The completion ended by itself, before the length limit."""
+    """The completion ended with an end token, before the length limit."""
     return not context["truncated"]
 
 

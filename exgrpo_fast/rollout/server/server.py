@@ -13,7 +13,7 @@ pickle. Here the list of routes is the one below, each asks for the key, and not
 
 It listens on a Unix socket, or on loopback by default, and ends with the process that
 holds the other end of its standard input. The engine belongs to the main thread, which steps it
-and runs commands between two steps; the web server has a thread of its own.
+and runs commands between two steps; the web server has a separate thread.
 """
 
 from __future__ import annotations
