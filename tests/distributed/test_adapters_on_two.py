@@ -39,7 +39,11 @@ def test_their_checkpoints_are_those_of_one(folder: Path) -> None:
         assert found.keys() == wanted.keys()
         for key, tensor in wanted.items():
             assert found[key].dtype == tensor.dtype
-            assert (found[key] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), key
+            difference = found[key] - tensor
+            assert difference.norm() <= 3e-6 * tensor.norm(), key
+            # AdamW divides a gradient by its size: one that is rounding alone moves its weight by
+            # an arbitrary part of a step. Measured: 2 of 768 entries, by 0.0015 of lr 1e-3.
+            assert difference.abs().max() <= 0.01 * 1e-3, key
     merged = load_file(ours / "hf/model.safetensors")
     assert merged.keys() == start.keys()
     key = "model.layers.0.mlp.up_proj.weight"
