@@ -72,6 +72,11 @@ def test_unusable_golds_are_listed_with_their_reason(pool) -> None:
     ]
 
 
+@pytest.mark.parametrize("answer", ["62.5%", "$8 \\%$", "0.00001%", "\\infty", "-\\infty", "2i"])
+def test_a_number_without_a_plain_value_equals_itself(pool, answer: str) -> None:
+    assert check_golds([gold(answer)], pool) == []
+
+
 def test_an_answer_that_took_too_long_is_tried_again() -> None:
     class BusyMachine:
         """Times out for the first `late[answer]` times."""
