@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from loss import machine
 
-from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.experience.prior.driver import Resampler, Session
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.triggers import Trigger

@@ -426,7 +426,7 @@ def trainer_inputs(folder: Path, sizes: Sizes) -> list[str]:
     """A random policy of the shape of Qwen2.5-0.5B with its data; the words of the command."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from exgrpo_fast.build.quickstart.model import make_tokenizer
+    from exgrpo_fast.build.quickstart.toy_model import make_tokenizer
 
     is_small = sizes is SMALL
     tokenizer: Any = make_tokenizer(["What is 1 + 2? <answer>3</answer>\n"] * 3, vocab_size=300)

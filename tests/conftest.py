@@ -22,7 +22,7 @@ from exgrpo_fast.build.assembly import make_trainer
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_policy, make_reference
-from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.build.rewards import make_rewards
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.types import Completion, Group, Question

@@ -39,7 +39,7 @@ def evaluate(
         }
         config = make_config(Config(), values | keys)
         require(config.model.name, "model.name", "a folder or a hub name")
-        from exgrpo_fast.build.evaluation import EvaluatedModel
+        from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
         evaluated = EvaluatedModel(config, device=choose_device(device))
         questions = evaluated.read(source)

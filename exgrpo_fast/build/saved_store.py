@@ -22,8 +22,8 @@ from exgrpo_fast.experience.replay.inspect import (
     stored_questions,
     stored_trajectories,
 )
-from exgrpo_fast.experience.replay.pool import export_pool
 from exgrpo_fast.experience.replay.snapshot import FORMAT
+from exgrpo_fast.experience.replay.starting_pool import export_pool
 from exgrpo_fast.run.checkpoint.format import find_checkpoint, load_state, write_checkpoint
 
 

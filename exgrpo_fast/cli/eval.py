@@ -17,7 +17,7 @@ from exgrpo_fast.cli.arguments import (
 from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
 
 if TYPE_CHECKING:
-    from exgrpo_fast.build.evaluation import EvaluatedModel
+    from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
 MAX_PROMPT_TOKENS, COMPLETION_TOKENS = 4096, 2048
 
@@ -95,7 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def evaluated_model(arguments: argparse.Namespace) -> EvaluatedModel:
     """The model of the options, without its weights."""
     config, endpoint = model_config(arguments), endpoint_of(arguments)
-    from exgrpo_fast.build.evaluation import EvaluatedModel
+    from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
     return EvaluatedModel(
         config,

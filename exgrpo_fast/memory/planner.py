@@ -19,7 +19,15 @@ from exgrpo_fast.memory.budgets import (
 )
 from exgrpo_fast.memory.sharded import gathered, share, with_layers
 from exgrpo_fast.memory.tracing import Passes, Setting, Tracer
-from exgrpo_fast.memory.training import Head, States, Update, released, scoring, states, update
+from exgrpo_fast.memory.trainer_memory import (
+    Head,
+    States,
+    Update,
+    released,
+    scoring,
+    states,
+    update,
+)
 
 GIB = 2**30
 # Of `model.tile_tokens: auto`, where the run would not fit. Each tile adds its part to float32 sums

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from exgrpo_fast.memory.tracing import Passes
-from exgrpo_fast.memory.training import Head, States
+from exgrpo_fast.memory.trainer_memory import Head, States
 
 
 def share(held: States, count: int) -> States:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exgrpo_fast.core.types import Group, Trajectory, pass_at_1
-from exgrpo_fast.experience.prior.metrics import guidance_metrics
+from exgrpo_fast.experience.prior.guidance_metrics import guidance_metrics
 from exgrpo_fast.training.collector import Batch, PhaseTimer
 from exgrpo_fast.training.update_stats import UpdateReport
 

@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 import exgrpo_fast.cli.train_run  # noqa: F401  what a life would spend seconds on
-from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.cli import main
 from exgrpo_fast.core.heartbeat import Supervised
 from exgrpo_fast.run.checkpoint.format import CheckpointError, Checkpoints, verify

@@ -22,7 +22,7 @@ from exgrpo_fast.experience.replay.inspect import (
     stored_questions,
     stored_trajectories,
 )
-from exgrpo_fast.experience.replay.pool import load_pool
+from exgrpo_fast.experience.replay.starting_pool import load_pool
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.run.checkpoint.format import load_state, split_tensors, verify, write_checkpoint
 

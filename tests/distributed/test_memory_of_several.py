@@ -21,7 +21,7 @@ from exgrpo_fast.memory import fit as planning
 from exgrpo_fast.memory.advice import cheapest
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.sharded import gathered
-from exgrpo_fast.memory.training import Head
+from exgrpo_fast.memory.trainer_memory import Head
 
 SEVEN_BILLION = Qwen2Config(
     vocab_size=152064,

@@ -13,7 +13,7 @@ import torch
 from conftest import make_questions, terms_of
 
 from exgrpo_fast.build.models import load_tokenizer
-from exgrpo_fast.build.quickstart.model import make_model
+from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.core.types import Group, Guidance, Trajectory, Verdict
@@ -527,7 +527,7 @@ def test_rows_of_padding_are_allowed_and_missing_ones_are_not(
 def test_another_tokenizer_is_refused_even_of_equal_size(
     tokenizer, model_folder: Path, tmp_path: Path
 ) -> None:
-    from exgrpo_fast.build.quickstart.model import make_tokenizer
+    from exgrpo_fast.build.quickstart.toy_model import make_tokenizer
 
     other = make_tokenizer(
         ["quick brown foxes jump over lazy dogs " * 3] * 3, vocab_size=len(tokenizer)

@@ -15,9 +15,9 @@ from conftest import ScriptedEngine, make_questions
 
 from exgrpo_fast.config import load_config
 from exgrpo_fast.core.types import Trajectory
-from exgrpo_fast.experience.replay.pool import export_pool
 from exgrpo_fast.experience.replay.snapshot import snapshot
 from exgrpo_fast.experience.replay.source import ReplaySource
+from exgrpo_fast.experience.replay.starting_pool import export_pool
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.training.trainer import Trainer
 

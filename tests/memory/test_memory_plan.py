@@ -21,7 +21,7 @@ from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.fit import Expected, machine_of, plan_run, resolve_auto
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
-from exgrpo_fast.memory.training import Head, States, states, update
+from exgrpo_fast.memory.trainer_memory import Head, States, states, update
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.training.preflight import DoesNotFit, rehearse, worst_groups
 

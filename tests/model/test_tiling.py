@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.training import Head, states, update
+from exgrpo_fast.memory.trainer_memory import Head, states, update
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.policy import Policy, PolicyError
 from exgrpo_fast.model.tiling import decoder_layers, run_in_tiles, run_tiled

@@ -13,7 +13,7 @@ import pytest
 import torch
 from http_server import Handler, Server, resets, running_server, stalls
 
-from exgrpo_fast.build import evaluation
+from exgrpo_fast.build import evaluated_model
 from exgrpo_fast.cli import main
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.http_client import Endpoint
@@ -304,7 +304,7 @@ def test_eval_by_endpoint_loads_no_weights(
     ]
     # All that takes any time is told, and not where the result goes.
     monkeypatch.setattr(
-        evaluation, "make_screen", lambda stream=None: PlainScreen(stream, first_after=0.01)
+        evaluated_model, "make_screen", lambda stream=None: PlainScreen(stream, first_after=0.01)
     )
     server.behave = answers(right_for_2, models("tiny", longest=4096))
     arguments = ("--model", str(tmp_path / "tokenizer"), "--data", data)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from exgrpo_fast.config import Config, ConfigError, refuse_world_size
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.training import Head, released, states, update
+from exgrpo_fast.memory.trainer_memory import Head, released, states, update
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.training.batch import WeightRule

@@ -36,7 +36,7 @@ def folders(tokenizer, tmp_path_factory) -> dict[str, Path]:
     and with the embedding as their head."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from exgrpo_fast.build.quickstart.model import make_model
+    from exgrpo_fast.build.quickstart.toy_model import make_model
 
     base = tmp_path_factory.mktemp("policies")
     make_model(tokenizer, seed=0, layers=2, width=64).save_pretrained(base / "untied")

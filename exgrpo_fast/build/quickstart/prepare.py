@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
 from exgrpo_fast.build.quickstart.solutions import solved_examples
+from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.build.quickstart.warm_start import tokenize_examples, warm_start
 from exgrpo_fast.config import Config, ConfigError, GymTask
 from exgrpo_fast.model.policy import Policy

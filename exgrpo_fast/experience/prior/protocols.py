@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from exgrpo_fast.core.types import Question, Trajectory
-from exgrpo_fast.experience.prior.metrics import GuidanceCost
+from exgrpo_fast.experience.prior.guidance_metrics import GuidanceCost
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

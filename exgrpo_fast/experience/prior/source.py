@@ -19,13 +19,13 @@ from torch import Tensor
 
 from exgrpo_fast.core.types import Question, Trajectory
 from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler, Session
+from exgrpo_fast.experience.prior.guidance_metrics import GuidanceCost
 from exgrpo_fast.experience.prior.importance import (
     NEEDS_LAW,
     Importance,
     balance_weight,
     columns_of,
 )
-from exgrpo_fast.experience.prior.metrics import GuidanceCost
 from exgrpo_fast.experience.prior.mixture import MixtureLogprobs, mixture_logprobs
 from exgrpo_fast.model.packing import Ragged, sequences_of
 from exgrpo_fast.model.policy import Policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exgrpo_fast.build.quickstart.model import make_model, make_tokenizer
+from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.mixture import mixture_logprobs

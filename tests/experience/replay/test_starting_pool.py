@@ -11,8 +11,13 @@ import pytest
 from store_cases import Item, add, contents, items_of, make_store
 
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.experience.replay.pool import EXPORTED, export_pool, load_pool, solutions_of
 from exgrpo_fast.experience.replay.snapshot import snapshot
+from exgrpo_fast.experience.replay.starting_pool import (
+    EXPORTED,
+    export_pool,
+    load_pool,
+    solutions_of,
+)
 
 INF = float("inf")
 IDS = [f"q{i}" for i in range(6)]

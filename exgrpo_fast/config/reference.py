@@ -1,4 +1,4 @@
-"""docs/config.md, from the schema:  python -m exgrpo_fast.config.page > docs/config.md"""
+"""docs/config.md, from the schema:  python -m exgrpo_fast.config.reference > docs/config.md"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = """# Config
 Every key of a YAML config; on the command line `--train.lr 1e-5`. Keys that equal their default may be left out,
 recipes (`exgrpo_fast/config/recipes/`) are such files, and `--dry-run` prints the whole config. An unknown key is
 refused with the nearest one; names of TRL and verl are answered with the key of this table.
-Written by `python -m exgrpo_fast.config.page` from the schema; a test compares the two.
+Written by `python -m exgrpo_fast.config.reference` from the schema; a test compares the two.
 """
 
 
