@@ -15,9 +15,10 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from exgrpo_fast.cli.arguments import add_command, add_memory, choose_device, require_file
 from exgrpo_fast.cli.train import show_plan
@@ -33,9 +34,6 @@ from exgrpo_fast.rollout.vllm.versions import (
     import_trouble,
     troubles,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 Status = Literal["ok", "warn", "fail"]
 ABSENT = "not installed"
@@ -91,7 +89,10 @@ def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, A
         *check_vllm(model),
     ]
     if self_test and versions["torch"] != ABSENT:
-        checks += [attempt(f"fused loss on {d['name']}", _loss_test(d["id"])) for d in devices]
+        checks += [
+            attempt(f"fused loss on {d['name']}", partial(fused_loss_test, d["id"]))
+            for d in devices
+        ]
         checks.append(attempt("reward worker", reward_worker_test))
         checks += [check_forward_pass(model)] if model else []
         checks += try_vllm(versions["torch"])
@@ -354,80 +355,17 @@ def attempt(name: str, test: Callable[[], str]) -> Check:
     return Check(name, "ok", f"{detail} ({time.perf_counter() - started:.1f} s)")
 
 
-def _loss_test(device: str) -> Callable[[], str]:
-    return lambda: fused_loss_test(device)
-
-
-# Relative to the largest entry. float32 reaches 1e-6; TF32 tensor cores, where a GPU uses them,
-# keep 10 mantissa bits and reach 1e-3. A wrong formula is off by 1.
-TOLERANCE = {"cpu": 1e-4, "cuda": 5e-3}
-
-
 def fused_loss_test(device: str) -> str:
     """Loss and gradients of the fused policy loss on tiny inputs, against float64 PyTorch."""
-    import torch
+    from exgrpo_kernels.self_check import compare_with_float64
 
-    from exgrpo_kernels import PolicyObjective, linear_policy_loss
-
-    hidden, weight, columns = _loss_inputs(torch, device)
-    objective = PolicyObjective(clip_low=0.2, clip_high=0.28)
-    targets = columns.pop("targets")
-    found = linear_policy_loss(hidden, weight, targets, objective=objective, **columns)
-    found.loss.backward()
-
-    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    exact = _exact_loss(exact_hidden, exact_weight, targets, columns)
-    exact.backward()
-
-    pairs = {
-        "loss": (found.loss, exact),
-        "hidden gradient": (hidden.grad, exact_hidden.grad),
-        "weight gradient": (weight.grad, exact_weight.grad),
-    }
-    errors = {name: _relative_error(*pair) for name, pair in pairs.items()}
-    worst = max(errors, key=lambda name: errors[name])
-    limit = TOLERANCE[torch.device(device).type]
-    if not errors[worst] <= limit:  # `not <=` catches NaN
-        raise ArithmeticError(f"{worst} is off by {errors[worst]:.1e}, allowed {limit:.0e}")
-    return f"largest error {errors[worst]:.0e}"
-
-
-def _loss_inputs(torch: Any, device: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """33 tokens, vocabulary 300, width 32: no multiple of any block size."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    tokens, vocabulary, width = 33, 300, 32
-    hidden, weight = normal(tokens, width), normal(vocabulary, width) / width**0.5
-    targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    logprobs = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    columns = {
-        "targets": targets,
-        "advantages": normal(tokens),
-        # ratios between about 0.5 and 2, so that both sides of the clip are used
-        "behaviour_logprobs": logprobs + 0.3 * normal(tokens),
-        "weights": torch.full((tokens,), 1 / tokens),
-    }
-    leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
-    return leaves[0], leaves[1], {name: column.to(device) for name, column in columns.items()}
-
-
-def _exact_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, columns: dict[str, Any]
-) -> torch.Tensor:
-    logprobs = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    advantages = columns["advantages"].double()
-    ratio = (logprobs - columns["behaviour_logprobs"].double()).exp()
-    clipped = ratio.clamp(1 - 0.2, 1 + 0.28)
-    return -(columns["weights"].double() * (ratio * advantages).min(clipped * advantages)).sum()
-
-
-def _relative_error(found: torch.Tensor | None, exact: torch.Tensor | None) -> float:
-    if found is None or exact is None:
-        raise ArithmeticError("no gradient came back")
-    return float((found.double() - exact).abs().max().detach() / exact.abs().max().detach())
+    found = compare_with_float64(device)
+    for error in found:
+        if not error.is_within_bound:
+            raise ArithmeticError(
+                f"{error.part} is off by {error.fused:.1e}, plain PyTorch by {error.plain:.1e}"
+            )
+    return f"largest error {max(error.fused for error in found):.0e}"
 
 
 def check_forward_pass(model: Path) -> Check:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command
@@ -16,15 +15,7 @@ def add_fetch(commands: Any) -> None:
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    from exgrpo_fast.build.environment import quiet_libraries
-    from exgrpo_fast.build.pretrained import model_folder
-    from exgrpo_fast.run.display.live import make_screen
+    from exgrpo_fast.build.pretrained import fetch_model
 
-    quiet_libraries()
-    screen = make_screen(sys.stderr)  # stdout is for the path alone
-    try:
-        folder = model_folder(arguments.model, screen)
-    finally:
-        screen.close()
-    print(folder)
+    print(fetch_model(arguments.model))
     return 0

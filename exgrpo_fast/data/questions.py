@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from exgrpo_fast.core.types import Question
 from exgrpo_fast.data.checking import CheckedRow, DataReport, check_data, content_id
 from exgrpo_fast.data.sources import BadRow, DataError, Source, first_line
-
-if TYPE_CHECKING:  # experience.py loads torch; check-data does without
-    from exgrpo_fast.core.types import Question
 
 TOKENIZER_BATCH = 1024
 
@@ -111,8 +109,6 @@ class _Renderer:
         self._system_prompt = system_prompt
 
     def __call__(self, rows: Sequence[CheckedRow]) -> list[Question | BadRow]:
-        from exgrpo_fast.core.types import Question
-
         texts = self._texts(rows)
         encoded = iter(self._encode([text for text in texts if isinstance(text, str)]))
         return [

@@ -146,7 +146,6 @@ def _skip_spaces(text: str, at: int) -> int:
 
 
 def _parquet(path: Path) -> Rows:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -231,12 +230,12 @@ def _gym_rows(task: Any) -> Rows:
     if not isinstance(name, str):
         raise DataError(f"data: expected a file, a dataset's name or a gym task, got {task!r}")
     try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
+        import reasoning_gym.factory
     except ImportError:
         raise DataError(f"gym task '{name}' needs: pip install 'exgrpo-fast[gym]'") from None
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
+    tasks = reasoning_gym.factory.DATASETS
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise DataError(f"unknown reasoning-gym task '{name}'{hint}")
     size, seed = _of(task, "size") or 500, _of(task, "seed") or 0

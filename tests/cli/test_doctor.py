@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import exgrpo_fast
-import exgrpo_kernels
 from exgrpo_fast.cli import doctor
+from exgrpo_kernels import self_check
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +141,17 @@ def test_a_broken_part_is_a_finding():
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "nan"])
 def test_a_wrong_kernel_does_not_pass(monkeypatch, fault):
-    right = exgrpo_kernels.linear_policy_loss
+    correct = self_check.linear_policy_loss
 
-    def wrong(hidden, *args, **kwargs):
+    def wrong(*args, **kwargs):
         factor = {"loss": 1.01, "gradient": 1.0, "nan": float("nan")}[fault]
-        result = right(hidden, *args, **kwargs)
+        result = correct(*args, **kwargs)
         # the value stays, its gradient is off by 1 %
         skewed = result.loss + 0.01 * (result.loss - result.loss.detach())
         return result._replace(loss=skewed if fault == "gradient" else result.loss * factor)
 
     assert "largest error" in doctor.fused_loss_test("cpu")
-    monkeypatch.setattr(exgrpo_kernels, "linear_policy_loss", wrong)
+    monkeypatch.setattr(self_check, "linear_policy_loss", wrong)
     with pytest.raises(ArithmeticError, match="is off by"):
         doctor.fused_loss_test("cpu")
 

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import xxhash
 
+from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.pretrained import smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once, is_whole
 from exgrpo_fast.build.pretrained.gguf import convert_gguf
 from exgrpo_fast.model.policy import PolicyError
 from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.display.live import make_screen
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+def fetch_model(name: str) -> str:
+    """`model_folder` outside a run; what it says goes to stderr."""
+    quiet_libraries()
+    screen = make_screen(sys.stderr)
+    try:
+        return model_folder(name, screen)
+    finally:
+        screen.close()
 
 
 def model_folder(name: str, screen: Screen) -> str:

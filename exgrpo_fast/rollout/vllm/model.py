@@ -7,6 +7,7 @@ by hand: requests can be added, and weights replaced, between two steps. Written
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import warnings
@@ -47,7 +48,7 @@ class VllmModel:
     ) -> None:
         """`folder`: a Hugging Face folder; its tokenizer is never loaded. `kv_cache_bytes`: of one
         GPU. `can_sleep`: memory can be handed back between two generations (CUDA only)."""
-        LLM = _import_llm()
+        self.vllm = _import_vllm()
         machine: dict[str, Any] = {}
         if device == "cpu":
             # A seeded request whose prompt is read in two pieces ends in an error there: the
@@ -60,7 +61,7 @@ class VllmModel:
         self.eos_token_ids = list(eos_token_ids)
         self.max_model_len = max_model_len
         with untouched_random_state(), _refused(str(folder)):
-            self.llm: Any = LLM(
+            self.llm: Any = self.vllm.LLM(
                 model=str(folder),
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 trust_remote_code=False,
@@ -79,7 +80,9 @@ class VllmModel:
                 **machine,
             )
         self.engine: Any = self.llm.llm_engine
-        self.reports_versions = _reports_versions()
+        # From 0.32 on a completion has the weight version of each token.
+        fields = self.vllm.outputs.CompletionOutput.__dataclass_fields__
+        self.reports_versions = "weight_versions" in fields
         # The runner for GPUs scores chosen tokens at chosen rows; the one for CPUs whole prompts.
         self.scores_rows = device == "cuda" and self.reports_versions
         self.cache_block_tokens = int(self.engine.vllm_config.cache_config.block_size)
@@ -97,9 +100,6 @@ class VllmModel:
 
         ValueError where it is too long, EngineLost after an update that broke off.
         """
-        from vllm import SamplingParams  # pyright: ignore
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
-
         if not self.usable:
             raise EngineLost("vLLM lost its weights when an update broke off")
         limit = request.max_completion_tokens or sampling.max_completion_tokens
@@ -108,7 +108,7 @@ class VllmModel:
                 f"a prompt of {len(request.prompt_ids)} and a completion of {limit} tokens do not "
                 f"fit into {self.max_model_len}"
             )
-        params = SamplingParams(
+        params = self.vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=limit,
@@ -117,7 +117,7 @@ class VllmModel:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         return self._queue(request.prompt_ids, params)
 
@@ -127,21 +127,16 @@ class VllmModel:
         What is taken for its key is float32 [len(ids) - first], or None where the prefix cache
         reached so far that their rows were not computed; then ask again without the cache.
         """
-        from vllm import SamplingParams  # pyright: ignore
-        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
-            RequestOutputKind,
-        )
-
         wanted: dict[str, Any] = {"prompt_logprobs": 0, "flat_logprobs": True}
         if self.scores_rows:
             rows = [[token] for token in ids[first:]]
             wanted = {"prompt_logprob_token_ids": rows, "prompt_logprob_start": first - 1}
-        params = SamplingParams(
+        params = self.vllm.SamplingParams(
             max_tokens=1,
             temperature=1.0,
             detokenize=False,
             skip_reading_prefix_cache=not read_cache,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             **wanted,
         )
         key = self._queue(ids, params)
@@ -149,11 +144,10 @@ class VllmModel:
         return key
 
     def _queue(self, ids: Sequence[int], params: Any) -> str:
-        from vllm import TokensPrompt  # pyright: ignore
-
         key = str(self.num_added)
         self.num_added += 1
-        (rendered,) = self.engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(ids))])
+        prompt = self.vllm.TokensPrompt(prompt_token_ids=list(ids))
+        (rendered,) = self.engine.renderer.render_cmpl([prompt])
         self.engine.add_request(key, rendered, params)
         self.running.add(key)
         return key
@@ -284,28 +278,23 @@ def untouched_random_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _reports_versions() -> bool:
-    """From 0.32 on a completion has the weight version of each token."""
-    from vllm.outputs import CompletionOutput  # pyright: ignore[reportMissingImports]
-
-    return "weight_versions" in CompletionOutput.__dataclass_fields__
-
-
-def _import_llm() -> Any:
-    """vLLM's LLM class, configured to stay in this process and off the network."""
+def _import_vllm() -> Any:
+    """The package vllm, configured to stay in this process and off the network."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         with untouched_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from vllm import LLM  # pyright: ignore
+            vllm = importlib.import_module("vllm")
+            importlib.import_module("vllm.outputs")
+            _ = vllm.LLM  # loaded when it is first asked for
     except (ImportError, RuntimeError, OSError) as error:
         raise VllmError(
             f"rollout.engine vllm: vLLM cannot be imported ({_first_line(error)}); "
             f"`exgrpo-fast doctor` says why, --rollout.engine transformers does without"
         ) from None
-    return LLM
+    return vllm
 
 
 @contextmanager

@@ -100,10 +100,9 @@ def _first_readable(tables: Iterable[Path]) -> list[Row]:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet
 
     try:
-        return pq.ParquetFile(path).read().to_pylist()
-    except (OSError, pa.ArrowException):
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (OSError, pyarrow.ArrowException):
         return []
