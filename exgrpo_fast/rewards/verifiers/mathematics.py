@@ -82,9 +82,14 @@ def _by_value(found: str, gold: str) -> Judgement | None:
 def _by_mathematics(found: str, gold: str) -> Judgement:
     if _has_percent(gold) and not _has_percent(found):
         return 0.0, "unit"
+    if _CAPITALS.fullmatch(gold) and _CAPITALS.fullmatch(found):  # an order, not a product
+        return WRONG
     if "\\cup" in gold:
         found = as_union(found)
     return CORRECT if _equal(_parse_gold(gold), _parse(found)) else WRONG
+
+
+_CAPITALS = re.compile(r"[A-Z]{2,}")
 
 
 def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:

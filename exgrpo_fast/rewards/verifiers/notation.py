@@ -109,6 +109,7 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
     (re.compile(r"\\cfrac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"(?:\^\s*)?\\degree(?:s)?(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle(?![a-zA-Z])"), r"(\1)"),
     (re.compile(r"\\leqslant(?![a-zA-Z])"), r"\\leq"),
     (re.compile(r"\\geqslant(?![a-zA-Z])"), r"\\geq"),
     (re.compile(r"\\mathrm\s*\{([ied])\}"), r"\1"),
@@ -164,12 +165,16 @@ def latex(text: str) -> str:
 
 # --- comparisons of text --------------------------------------------------------------------------
 
+_TEXT = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}\\]*)\}")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|[Nn]o")
 
 
 def same_text(found: str, gold: str) -> bool:
     """Whether two answers in one notation read the same, but for spaces and, in words, capitals."""
+    if _SPACE.sub("", found) == _SPACE.sub("", gold):
+        return True
+    found, gold = (_TEXT.sub(r"\1", text) for text in (found, gold))
     if _SPACE.sub("", found) == _SPACE.sub("", gold):
         return True
     found = found.rstrip(".")

@@ -26,7 +26,7 @@ def plain_form(text: str) -> str:
     text = _THIN_SPACE_IN_NUMBER.sub("", extraction.clean(text))
     text = _DROPPED.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = _SPACES.sub(" ", text).strip()
-    if text.endswith(".") and not text.endswith("..."):
+    if text.endswith((".", ",", ";")) and not text.endswith("..."):
         text = text[:-1].rstrip()
     whole = _TEXT_ONLY.fullmatch(text)
     return whole[1].strip() if whole else text
