@@ -195,7 +195,7 @@ def test_scores_behind_a_prefix_are_the_trainers_whatever_is_cached(engine) -> N
 
 def test_tokens_say_which_weights_drew_them(engine) -> None:
     if not engine.model.reports_versions:
-        with pytest.raises(RuntimeError, match="cannot tell"):
+        with pytest.raises(RuntimeError, match="does not report the weight version"):
             engine.model.add(REQUESTS[0], Sampling(16))
             engine.sync(1)
         engine.model.drop_requests()
