@@ -9,7 +9,9 @@ VLLM_VENV := .venv-vllm
 
 ADAPTERS_VENV := .venv-adapters
 
-.PHONY: demo demo-toy test test-all test-vllm test-adapters test-newest test-oldest chaos lint bench regress clean
+WHEEL_VENV := .venv-wheel
+
+.PHONY: demo demo-toy test test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
 	@if $(BIN)/exgrpo-fast fetch smollm2; \
@@ -30,8 +32,20 @@ test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, i
 	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
 	PYTHONPATH=$(VLLM_VENV)/vllm-0.31.0 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_model.py
 
-test-adapters: $(ADAPTERS_VENV)/.dev ## the adapters inside the real TRL and verl
-	$(ADAPTERS_VENV)/bin/pytest tests/with_trl tests/with_verl tests/kernels/test_prime_rl_adapter.py
+test-adapters: $(ADAPTERS_VENV)/.dev ## the adapters inside the real TRL and verl, the hub's layout
+	$(ADAPTERS_VENV)/bin/pytest tests/with_trl tests/with_verl tests/kernels/test_prime_rl_adapter.py tests/kernels/test_hub.py
+
+wheel: ## build the wheel into dist/
+	rm -rf dist
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+test-wheel: wheel ## the built wheel in a clean environment: the kernels alone, then with [train]
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd $(WHEEL_VENV) && bin/python ../tests/check_wheel.py kernels
+	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[train]"
+	cd $(WHEEL_VENV) && bin/python ../tests/check_wheel.py train
 
 # What a new version of a library can break: trainer, rollouts, attention, adapters, kernels,
 # rewards and commands, then two steps of the toy.
@@ -67,7 +81,7 @@ regress: $(VENV)/.dev ## memory and time of a step beside the committed measurem
 	$(BIN)/python bench/regress.py runs/bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) $(WHEEL_VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -95,7 +109,7 @@ $(VLLM_VENV)/.dev: pyproject.toml tests/with_vllm/constraints.txt
 # verl pins packages that its losses and its head do not need; it comes without dependencies.
 $(ADAPTERS_VENV)/.dev: pyproject.toml constraints.txt tests/constraints-adapters.txt
 	$(PYTHON) -m venv $(ADAPTERS_VENV)
-	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl ray tensordict torchdata hydra-core codetiming orjson "liger-kernel>=0.8.5,<0.9"
+	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl "ray[default]" transferqueue tensordict torchdata hydra-core codetiming orjson pillow cachetools fastapi uvicorn kernels "liger-kernel>=0.8.5,<0.9"
 	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -c tests/constraints-adapters.txt verl
 	touch $@
 
