@@ -4,7 +4,7 @@ A backend implements the protocol `ChunkRows` for the rows of one chunk of logit
 in plain PyTorch, `rowwise` in Triton. The checks, the GEMMs and the sums over chunks are here.
 
 Legend: N tokens, R rows of a chunk, L rows of a chunk that take part in its GEMMs, V vocabulary,
-D hidden.
+D hidden, K the most tokens that sampling has kept of a row.
 """
 
 import math
@@ -22,7 +22,10 @@ from exgrpo_kernels.sparse_backward import TileMasses, Tiles, TileSelector
 HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Operator schemas of the fields of `RowInputs` and `LinearHead`; see their `arguments`.
-ROW_SCHEMA = "Tensor targets, Tensor? bias, Tensor? temperatures, float temperature, float? softcap"
+ROW_SCHEMA = (
+    "Tensor targets, Tensor? bias, Tensor? temperatures, Tensor? kept_ids, "
+    "float temperature, float? softcap"
+)
 HEAD_SCHEMA = (
     f"Tensor hidden, Tensor weight, {ROW_SCHEMA}, "
     "ScalarType logits_dtype, str backend, SymInt? chunk_rows"
@@ -54,22 +57,30 @@ class HeadOptions:
     logits_dtype: torch.dtype | None = None
     backend: str = "auto"
     chunk_rows: int | None = None
+    kept_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RowInputs:
     """The inputs of rows of logits x: z = softcap(x + bias) / temperature, and the targets.
 
-    `temperature` is a number, or [N] in the compute dtype.
+    `temperature` is a number, or [N] in the compute dtype. `kept_NK` are the ids that z is defined
+    on, -1 behind the last; a row without any has the whole vocabulary.
     """
 
     targets_N: Tensor
     bias_V: Tensor | None = None
     temperature: float | Tensor = 1.0
     softcap: float | None = None
+    kept_NK: Tensor | None = None
 
     def __len__(self) -> int:
         return self.targets_N.shape[0]
+
+    @property
+    def may_hold_infinity(self) -> bool:
+        """Whether logits may be -inf: columns that a bias or the kept set leaves out."""
+        return self.bias_V is not None or self.kept_NK is not None
 
     @property
     def temperatures_N(self) -> Tensor | None:
@@ -84,23 +95,25 @@ class RowInputs:
     def rows(self, index: slice | Tensor) -> "RowInputs":
         tau = self.temperature
         tau = tau[index] if isinstance(tau, Tensor) else tau
-        return replace(self, targets_N=self.targets_N[index], temperature=tau)
+        kept = None if self.kept_NK is None else self.kept_NK[index]
+        return replace(self, targets_N=self.targets_N[index], temperature=tau, kept_NK=kept)
 
     def arguments(self) -> tuple:
         """The fields as an operator with ROW_SCHEMA takes them; see `from_arguments`."""
         tau = self.temperatures_N, self.common_temperature
-        return self.targets_N, self.bias_V, *tau, self.softcap
+        return self.targets_N, self.bias_V, tau[0], self.kept_NK, tau[1], self.softcap
 
     @staticmethod
     def from_arguments(
         targets: Tensor,
         bias: Tensor | None,
         temperatures: Tensor | None,
+        kept_ids: Tensor | None,
         temperature: float,
         softcap: float | None,
     ) -> "RowInputs":
         tau = temperature if temperatures is None else temperatures
-        return RowInputs(targets, bias, tau, softcap)
+        return RowInputs(targets, bias, tau, softcap, kept_ids)
 
     def with_checked_values(self, num_tokens: int, trained_N: Tensor | None) -> "RowInputs":
         """Check values, which shapes do not tell; rows that are not trained may hold anything."""
@@ -115,7 +128,26 @@ class RowInputs:
             positive = (tau > 0) & tau.isfinite()
             runtime.require(positive.all(), "temperature must be > 0 and finite on every row")
         targets = torch.where(in_range, self.targets_N, 0)
-        return replace(self, targets_N=targets, temperature=tau)
+        kept = self._checked_kept(num_tokens, trained_N)
+        return replace(self, targets_N=targets, temperature=tau, kept_NK=kept)
+
+    def _checked_kept(self, num_tokens: int, trained_N: Tensor | None) -> Tensor | None:
+        """`kept_NK`, empty in rows that are not trained."""
+        kept = self.kept_NK
+        if kept is None:
+            return None
+        if trained_N is not None:
+            kept = torch.where(trained_N[:, None], kept, -1)
+        in_range = (kept >= -1) & (kept < num_tokens)
+        runtime.require(in_range.all(), f"kept_ids must lie in [-1, {num_tokens})")
+        # the first of a row is -1 only where all are
+        has_set = kept[:, 0] >= 0
+        holds_target = (kept == self.targets_N[:, None]).any(-1)
+        known = (holds_target | ~has_set) & (has_set | (kept < 0).all(-1))
+        runtime.require(
+            known.all(), "kept_ids must hold the target of every row, and -1 behind the last id"
+        )
+        return kept
 
 
 def row_inputs(
@@ -143,17 +175,32 @@ def row_inputs(
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
     softcap = None if softcap is None else float(softcap)
+    kept = options.kept_ids
+    if kept is not None:
+        check_kept(kept, num_rows, device)
+        if softcap is not None:
+            raise ValueError("kept_ids do not go with a softcap, in which a logit cannot be -inf")
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         if temperature.shape != (num_rows,):
             raise ValueError(
                 f"temperature must be a number or have shape [{num_rows}], "
                 f"got {list(temperature.shape)}"
             )
-        return RowInputs(targets, bias, temperature.detach().to(dtype), softcap)
+        return RowInputs(targets, bias, temperature.detach().to(dtype), softcap, kept)
     temperature = float(temperature)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-    return RowInputs(targets, bias, temperature, softcap)
+    return RowInputs(targets, bias, temperature, softcap, kept)
+
+
+def check_kept(kept: Tensor, num_rows: int, device: torch.device) -> None:
+    """ValueError unless `kept` can be the ids of a set for every row."""
+    if kept.ndim != 2 or kept.shape[0] != num_rows or kept.shape[1] == 0:
+        raise ValueError(f"kept_ids must have shape [{num_rows}, K], got {list(kept.shape)}")
+    if kept.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"kept_ids must be int32 or int64, got {kept.dtype}")
+    if kept.device != device:
+        raise ValueError(f"kept_ids must be on {device}, got {kept.device}")
 
 
 @dataclass(frozen=True)
@@ -325,6 +372,18 @@ def write_logits(rows: ChunkRows, chunk: LinearHead) -> None:
     runtime.logits_into(out_RV, padded(chunk.hidden_ND, num_rows), chunk.weight_VD)
     if out_RV.dtype != chunk.logits_dtype:
         out_RV.copy_(out_RV.to(chunk.logits_dtype))
+    if chunk.inputs.kept_NK is not None:
+        keep_only_(out_RV[: len(chunk)], chunk.inputs.kept_NK)
+
+
+def keep_only_(logits_RV: Tensor, kept_RK: Tensor) -> None:
+    """-inf in all columns but the kept ones; a row without ids is left as it is."""
+    has_set = kept_RK[:, :1] >= 0
+    # in place of -1 the first id again: written twice, with the same value
+    index = torch.where(kept_RK >= 0, kept_RK, kept_RK[:, :1]).clamp(min=0).long()
+    values = logits_RV.gather(1, index)
+    logits_RV.masked_fill_(has_set, -math.inf)
+    logits_RV.scatter_(1, index, values)
 
 
 def padded(rows_RD: Tensor, num_rows: int) -> Tensor:

@@ -48,6 +48,7 @@ def linear_logprob_reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
+    kept_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> LinearLogprob:
     """(N, D), (V, D), (N,) -> (N,) x 3: the specification of `linear_logprob`, logits in full."""
@@ -56,6 +57,11 @@ def linear_logprob_reference(
     if logits_dtype is not None:
         # what rounding takes away has no gradient
         logits = logits + (logits.to(logits_dtype) - logits).detach()
+    if kept_ids is not None:
+        left_out = kept_ids[:, :1].ge(0).expand(logits.shape).clone()
+        rows, places = kept_ids.ge(0).nonzero(as_tuple=True)
+        left_out[rows, kept_ids[rows, places].long()] = False
+        logits = logits.masked_fill(left_out, -math.inf)
     return logprob_reference(logits, targets, bias=bias, temperature=temperature, softcap=softcap)
 
 
@@ -218,7 +224,7 @@ def _(hidden, weight, targets, bias, *arguments):
 
 
 def _save_for_backward(ctx, inputs, output):
-    tensors, ctx.settings = inputs[:5], inputs[5:]  # the settings: from the temperature on
+    tensors, ctx.settings = inputs[:6], inputs[6:]  # the settings: from the temperature on
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -242,7 +248,7 @@ def _backward(ctx, logprob_gradient, entropy_gradient, lse_gradient):
         )
     )
     hidden, weight, bias = (next(gradients) if needed else None for needed in needs)
-    return hidden, weight, None, bias, *[None] * (1 + len(ctx.settings))
+    return hidden, weight, None, bias, *[None] * (2 + len(ctx.settings))
 
 
 linear_logprob_operator.register_autograd(_backward, setup_context=_save_for_backward)
@@ -260,6 +266,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
+    kept_ids: Tensor | None = None,
     backend: str = "auto",
     chunk_rows: int | None = None,
 ) -> LinearLogprob:
@@ -272,6 +279,9 @@ def linear_logprob(
     softcap          logits become softcap * tanh(logits / softcap) before the temperature
     logits_dtype     None leaves the logits of the GEMM in float32; torch.bfloat16 rounds them, as
                      an engine might that is to be matched (up to 0.12 in a log-probability)
+    kept_ids         int32 or int64 [N, K], the ids that top-k, top-p or min-p left when the token
+                     was drawn, -1 behind the last: the distribution is that over them, its
+                     gradient 0 outside. A row of -1 has the whole vocabulary. Not with a softcap
     backend          "auto" (Triton on CUDA, else PyTorch), "triton" or "torch"; "triton" runs on
                      a CPU when TRITON_INTERPRET=1 was set before the import
     chunk_rows       at most so many rows of logits at a time; None: by the device
@@ -280,8 +290,8 @@ def linear_logprob(
     again. Without gradients this is the scoring pass: one GEMM and one sweep over each chunk.
     The formulas are those of the softmax (module docstring). N = 0 is legal.
     Errors: ValueError naming the argument, for shapes, dtypes, devices, temperature <= 0 and a
-    target outside [0, V); on CUDA the last two are device-side asserts, which do not synchronise.
+    target outside [0, V) or its kept set; on CUDA the last two are device-side asserts, which do not synchronise.
     """
-    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows)
+    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows, kept_ids)
     head = linear_head(hidden, weight, targets, options).with_checked_values()
     return LinearLogprob(*linear_logprob_operator(*head.arguments()))

@@ -82,6 +82,7 @@ def linear_policy_loss_reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
+    kept_ids: Tensor | None = None,
     sparsity: str | float = "auto",
     tail: str = "drop",
     backend: str = "auto",
@@ -94,6 +95,8 @@ def linear_policy_loss_reference(
     targets = torch.where(trained | (targets >= 0) & (targets < len(weight)), targets, 0)
     if isinstance(temperature, Tensor):
         temperature = torch.where(trained, temperature, 1.0)
+    if kept_ids is not None:
+        kept_ids = torch.where(trained[:, None], kept_ids, -1)
     out = linear_logprob_reference(
         hidden,
         weight,
@@ -102,6 +105,7 @@ def linear_policy_loss_reference(
         temperature=temperature,
         softcap=softcap,
         logits_dtype=logits_dtype,
+        kept_ids=kept_ids,
     )
     return policy_loss(out.logprobs, out.entropy, weights=weights, **columns)
 
@@ -367,6 +371,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
+    kept_ids: Tensor | None = None,
     weight_main_grad: Tensor | None = None,
     sparsity: str | float = "auto",
     tail: str = "drop",
@@ -388,7 +393,8 @@ def linear_policy_loss(
     objective            `PolicyObjective`, which gives the formulas and their papers
     weight_main_grad     float32 [V, D]: dW is added to it here, and `weight` gets none from
                          autograd; the upstream gradient of the loss must then be 1
-    bias, temperature, softcap, logits_dtype, backend   as in `linear_logprob`
+    bias, temperature, softcap, logits_dtype, kept_ids, backend   as in `linear_logprob`; with
+                         kept_ids behaviour_logprobs, ref_logprobs and the entropy are over them too
     sparsity             "off"; a threshold: tiles of 64 x 64 whose gradient mass stays under it, as
                          a share of the mean |c1|, are not multiplied (`sparse_backward`); "auto":
                          1e-4, and dense where too few tiles would be dropped to pay, for a small
@@ -405,14 +411,14 @@ def linear_policy_loss(
     entropy and log-probabilities come back for all rows, for metrics and for later steps.
     N = 0 is legal: loss 0 and zero gradients.
     Errors: ValueError naming the argument, for shapes, dtypes, devices, settings; values (targets,
-    temperature, shaping, sequence_ids, a hidden state that is not finite on a trained row) are
-    checked on a CPU. On CUDA the first four are device-side asserts, and the last makes a NaN loss.
+    temperature, shaping, sequence_ids, kept_ids, a hidden state that is not finite on a trained row) are
+    checked on a CPU. On CUDA the first five are device-side asserts, and the last makes a NaN loss.
     """
     objective = resolve_objective(objective)
     selection = resolve_sparsity(sparsity, tail, len(weight))
     check_main_grad(weight_main_grad, weight)
     check_vector("weights", weights, len(hidden), hidden.device)
-    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows)
+    options = HeadOptions(bias, temperature, softcap, logits_dtype, backend, chunk_rows, kept_ids)
     head = linear_head(hidden, weight, targets, options).with_checked_values(weights.detach() != 0)
     columns = LossColumns(
         advantages, behaviour_logprobs, weights, shaping, ref_logprobs, sequence_ids, kl_weights

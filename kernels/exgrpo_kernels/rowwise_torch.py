@@ -89,7 +89,7 @@ class TorchRows:
         shift = torch.amax(z_RV, -1)
         z_RV.sub_(shift[:, None])
         target = z_RV.gather(1, inputs.targets_N[:, None]).squeeze(1)
-        if inputs.bias_V is not None:
+        if inputs.may_hold_infinity:
             z_RV.clamp_(min=LOWEST_SHIFTED_LOGIT)
         total, moment = torch.empty_like(shift), torch.empty_like(shift)
         for rows in self.blocks(len(z_RV)):
@@ -124,7 +124,7 @@ class TorchRows:
     ) -> LogitGradient:
         if inputs.softcap is None:
             z_RV = scale_(self.logits[: len(inputs)], inputs).sub_(statistics.lse[:, None])
-            if inputs.bias_V is not None:
+            if inputs.may_hold_infinity:
                 z_RV.clamp_(min=LOWEST_SHIFTED_LOGIT)
         self.shift, self.total = statistics.lse, torch.ones_like(statistics.lse)
         return self.live_gradient(inputs, statistics, coefficients)

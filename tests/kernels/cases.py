@@ -77,6 +77,7 @@ class Case:
     softcap: float | None = None
     temperature: float | str = 1.0
     bias: str = "none"
+    kept: int = 0  # the most ids that a row keeps; 0: all of them
     masked: float = 0.0
     silent: float = 0.0
     shaped: bool = False
@@ -97,6 +98,7 @@ class Batch:
     targets: Tensor
     bias: Tensor | None
     temperature: float | Tensor
+    kept_ids: Tensor | None
     columns: dict[str, Any]
     objective: PolicyObjective
 
@@ -135,6 +137,7 @@ def _draw(case: Case) -> Batch:
         temperature = 0.5 + torch.rand(n, generator=generator)
     else:
         temperature = float(case.temperature)
+    kept_ids = kept_sets(case, targets, generator) if case.kept else None
     hidden, weight = hidden.to(case.dtype), weight.to(case.weight_dtype or case.dtype)
     truth = linear_logprob_reference(
         hidden.double(),
@@ -144,6 +147,7 @@ def _draw(case: Case) -> Batch:
         temperature=temperature,
         softcap=case.softcap,
         logits_dtype=case.logits_dtype,
+        kept_ids=kept_ids,
     )
     log_ratios = (LOG_RATIOS if case.extreme else LOG_RATIOS[1:-1]).to(case.device)
     picked = torch.randint(len(log_ratios), (n,), generator=generator)
@@ -184,7 +188,19 @@ def _draw(case: Case) -> Batch:
     if case.strided:
         hidden = torch.cat([hidden, hidden], 1)[:, ::2] if d > 1 else hidden.t().contiguous().t()
         weight = weight.t().contiguous().t()
-    return Batch(hidden, weight, targets, bias, temperature, columns, objective)
+    return Batch(hidden, weight, targets, bias, temperature, kept_ids, columns, objective)
+
+
+def kept_sets(case: Case, targets: Tensor, generator: torch.Generator) -> Tensor:
+    """[N, K] in any order, -1 behind the last: the target and others; every third row keeps all."""
+    n, width = case.num_rows, min(case.kept, case.num_tokens)
+    order = torch.rand(n, case.num_tokens, generator=generator)
+    order.scatter_(1, targets[:, None], -1.0)  # the target is among the first
+    kept = order.argsort(1)[:, :width]
+    counts = torch.randint(1, width + 1, (n, 1), generator=generator)
+    kept = kept.masked_fill(torch.arange(width) >= counts, -1)
+    kept[::3] = -1
+    return kept.to(torch.int32)
 
 
 Outputs = dict[str, Tensor]
@@ -210,6 +226,7 @@ def run_loss(function: Any, batch: Batch, case: Case, dtype: torch.dtype | None,
         temperature=temperature,
         softcap=case.softcap,
         logits_dtype=case.logits_dtype,
+        kept_ids=batch.kept_ids,
         objective=batch.objective,
         **columns,
         **more,
@@ -303,6 +320,7 @@ def check_logprob(case: Case, backend: str) -> None:
             temperature=batch.temperature,
             softcap=case.softcap,
             logits_dtype=case.logits_dtype,
+            kept_ids=batch.kept_ids,
             **more,
         )
         total = sum((u.to(o.dtype) * o).sum() for u, o in zip(upstream, out, strict=True))
@@ -381,6 +399,7 @@ def random_case(rng: Any, check: str, device: str = "cpu") -> Case:
     """Any case that `check` accepts; `rng` has the methods of `random.Random`."""
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     rounds = check != "from_logits" and rng.random() < 0.15
+    softcap = rng.choice([None, None, 3.0, 30.0])
     return Case(
         seed=rng.randint(0, 10**6),
         objective=rng.choice(sorted(OBJECTIVES)),
@@ -391,7 +410,8 @@ def random_case(rng: Any, check: str, device: str = "cpu") -> Case:
         logits_dtype=torch.bfloat16 if rounds else None,
         scale=rng.choice([0.1, 1.0] if rounds else [0.1, 1.0, 4.0]),
         certain=not rounds and rng.random() < 0.3,
-        softcap=rng.choice([None, None, 3.0, 30.0]),
+        softcap=softcap,
+        kept=0 if softcap or check == "from_logits" else rng.choice([0, 0, 1, 2, 9]),
         temperature=rng.choice([1.0, 0.6, 1.7, "rows"]),
         bias=rng.choice(["none", "some", "absent"]),
         masked=rng.choice([0.0, 0.3, 1.0]),
