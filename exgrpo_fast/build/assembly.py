@@ -11,6 +11,7 @@ from exgrpo_fast.build.experience import make_hindsight, make_replay
 from exgrpo_fast.build.models import make_teacher, vocabulary_of
 from exgrpo_fast.build.rewards import make_evaluator, make_verifier
 from exgrpo_fast.config import Config
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.prior.protocols import Prior
@@ -76,7 +77,15 @@ def make_trainer(
     processes = policy.processes
     stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
     replay = make_replay(config, policy, train, stream, tokenizer)
-    sampling = Sampling(rollout.max_completion_tokens, rollout.temperature)
+    sampling = Sampling(
+        rollout.max_completion_tokens,
+        rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+    )
+    if sampling.top_k > 0 and policy.head.softcap is not None:
+        raise UserError("rollout.top_k does not go with a model that caps its logits; set it to 0")
     extra_batches = rollout.dynamic_sampling.max_extra_batches
     fresh = FreshSource(
         engine,

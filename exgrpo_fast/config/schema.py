@@ -79,6 +79,7 @@ class Config(Section):
                 f"{len(self.reward.functions)} reward.functions"
             )
         self._loss_fits()
+        self._truncation_fits()
         algorithm = self.algorithm
         if self.reward.judge and len(self.reward.functions) != 1:
             raise ValueError("reward.judge goes with one set of rubrics in reward.functions")
@@ -100,6 +101,17 @@ class Config(Section):
             )
         self._one_pack_holds_an_update()
         return self
+
+    def _truncation_fits(self) -> None:
+        """Only fresh completions bring the sets that their tokens were drawn from."""
+        if self.rollout.top_k == 0:
+            return
+        for name in ("replay", "hindsight", "prior_resampling"):
+            if getattr(self, name).enabled:
+                raise ValueError(
+                    f"rollout.top_k does not go with {name}.enabled, whose trajectories are not "
+                    "drawn from the same tokens; set top_k to 0"
+                )
 
     def _loss_fits(self) -> None:
         """What `PolicyObjective` refuses, and columns that cannot mean two things."""
@@ -289,6 +301,7 @@ def refuse_world_size(config: Config, count: int) -> None:
         "model.lora.dropout": config.model.lora is not None and config.model.lora.dropout > 0,
         f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
         "rollout.generate_ahead": rollout.generate_ahead,
+        "rollout.top_k": rollout.top_k > 0,
         "train.gradient_release": config.train.gradient_release,
         "prior_resampling.enabled": config.prior_resampling.enabled,
         "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
@@ -312,7 +325,8 @@ def engine_kind(config: Config, device: str) -> str:
     """`rollout.engine` with `auto` resolved. ConfigError where vLLM is asked for and absent."""
     kind, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
     if kind == "auto":
-        return "vllm" if installed and device == "cuda" else "transformers"
+        can_use_vllm = installed and device == "cuda" and config.rollout.top_k == 0
+        return "vllm" if can_use_vllm else "transformers"
     if kind == "vllm" and not installed:
         raise ConfigError("rollout.engine vllm: vLLM is not installed; `exgrpo-fast doctor`")
     if kind == "vllm_server" and not installed and not config.rollout.server.urls:

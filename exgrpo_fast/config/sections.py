@@ -258,9 +258,16 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = Field(
         default=1.0, description="of sampling, and of every log-prob in the loss"
     )
-    top_p: float = Field(default=1.0, description="only 1: see docs/rollouts.md")
-    top_k: int = Field(default=0, description="only 0")
-    min_p: float = Field(default=0.0, description="only 0")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="the likeliest tokens up to this sum; needs top_k: docs/rollouts.md",
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="so many of the likeliest tokens; 0 = all"
+    )
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="tokens of at least this share of the likeliest; needs top_k"
+    )
     max_batch_sequences: Positive = Field(default=256, description="sequences decoded at a time")
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     generate_ahead: bool = Field(
@@ -278,13 +285,18 @@ class RolloutConfig(Section):
     server: ServerConfig = ServerConfig()
 
     @model_validator(mode="after")
-    def _draws_from_the_policy(self) -> RolloutConfig:
-        for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-            if getattr(self, name) != neutral:
+    def _kept_sets_are_known(self) -> RolloutConfig:
+        for name, neutral in (("top_p", 1.0), ("min_p", 0.0)):
+            if getattr(self, name) != neutral and self.top_k == 0:
                 raise ValueError(
-                    f"rollout.{name} must stay {neutral:g}: a truncated distribution is not the "
-                    f"policy, and its importance ratios would be wrong; eval.top_p is free"
+                    f"rollout.{name} needs rollout.top_k, which bounds what is kept of each token; "
+                    "try 512"
                 )
+        if self.top_k > 0 and self.engine in ("vllm", "vllm_server"):
+            raise ValueError(
+                f"rollout.top_k: rollout.engine {self.engine} does not say which tokens were left "
+                "to draw from; set rollout.engine to transformers, or top_k to 0"
+            )
         if self.generate_ahead and self.engine != "vllm_server":
             raise ValueError("rollout.generate_ahead needs rollout.engine vllm_server")
         return self

@@ -45,6 +45,19 @@ class WeightSpan(NamedTuple):
 
 
 @dataclass(frozen=True)
+class KeptTokens:
+    """What top-k, top-p or min-p left to draw from at each position of a completion."""
+
+    ids: Tensor  # int32, of one position after the other; the drawn token is among them
+    counts: Tensor  # int64 [T]
+
+    def first(self, length: int) -> KeptTokens:
+        """Of the first `length` positions."""
+        counts = self.counts[:length]
+        return KeptTokens(self.ids[: int(counts.sum())], counts)
+
+
+@dataclass(frozen=True)
 class Completion:
     """What an engine returns for one request; `logprobs` are the engine's own."""
 
@@ -52,6 +65,7 @@ class Completion:
     logprobs: Tensor  # float32 [T]
     truncated: bool  # True when the length limit ended it
     weight_spans: tuple[WeightSpan, ...] = ()  # none: all of it by the present weights
+    kept: KeptTokens | None = None  # None: drawn from the whole vocabulary
 
 
 class RewardSample(NamedTuple):
@@ -102,6 +116,7 @@ class Trajectory:
     behaviour_logprobs: Tensor  # float32 [T], denominator of the ratio
     entropies: Tensor  # float32 [T], under the policy that scored `behaviour_logprobs`
     truncated: bool
+    kept: KeptTokens | None = None  # what all log-probs are over; None: the whole vocabulary
     source: SourceName = "fresh"
     shaping: float = 0.0  # 0 = clipped ratio; g > 0 = unclipped w / (w + g)
     proximal_logprobs: Tensor | None = None  # float32 [T]; the clip is taken around these
@@ -191,9 +206,12 @@ class TokenColumns:
     sequence_ids: Tensor  # int64 [N], which trajectory of the micro-batch (sequence-level ratios)
     ref_logprobs: Tensor | None = None  # float32 [N], only when a KL term is on
     kl_weights: Tensor | None = None  # float32 [N], where the KL term is not on all tokens alike
+    kept_ids: Tensor | None = (
+        None  # int32 [N, K], what each token was drawn from; -1 behind the last
+    )
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name).shape for f in fields(self) if self._has(f.name)}
+        sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if self._has(f.name)}
         assert len(set(sizes.values())) == 1, f"columns differ in length: {sizes}"
 
     def _has(self, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exgrpo_fast.core.types import Completion, Question, Trajectory
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import Ragged, kept_sets
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
@@ -75,6 +75,7 @@ class FreshSource:
         scores = self.policy.score(
             Ragged.of([question.prompt_ids for question in question_of]),
             Ragged.of([completion.token_ids for completion in completions]),
+            kept=kept_sets(completions),
             on_poll=observer.on_poll,
         ).split()
         differences = [
@@ -88,6 +89,7 @@ class FreshSource:
                 behaviour_logprobs=logprobs,
                 entropies=entropies,
                 truncated=completion.truncated,
+                kept=completion.kept,
                 token_weights=self.mismatch.factors(difference),
                 birth_step=step,
             )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.transfer import to_device
-from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.core.types import Completion, Trajectory
 from exgrpo_fast.model.attention.layout import AttentionLayout
 from exgrpo_fast.model.oom import Extent
 
@@ -67,6 +67,26 @@ def sequences_of(trajectories: Sequence[Trajectory]) -> tuple[Ragged, Ragged]:
     """(prompts, completions), on the CPU."""
     prompts = Ragged.of([t.question.prompt_ids for t in trajectories])
     return prompts, Ragged.of([t.token_ids for t in trajectories])
+
+
+def kept_sets(members: Sequence[Completion | Trajectory]) -> Ragged | None:
+    """One sequence of int32 ids for each token: what it was drawn from, on the CPU.
+
+    None where all of them were drawn from the whole vocabulary.
+    """
+    found = [member.kept for member in members if member.kept is not None]
+    if not found:
+        return None
+    assert len(found) == len(members), "some completions have their kept sets, others have not"
+    return Ragged(torch.cat([k.ids for k in found]), torch.cat([k.counts for k in found]))
+
+
+def padded_ids(kept: Ragged) -> Tensor:
+    """int32 [N, K] as the kernels take them, -1 behind the last."""
+    width = max(1, int(kept.lengths.max())) if len(kept) else 1
+    ids = torch.full((len(kept), width), -1, dtype=torch.int32)
+    ids[torch.arange(width) < kept.lengths[:, None]] = kept.values.to(torch.int32)
+    return ids
 
 
 def starts_of(lengths_S: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from exgrpo_fast.model.folder_settings import positions, read_generation_config
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
 from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
-from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack
+from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack, padded_ids
 from exgrpo_fast.model.renamed import checkpointing_enable
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob, runtime
@@ -216,16 +216,22 @@ class Policy:
 
     @torch.no_grad()
     def score(
-        self, prompts: Ragged, responses: Ragged, *, on_poll: Callable[[], None] = lambda: None
+        self,
+        prompts: Ragged,
+        responses: Ragged,
+        *,
+        kept: Ragged | None = None,
+        on_poll: Callable[[], None] = lambda: None,
     ) -> Scores:
-        """Log-probs and full-vocabulary entropies under the present weights.
+        """Log-probs and entropies under the present weights: over the whole vocabulary, or over the
+        set that each token was drawn from, `kept` (see `kept_sets`).
 
         `on_poll` is called once for each pack of sequences. OutOfMemory where not even one sequence
         fits.
         """
         return retry_smaller_on_oom(
             self,
-            lambda: self._score(prompts, responses, on_poll),
+            lambda: self._score(prompts, responses, on_poll, kept=kept),
             lambda: extent(prompts, responses),
             during="scoring",
         )
@@ -242,6 +248,7 @@ class Policy:
         on_poll: Callable[[], None],
         *,
         training: bool = False,
+        kept: Ragged | None = None,
     ) -> Scores:
         found = torch.zeros(2, len(responses.values), device=self.device)
         logprobs, entropies = found
@@ -255,6 +262,7 @@ class Policy:
                 if not counts:
                     continue
                 weight, bias, softcap = self.head_for(hidden_ND)
+                places = packed.places_in(responses)
                 out = linear_logprob(
                     hidden_ND,
                     weight,
@@ -262,13 +270,21 @@ class Policy:
                     bias=bias,
                     temperature=self.temperature,
                     softcap=softcap,
+                    kept_ids=self._kept_ids(kept, places),
                     chunk_rows=self.sizes.chunk_rows,
                 )
                 del hidden_ND, weight  # the next pack needs the room
-                (rows,) = to_device([packed.places_in(responses)], self.device)
+                (rows,) = to_device([places], self.device)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         self.processes.all_reduce_sum_(found)  # each is 0 in all processes but one
         return Scores(logprobs, entropies, responses.lengths)
+
+    def _kept_ids(self, kept: Ragged | None, places: Tensor) -> Tensor | None:
+        """Those of some tokens, on the device."""
+        if kept is None:
+            return None
+        (ids,) = to_device([padded_ids(kept.pick(places))], self.device)
+        return ids
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its Hugging Face name, layer after layer, adapters merged in float32.

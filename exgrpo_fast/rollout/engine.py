@@ -14,12 +14,17 @@ from exgrpo_fast.core.types import Completion
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; `temperature` 0 is greedy. Training keeps `top_p` at 1: a truncated
-    distribution is not the policy whose ratio the loss takes."""
+    """How to sample; `temperature` 0 is greedy. `top_k` 0 is the whole vocabulary.
+
+    With `top_k` a completion says what each token was drawn from (`Completion.kept`): training needs
+    it, because the log-probs of its loss have to be over the same tokens.
+    """
 
     max_completion_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 One record holds what finished together, length and xxh3-128 in front, so that a torn tail is seen
 and cut off. A request is found again by the weights' version, its own content and the sampling.
-A disk that refuses a record costs that record and nothing else.
+A disk that refuses a record costs that record and nothing else. Completions of truncated sampling
+are not logged: what their tokens were drawn from would outweigh them.
 
 No sqlite3: its database file has no checksums, so a digest a row would stay, and a file cut in its
 middle is lost as a whole, where here every record before the cut is read.
@@ -72,7 +73,8 @@ class JournalledEngine(EngineWrapper):
         path = self._path(self.version)
 
         def log_finished(places: Sequence[int], completions: Sequence[Completion]) -> None:
-            self.append(path, [keys[i] for i in places], completions)
+            if all(completion.kept is None for completion in completions):
+                self.append(path, [keys[i] for i in places], completions)
 
         return JournalledGeneration(known, rest, generation, log_finished)
 

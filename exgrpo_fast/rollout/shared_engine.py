@@ -107,8 +107,14 @@ class AnnouncedPolicy(Policy):
         yield from self.policy.named_weights()
 
     def score(
-        self, prompts: Ragged, completions: Ragged, *, on_poll: Callable[[], None] = lambda: None
+        self,
+        prompts: Ragged,
+        completions: Ragged,
+        *,
+        kept: Ragged | None = None,
+        on_poll: Callable[[], None] = lambda: None,
     ) -> Scores:
+        assert kept is None, "truncated sampling is for one process"
         parts = [prompts.values, prompts.lengths, completions.values, completions.lengths]
         self.processes.broadcast({"do": "score", "of": [part.tolist() for part in parts]})
         return self.policy.score(prompts, completions, on_poll=on_poll)

@@ -20,7 +20,7 @@ from exgrpo_fast.core.transfer import on_host, to_device
 from exgrpo_fast.core.types import Group, TokenColumns, Trajectory
 from exgrpo_fast.experience.replay.weighting import moved_clip
 from exgrpo_fast.model.oom import Extent
-from exgrpo_fast.model.packing import Pack, extent, pack, sequences_of
+from exgrpo_fast.model.packing import Pack, extent, kept_sets, pack, padded_ids, sequences_of
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.training.optim.gradient_release import require_one_pack
 from exgrpo_kernels import PolicyObjective
@@ -188,6 +188,9 @@ class UpdateBatch:
         if any(term.kl_weights is not None for term in terms):
             columns["kl_weights"] = join(map(kl_weights_of, terms))
         moved = dict(zip(columns, to_device(list(columns.values()), device), strict=True))
+        kept = kept_sets(trajectories)
+        if kept is not None:
+            (moved["kept_ids"],) = to_device([padded_ids(kept)], device)
         ids = on_host(torch.arange(len(terms)).repeat_interleave(lengths), device)
         return TokenColumns(targets=packed.targets, sequence_ids=ids, **moved)
 

@@ -130,6 +130,7 @@ class Learner:
                 ref_logprobs=columns.ref_logprobs,
                 sequence_ids=columns.sequence_ids,
                 kl_weights=columns.kl_weights,
+                kept_ids=columns.kept_ids,
                 objective=objective,
                 weight_main_grad=head_gradient_VD,
                 bias=bias,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from exgrpo_fast.core.types import Group, Trajectory
 from exgrpo_fast.model.lora import switched_off
-from exgrpo_fast.model.packing import Ragged, sequences_of
+from exgrpo_fast.model.packing import Ragged, kept_sets, sequences_of
 from exgrpo_fast.model.policy import Policy, Scores
 
 
@@ -32,9 +32,9 @@ class AdapterOff:
 
     policy: Policy
 
-    def score(self, prompts: Ragged, responses: Ragged) -> Scores:
+    def score(self, prompts: Ragged, responses: Ragged, *, kept: Ragged | None = None) -> Scores:
         with switched_off(self.policy.model):
-            return self.policy.score(prompts, responses)
+            return self.policy.score(prompts, responses, kept=kept)
 
 
 class Reference:
@@ -69,13 +69,13 @@ class Reference:
         return [replace(g, trajectories=tuple(map(with_reference, g.trajectories))) for g in groups]
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        """float32 [T] of each, on the CPU."""
+        """float32 [T] of each, on the CPU; over the set that a token was drawn from, if any."""
         prompts, responses = sequences_of(trajectories)
-        mixed = self.base.score(prompts, responses).logprobs
+        kept = kept_sets(trajectories)
+        mixed = self.base.score(prompts, responses, kept=kept).logprobs
         if self.previous is not None:
-            mixed = mixed.lerp(
-                self.previous.score(prompts, responses).logprobs, self.previous_share
-            )
+            others = self.previous.score(prompts, responses, kept=kept).logprobs
+            mixed = mixed.lerp(others, self.previous_share)
         return list(Ragged(mixed.cpu(), responses.lengths).split())
 
     def follow(self, policy: Policy) -> None:

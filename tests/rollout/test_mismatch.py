@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
 
-from exgrpo_fast.config import ConfigError
 from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.mismatch import NO_CORRECTION, MismatchRule, measure, staleness
 
@@ -116,9 +115,3 @@ def test_the_factors_reach_the_loss(make_test_trainer, tokenizer, rule) -> None:
 def test_without_a_correction_the_engine_does_not_matter(make_test_trainer, tokenizer) -> None:
     loss, groups = loss_of_a_step(make_test_trainer, tokenizer, NO_CORRECTION)
     assert all(t.token_weights is None for group in groups for t in group.trajectories)
-
-
-@pytest.mark.parametrize("key", [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}])
-def test_truncated_sampling_is_refused_beside_a_ratio(make_test_trainer, tokenizer, key) -> None:
-    with pytest.raises(ConfigError, match=f"rollout.{next(iter(key))} must stay"):
-        make_test_trainer(make_questions(tokenizer, ["a"]), rollout=key)

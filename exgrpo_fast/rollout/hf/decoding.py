@@ -24,6 +24,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from exgrpo_fast.core.transfer import to_device
+from exgrpo_fast.core.types import KeptTokens
+from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.renamed import cache_argument
 from exgrpo_fast.rollout.engine import Sampling
 from exgrpo_fast.rollout.hf.drawing import draw, signed
@@ -59,6 +61,7 @@ class Decoding:
         self.num_tokens = max(limits)
         self.tokens_RT = torch.zeros(len(seeds), self.num_tokens, dtype=torch.int64, device=device)
         self.logprobs_RT = torch.zeros(len(seeds), self.num_tokens, device=device)
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of a position: rows, counts, ids
         self.sampling = sampling
         self.on_poll = on_poll
         self.looks_every = 1 if device.type == "cpu" else TOKENS_UNSEEN
@@ -86,12 +89,27 @@ class Decoding:
                 logits_BV = forward(drawn_B[:, None])
 
     def _draw(self, logits_BV: Tensor, position: int) -> Tensor:
-        drawn_B, logprobs_B = draw(logits_BV, self.seeds_B, position, self.sampling)
+        drawn_B, logprobs_B, kept_BK = draw(logits_BV, self.seeds_B, position, self.sampling)
+        if kept_BK is not None:
+            is_kept = kept_BK >= 0
+            ids = kept_BK[is_kept].to(torch.int32)  # waits for the device, once a token
+            self.kept.append((self.rows_B.cpu(), is_kept.sum(1).cpu(), ids.cpu()))
         self.tokens_RT[self.rows_B, position] = drawn_B
         self.logprobs_RT[self.rows_B, position] = logprobs_B
         self.going_B &= ~torch.isin(drawn_B, self.eos_token_ids)
         self.going_B &= self.limits_B > position + 1
         return drawn_B
+
+    def kept_tokens(self) -> list[KeptTokens | None]:
+        """What the tokens of each request were drawn from, positions behind its end included."""
+        if not self.kept:
+            return [None] * len(self.tokens_RT)
+        rows, counts, ids = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+        by_row = Ragged(ids, counts).pick(rows.argsort(stable=True))
+        positions = torch.bincount(rows, minlength=len(self.tokens_RT)).tolist()
+        counts_of = by_row.lengths.split(positions)
+        ids_of = by_row.values.split([int(counts.sum()) for counts in counts_of])
+        return [KeptTokens(*kept) for kept in zip(ids_of, counts_of, strict=True)]
 
     def _kept(self, position: int) -> Tensor | None:
         """The rows that go on, once enough others have ended; None: all stay for now."""

@@ -1,9 +1,12 @@
 """One token for each row of logits, by inverse CDF with a number that its request owns.
 
-Legend: B rows, V vocabulary.
+Legend: B rows, V vocabulary, K tokens that are kept at most.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +16,14 @@ from exgrpo_fast.rollout.engine import Sampling
 BLOCK = 128  # tokens whose probabilities are summed before the CDF is looked up
 
 
-def draw(
-    logits_BV: Tensor, seeds_B: Tensor, position: int, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
-    """(tokens [B], log-probs [B]) from softmax(logits / temperature), float32.
+class Drawn(NamedTuple):
+    tokens_B: Tensor
+    logprobs_B: Tensor  # float32
+    kept_BK: Tensor | None  # what it was drawn from, -1 behind the last; None: no top_k
+
+
+def draw(logits_BV: Tensor, seeds_B: Tensor, position: int, sampling: Sampling) -> Drawn:
+    """One token a row from softmax(logits / temperature), truncated as `sampling` says.
 
     The uniform number of a row at position t is a hash of (its seed, t). The log-probability is
     that under the distribution that was drawn from.
@@ -25,15 +32,19 @@ def draw(
     if sampling.temperature == 0.0:
         logprobs_BV = logits_BV.log_softmax(dim=-1)
         drawn_B = logprobs_BV.argmax(dim=-1)
-        return drawn_B, _pick(logprobs_BV, drawn_B)
+        return Drawn(drawn_B, _pick(logprobs_BV, drawn_B), None)
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
-    if sampling.top_p < 1.0:
+    kept_BK = None
+    if sampling.top_k > 0:
+        logits_BV, kept_BK = keep_top(logits_BV, sampling)
+    elif sampling.top_p < 1.0:
         logits_BV = keep_nucleus(logits_BV.log_softmax(dim=-1), sampling.top_p)
     highest_B = logits_BV.amax(dim=-1)
     weights_BV = (logits_BV - highest_B[:, None]).exp_()
     drawn_B, total_B = invert_cdf(weights_BV, hash_uniform(seeds_B, position))
-    return drawn_B, _pick(logits_BV, drawn_B) - highest_B - total_B.log()
+    logprobs_B = _pick(logits_BV, drawn_B) - highest_B - total_B.log()
+    return Drawn(drawn_B, logprobs_B, kept_BK)
 
 
 def _pick(values_BV: Tensor, index_B: Tensor) -> Tensor:
@@ -88,6 +99,23 @@ def _below(point_B: Tensor, total_B: Tensor) -> Tensor:
 def _first_above(cdf_Bn: Tensor, point_B: Tensor) -> Tensor:
     found_B = torch.searchsorted(cdf_Bn, point_B[:, None], right=True)[:, 0]
     return found_B.clamp(max=cdf_Bn.shape[1] - 1)  # NaN sorts behind all
+
+
+def keep_top(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(logits, -inf outside of the kept set; its ids [B, K]): min-p, then top-k, then top-p.
+
+    The order is vLLM's. Of equal logits at the edge of top-k any may be kept, so at most K are.
+    """
+    values_BK, ids_BK = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]))
+    if sampling.min_p > 0.0:
+        lowest_B1 = values_BK[:, :1] + math.log(sampling.min_p)
+        values_BK = values_BK.masked_fill(values_BK < lowest_B1, -torch.inf)
+    probs_BK = values_BK.softmax(dim=-1)
+    if sampling.top_p < 1.0:
+        before_BK = running_sum(probs_BK) - probs_BK
+        values_BK = values_BK.masked_fill(before_BK >= sampling.top_p, -torch.inf)
+    kept_BV = torch.full_like(logits_BV, -torch.inf).scatter_(1, ids_BK, values_BK)
+    return kept_BV, ids_BK.masked_fill(values_BK == -torch.inf, -1)
 
 
 def keep_nucleus(logprobs_BV: Tensor, top_p: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.transfer import to_device
-from exgrpo_fast.core.types import Completion
+from exgrpo_fast.core.types import Completion, KeptTokens
 from exgrpo_fast.model.oom import (
     among_several,
     not_even_one,
@@ -131,16 +131,20 @@ class TransformersEngine(LocalEngine):
         decoding.run(self.policy.model, *to_device([ids, mask], device))
         logprobs = decoding.logprobs_RT.to("cpu", non_blocking=True)
         tokens = decoding.tokens_RT.cpu()  # waits, for the log-probs too
+        kept = decoding.kept_tokens()
         return [
-            self._cut(row[:limit], row_logprobs[:limit])
-            for row, row_logprobs, limit in zip(tokens, logprobs, limits, strict=True)
+            self._cut(row[:limit], row_logprobs[:limit], row_kept)
+            for row, row_logprobs, limit, row_kept in zip(
+                tokens, logprobs, limits, kept, strict=True
+            )
         ]
 
-    def _cut(self, tokens: Tensor, logprobs: Tensor) -> Completion:
+    def _cut(self, tokens: Tensor, logprobs: Tensor, kept: KeptTokens | None) -> Completion:
         ends = torch.isin(tokens, torch.tensor(self.eos_token_ids)).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         return Completion(
             token_ids=tokens[:length].clone(),
             logprobs=logprobs[:length].clone(),
             truncated=not len(ends),
+            kept=None if kept is None else kept.first(length),
         )
