@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "train": "exgrpo_fast.api.training",
     "evaluate": "exgrpo_fast.api.evaluation",
+    "watch": "exgrpo_fast.api.pages",
     "Config": "exgrpo_fast.config",
     "load_config": "exgrpo_fast.config",
     "Question": "exgrpo_fast.core.types",

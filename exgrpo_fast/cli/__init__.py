@@ -22,18 +22,37 @@ from exgrpo_fast.cli.eval import add_eval
 from exgrpo_fast.cli.export import add_export
 from exgrpo_fast.cli.fetch import add_fetch
 from exgrpo_fast.cli.init import add_init
+from exgrpo_fast.cli.report import add_report
 from exgrpo_fast.cli.reward_test import add_reward_test
 from exgrpo_fast.cli.sample import add_sample
 from exgrpo_fast.cli.score import add_score
 from exgrpo_fast.cli.train import add_train, parse_overrides, train
 from exgrpo_fast.cli.verify_checkpoint import add_verify_checkpoint
+from exgrpo_fast.cli.watch import add_watch
 from exgrpo_fast.config import ConfigError, suggest
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line
 
 EXIT_USAGE, EXIT_SIGNAL = 2, 128
+FIRST_STEPS = f"""\
+exgrpo-fast {__version__}: GRPO that learns from its own past
+
+  exgrpo-fast doctor
+      what works on this machine
+  exgrpo-fast train quickstart --out runs/first
+      train a toy: ten minutes on two CPU cores, no download
+  exgrpo-fast watch runs/first
+      its curves in the browser while it runs
+  exgrpo-fast init my-run
+      config, reward and rows, to train a model of your own
+
+exgrpo-fast --help            the commands
+exgrpo-fast COMMAND --help    its options
+"""
 COMMANDS = (
     add_train,
+    add_watch,
+    add_report,
     add_eval,
     add_sample,
     add_init,
@@ -67,13 +86,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def outcome(argv: Sequence[str] | None) -> int | str | None:
     """The exit code of one command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        print(FIRST_STEPS, end="")
+        return 0
     try:
-        arguments, rest = parser().parse_known_args(argv)
+        arguments, rest = parser().parse_known_args(words)
         if rest and arguments.run is not train:
             hint = suggest(rest[0], arguments.options)
             raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'{hint}")
         if arguments.run is train:
-            arguments.words = list(sys.argv[1:] if argv is None else argv)
+            arguments.words = words
             arguments.overrides = parse_overrides(rest, arguments.options)
         return arguments.run(arguments)
     except UserError as error:

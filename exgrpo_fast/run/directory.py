@@ -147,6 +147,25 @@ def _take_lock(path: Path) -> TextIO:
     return lock
 
 
+def is_written(path: Path) -> bool:
+    """Whether a live process holds the lock of the run directory; changes nothing.
+
+    To try the lock could make a run that starts at this moment fail. /proc/locks says it for certain;
+    without it the process that is named in the lock file decides, where it is of this host.
+    """
+    try:
+        owner, inode = (path / ".lock").read_text(), (path / ".lock").stat().st_ino
+    except (OSError, ValueError):
+        return False
+    try:
+        with open("/proc/locks") as table:  # 1: FLOCK  ADVISORY  WRITE 4711 fe:00:2523196 0 EOF
+            held = [line.split() for line in table if "FLOCK" in line]
+    except OSError:
+        words = owner.split()
+        return len(words) == 4 and words[3] == socket.gethostname() and not _is_dead(words[1])
+    return any(fields[-3].rpartition(":")[2] == str(inode) for fields in held)
+
+
 def _owner_of(lock: TextIO) -> str:
     """'process 123 on host', which the owner writes just after it has taken the lock."""
     owner = ""
@@ -162,8 +181,10 @@ def _owner_of(lock: TextIO) -> str:
 def _names_a_dead_process(owner: str) -> bool:
     """Whether it is the previous owner's name, which the present one has not replaced yet."""
     _, number, _, host = owner.split(" ", 3)
-    if host != socket.gethostname():
-        return False
+    return host == socket.gethostname() and _is_dead(number)
+
+
+def _is_dead(number: str) -> bool:
     try:
         os.kill(int(number), 0)
     except ProcessLookupError:

@@ -78,7 +78,6 @@ def refused(run):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("", "the following arguments are required: COMMAND"),
         ("trian quickstart", "invalid choice: 'trian'"),
         ("trian quickstart", "did you mean 'train'?"),
         ("train", "train: the following arguments are required: config"),

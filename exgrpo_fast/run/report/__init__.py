@@ -8,19 +8,41 @@ small, sharp, follow the reader's light or dark theme, and need nothing from the
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from exgrpo_fast.run.report.page import render
-from exgrpo_fast.run.report.reading import Run, read_run
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.run.report.comparison import MAX_RUNS
+from exgrpo_fast.run.report.page import render, render_comparison
+from exgrpo_fast.run.report.reading import Run, read_run, read_runs
 
-__all__ = ["Run", "read_run", "render", "write_report"]
+__all__ = ["Run", "make_page", "read_run", "read_runs", "render", "write_page", "write_report"]
 
 
 def write_report(run_dir: Path | str) -> Path:
     """Write DIR/report.html from what DIR holds, and return its path."""
-    run_dir = Path(run_dir)
-    page = render(read_run(run_dir))
-    temporary = run_dir / f".report.{os.getpid()}.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, run_dir / "report.html")
-    return run_dir / "report.html"
+    path = Path(run_dir) / "report.html"
+    write_page(path, render(read_run(Path(run_dir))))
+    return path
+
+
+def make_page(folders: Sequence[Path], *, live: bool = False) -> str:
+    """The page of one run, or of several beside each other. UserError in one line for what is none.
+
+    `live`: a page that asks its server for a newer one, also before the first step has finished.
+    """
+    if len(folders) > MAX_RUNS:
+        raise UserError(f"{len(folders)} runs are too many for one page: at most {MAX_RUNS}")
+    runs = read_runs(folders, may_be_empty=live)
+    return render(runs[0], live=live) if len(runs) == 1 else render_comparison(runs, live=live)
+
+
+def write_page(path: Path, page: str) -> None:
+    """A whole file or none: written beside its name and renamed."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -73,7 +73,7 @@ def _article(name: str, row: Row, *, with_question: bool) -> str:
 
 def _question(row: Row) -> str:
     prompt, answer = (safe_text(row.get(key), QUESTION_LIMIT) for key in ("prompt", "answer"))
-    return f"<p class=prompt>{prompt}</p><p class=prompt>Expected answer: {answer}</p>"
+    return f"<p class=prompt tabindex=0>{prompt}</p><p class=prompt>Expected answer: {answer}</p>"
 
 
 def safe_text(value: object, limit: int) -> str:

@@ -1,13 +1,14 @@
 """Which figures the report shows: a table of titles, metrics and notes, and the few that compute.
 
-A figure with nothing to draw is '', and vanishes from the page.
+A figure of one run may hold several metrics. Of several runs there is a figure for each metric, and a
+colour for each run. A figure with nothing to draw is '', and vanishes from the page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 from exgrpo_fast.core.text import clean_text
 from exgrpo_fast.run.display.formatting import finite, number_of
@@ -18,18 +19,29 @@ from exgrpo_fast.run.report.svg import Line, Mark, heat_figure, line_figure, sta
 NUM_REASONS = NUM_PHASES = 6  # drawn on their own; the seventh colour is that of the rest
 SMALLEST_PHASE = 0.01  # share of the run's time; phases below it are drawn as 'other'
 
-Draw = Callable[[Run], str]
+
+class Figure(Protocol):
+    def draw(self, run: Run) -> str: ...
+
+    def compare(self, runs: Sequence[Run]) -> list[str]:
+        """What of it is known of several runs."""
+        ...
 
 
 class Section(NamedTuple):
     title: str
-    figures: Sequence[Draw]
+    figures: Sequence[Figure]
     only_with: str = ""  # a metric: runs that do not write it have no such section
 
     def draw(self, run: Run) -> list[str]:
         if self.only_with and not run.series(self.only_with):
             return []
-        return [draw(run) for draw in self.figures]
+        return [figure.draw(run) for figure in self.figures]
+
+    def compare(self, runs: Sequence[Run]) -> list[str]:
+        if self.only_with and not any(run.series(self.only_with) for run in runs):
+            return []
+        return [drawn for figure in self.figures for drawn in figure.compare(runs)]
 
 
 @dataclass(frozen=True)
@@ -42,28 +54,64 @@ class Curves:
     smooth: bool = True
     zero: bool = True
 
-    def __call__(self, run: Run) -> str:
+    def draw(self, run: Run) -> str:
         series = [(legend, run.series(metric)) for legend, metric in self.metrics.items()]
         lines = [Line(*each, colour, self.smooth) for colour, each in enumerate(series, start=1)]
         return line_figure(self.title, lines, zero=self.zero, note=self.note)
+
+    def compare(self, runs: Sequence[Run]) -> list[str]:
+        return [
+            line_figure(
+                self._title_of(legend),
+                [
+                    Line(run.name, run.series(metric), colour, self.smooth)
+                    for colour, run in enumerate(runs, start=1)
+                ],
+                zero=self.zero,
+                note=self.note,
+            )
+            for legend, metric in self.metrics.items()
+        ]
+
+    def _title_of(self, legend: str) -> str:
+        return self.title if len(self.metrics) == 1 else f"{self.title}: {legend}"
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A figure of one run that a function draws; runs are compared by `compared`."""
+
+    of_run: Callable[[Run], str]
+    compared: Sequence[Curves] = ()
+
+    def draw(self, run: Run) -> str:
+        return self.of_run(run)
+
+    def compare(self, runs: Sequence[Run]) -> list[str]:
+        return [drawn for curves in self.compared for drawn in curves.compare(runs)]
 
 
 # --- figures that compute -------------------------------------------------------------------------
 
 
 def rewards(run: Run) -> str:
-    """With the held-out evaluations before, during (from the metrics) and after."""
-    marks = {step: Mark(step, value) for step, value in run.series("eval_avg_at_n")}
-    for key, step in (("eval_before", 0), ("eval_after", run.last_step)):
-        if evaluation := run.evaluation(key):
-            marks[step] = Mark(step, float(evaluation["avg_at_n"]), interval(evaluation))
+    """With the held-out evaluations."""
     lines = [
         Line("reward", run.series("reward_mean"), 1),
         Line("pass@1, all", run.series("pass_at_1"), 3),
         Line("pass@1, fresh", run.series("pass_at_1_fresh"), 4),
     ]
-    shown = [marks[step] for step in sorted(marks)]
-    return line_figure("Reward and pass@1", lines, marks=shown, mark_name="held-out avg@n")
+    marks = evaluations(run)
+    return line_figure("Reward and pass@1", lines, marks=marks, mark_name="held-out avg@n")
+
+
+def evaluations(run: Run, colour: int = 2) -> list[Mark]:
+    """The held-out evaluations before, during (from the metrics) and after."""
+    marks = {s: Mark(s, value, colour=colour) for s, value in run.series("eval_avg_at_n")}
+    for key, step in (("eval_before", 0), ("eval_after", run.last_step)):
+        if found := run.evaluation(key):
+            marks[step] = Mark(step, float(found["avg_at_n"]), interval(found), colour)
+    return [marks[step] for step in sorted(marks)]
 
 
 def outcomes(run: Run) -> str:
@@ -109,8 +157,7 @@ def _reason_counts(step: Mapping[str, Any]) -> dict[str, float]:
 def stored_questions(run: Run) -> str:
     started = [step for step, active in run.series("replay_active") if active]
     note = f"Replay is active from step {started[0]}." if started else ""
-    metrics = {"questions to replay": "replay_size", "retired, solved for good": "retired_size"}
-    return Curves("Questions in the replay buffer", metrics, note, smooth=False)(run)
+    return replace(STORED_QUESTIONS, note=note).draw(run)
 
 
 def buckets(run: Run) -> str:
@@ -168,12 +215,35 @@ def phases(run: Run) -> str:
 
 # --- the table ------------------------------------------------------------------------------------
 
+STORED_QUESTIONS = Curves(
+    "Questions in the replay buffer",
+    {"questions to replay": "replay_size", "retired, solved for good": "retired_size"},
+    smooth=False,
+)
 LEARNING = [
-    rewards,
-    outcomes,
+    Computed(
+        rewards,
+        [
+            Curves("Mean reward", {"reward": "reward_mean"}),
+            Curves("pass@1", {"all trajectories": "pass_at_1", "fresh": "pass_at_1_fresh"}),
+        ],
+    ),
+    Computed(
+        outcomes,
+        [
+            Curves(
+                "Share of the groups",
+                {
+                    "learnable": "learnable_frac",
+                    "none correct": "all_fail_frac",
+                    "all correct": "all_pass_frac",
+                },
+            )
+        ],
+    ),
     Curves(
         "Entropy",
-        {"all": "entropy", "replayed": "entropy_replay", "fresh": "entropy_fresh"},
+        {"fresh": "entropy", "replayed": "entropy_replay"},
         "Mean over tokens, in nats. A fall towards 0 means the policy stops exploring.",
     ),
     Curves(
@@ -184,12 +254,12 @@ LEARNING = [
         {"cut at the length limit": "truncated_frac"},
         "A cut completion rarely holds an answer.",
     ),
-    reasons,
+    Computed(reasons),
 ]
 REPLAY = [
-    stored_questions,
-    buckets,
-    ages,
+    Computed(stored_questions, [STORED_QUESTIONS]),
+    Computed(buckets),
+    Computed(ages),
     Curves("Groups with a replayed trajectory", {"share": "replay_frac"}),
     Curves("Age of replayed trajectories, in steps", {"mean": "replay_age_mean"}),
     Curves(
@@ -245,7 +315,19 @@ HINDSIGHT = [
     Curves("Reward of the revisions", {"mean": "hindsight_reward_mean"}),
 ]
 TIME = [
-    phases,
+    Computed(
+        phases,
+        [
+            Curves(
+                "Seconds per step",
+                {
+                    "in all": "step_seconds",
+                    "rollout": "seconds_rollout",
+                    "update": "seconds_update",
+                },
+            )
+        ],
+    ),
     Curves(
         "Tokens per second",
         {"rollout": "tokens_per_second_rollout", "training": "tokens_per_second_train"},

@@ -26,6 +26,8 @@ def headline(run: Run) -> str:
     part = max(1, len(rewards) // 10)
     first, last = sum(rewards[:part]) / part, sum(rewards[-part:]) / part
     lead = "There is no held-out evaluation before and after: only the training reward is known."
+    if before:
+        lead = f"Held-out accuracy was {percent(before['avg_at_n'])} before training."
     change = _change("training reward", first, last, show="{:.3f}".format)
     return f"<div class=change>{change}</div><p class=lead>{lead}</p>"
 
@@ -65,14 +67,14 @@ def _certainty(before: Evaluation, after: Evaluation) -> str:
     old, new = interval(before), interval(after)
     if old is None or new is None:
         return ""
-    was, became = (f"{_percent(low)} to {_percent(high)}" for low, high in (old, new))
+    was, became = (f"{percent(low)} to {percent(high)}" for low, high in (old, new))
     spans = f"{was} before, {became} after"
     if new[0] > old[1] or new[1] < old[0]:
         return f"The 95 % intervals ({spans}) do not touch."
     return f"The 95 % intervals ({spans}) overlap: chance alone may explain it."
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f}\u00a0%"  # no line break before the sign
 
 
@@ -81,7 +83,7 @@ def _change(
     old: float | None,
     new: float | None,
     *,
-    show: Callable[[float], str] = _percent,
+    show: Callable[[float], str] = percent,
     good: int = 1,
 ) -> str:
     """'name: old → new', '' unless both are known; `good` is the sign of an improvement."""
@@ -94,11 +96,39 @@ def _change(
     )
 
 
+def status(run: Run) -> str:
+    """'running · step 12 of 24', 'stopped · step 12 of 24'; '' for a run that is complete."""
+    is_complete = run.max_steps is not None and run.last_step >= run.max_steps
+    if run.is_running:
+        mean = statistics.fmean(seconds) if (seconds := run.values("step_seconds")[-10:]) else 0
+        pace = f" · {duration(mean)} a step" if mean else ""
+        return f"<p class=status><b>running</b> · step {progress(run)}{pace}</p>"
+    if is_complete or run.max_steps is None:
+        return ""
+    return f"<p class=status><b>stopped</b> · step {progress(run)}</p>"
+
+
+def progress(run: Run) -> str:
+    """'12 of 24', or '24' where that is all, or where the end is not known."""
+    if run.max_steps is None or run.last_step >= run.max_steps:
+        return str(run.last_step)
+    return f"{run.last_step} of {run.max_steps}"
+
+
+def wall_seconds(run: Run) -> float:
+    """Of the whole command; while it runs, of the steps alone."""
+    return number_of(run.summary, "wall_seconds") or run.total("step_seconds")
+
+
+def peak_memory(run: Run) -> float | None:
+    """GiB."""
+    peaks = run.values("peak_memory_gib")
+    return number_of(run.summary, "peak_memory_gib") or max(peaks, default=None)
+
+
 def facts(run: Run) -> str:
     """Size and duration of the run."""
-    seconds = number_of(run.summary, "wall_seconds") or run.total("step_seconds")
-    peaks = run.values("peak_memory_gib")
-    peak = number_of(run.summary, "peak_memory_gib") or max(peaks, default=None)
+    seconds, peak = wall_seconds(run), peak_memory(run)
     generated, trained = run.total("tokens_generated"), run.total("tokens_trained")
     rates = run.values("tokens_per_second_rollout")
     skipped = sum(1 for step in run.steps if step.get("skipped"))

@@ -4,39 +4,62 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
+from exgrpo_fast.run.report.comparison import differences, results
 from exgrpo_fast.run.report.completions import completions_section, safe_text
-from exgrpo_fast.run.report.figures import EXPERIENCE_SECTIONS, MACHINE_SECTIONS, Section
-from exgrpo_fast.run.report.headline import facts, headline
-from exgrpo_fast.run.report.reading import Run
+from exgrpo_fast.run.report.figures import EXPERIENCE_SECTIONS, MACHINE_SECTIONS
+from exgrpo_fast.run.report.headline import facts, headline, status
+from exgrpo_fast.run.report.reading import Run, flat
 
 
-def render(run: Run) -> str:
-    """The whole page."""
+def render(run: Run, *, live: bool = False) -> str:
+    """The whole page of a run; `live`: with a script that asks its server for a newer one."""
     subject, name = safe_text(_subject(run), 200), safe_text(run.name, 200)
-    style, script = _resource("page.css"), _resource("page.js")
     environment = {key: value for key, value in run.environment.items() if key != "checks"}
+    header = f"<h1>{subject}</h1>{status(run)}{headline(run)}{facts(run)}"
+    main = (
+        _sections((section.title, section.draw(run)) for section in EXPERIENCE_SECTIONS)
+        + completions_section(run)
+        + _sections((section.title, section.draw(run)) for section in MACHINE_SECTIONS)
+        + "<h2>What was run</h2>"
+        + _table_section("Configuration", run.config)
+        + _table_section("Environment", environment)
+        + _table_section("Summary", run.summary)
+    )
+    return _page(f"{subject} · {name}", name, header, main, live=live)
+
+
+def render_comparison(runs: Sequence[Run], *, live: bool = False) -> str:
+    """The page of several runs: a figure for each metric, a curve for each run."""
+    names = [safe_text(run.name, 200) for run in runs]
+    sections = (*EXPERIENCE_SECTIONS, *MACHINE_SECTIONS)
+    main = (
+        results(runs)
+        + _sections((section.title, section.compare(runs)) for section in sections)
+        + differences(runs)
+    )
+    header = f"<h1>{len(runs)} runs</h1>"
+    return _page(" · ".join(names), "comparison", header, main, live=live)
+
+
+def _page(title: str, eyebrow: str, header: str, main: str, *, live: bool) -> str:
+    """`title` to `main` are HTML."""
+    style = _resource("page.css")
+    script = _resource("page.js") + (_resource("live.js") if live else "")
+    message = "<p id=connection role=status></p>" if live else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_security_policy(script)}">
+<meta http-equiv="Content-Security-Policy" content="{_security_policy(script, live=live)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{subject} · {name}</title><style>{style}</style></head><body>
-<header><p class=eyebrow>exgrpo-fast · {name}</p><h1>{subject}</h1>
-{headline(run)}{facts(run)}</header><main>
-{_figures(EXPERIENCE_SECTIONS, run)}
-{completions_section(run)}
-{_figures(MACHINE_SECTIONS, run)}
-<h2>What was run</h2>
-{_table_section("Configuration", run.config)}
-{_table_section("Environment", environment)}
-{_table_section("Summary", run.summary)}
-</main><script>{script}</script></body></html>
+<title>{title}</title><style>{style}</style></head><body>
+<header><p class=eyebrow>exgrpo-fast · {eyebrow}</p>{header}</header><main>
+{main}
+</main>{message}<script>{script}</script></body></html>
 """
 
 
@@ -52,15 +75,16 @@ def _resource(name: str) -> str:
     return (resources.files("exgrpo_fast.run.report") / name).read_text(encoding="utf-8")
 
 
-def _security_policy(script: str) -> str:
+def _security_policy(script: str, *, live: bool) -> str:
     """Nothing from outside, and no script but ours: the page quotes what a policy wrote."""
     tag = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{tag}'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{tag}'"
+    return policy + ("; connect-src 'self'" if live else "")
 
 
-def _figures(sections: Sequence[Section], run: Run) -> str:
-    """Sections without a figure are left out."""
-    drawn = [(section.title, "".join(section.draw(run))) for section in sections]
+def _sections(sections: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Title and figures of each; those without a figure are left out."""
+    drawn = [(title, "".join(figures)) for title, figures in sections]
     return "".join(f"<h2>{escape(t)}</h2><div class=grid>{d}</div>" for t, d in drawn if d)
 
 
@@ -68,17 +92,7 @@ def _table_section(title: str, tree: Mapping[str, Any]) -> str:
     rows = [(key, value) for key, value in flat(tree) if value not in (None, "", [], {})]
     if not rows:
         return ""
-    body = "".join(f"<tr><th>{safe_text(k, 200)}<td>{safe_text(v, 600)}" for k, v in rows[:400])
+    body = "".join(
+        f"<tr><th scope=row>{safe_text(k, 200)}<td>{safe_text(v, 600)}" for k, v in rows[:400]
+    )
     return f"<details><summary>{escape(title)}</summary><table>{body}</table></details>"
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """{'a': {'b': 1}} -> [('a.b', 1)], in order."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            pairs += flat(value, f"{prefix}{key}.")
-        else:
-            shown = json.dumps(value, default=str) if isinstance(value, list | bool) else value
-            pairs.append((f"{prefix}{key}", shown))
-    return pairs

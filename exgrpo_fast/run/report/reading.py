@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.run.directory import is_written
 from exgrpo_fast.run.display import Row
 from exgrpo_fast.run.display.formatting import number_of
 
@@ -25,6 +27,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     first_completions: list[Row] = field(default_factory=list)
     last_completions: list[Row] = field(default_factory=list)
+    is_running: bool = False  # a process is writing into the directory
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) wherever the metric is a finite number."""
@@ -47,6 +50,13 @@ class Run:
     def last_step(self) -> int:
         return self.steps[-1]["step"] if self.steps else 0
 
+    @property
+    def max_steps(self) -> int | None:
+        """The step with which the run ends, by its config."""
+        section = self.config.get("train")
+        number = number_of(section, "max_steps") if isinstance(section, dict) else None
+        return None if number is None else int(number)
+
 
 def interval(evaluation: Mapping[str, Any]) -> tuple[float, float] | None:
     """The 95 % interval of an evaluation, when it was measured."""
@@ -64,7 +74,55 @@ def read_run(run_dir: Path) -> Run:
         summary=_read_mapping(run_dir / "summary.json", json.loads),
         first_completions=_first_readable(tables),
         last_completions=_first_readable(reversed(tables)),
+        is_running=is_written(run_dir),
     )
+
+
+def read_runs(folders: Sequence[Path], *, may_be_empty: bool = False) -> list[Run]:
+    """The runs, under names that differ: as much of the end of each path as that takes.
+
+    UserError in one line for a folder that is no run or is given twice, and for a run without
+    metrics unless it `may_be_empty`.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is given twice")
+        refuse_other_folders(folder)
+    runs = [read_run(path) for path in paths]
+    for folder, run in zip(folders, runs, strict=True):
+        if not (run.steps or may_be_empty):
+            raise UserError(f"{folder} has no metrics yet: no step of it has finished")
+    return [replace(run, name=name) for run, name in zip(runs, distinct_names(paths), strict=True)]
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """UserError for what is no run directory."""
+    if not folder.exists():
+        raise UserError(f"there is no run '{folder}'")
+    if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise UserError(f"'{folder}' is no run directory: it has no config.yaml or metrics.jsonl")
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """/a/x/out, /a/y/out -> x/out, y/out; a single path -> its last part."""
+    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """{'a': {'b': 1}} -> [('a.b', 1)], in order."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            pairs += flat(value, f"{prefix}{key}.")
+        else:
+            shown = json.dumps(value, default=str) if isinstance(value, list | bool) else value
+            pairs.append((f"{prefix}{key}", shown))
+    return pairs
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

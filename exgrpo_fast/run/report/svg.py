@@ -16,6 +16,7 @@ from exgrpo_fast.run.display.formatting import short
 
 WIDTH, HEIGHT = 560, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 26
+ROW_HEIGHT = 52  # of a run in a figure of changes
 MAX_POINTS = 400  # more than a figure has pixels for; longer runs are averaged into bins
 MAX_COLUMNS = 140  # of a heat map
 
@@ -36,6 +37,8 @@ class Axes:
         ys = [*ys, *([0.0] if zero else [])]
         self.x_low, self.x_high = widened(min(xs), max(xs))
         low, high = widened(min(ys), max(ys if top is None else [*ys, top]))
+        if zero and min(ys) == max(ys) == 0.0:
+            low, high = 0.0, 1.0
         self.y_ticks = ticks(low, high, 4, outside=True)
         self.y_low, self.y_high = self.y_ticks[0], self.y_ticks[-1]
         self.x_ticks = [t for t in ticks(self.x_low, self.x_high, 6) if t == int(t)]
@@ -105,6 +108,7 @@ class Mark:
     x: float
     y: float
     interval: tuple[float, float] | None = None
+    colour: int = 2
 
 
 def line_figure(
@@ -128,7 +132,7 @@ def line_figure(
     curves = [_curve(line, axes) for line in lines] + [_mark(mark, axes) for mark in marks]
     legend = [(f"f{line.colour}", line.name) for line in lines]
     hover: list[tuple[str, Points]] = [(line.name, thin(line.points)) for line in lines]
-    if marks:
+    if mark_name and marks:
         legend.append(("ring", mark_name))
         hover.append((mark_name, [(mark.x, mark.y) for mark in marks]))
     drawn = axes.draw(tick_label) + "".join(curves)
@@ -153,8 +157,8 @@ def _mark(mark: Mark, axes: Axes) -> str:
     whisker = ""
     if mark.interval:
         low, high = (axes.y(bound) for bound in mark.interval)
-        whisker = f'<path class="s2" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
-    return f'{whisker}<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+        whisker = f'<path class="s{mark.colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
+    return f'{whisker}<circle class="dot s{mark.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
 
 
 def _path(points: Points, axes: Axes) -> str:
@@ -275,6 +279,61 @@ def _row_names(labels: Sequence[str]) -> str:
     )
 
 
+# --- intervals -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A share with its 95 % interval, where that is known."""
+
+    value: float
+    bounds: tuple[float, float] | None = None
+
+
+def change_figure(
+    title: str, rows: Sequence[tuple[str, Measured | None, Measured | None]], *, note: str = ""
+) -> str:
+    """(name, before, after) below each other on one axis from 0; the rows have the colours 1, 2, ..."""
+    measured = [found for _, *pair in rows for found in pair if found]
+    if not measured:
+        return ""
+    most = max(max((found.value, *(found.bounds or ()))) for found in measured)
+    axis = ticks(0.0, widened(0.0, most)[1], 4, outside=True)
+    height = TOP + BOTTOM + ROW_HEIGHT * len(rows)
+
+    def x_of(value: float) -> str:
+        return f"{RIGHT + value / axis[-1] * (WIDTH - 3 * RIGHT):.1f}"
+
+    def dot(found: Measured, y: float, css: str) -> str:
+        low, high = map(x_of, found.bounds or (found.value, found.value))
+        return (
+            f'<path class="{css}" d="M{low} {y}H{high}"/>'
+            f'<circle class="dot {css}" cx="{x_of(found.value)}" cy="{y}" r="4"/>'
+        )
+
+    drawn = "".join(
+        f'<path class="tick" d="M{x_of(tick)} {TOP}V{height - BOTTOM}"/>'
+        f'<text x="{x_of(tick)}" y="{height - 7}" class="m">{100 * tick:.4g} %</text>'
+        for tick in axis
+    )
+    for colour, (name, before, after) in enumerate(rows, start=1):
+        top = TOP + ROW_HEIGHT * (colour - 1)
+        drawn += f'<text x="{RIGHT + 4}" y="{top + 15}">{escape(name)}</text>'
+        drawn += dot(before, top + 26, f"s{colour}") if before else ""
+        drawn += dot(after, top + 38, f"s{colour} f{colour}") if after else ""
+    spoken = [
+        f"{name} {when} {100 * found.value:.1f} %"
+        for name, before, after in rows
+        for when, found in (("before", before), ("after", after))
+        if found
+    ]
+    return (
+        f"<figure><figcaption><h3>{escape(title)}</h3><p>{escape(note)}</p></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape("; ".join([title, *spoken]))}">{drawn}</svg></figure>'
+    )
+
+
 # --- what all figures share ----------------------------------------------------------------------
 
 
@@ -294,12 +353,22 @@ def _figure(
         "s": [[name, [[_brief(x), _brief(y)] for x, y in points]] for name, points in hover],
     }
     caption = f"<p>{escape(note)}</p>" if note else ""
+    spoken = "; ".join([title, *(_spoken(name, points) for name, points in hover)])
     return (
         f'<figure data-hover="{escape(json.dumps(data, separators=(",", ":")))}">'
         f"<figcaption><h3>{escape(title)}</h3>{caption}<div class=keys>{keys}</div></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
+        f'aria-label="{escape(spoken)}">{drawn}'
         f'<path class="rule" d="M0 {TOP}V{HEIGHT - BOTTOM}"/></svg><output></output></figure>'
     )
+
+
+def _spoken(name: str, points: Points) -> str:
+    """'reward from 0.2 at step 1 to 0.5 at step 24', for those who hear the page."""
+    (first, old), (last, new) = points[0], points[-1]
+    if first == last:
+        return f"{name} {_brief(new):g} at step {last:.0f}"
+    return f"{name} from {_brief(old):g} at step {first:.0f} to {_brief(new):g} at step {last:.0f}"
 
 
 def _brief(value: float) -> float:
