@@ -17,7 +17,8 @@ import secrets
 import sys
 import threading
 import webbrowser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from email.message import Message
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -158,7 +159,7 @@ def _make_handler(page: LivePage, token: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def is_admitted(headers: Mapping[str, str]) -> bool:
+def is_admitted(headers: Message) -> bool:
     """Whether a request comes from a page of ours, or from the address bar.
 
     The port of Host may be another one: that of a tunnel (`ssh -L`).

@@ -188,7 +188,7 @@ def test_a_new_step_appears_and_the_reader_loses_nothing(tab, runs) -> None:
         api.expect(page.locator(".facts dd").first).to_have_text("21")
         assert page.evaluate(state) == before
         assert page.evaluate("kept === document.querySelector('figure')")
-        assert page.evaluate("kept.dataset.hover.includes('[21,0.221]')")
+        assert page.evaluate("kept.dataset.hover.includes('[21.0,0.221]')")
 
 
 def test_a_page_that_is_not_refreshed_any_more_says_so(tab, runs) -> None:

@@ -58,7 +58,9 @@ def _drawn_results(runs: Sequence[Run]) -> str:
 
 
 def _measured(evaluation: Mapping[str, Any] | None) -> Measured | None:
-    return evaluation and Measured(float(evaluation["avg_at_n"]), interval(evaluation))
+    if evaluation is None:
+        return None
+    return Measured(float(evaluation["avg_at_n"]), interval(evaluation))
 
 
 def _evaluated(evaluation: Mapping[str, Any] | None) -> str:
