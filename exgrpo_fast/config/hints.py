@@ -3,78 +3,176 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 # An earlier name -> the present one. A config that still has it is refused with the new name.
 RENAMED = {"model.mlp_tile_tokens": "model.tile_tokens"}
 
-# Our key -> its names in TRL's GRPOConfig and in verl's config tree, of the latter the shortest suffix
-# that is unambiguous. These are no aliases: most values mean something slightly different here.
+
+class Names(NamedTuple):
+    """A key's names elsewhere, separated by spaces. They are no aliases: `note` says what differs.
+
+    trl      fields of TRL's GRPOConfig, ModelConfig, ScriptArguments or arguments of GRPOTrainer
+    verl     paths in verl's config; a hint matches what follows the slash, the shortest suffix that
+             is unambiguous there
+    earlier  names that earlier versions of both had: hints alone, not on the page
+    """
+
+    trl: str = ""
+    verl: str = ""
+    note: str = ""
+    earlier: str = ""
+
+
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_MODEL = "actor_rollout_ref.model"
+# docs/from-trl-and-verl.md shows it; tests/with_trl and tests/with_verl look the names up.
 OTHER_NAMES = {
-    "model.name": "model_name_or_path model.path",
-    "model.dtype": "torch_dtype bf16",
-    "model.attention": "attn_implementation",
-    "model.gradient_checkpointing": "enable_gradient_checkpointing",
-    "model.quantization": "load_in_4bit",
-    "model.lora.rank": "lora_r lora_rank",
-    "model.lora.alpha": "lora_alpha",
-    "model.lora.dropout": "lora_dropout",
-    "model.lora.targets": "lora_target_modules target_modules",
-    "data.train": "dataset_name train_files",
-    "data.eval": "val_files",
-    "data.prompt_field": "prompt_key",
-    "data.max_prompt_tokens": "max_prompt_length",
-    "data.overlong_prompts": "filter_overlong_prompts",
-    "reward.functions": "reward_funcs custom_reward_function.path",
-    "reward.weights": "reward_weights",
-    "rollout.group_size": "num_generations rollout.n",
-    "rollout.prompts_per_step": "per_device_train_batch_size generation_batch_size train_batch_size",
-    "rollout.max_completion_tokens": "max_completion_length max_response_length",
-    "rollout.temperature": "temperature",
-    "rollout.engine": "use_vllm vllm_mode rollout.name",
-    "rollout.kv_cache_gib": "vllm_gpu_memory_utilization gpu_memory_utilization",
-    "rollout.sleep": "vllm_enable_sleep_mode free_cache_engine",
-    "rollout.max_batch_sequences": "max_num_seqs",
-    "rollout.dynamic_sampling.enabled": "filter_groups.enable",
-    "rollout.dynamic_sampling.max_extra_batches": "max_num_gen_batches",
-    "algorithm.advantage": "adv_estimator scale_rewards norm_adv_by_std_in_grpo",
-    "algorithm.aggregation": "loss_type loss_agg_mode",
-    "algorithm.surrogate": "policy_loss.loss_mode",
-    "algorithm.ratio_level": "importance_sampling_level",
-    "algorithm.clip_low": "epsilon clip_ratio clip_ratio_low",
-    "algorithm.clip_high": "epsilon_high clip_ratio_high",
-    "algorithm.dual_clip": "delta clip_ratio_c",
-    "algorithm.entropy_coef": "entropy_coeff",
-    "algorithm.kl.coef": "beta kl_coef kl_loss_coef use_kl_loss",
-    "algorithm.kl.estimator": "kl_loss_type use_bias_correction_kl",
-    "algorithm.tokens.high_entropy_share": "top_entropy_quantile",
-    "algorithm.tokens.clip_cov": "clip_cov_ratio",
-    "algorithm.tokens.clip_cov_range": "clip_cov_lb clip_cov_ub",
-    "algorithm.tokens.kl_cov": "kl_cov_ratio",
-    "algorithm.quantile": "quantile_k",
-    "algorithm.tv_low": "dppo_mask_low",
-    "algorithm.tv_high": "dppo_mask_high",
-    "algorithm.kl.previous_share": "ref_model_mixup_alpha",
-    "algorithm.kl.rebase_at_step": "ref_model_sync_steps",
-    "algorithm.overlong.mask_truncated": "mask_truncated_completions",
-    "algorithm.overlong.soft_penalty_tokens": "overlong_buffer.len",
-    "algorithm.mismatch.correction": "vllm_importance_sampling_correction",
-    "algorithm.mismatch.max_ratio": "vllm_importance_sampling_cap",
-    "train.lr": "learning_rate optim.lr",
-    "train.optimizer": "optim",
-    "train.betas": "adam_beta1 adam_beta2",
-    "train.warmup_steps": "lr_warmup_steps",
-    "train.max_grad_norm": "grad_clip",
-    "train.max_steps": "num_train_epochs total_epochs total_training_steps",
-    "train.minibatches": "ppo_mini_batch_size steps_per_generation",
-    "train.max_tokens_per_microbatch": "gradient_accumulation_steps ppo_micro_batch_size_per_gpu ppo_max_token_len_per_gpu",
-    "eval.every": "eval_steps test_freq",
-    "eval.n": "val_kwargs.n",
-    "checkpoint.every": "save_steps save_freq",
-    "checkpoint.keep": "save_total_limit",
-    "log.to": "report_to trainer.logger",
-    "log.completions_every": "log_completions",
+    "model.name": Names(
+        trl="model_name_or_path",
+        verl="actor_rollout_ref/model.path",
+        note="a `.gguf` file or `smollm2`, too",
+    ),
+    "model.dtype": Names(
+        trl="dtype bf16",
+        note="of the computation; `model.weights` is how they are kept",
+        earlier="torch_dtype",
+    ),
+    "model.attention": Names(trl="attn_implementation"),
+    "model.gradient_checkpointing": Names(
+        trl="gradient_checkpointing", verl=f"{_MODEL}/enable_gradient_checkpointing"
+    ),
+    "model.quantization": Names(trl="load_in_4bit", note="`nf4`"),
+    "model.lora.rank": Names(trl="lora_r", verl=f"{_MODEL}/lora_rank"),
+    "model.lora.alpha": Names(trl="lora_alpha", verl=f"{_MODEL}/lora_alpha"),
+    "model.lora.dropout": Names(trl="lora_dropout"),
+    "model.lora.targets": Names(trl="lora_target_modules", verl=f"{_MODEL}/target_modules"),
+    "data.train": Names(
+        trl="dataset_name", verl="data/train_files", note="a file, hub name or gym task"
+    ),
+    "data.eval": Names(verl="data/val_files"),
+    "data.prompt_field": Names(
+        verl="data/prompt_key", note="found by itself under its usual names"
+    ),
+    "data.max_prompt_tokens": Names(verl="data/max_prompt_length", earlier="max_prompt_length"),
+    "data.overlong_prompts": Names(verl="data/filter_overlong_prompts"),
+    "reward.functions": Names(
+        trl="reward_funcs",
+        verl="reward/custom_reward_function.path",
+        note="TRL's signature: docs/rewards.md",
+    ),
+    "reward.weights": Names(trl="reward_weights"),
+    "rollout.group_size": Names(trl="num_generations", verl="actor_rollout_ref/rollout.n"),
+    "rollout.prompts_per_step": Names(
+        trl="generation_batch_size per_device_train_batch_size",
+        verl="data/train_batch_size",
+        note="questions; TRL counts completions",
+    ),
+    "rollout.max_completion_tokens": Names(
+        trl="max_completion_length", verl="data/max_response_length"
+    ),
+    "rollout.temperature": Names(trl="temperature", verl=f"{_ROLLOUT}/temperature"),
+    "rollout.top_p": Names(
+        trl="top_p", verl=f"{_ROLLOUT}/top_p", note="training refuses less than 1"
+    ),
+    "rollout.engine": Names(trl="use_vllm vllm_mode", verl="actor_rollout_ref/rollout.name"),
+    "rollout.kv_cache_gib": Names(
+        trl="vllm_gpu_memory_utilization",
+        verl=f"{_ROLLOUT}/gpu_memory_utilization",
+        note="in GiB, not a share of the GPU",
+    ),
+    "rollout.sleep": Names(trl="vllm_enable_sleep_mode", verl=f"{_ROLLOUT}/free_cache_engine"),
+    "rollout.max_batch_sequences": Names(verl=f"{_ROLLOUT}/max_num_seqs"),
+    "rollout.server.urls": Names(trl="vllm_server_base_url"),
+    "rollout.dynamic_sampling.enabled": Names(verl="algorithm/filter_groups.enable"),
+    "rollout.dynamic_sampling.max_extra_batches": Names(
+        verl="algorithm.filter_groups/max_num_gen_batches"
+    ),
+    "algorithm.advantage": Names(
+        trl="scale_rewards",
+        verl="algorithm/adv_estimator algorithm/norm_adv_by_std_in_grpo",
+        note="`grpo` divides by the std, `dr_grpo` does not",
+    ),
+    "algorithm.aggregation": Names(
+        trl="loss_type", verl=f"{_ACTOR}/loss_agg_mode", note="see below"
+    ),
+    "algorithm.surrogate": Names(verl=f"{_ACTOR}/policy_loss.loss_mode", note="see below"),
+    "algorithm.ratio_level": Names(trl="importance_sampling_level", note="`sequence` is GSPO"),
+    "algorithm.clip_low": Names(trl="epsilon", verl=f"{_ACTOR}/clip_ratio {_ACTOR}/clip_ratio_low"),
+    "algorithm.clip_high": Names(
+        trl="epsilon_high",
+        verl=f"{_ACTOR}/clip_ratio_high",
+        note="not taken from `clip_low`: set both",
+    ),
+    "algorithm.dual_clip": Names(
+        trl="delta", verl=f"{_ACTOR}/clip_ratio_c", note="a bound of the reward side; `null` = off"
+    ),
+    "algorithm.entropy_coef": Names(verl=f"{_ACTOR}/entropy_coeff"),
+    "algorithm.kl.coef": Names(
+        trl="beta",
+        verl=f"{_ACTOR}/kl_loss_coef {_ACTOR}/use_kl_loss algorithm.kl_ctrl/kl_coef",
+        note="in the loss, never in the reward",
+    ),
+    "algorithm.kl.estimator": Names(trl="use_bias_correction_kl", verl=f"{_ACTOR}/kl_loss_type"),
+    "algorithm.kl.rebase_at_step": Names(trl="ref_model_sync_steps", note="once, at this step"),
+    "algorithm.kl.previous_share": Names(trl="ref_model_mixup_alpha"),
+    "algorithm.tokens.high_entropy_share": Names(trl="top_entropy_quantile"),
+    "algorithm.tokens.clip_cov": Names(verl=f"{_ACTOR}.policy_loss/clip_cov_ratio"),
+    "algorithm.tokens.clip_cov_range": Names(
+        verl=f"{_ACTOR}.policy_loss/clip_cov_lb {_ACTOR}.policy_loss/clip_cov_ub"
+    ),
+    "algorithm.tokens.kl_cov": Names(verl=f"{_ACTOR}.policy_loss/kl_cov_ratio"),
+    "algorithm.quantile": Names(earlier="quantile_k"),
+    "algorithm.tv_low": Names(earlier="dppo_mask_low"),
+    "algorithm.tv_high": Names(earlier="dppo_mask_high"),
+    "algorithm.overlong.mask_truncated": Names(trl="mask_truncated_completions"),
+    "algorithm.overlong.soft_penalty_tokens": Names(earlier="overlong_buffer.len"),
+    "algorithm.mismatch.correction": Names(trl="vllm_importance_sampling_correction"),
+    "algorithm.mismatch.max_ratio": Names(
+        trl="vllm_importance_sampling_clip_max", earlier="vllm_importance_sampling_cap"
+    ),
+    "algorithm.mismatch.min_ratio": Names(trl="vllm_importance_sampling_clip_min"),
+    "train.lr": Names(trl="learning_rate", verl=f"{_ACTOR}/optim.lr"),
+    "train.optimizer": Names(trl="optim"),
+    "train.weight_decay": Names(
+        trl="weight_decay", verl=f"{_ACTOR}/optim.weight_decay", note="matrices alone"
+    ),
+    "train.betas": Names(trl="adam_beta1 adam_beta2", verl=f"{_ACTOR}/optim.betas", note="a pair"),
+    "train.warmup_steps": Names(
+        verl=f"{_ACTOR}.optim/lr_warmup_steps", note="optimiser updates; the rate then stays"
+    ),
+    "train.max_grad_norm": Names(verl=f"{_ACTOR}/grad_clip"),
+    "train.max_steps": Names(
+        trl="num_train_epochs",
+        verl="trainer/total_epochs trainer/total_training_steps",
+        note="steps, never epochs",
+    ),
+    "train.minibatches": Names(
+        trl="steps_per_generation",
+        verl=f"{_ACTOR}/ppo_mini_batch_size",
+        note="how many, not how large",
+    ),
+    "train.max_tokens_per_microbatch": Names(
+        trl="gradient_accumulation_steps",
+        verl=f"{_ACTOR}/ppo_max_token_len_per_gpu {_ACTOR}/ppo_micro_batch_size_per_gpu",
+        note="packed tokens; the gradient does not depend on it",
+    ),
+    "eval.every": Names(trl="eval_steps", verl="trainer/test_freq"),
+    "eval.n": Names(trl="num_generations_eval", verl=f"{_ROLLOUT}/val_kwargs.n"),
+    "checkpoint.every": Names(trl="save_steps", verl="trainer/save_freq"),
+    "checkpoint.keep": Names(trl="save_total_limit", verl="trainer/max_actor_ckpt_to_keep"),
+    "log.to": Names(trl="report_to", verl="/trainer.logger"),
+    "log.completions_every": Names(trl="log_completions"),
 }
-FOREIGN = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
+FOREIGN = {
+    name: key
+    for key, names in OTHER_NAMES.items()
+    for name in (
+        *names.trl.split(),
+        *(path.rpartition("/")[2] for path in names.verl.split()),
+        *names.earlier.split(),
+    )
+}
 
 
 def hint(path: Sequence[str]) -> str | None:

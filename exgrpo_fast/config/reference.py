@@ -1,13 +1,19 @@
-"""docs/config.md, from the schema:  python -m exgrpo_fast.config.reference > docs/config.md"""
+"""Tables of docs/, made from the schema and from the names that other trainers give its keys.
+
+python -m exgrpo_fast.config.reference > docs/config.md
+python -m exgrpo_fast.config.reference other-names     # the table of docs/from-trl-and-verl.md
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
 
+from exgrpo_fast.config.hints import OTHER_NAMES
 from exgrpo_fast.config.load import section_of
 from exgrpo_fast.config.schema import Config
 
@@ -80,5 +86,18 @@ def values(node: dict[str, Any], definitions: dict[str, Any]) -> str:
     return " ".join([name.get(kind, kind), *limits])
 
 
+def other_names() -> str:
+    """A table of our keys beside TRL's and verl's."""
+    lines = ["| here | TRL | verl | what differs |", "|---|---|---|---|"]
+    for key, names in OTHER_NAMES.items():
+        trl, verl = (
+            ", ".join(f"`{name.strip('/').replace('/', '.')}`" for name in spelled.split())
+            for spelled in (names.trl, names.verl)
+        )
+        if trl or verl:
+            lines.append(f"| `{key}` | {trl} | {verl} | {names.note} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(other_names() if sys.argv[1:] == ["other-names"] else reference(), end="")

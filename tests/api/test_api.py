@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import linecache
 import subprocess
@@ -110,6 +111,16 @@ def test_keywords_are_keys_by_their_last_word_or_sections() -> None:
 def test_a_mistake_is_one_line(keys: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_config("exgrpo", keys)
+
+
+def test_the_run_of_the_page_about_trl_is_a_config() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/from-trl-and-verl.md").read_text()
+    snippet = page.partition("from exgrpo_fast import train\n")[2].partition("```")[0]
+    call = ast.parse(snippet).body[0].value  # pyright: ignore[reportAttributeAccessIssue]
+    keys = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    config = make_config(keys.pop("recipe"), keys)
+    assert (config.rollout.group_size, config.rollout.prompts_per_step) == (8, 16)
+    assert (config.algorithm.aggregation, config.train.weight_decay) == ("token_mean", 0.0)
 
 
 def test_rows_become_a_file(tmp_path: Path) -> None:

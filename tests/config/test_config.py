@@ -21,7 +21,7 @@ from exgrpo_fast.config import (
     validate,
     with_values,
 )
-from exgrpo_fast.config.reference import reference
+from exgrpo_fast.config.reference import other_names, reference
 
 
 def mistake(tree: dict) -> str:
@@ -412,6 +412,13 @@ def test_the_page_lists_every_key_as_the_schema_has_it() -> None:
     gym = {f"data.eval.{name}" for name in ("gym", "size", "seed", "options")}  # as data.train's
     missing = {key for key in all_keys() if f"| `{key}` |" not in page}
     assert missing == gym and "| None |" not in page
+
+
+def test_the_page_shows_the_names_that_hints_know() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "from-trl-and-verl.md").read_text()
+    table = page.partition("## Keys\n")[2]
+    assert other_names() in table, "python -m exgrpo_fast.config.reference other-names"
+    assert "| `rollout.group_size` | `num_generations` | `actor_rollout_ref.rollout.n` |" in table
 
 
 def test_every_key_that_may_change_is_there() -> None:
