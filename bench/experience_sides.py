@@ -144,6 +144,7 @@ class Ours:
                 entropy=torch.ones(count),
                 group=torch.zeros(count, dtype=torch.int64),
                 score=torch.zeros(count),
+                advantage=torch.zeros(count),
             )
         )
 

@@ -30,6 +30,7 @@ class Item:
     truncated: bool = False
     group: int = 0
     score: float = 0.0
+    advantage: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.logprobs:
@@ -39,7 +40,8 @@ class Item:
 
 SCALARS = [field.name for field in fields(Item) if field.name not in ("tokens", "logprobs")]
 DTYPES = {"question": torch.int64, "birth_step": torch.int64, "group": torch.int64} | {
-    name: COLUMNS[name] for name in ("entropy", "reward", "success", "truncated", "score")
+    name: COLUMNS[name]
+    for name in ("entropy", "reward", "success", "truncated", "score", "advantage")
 }
 
 

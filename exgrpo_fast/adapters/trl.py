@@ -286,6 +286,7 @@ class ReplayGRPOTrainer(FusedGRPOTrainer):
             entropy=torch.full((count,), torch.inf),
             group=group,
             score=torch.zeros(count),
+            advantage=torch.zeros(count),
         )
         return new if len(kept) == count else new.pick(kept)
 

@@ -54,7 +54,7 @@ def make_replay(
     tokenizer: Tokenizer,
 ) -> Replay:
     replay = config.replay
-    takes_a_share = replay.questions != "stream" and replay.mixer != "spent_groups"
+    takes_a_share = replay.questions != "stream" and replay.mixer not in ("spent_groups", "fifo")
     if not replay.enabled or (takes_a_share and replay.experience_ratio == 0.0):
         return NoReplay(
             stream,
@@ -68,6 +68,8 @@ def make_replay(
         evict=replay.store.evict,
         max_per_question=replay.store.max_per_question,
         max_groups=replay.store.max_groups,
+        max_trajectories=replay.store.max_trajectories,
+        spare_correct=replay.store.spare_correct,
         deduplicate=replay.store.deduplicate,
     )
     vocabulary = vocabulary_of(tokenizer)
@@ -95,7 +97,7 @@ def make_replay(
 def make_replay_recipe(config: Config) -> ReplayRecipe:
     replay = config.replay
     same = (
-        "mixer keep difficulty retire experience_ratio start_success_rate stop_after_steps select "
+        "mixer keep difficulty retire experience_ratio replay_ratio start_success_rate stop_after_steps select "
         "count min_stored prefilter max_age weight shaping clip_fresh"
     )
     return ReplayRecipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -71,6 +72,7 @@ class Config(Section):
         if self.rollout.generate_ahead and replay.enabled and replay.mixer == "recent_groups":
             raise ValueError("rollout.generate_ahead does not go with replay.mixer recent_groups")
         self._prior_fits()
+        self._fifo_fits()
         if replay.weight == "proximal" and self.algorithm.dual_clip is not None:
             raise ValueError("replay.weight proximal has no algorithm.dual_clip; set it to null")
         if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
@@ -205,6 +207,22 @@ class Config(Section):
                 f"pack; raise it or train.minibatches ({train.minibatches})"
             )
 
+    def _fifo_fits(self) -> None:
+        """Mixer fifo keeps of a completion what the policy drew alone, and no entropies of tokens."""
+        if not self.replay.enabled or self.replay.mixer != "fifo":
+            return
+        tokens = self.algorithm.tokens
+        refused = {
+            "hindsight.enabled": self.hindsight.enabled,
+            "prior_resampling.enabled": self.prior_resampling.enabled,
+            "rollout.dynamic_sampling.enabled": self.rollout.dynamic_sampling.enabled,
+            "algorithm.tokens.entropy_shaping": tokens.entropy_shaping > 0,
+            "algorithm.tokens.high_entropy_share": tokens.high_entropy_share < 1,
+        }
+        for name, is_refused in refused.items():
+            if is_refused:
+                raise ValueError(f"{name} does not go with replay.mixer fifo")
+
     def _prior_fits(self) -> None:
         prior, rollout, replay = self.prior_resampling, self.rollout, self.replay
         if not prior.enabled:
@@ -242,6 +260,9 @@ class Config(Section):
         rollout, replay = self.rollout, self.replay
         appended = replay.count if replay.enabled and replay.mixer == "append" else 0
         completions = (rollout.group_size + appended) * rollout.max_completion_tokens
+        if replay.enabled and replay.mixer == "fifo":  # each may have a prompt of its own
+            drawn = math.ceil(replay.replay_ratio * rollout.group_size * rollout.prompts_per_step)
+            return -(-drawn // self.train.minibatches) * self.longest_sequence
         revision = self.longest_sequence if self.hindsight.enabled else 0
         of_group = self.data.max_prompt_tokens + completions + revision
         return rollout.prompts_per_step // self.train.minibatches * of_group

@@ -455,6 +455,13 @@ class StoreConfig(Section):
     max_groups: Positive | None = Field(
         default=None, description="keep the best groups by sum |A| x std; null = no such rule"
     )
+    max_trajectories: Positive | None = Field(
+        default=None, description="keep the newest; null = as many as there is room for"
+    )
+    spare_correct: Fraction = Field(
+        default=0.0,
+        description="share of max_trajectories that is kept for older ones that are correct",
+    )
     deduplicate: bool = Field(default=True, description="store a completion of a question once")
     pool: str | None = Field(
         default=None, description="trajectories to start with: a parquet file of `buffer export`"
@@ -469,14 +476,17 @@ class ReplayConfig(Section):
 
     enabled: bool = Field(default=False, description="keep trajectories and train on them again")
     method: str = Field(default="exgrpo", description="name shown in the summary")
-    mixer: Literal["replace_slot", "append", "question_only", "recent_groups", "spent_groups"] = (
-        Field(
-            default="replace_slot",
-            description="how replayed trajectories enter a batch: docs/replay.md",
-        )
+    mixer: Literal[
+        "replace_slot", "append", "question_only", "recent_groups", "spent_groups", "fifo"
+    ] = Field(
+        default="replace_slot",
+        description="how replayed trajectories enter a batch: docs/replay.md",
     )
     experience_ratio: Fraction = Field(
         default=0.5, description="rho: share of groups with a stored question"
+    )
+    replay_ratio: PositiveFloat = Field(
+        default=1.0, description="mixer fifo: trajectories trained for each one generated"
     )
     start_success_rate: Fraction | None = Field(
         default=0.35, description="replay starts after the first batch above it; null = from step 1"

@@ -104,11 +104,14 @@ def _kv_bytes(config: Config, planned: int, one_sequence: int) -> int:
 def store_plan(config: Config, num_questions: int) -> StorePlan:
     """Of the experience store. ConfigError when the budget does not hold one step's trajectories."""
     rollout, store = config.rollout, config.replay.store
+    per_step, num_steps = rollout.prompts_per_step * rollout.group_size, config.train.max_steps
+    if store.max_trajectories is not None:  # beside what one step brings
+        num_steps = min(num_steps, -(-store.max_trajectories // per_step) + 1)
     try:
         return StorePlan.fit(
             num_questions=num_questions,
-            trajectories_per_step=rollout.prompts_per_step * rollout.group_size,
-            num_steps=config.train.max_steps,
+            trajectories_per_step=per_step,
+            num_steps=num_steps,
             max_tokens=rollout.max_completion_tokens,
             max_bytes=int(store.max_gib * 2**30),
             host_bytes=int(store.host_gib * 2**30),

@@ -94,7 +94,8 @@ class Trainer:
             self.collector.begin(step + 1, clock)
         self.engine.on_update_start()
         with clock.measure("update"), self.screen.phase("update") as advance:
-            update = self.learner.update(batch.groups, replay.objective, advance)
+            groups = batch.groups if replay.groups is None else replay.groups
+            update = self.learner.update(groups, replay.objective, advance)
         with clock.measure("sync"), self.screen.phase("sync"):
             sync = self.engine.sync(step)
         metrics = step_metrics(step, batch, update, clock) | replay.metrics | sync

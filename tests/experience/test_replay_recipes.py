@@ -383,3 +383,97 @@ def test_continuous_rewards_are_bucketed_by_their_spread(tokenizer, make_test_tr
     assert len(metrics["replay_buckets"]) == 5 and metrics["replay_size"] > 4
     rows = source(trainer).store.rows
     assert float(rows["reward"][rows["question"] >= 0].min()) > 0.0
+
+
+def step_with_update(trainer: Trainer, monkeypatch: pytest.MonkeyPatch):
+    """(model before the step, batch, the groups that the update trains on, metrics)."""
+    seen: list[Any] = []
+    update = trainer.learner.update
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trainer.learner,
+            "update",
+            lambda groups, *rest: (seen.append(groups), update(groups, *rest))[1],
+        )
+        model, batch, metrics = step_with_start_model(trainer)
+    return model, batch, seen[0], metrics
+
+
+def test_fifo_draws_single_rollouts_with_the_advantage_of_their_birth(
+    tokenizer, make_test_trainer, monkeypatch
+) -> None:
+    """arXiv 2604.08706: B = ratio x R of the N newest rollouts, correct or not, whatever their age;
+    clipped r = pi / pi_generation, and the advantage that their group of then gave them."""
+    recipe = sections("fifo", replay_ratio=1.5, store={"max_trajectories": 40})
+    trainer = make_test_trainer(make_questions(tokenizer, NAMES), function="even_length", **recipe)
+    of_birth: dict[tuple[int, bytes, bytes], set[float]] = {}
+    replayed = 0
+    for step in range(1, 6):
+        model, batch, drawn, metrics = step_with_update(trainer, monkeypatch)
+        for group in batch.groups:
+            assert group.advantages == pytest.approx(standardised(group.rewards))
+            for t, advantage in zip(group.trajectories, group.advantages, strict=True):
+                key = step, t.token_ids.numpy().tobytes(), t.behaviour_logprobs.numpy().tobytes()
+                of_birth.setdefault(key, set()).add(float(torch.tensor(advantage)))
+        assert source(trainer).store.num_trajectories == min(16 * step, 40)
+        assert len(drawn) == min(16 * step, 24) and all(len(g.trajectories) == 1 for g in drawn)
+        for group in drawn:
+            (t,) = group.trajectories
+            key = (
+                t.birth_step, t.token_ids.numpy().tobytes(), t.behaviour_logprobs.numpy().tobytes(),
+            )  # fmt: skip
+            assert group.advantages[0] in of_birth[key]
+            assert t.source == ("fresh" if t.birth_step == step else "replay")
+            assert step - t.birth_step <= 2  # 40 hold two steps and a half
+        count = len(drawn)
+        old = [g for g in drawn if g.trajectories[0].source == "replay"]
+        replayed += len(old)
+        assert metrics["replay_frac"] == len(old) / len(drawn)
+
+        def clipped(ratio, t, drawn=drawn) -> torch.Tensor:
+            (sign,) = next(g.advantages for g in drawn if g.trajectories[0] is t)
+            bounded = ratio.clamp(0.8, 1.2)
+            return torch.minimum(ratio, bounded) if sign > 0 else torch.maximum(ratio, bounded)
+
+        expected = expected_loss(
+            model,
+            replace(batch, groups=tuple(drawn)),
+            term=clipped,
+            advantages=lambda group: list(group.advantages),
+            weight=lambda t, count=count: 1 / count / t.num_tokens,
+        )
+        assert metrics["loss"] == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    assert replayed >= 40
+
+
+def test_fifo_draws_uniformly_and_removes_nothing(tokenizer, make_test_trainer) -> None:
+    recipe = sections("fifo", store={"max_trajectories": 20})
+    trainer = make_test_trainer(make_questions(tokenizer, NAMES), function="even_length", **recipe)
+    for _ in range(2):
+        trainer.step()
+    replay = source(trainer)
+    counts: dict[int, int] = {1: 0, 2: 0}
+    for _ in range(300):
+        drawn = replay._draw_singly(5, step=2)
+        assert len({id(g) for g in drawn}) == 5
+        for group in drawn:
+            counts[group.trajectories[0].birth_step] += 1
+    # 4 of 20 are of the first step; 3 standard deviations
+    assert counts[1] / 1500 == pytest.approx(0.2, abs=0.03)
+    assert replay.store.num_trajectories == 20
+
+
+def test_fifo_resumes_bit_for_bit(tokenizer, make_test_trainer) -> None:
+    recipe = sections("fifo", replay_ratio=1.5, store={"max_trajectories": 40})
+    questions = make_questions(tokenizer, NAMES)
+    whole = make_test_trainer(questions, function="even_length", **recipe)
+    for _ in range(3):
+        whole.step()
+    path = whole.save()
+    expected = [whole.step()[1]["loss_hex"] for _ in range(3)]
+
+    resumed = make_test_trainer(questions, function="even_length", **recipe)
+    policy = resumed.learner.policy
+    policy.model.load_state_dict(type(policy.model).from_pretrained(path / "hf").state_dict())
+    resumed.load_state_dict(load_state(path))
+    assert [resumed.step()[1]["loss_hex"] for _ in range(3)] == expected

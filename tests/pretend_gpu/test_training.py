@@ -39,6 +39,7 @@ RECIPES: dict[str, list[str]] = {
         *("--algorithm.entropy_coef", "0.01"),
     ],
     "eapo": ["eapo", "--prior_resampling.model", "{model}"],
+    "fifo": ["fifo"],
     "herl": ["herl", "--hindsight.max_prompt_tokens", "100"],
     "herl-naive": ["herl-naive", "--hindsight.max_prompt_tokens", "100"],
     "luffy": ["luffy"],

@@ -36,8 +36,8 @@ class StorePlan:
 
     @property
     def row_bytes(self) -> int:
-        """Columns of one trajectory: three of 8 bytes, six of 4, three flags, its page table."""
-        return 3 * 8 + 6 * 4 + 3 + 4 * self.pages_per_trajectory
+        """Columns of one trajectory: three of 8 bytes, seven of 4, three flags, its page table."""
+        return 3 * 8 + 7 * 4 + 3 + 4 * self.pages_per_trajectory
 
     @property
     def question_bytes(self) -> int:

@@ -55,6 +55,7 @@ class StepPlan:
 class Finished(NamedTuple):
     objective: PolicyObjective  # the loss of this step's update
     metrics: dict[str, Any]
+    groups: tuple[Group, ...] | None = None  # to train on; None: the step's own
 
 
 class Replay(Protocol):

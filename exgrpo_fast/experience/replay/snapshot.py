@@ -86,6 +86,7 @@ def load_snapshot(
     check_snapshot(store, state, place_of, vocabulary)
     place = torch.tensor([place_of[name] for name in state["questions"]], dtype=torch.int64)
     columns = dict(state["trajectories"])
+    columns.setdefault("advantage", torch.zeros(len(state["lengths"])))  # of an earlier version
     serial, on_host = columns.pop("serial"), columns.pop("on_host")
     columns["question"] = place[columns["question"]]
     kept = Experiences(

@@ -34,15 +34,17 @@ from exgrpo_fast.experience.replay.selectors import (
     max_variance_subset,
     stored_keys,
 )
-from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot
+from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot, stored_rows
 from exgrpo_fast.experience.replay.store import Experiences, ExperienceStore, rank_within
-from exgrpo_fast.experience.replay.weighting import UNCLIPPED, Weight, weighted
+from exgrpo_fast.experience.replay.weighting import NEEDS_START, UNCLIPPED, Weight, weighted
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, Scores
 from exgrpo_kernels import PolicyObjective
 
 Keep = Literal["successes", "all", "none"]
-Mixer = Literal["replace_slot", "append", "question_only", "recent_groups", "spent_groups"]
+Mixer = Literal[
+    "replace_slot", "append", "question_only", "recent_groups", "spent_groups", "fifo"
+]  # fmt: skip
 Difficulty = Literal["successes", "reward_std"]
 
 
@@ -56,6 +58,8 @@ class ReplayRecipe:
            recent_groups  a share of the groups is taken whole from the store (ReMix)
            spent_groups   groups without a gradient are exchanged for stored ones, drawn by their
                           score, sum |A| x std (the replay buffer of TRL's GRPO)
+           fifo           the update trains on single trajectories drawn from the store, fresh ones
+                          among them, with the advantages they were generated with (2604.08706)
     """
 
     mixer: Mixer = "replace_slot"
@@ -68,6 +72,7 @@ class ReplayRecipe:
         default_factory=lambda: gaussian_buckets(mean=0.5, sigma=0.125)
     )
     experience_ratio: float = 0.5
+    replay_ratio: float = 1.0  # mixer fifo: trajectories trained for each one generated
     start_success_rate: float | None = 0.35
     stop_after_steps: int | None = None  # on-policy from there on (ReMix's second half)
     # Which trajectories of a question, and how many
@@ -231,7 +236,7 @@ class ReplaySource:
 
     def _trajectories(self, chosen: Experiences, scores: Scores | None = None) -> list[Trajectory]:
         """The chosen experiences as trajectories, scored here where `scores` is None."""
-        parts = (scores or self._score(chosen)).split()
+        parts = self._now(chosen) if scores is None else scores.split()
         lengths = chosen.tokens.lengths
         tokens = Ragged(chosen.tokens.values.cpu(), lengths).split()
         behaviour = Ragged(chosen.logprobs.cpu(), lengths).split()
@@ -257,6 +262,14 @@ class ReplaySource:
             )
             for i, (logprobs, entropies) in enumerate(parts)
         ]
+
+    def _now(self, chosen: Experiences) -> list[tuple[Tensor | None, Tensor]]:
+        """(log-probs, entropies) of each under the present weights; mixer fifo, which draws too many to
+        read them twice, has the stored mean entropy on every token and no log-probs."""
+        if self.recipe.mixer != "fifo" or self.recipe.weight in NEEDS_START:
+            return list(self._score(chosen).split())
+        lengths, means = chosen.tokens.lengths.tolist(), chosen.entropy.tolist()
+        return [(None, torch.full((n,), mean)) for n, mean in zip(lengths, means, strict=True)]
 
     # --- after the rewards ---
 
@@ -296,6 +309,20 @@ class ReplaySource:
             members[group].append(trajectory)
         return [Group(found[0].question, tuple(found)) for found in members.values()]
 
+    def _draw_singly(self, count: int, *, step: int) -> tuple[Group, ...]:
+        """Distinct stored trajectories, uniformly, each as a group of its own."""
+        rows = stored_rows(self.store)
+        if self.recipe.max_age is not None:
+            rows = rows[self.store.rows["birth_step"][rows] >= step - self.recipe.max_age]
+        drawn = self.rng.choice(len(rows), size=min(count, len(rows)), replace=False)
+        chosen = self.store.read(rows[torch.from_numpy(drawn).to(rows.device)])
+        return tuple(
+            Group(t.question, (as_fresh(t) if t.birth_step == step else t,), (advantage,))
+            for t, advantage in zip(
+                self._trajectories(chosen), chosen.advantage.tolist(), strict=True
+            )
+        )
+
     def finish(
         self, plan: StepPlan, groups: Sequence[Group], objective: PolicyObjective
     ) -> Finished:
@@ -305,7 +332,12 @@ class ReplaySource:
             self.store.note_entropy(*self._scored)
             self._scored = None
         self.stream.retire(self.update(groups, step=plan.step))
-        finished = Finished(self.objective(objective), self.metrics(plan, groups))
+        trained = None
+        if self.active and self.recipe.mixer == "fifo":
+            fresh = sum(len(group.from_source("fresh")) for group in groups)
+            trained = self._draw_singly(round(self.recipe.replay_ratio * fresh), step=plan.step)
+        metrics = self.metrics(plan, groups if trained is None else trained)
+        finished = Finished(self.objective(objective), metrics, trained)
         self.maybe_activate(pass_at_1(groups))
         return finished
 
@@ -347,22 +379,23 @@ class ReplaySource:
 
     def _keep(self, groups: Sequence[Group], step: int) -> None:
         kept = [
-            (group, t)
+            (group, t, advantage)
             for group in groups
-            for t in group.from_source("fresh")
-            if bool(t.behaviour_logprobs.isfinite().all())  # else the update refuses the batch
+            for t, advantage in zip(group.trajectories, advantages_of(group), strict=True)
+            if t.source == "fresh"
+            and bool(t.behaviour_logprobs.isfinite().all())  # else the update refuses the batch
         ]
         if self.recipe.keep == "successes":
-            kept = [(group, t) for group, t in kept if self._is_worth_keeping(group, t)]
+            kept = [row for row in kept if self._is_worth_keeping(*row[:2])]
         if self.recipe.keep == "none" or not kept:
             return
         number = {id(group): self.next_group + i for i, group in enumerate(groups)}
         self.next_group += len(groups)
         scores = {id(group): group_score(group.rewards) for group in groups}
-        trajectories = [t for _, t in kept]
+        owners, trajectories, advantages = zip(*kept, strict=True)
         self.store.add(
             Experiences(
-                question=self._places([group for group, _ in kept]),
+                question=self._places(owners),
                 tokens=Ragged.of([t.token_ids for t in trajectories]),
                 logprobs=torch.cat([t.behaviour_logprobs for t in trajectories]),
                 birth_step=torch.tensor([t.birth_step for t in trajectories]),
@@ -370,8 +403,9 @@ class ReplaySource:
                 success=torch.tensor([t.successful for t in trajectories]),
                 truncated=torch.tensor([t.truncated for t in trajectories]),
                 entropy=torch.stack([t.entropies.mean() for t in trajectories]),
-                group=torch.tensor([number[id(group)] for group, _ in kept]),
-                score=torch.tensor([scores[id(group)] for group, _ in kept]),
+                group=torch.tensor([number[id(group)] for group in owners]),
+                score=torch.tensor([scores[id(group)] for group in owners]),
+                advantage=torch.tensor(advantages),
             )
         )
 
@@ -409,7 +443,9 @@ class ReplaySource:
         stored = step - self.store.rows["birth_step"][self.store.rows["question"] >= 0].cpu()
         sizes = self.store.bucket_sizes()
         every = self.recipe.difficulty == "reward_std"
+        drawn_singly = self.active and self.recipe.mixer == "fifo"
         return {
+            **({"replay_frac": len(replayed) / max(len(groups), 1)} if drawn_singly else {}),
             "replay_active": int(self.active),
             "replay_size": sum(sizes),
             "replay_trajectories": len(stored),
@@ -453,8 +489,22 @@ class ReplaySource:
 
 def without_guidance(group: Group) -> Group:
     """Without revisions and prior-guided completions."""
-    own = tuple(t for t in group.trajectories if t.source in ("fresh", "replay"))
-    return Group(group.question, own)
+    own = [
+        (t, advantage)
+        for t, advantage in zip(group.trajectories, advantages_of(group), strict=True)
+        if t.source in ("fresh", "replay")
+    ]
+    return Group(group.question, tuple(t for t, _ in own), tuple(a for _, a in own))
+
+
+def advantages_of(group: Group) -> tuple[float, ...]:
+    """Those of the group; 0 where none were computed."""
+    return group.advantages or (0.0,) * len(group.trajectories)
+
+
+def as_fresh(trajectory: Trajectory) -> Trajectory:
+    """One that was drawn from the store in the step that generated it."""
+    return replace(trajectory, source="fresh")
 
 
 def is_solved(group: Group) -> bool:

@@ -126,4 +126,5 @@ def pool_of(
         entropy=torch.tensor(entropies, dtype=torch.float32),
         group=torch.full((count,), -1),
         score=torch.zeros(count),
+        advantage=torch.zeros(count),
     )

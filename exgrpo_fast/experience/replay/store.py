@@ -47,6 +47,7 @@ class Experiences:
     entropy: Tensor  # float32 [A], last known mean entropy in nats; inf = never scored
     group: Tensor  # int64 [A], equal for those generated together
     score: Tensor  # float32 [A], of the group, for those who replay whole groups
+    advantage: Tensor  # float32 [A], in its group when it was generated
 
     def __len__(self) -> int:
         return len(self.question)
@@ -80,6 +81,7 @@ COLUMNS = {  # of a stored trajectory beside its pages
     "reward": torch.float32,
     "entropy": torch.float32,
     "score": torch.float32,
+    "advantage": torch.float32,
     "success": torch.bool,
     "truncated": torch.bool,
     "on_host": torch.bool,
@@ -98,11 +100,14 @@ class ExperienceStore:
         evict: Evict = "entropy",
         max_per_question: int | None = None,
         max_groups: int | None = None,
+        max_trajectories: int | None = None,
+        spare_correct: float = 0.0,
         deduplicate: bool = True,
     ) -> None:
         """`evict`: who leaves a full store, or a question with more than `max_per_question`: the
         highest last-known entropy, or the oldest. `max_groups`: only the
-        groups of the highest score stay."""
+        groups of the highest score stay. `max_trajectories`: only the newest stay, but for a share
+        `spare_correct` of them, which are the newest correct ones among the older."""
         if group_size < 2:
             raise ValueError(f"group_size must be at least 2, got {group_size}")
         self.plan, self.group_size = plan, group_size
@@ -110,6 +115,8 @@ class ExperienceStore:
         self.evict: Evict = evict
         self.max_per_question = max_per_question
         self.max_groups = max_groups
+        self.max_trajectories = max_trajectories
+        self.spare_correct = spare_correct
         self.deduplicate = deduplicate
         self.clear()
 
@@ -202,7 +209,7 @@ class ExperienceStore:
             logprobs=logprobs,
             birth_step=column["birth_step"].long(),
             **{name: column[name] for name in ("reward", "success", "truncated", "entropy")},
-            **{name: column[name] for name in ("group", "score")},
+            **{name: column[name] for name in ("group", "score", "advantage")},
         )
 
     def _read_pages(self, rows: Tensor, lengths: Tensor, on_host: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,6 +268,8 @@ class ExperienceStore:
             self._trim(question.unique())
         if self.max_groups is not None:
             self._keep_best_groups(self.max_groups)
+        if self.max_trajectories is not None:
+            self._keep_newest(self.max_trajectories)
 
     def visit(self, questions: Tensor, successes: Tensor, *, step: int) -> None:
         """Note the outcome of groups."""
@@ -408,6 +417,17 @@ class ExperienceStore:
         gone = torch.zeros_like(self.rows["success"])
         gone[alive] = ~kept[first]
         self.drop(gone)
+
+    def _keep_newest(self, count: int) -> None:
+        """Drop all but the `count` newest, and what `spare_correct` says (arXiv 2604.08706, "positive
+        bias")."""
+        alive = (self.rows["question"] >= 0).nonzero().flatten()
+        alive = alive[self.rows["serial"][alive].argsort()]
+        num_spared = int(self.spare_correct * count)
+        older = alive[: max(len(alive) - (count - num_spared), 0)]
+        correct = older[self.rows["success"][older]]
+        spared = correct[max(len(correct) - num_spared, 0) :]
+        self._drop_rows(older[~torch.isin(older, spared)])
 
     # --- small parts ---
 

@@ -329,3 +329,13 @@ def test_a_store_of_copies_keeps_them() -> None:
     add(store, *[Item(0, (1, 2))] * 3)
     assert everything(load(make_store(deduplicate=False), saved(store))) == everything(store)
     assert len(of_question(load(make_store(), saved(store)), 0)) == 1
+
+
+def test_a_snapshot_of_before_advantages_were_stored_loads_with_zeros() -> None:
+    store = make_store()
+    add(store, Item(question=1, tokens=(4, 5), advantage=0.5))
+    state = snapshot(store, NAMES)
+    assert state["trajectories"].pop("advantage").tolist() == [0.5]
+    loaded = make_store()
+    load_snapshot(loaded, state, {name: i for i, name in enumerate(NAMES)})
+    assert contents(loaded) == [Item(question=1, tokens=(4, 5), advantage=0.0)]

@@ -666,3 +666,20 @@ def test_the_check_of_the_store_sees_damage(damage) -> None:
     damage(store)
     with pytest.raises(AssertionError):
         store.check_valid()
+
+
+@pytest.mark.parametrize(("spare", "kept"), [(0.5, [3, 5, 8, 9]), (0.0, [6, 7, 8, 9])])
+def test_the_newest_stay_and_a_share_of_older_correct_ones(spare: float, kept: list[int]) -> None:
+    """Positive bias of arXiv 2604.08706, in one go and one at a time."""
+    correct = [1, 0, 0, 1, 0, 1, 0, 0, 1, 0]
+    items = [
+        Item(question=i % 3, tokens=(i + 1,), birth_step=i, success=bool(c))
+        for i, c in enumerate(correct)
+    ]
+    for parts in ([items], [[item] for item in items]):
+        store = make_store(max_trajectories=4, spare_correct=spare)
+        for part in parts:
+            store.add(experiences(part))
+        alive = store.rows["question"] >= 0
+        assert sorted(store.rows["birth_step"][alive].tolist()) == kept
+        store.check_valid()
