@@ -28,9 +28,9 @@ from exgrpo_kernels import (
 from exgrpo_kernels.linear_logprob import logprob_reference
 
 if runtime.is_interpreting():
-    from interpreter import install_bfloat16_rounding
+    from interpreter import prepare_interpreter
 
-    install_bfloat16_rounding()
+    prepare_interpreter()
 
 F64 = torch.float64
 

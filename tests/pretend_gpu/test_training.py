@@ -12,13 +12,13 @@ import pytest
 import torch
 import triton.language as tl
 from conftest import REWARDS
-from interpreter import install_bfloat16_rounding
+from interpreter import prepare_interpreter
 from pretend_gpu.machine import pretend_gpu
 
 from exgrpo_fast.cli import main
 from exgrpo_kernels import runtime
 
-install_bfloat16_rounding()
+prepare_interpreter()
 
 SMALL = """--data.check_answers false --data.max_prompt_tokens 64 --reward.workers 1
  --rollout.engine transformers --rollout.prompts_per_step 4 --rollout.group_size 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_questions, small_config
-from interpreter import install_bfloat16_rounding
+from interpreter import prepare_interpreter
 from pretend_gpu.machine import PretendGpu, pretend_gpu
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_kernels import PolicyObjective
 
-install_bfloat16_rounding()
+prepare_interpreter()
 
 
 @pytest.fixture
