@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?=
 SEED ?= 0
+# Processes that share the tests, a file each at a time: what a module sets up is set up once.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 VLLM_VENV := .venv-vllm
 
@@ -23,10 +26,10 @@ demo-toy: $(VENV)/.train ## the same with a model that needs no download
 	$(BIN)/exgrpo-fast train quickstart --out $(or $(RUN),runs/quickstart) --train.seed $(SEED)
 
 test: $(VENV)/.dev $(VENV)/triton-3.6.0 ## install the dev extras and run the whole suite
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not gpu"
 
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
 	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
@@ -57,11 +60,11 @@ TOY := train quickstart --warm_start.batches 200 --rollout.prompts_per_step 16 \
 	--data.eval_size 20 --stop-after 2 --out
 
 test-newest: .venv-newest/.dev ## the core suite without constraints: what a plain install brings
-	.venv-newest/bin/pytest $(CORE)
+	.venv-newest/bin/pytest $(PARALLEL) $(CORE)
 	rm -rf runs/newest && .venv-newest/bin/exgrpo-fast $(TOY) runs/newest
 
 test-oldest: .venv-oldest/.dev ## the core suite with the oldest supported versions
-	.venv-oldest/bin/pytest $(CORE)
+	.venv-oldest/bin/pytest $(PARALLEL) $(CORE)
 	rm -rf runs/oldest && .venv-oldest/bin/exgrpo-fast $(TOY) runs/oldest
 
 chaos: $(VENV)/.dev ## kills, damages, full disks, hostile rewards: docs/reliability.md

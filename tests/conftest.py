@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is loaded, and for every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton decides when it is imported whether kernels are Python; on a machine without a GPU they are.

@@ -60,12 +60,14 @@ pytestmark = [
 ]
 
 
-# ---- properties: 2,000 cases a run ---------------------------------------------------------------
+# ---- properties: 400 cases a run, 2,000 of `make test-all` ---------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("check", "examples"), [("policy_loss", 1000), ("logprob", 500), ("from_logits", 500)]
-)
+FEW = [("policy_loss", 200), ("logprob", 100), ("from_logits", 100)]
+MANY = [pytest.param(check, 5 * count, marks=pytest.mark.slow) for check, count in FEW]
+
+
+@pytest.mark.parametrize(("check", "examples"), FEW + MANY)
 def test_any_case_keeps_the_rule(check, examples):
     # the same cases in each run: what a commit is blamed for is its own
     # and fewer on a GPU, where each shape and option of a case is compiled

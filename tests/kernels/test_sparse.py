@@ -268,9 +268,13 @@ def test_what_was_skipped_is_what_was_skipped():
     assert 1e-4 < dropped < 0.2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_case_is_dense_where_nothing_was_skipped(backend):
-    @settings(max_examples=150, deadline=None, database=None)
+@pytest.mark.parametrize(
+    ("backend", "examples"),
+    [(backend, 50) for backend in BACKENDS]
+    + [pytest.param(backend, 150, marks=pytest.mark.slow) for backend in BACKENDS],
+)
+def test_any_case_is_dense_where_nothing_was_skipped(backend, examples):
+    @settings(max_examples=examples, deadline=None, database=None)
     @given(
         rng=st.randoms(use_true_random=False),
         threshold=st.sampled_from([0.0, 1e-4, 1e-2, 0.3]),
