@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exgrpo_fast.config import Config, ConfigError, require, suggest
+from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
+from exgrpo_fast.data import check_first_rows
 from exgrpo_fast.rewards import RewardError, check_reference
 
 
@@ -89,14 +90,23 @@ def check_inputs(config: Config) -> None:
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}:
             require_file(source, key)
-    if looks_local(name):
-        require_file(name, "model.name")
+            fields = config.data.model_dump(include={"prompt_field", "answer_field", "id_field"})
+            check_first_rows(source, **fields)
+    require_engine(config)
+    require_model(name, "model.name")
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
     require_rewards(config.reward.functions, "reward.functions")
     for package in config.log.to:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"log.to: {package} is not installed: pip install {package}")
+
+
+def require_model(name: str, key: str) -> None:
+    if looks_local(name):
+        require_file(name, key)
+    if Path(name).is_dir() and not list(Path(name).glob("*.gguf")):
+        require_file(f"{name}/config.json", key)
 
 
 def looks_local(name: str) -> bool:

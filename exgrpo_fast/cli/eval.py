@@ -12,6 +12,7 @@ from exgrpo_fast.cli.arguments import (
     positive,
     positives,
     require_file,
+    require_model,
     require_rewards,
 )
 from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
@@ -95,6 +96,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def evaluated_model(arguments: argparse.Namespace) -> EvaluatedModel:
     """The model of the options, without its weights."""
     config, endpoint = model_config(arguments), endpoint_of(arguments)
+    require_model(str(config.model.name), "--model")
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
     return EvaluatedModel(

@@ -97,12 +97,13 @@ def train(arguments: argparse.Namespace) -> int:
         # With several ranks torchrun is the supervisor.
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
-        from exgrpo_fast.cli.train_run import train_run
+        device = choose_device(arguments.device)
+        from exgrpo_fast.cli.train_run import train_run  # seconds of imports
 
         return train_run(
             config,
             folder,
-            device=choose_device(arguments.device),
+            device=device,
             resume=arguments.resume,
             stop_after=arguments.stop_after,
             deterministic=arguments.deterministic,

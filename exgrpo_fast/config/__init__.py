@@ -31,6 +31,7 @@ from exgrpo_fast.config.schema import (
     engine_kind,
     refuse_engine_world_size,
     refuse_world_size,
+    require_engine,
 )
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
 
@@ -44,6 +45,7 @@ __all__ = [
     "all_keys",
     "dump_yaml",
     "engine_kind",
+    "require_engine",
     "from_dotted",
     "hint",
     "keys_by_last_word",

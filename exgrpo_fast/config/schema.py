@@ -344,12 +344,20 @@ def refuse_engine_world_size(config: Config, kind: str, count: int) -> None:
 
 def engine_kind(config: Config, device: str) -> str:
     """`rollout.engine` with `auto` resolved. ConfigError where vLLM is asked for and absent."""
-    kind, installed = config.rollout.engine, importlib.util.find_spec("vllm") is not None
-    if kind == "auto":
-        can_use_vllm = installed and device == "cuda" and config.rollout.top_k == 0
-        return "vllm" if can_use_vllm else "transformers"
-    if kind == "vllm" and not installed:
-        raise ConfigError("rollout.engine vllm: vLLM is not installed; `exgrpo-fast doctor`")
-    if kind == "vllm_server" and not installed and not config.rollout.server.urls:
-        raise ConfigError("rollout.engine vllm_server: vLLM is not installed; `exgrpo-fast doctor`")
-    return kind
+    require_engine(config)
+    if config.rollout.engine != "auto":
+        return config.rollout.engine
+    can_use_vllm = _has_vllm() and device == "cuda" and config.rollout.top_k == 0
+    return "vllm" if can_use_vllm else "transformers"
+
+
+def require_engine(config: Config) -> None:
+    """ConfigError where vLLM is asked for and absent."""
+    kind = config.rollout.engine
+    needs = kind == "vllm" or kind == "vllm_server" and not config.rollout.server.urls
+    if needs and not _has_vllm():
+        raise ConfigError(f"rollout.engine {kind}: vLLM is not installed; `exgrpo-fast doctor`")
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None

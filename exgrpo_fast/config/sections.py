@@ -674,7 +674,9 @@ class EvalConfig(Section):
     """Evaluation on data.eval with the training rewards."""
 
     n: Positive = Field(default=8, description="samples per question")
-    k: list[Positive] = Field(default=[1, 8], min_length=1, description="pass@k; at most n")
+    k: list[Positive] = Field(
+        default=[1, 8], min_length=1, description="pass@k; at most n, and 1 and n if not given"
+    )
     temperature: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="0 = greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0, description="nucleus sampling"
@@ -685,6 +687,13 @@ class EvalConfig(Section):
     examples: NonNegative = Field(
         default=0, description="held-out questions of which one completion is printed"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _k_follows_n(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("n"), int) and "k" not in given:
+            return given | {"k": sorted({1, given["n"]})}
+        return given
 
 
 class CheckpointConfig(Section):

@@ -11,7 +11,14 @@ Whether a gold answer can be verified is not decided here: see `rewards.check_go
 package loads no torch; check-data and the rewards do without.
 """
 
-from exgrpo_fast.data.checking import CheckedRow, DataReport, as_answer, check_data, content_id
+from exgrpo_fast.data.checking import (
+    CheckedRow,
+    DataReport,
+    as_answer,
+    check_data,
+    check_first_rows,
+    content_id,
+)
 from exgrpo_fast.data.parsing import parse_row
 from exgrpo_fast.data.questions import LoadedQuestions, load_questions, question_from_text
 from exgrpo_fast.data.sources import BadRow, DataError, Row, Source, read_rows
@@ -26,6 +33,7 @@ __all__ = [
     "Source",
     "as_answer",
     "check_data",
+    "check_first_rows",
     "content_id",
     "load_questions",
     "parse_row",

@@ -73,14 +73,8 @@ def check_data(
         prompt_field, answer_field, id_field = "prompt", "answer", None
     rows = iter(read_rows(source))
     first = list(itertools.islice(rows, FIRST_ROWS))
-    if not first:
-        raise DataError(f"data {name}: no rows")
-    fields = [row.fields for row in first if isinstance(row, Row)]
-    prompt_name = _field(name, "prompt_field", prompt_field, PROMPT_FIELDS, fields)
-    answer_name = _field(name, "answer_field", answer_field, ANSWER_FIELDS, fields)
-    if id_field is not None:
-        _field(name, "id_field", id_field, (), fields)
-    checker = _Checker(prompt_name, answer_name, id_field)
+    checker = _checker_of(name, first, prompt_field, answer_field, id_field)
+    prompt_name, answer_name = checker.prompt_field, checker.answer_field
     checked = [
         row if isinstance(row, BadRow) else checker.check(row)
         for row in itertools.chain(first, rows)
@@ -98,7 +92,41 @@ def check_data(
     )
 
 
+def check_first_rows(
+    source: str,
+    *,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    id_field: str | None = None,
+) -> None:
+    """DataError where a source has no rows or fields, or none of its first rows is usable."""
+    first = list(itertools.islice(read_rows(source), FIRST_ROWS))
+    name = source_name(source)
+    checker = _checker_of(name, first, prompt_field, answer_field, id_field)
+    checked = [row if isinstance(row, BadRow) else checker.check(row) for row in first]
+    bad = [row for row in checked if isinstance(row, BadRow)]
+    if len(bad) == len(first):
+        raise DataError(f"data {name}: none of the first {len(bad)} rows is usable: {bad[0]}")
+
+
 # --- fields of the config -------------------------------------------------------------------------
+
+
+def _checker_of(
+    name: str,
+    first: Sequence[Row | BadRow],
+    prompt_field: str | None,
+    answer_field: str | None,
+    id_field: str | None,
+) -> _Checker:
+    if not first:
+        raise DataError(f"data {name}: no rows")
+    fields = [row.fields for row in first if isinstance(row, Row)]
+    prompt_name = _field(name, "prompt_field", prompt_field, PROMPT_FIELDS, fields)
+    answer_name = _field(name, "answer_field", answer_field, ANSWER_FIELDS, fields)
+    if id_field is not None:
+        _field(name, "id_field", id_field, (), fields)
+    return _Checker(prompt_name, answer_name, id_field)
 
 
 def _field(

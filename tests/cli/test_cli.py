@@ -100,6 +100,17 @@ def refused(run):
         ("train grpo", "model.name is not set"),
         ("train grpo --model.name a/b", "data.train is not set"),
         ("train quickstart --model.name ./modle", "model.name: ./modle does not exist"),
+        (
+            "train grpo --data.train good.jsonl --model.name empty",
+            "empty/config.json does not exist",
+        ),
+        ("train quickstart --data.train rows.jsonl", "no field 'prompt', 'problem', 'question'"),
+        (
+            "train quickstart --data.train bad.jsonl",
+            "none of the first 2 rows is usable: bad.jsonl:1",
+        ),
+        ("train quickstart --data.eval none.jsonl", "data none.jsonl: no rows"),
+        ("train quickstart --rollout.engine vllm", "rollout.engine vllm: vLLM is not installed"),
         ("train quickstart --data.train row.jsonl", "did you mean rows.jsonl?"),
         ("train quickstart --data.eval no.parquet", "data.eval: no.parquet does not exist"),
         (
@@ -114,7 +125,7 @@ def refused(run):
         ("eval --model m --data rows.jsonl -k one", "-k: one is not a positive number"),
         ("eval --model m --data rows.jsonl --reward exat", "--reward: unknown reward 'exat'"),
         ("eval --model m --data rows.jsonl --sed 1", "unknown argument '--sed'; did you mean"),
-        ("eval --model ./m --data rows.jsonl", "model.name ./m: no tokenizer"),
+        ("eval --model ./m --data rows.jsonl", "--model: ./m does not exist"),
         ("sample --model m", "sample: give --prompt TEXT or --data FILE"),
         ("init there --recipe grop", "did you mean 'grpo'?"),
         ("init rows.jsonl", "init rows.jsonl: File exists"),
@@ -126,6 +137,10 @@ def refused(run):
 )
 def test_a_mistake_is_one_line_and_exit_2(refused, tmp_path: Path, words: str, said: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"gold": "1", "completion": "1"}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1 + 1"\n{"prompt": "", "answer": ""}\n')
+    (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "empty").mkdir()
     assert said in refused(*words.split())
 
 
@@ -146,6 +161,8 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
               "train quickstart --reward.functions [exat]", "train grpo", "trian",
               "train quickstart --data.train no.jsonl", "train quickstart --train.minibatches 3",
               "eval --model m --data no.jsonl", "sample --model m", "buffer stats nowhere",
+              "train quickstart --data.train bad.jsonl", "train quickstart --rollout.engine vllm",
+              "train grpo --data.train good.jsonl --model.name empty",
               "train quickstart --dry-run", "init new", "--help"):
     try:
         main(words.split())
@@ -153,6 +170,9 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
         heavy = {"torch", "transformers", "reasoning_gym"} & sys.modules.keys()
         print(words, ended.code, *heavy, file=sys.stderr)
 """
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "empty").mkdir()
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -162,7 +182,7 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
         cwd=tmp_path,
     )
     codes = [line for line in done.stderr.splitlines() if not line.startswith("exgrpo-fast: ")]
-    assert len(codes) == 14, done.stderr
+    assert len(codes) == 17, done.stderr
     assert all(line.endswith(" 2") for line in codes[:-3])
     assert codes[-3:] == ["train quickstart --dry-run 0", "init new 0", "--help 0"]
 

@@ -425,3 +425,11 @@ def test_every_key_that_may_change_is_there() -> None:
     keys = all_keys()
     for name in MAY_CHANGE:
         assert any(key == name or key.startswith(f"{name}.") for key in keys), name
+
+
+@pytest.mark.parametrize(("given", "k"), [({}, [1, 8]), ({"n": 2}, [1, 2]), ({"n": 1}, [1])])
+def test_passes_that_are_not_named_follow_the_samples(given, k) -> None:
+    assert validate({"eval": given}).eval.k == k
+    assert (
+        load_config("quickstart", [(f"eval.{key}", str(n)) for key, n in given.items()]).eval.k == k
+    )
