@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,3 +124,9 @@ def test_httpx2_is_imported_where_a_server_is_used() -> None:
         if str(path.relative_to(ROOT / "exgrpo_fast")) not in serving:
             imported = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]
             assert "httpx2" not in {alias.name for n in imported for alias in n.names}, path
+
+
+def test_the_makefile_names_tests_that_exist() -> None:
+    named = re.findall(r"tests/[\w/.]+", (ROOT / "Makefile").read_text())
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
