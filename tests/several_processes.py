@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import run_forked
 
 from exgrpo_fast.core.process_group import Processes, joined
 from exgrpo_fast.core.torchrun import RankInfo
@@ -33,27 +33,15 @@ def run_processes(count: int, worker: Path, *words: str) -> list[Any]:
     """`worker` is called with RANK COUNT STORE and `words`; what each prints last is JSON, rank by rank."""
     with tempfile.TemporaryDirectory() as folder:
         commands = [
-            [sys.executable, str(worker), str(rank), str(count), f"{folder}/store", *words]
-            for rank in range(count)
+            [str(worker), str(rank), str(count), f"{folder}/store", *words] for rank in range(count)
         ]
-        processes = [
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment(),
-            )
-            for command in commands
-        ]
-        try:
-            ended = [process.communicate(timeout=SECONDS) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    for process, (_, errors) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
+        environments = [environment()] * count
+        ended = run_forked(
+            commands, folder=Path(folder), environments=environments, seconds=SECONDS
+        )
+    for process in ended:
+        assert process.returncode == 0, process.stderr[-4000:]
+    return [json.loads(process.stdout.splitlines()[-1]) for process in ended]
 
 
 @contextlib.contextmanager

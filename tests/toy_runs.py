@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import REWARDS
+from forked import run_forked
 from several_processes import TORCHRUN, environment
+from torch.distributed import TCPStore
 
 from exgrpo_fast.core.types import Trajectory
 from exgrpo_fast.run.metrics import METRICS
@@ -27,15 +29,43 @@ SETTINGS = f"""
 SECONDS = 300
 
 
-def command(folder: Path, count: int, out: str, *more: str) -> list[str]:
-    start = TORCHRUN if count == 2 else [sys.executable]
+def arguments(folder: Path, count: int, out: str, *more: str) -> list[str]:
     model = ["--model.name", str(folder / "model")]
     alone = ["--no-supervise"] if count == 1 else []
     words = ["train", "exgrpo", "--out", out, *SETTINGS, *model, *alone, *more]
-    return [*start, "-m", "exgrpo_fast", *words]
+    return ["-m", "exgrpo_fast", *words]
 
 
 def run(folder: Path, count: int, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """In forks that meet as torchrun lets them meet; what the first one says."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(count),
+    }
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    several = [environment() | meeting | rank for rank in ranks]
+    ended = run_forked(
+        [arguments(folder, count, out, *more)] * count,
+        folder=folder,
+        environments=several if count > 1 else [environment()],
+        seconds=SECONDS,
+    )
+    for process in ended:
+        if process.returncode != 0:
+            return process
+    return ended[0]
+
+
+def command(folder: Path, count: int, out: str, *more: str) -> list[str]:
+    start = TORCHRUN if count == 2 else [sys.executable]
+    return [*start, *arguments(folder, count, out, *more)]
+
+
+def run_command(folder: Path, count: int, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The real command: `exgrpo-fast`, or under torchrun."""
     return subprocess.run(
         command(folder, count, out, *more),
         cwd=folder,

@@ -16,7 +16,7 @@ import torch
 from conftest import REWARDS
 from several_processes import environment
 from torch import Tensor
-from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, steps
+from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, run_command, steps
 
 from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state, split_tensors
 
@@ -27,7 +27,7 @@ def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("runs")
     make_inputs(path, model_folder)
     for count, out in ((1, "one"), (2, "two")):
-        ended = run(path, count, out, "--max-steps", "4")
+        ended = run_command(path, count, out, "--max-steps", "4")
         assert ended.returncode == 0, ended.stderr[-4000:]
     return path
 
@@ -130,7 +130,7 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     newest = Checkpoints(folder / "killed" / "checkpoints").newest_valid(pytest.fail)
     assert newest is not None
     step = int(newest.name.removeprefix("step_"))
-    ended = run(folder, 2, "killed", "--max-steps", str(step + 1), "--resume", "auto")
+    ended = run_command(folder, 2, "killed", "--max-steps", str(step + 1), "--resume", "auto")
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert f"resumed after step {step}" in ended.stdout
 
