@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -30,6 +31,7 @@ from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.build.rewards import make_rewards
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.types import Completion, Group, Question
+from exgrpo_fast.memory import tracing
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import NullScreen
@@ -45,6 +47,22 @@ REWARDS = Path(__file__).parent / "reward_functions.py"
 def _one_thread() -> None:
     """Enough for tensors this small, and on a busy machine much faster than two that wait."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _traces_are_made_once() -> Iterator[None]:
+    """What a model's passes hold follows from the arguments alone and takes a second or more."""
+    known: dict[tuple[Any, ...], tracing.Passes] = {}
+    make = tracing.trace
+
+    def trace(model: Any, setting: tracing.Setting, *, layers: int, tokens: int) -> tracing.Passes:
+        key = (model.to_json_string(use_diff=False), repr(setting), layers, tokens)
+        if key not in known:
+            known[key] = make(model, setting, layers=layers, tokens=tokens)
+        return known[key]
+
+    with mock.patch.object(tracing, "trace", trace):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -295,7 +295,7 @@ def test_a_smaller_card_gets_tiles_and_then_smaller_packs(
         found.append((made.config.microbatch_tokens, made.config.tile_tokens))
     assert found == [(16384, 0), (16384, 4096), (8192, 0)]
     with_more = exgrpo(
-        seven_billion, model__weights="bfloat16", train__max_tokens_per_microbatch="65536"
+        seven_billion, model__weights="bfloat16", train__max_tokens_per_microbatch="32768"
     )
     assert not planner.plan(with_more).fits
 
