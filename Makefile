@@ -25,7 +25,7 @@ demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say whe
 demo-toy: $(VENV)/.train ## the same with a model that needs no download
 	$(BIN)/exgrpo-fast train quickstart --out $(or $(RUN),runs/quickstart) --train.seed $(SEED)
 
-test: $(VENV)/.dev $(VENV)/triton-3.6.0 ## install the dev extras and run the whole suite
+test: $(VENV)/.dev ## install the dev extras and run the suite
 	$(BIN)/pytest $(PARALLEL)
 
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# `make test` puts the older compiler, which torch 2.11 pins, beside the environment.
+# `make test-all` puts the older compiler, which torch 2.11 pins, beside the environment.
 OLDER = Path(sys.prefix) / "triton-3.6.0"
 SLOW = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def test_public_calls_compile_as_launched(capability: int, older: bool, tmp_path
     path = [str(ROOT / "kernels"), str(ROOT / "tests")]
     if older:
         if not OLDER.exists():
-            pytest.skip("`make test` installs triton 3.6.0 there")
+            pytest.skip("`make test-all` installs triton 3.6.0 there")
         path.insert(0, str(OLDER))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path),
