@@ -1,4 +1,4 @@
-"""`exgrpo-fast buffer`: look into the experience store of a run, prune it, export it.
+"""`exgrpo-fast buffer`: look into the experience store of a run, prune it, export it; import others.
 
 PATH is a run folder, of which the newest checkpoint that verifies is taken, or a checkpoint folder.
 No action changes it.
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
     add_command,
+    choose_device,
+    looks_local,
     natural,
     positive,
     require_absent,
     require_file,
 )
-from exgrpo_fast.config import ConfigError, load_config
+from exgrpo_fast.cli.eval import MAX_PROMPT_TOKENS
+from exgrpo_fast.config import ConfigError, from_dotted, load_config, validate
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.data import CheckedRow, check_data
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
     from exgrpo_fast.experience.replay.inspect import StoredQuestion, StoredTrajectory
 
 BAR_WIDTH = 40  # characters, of the longest bar
+PROMPT_AND_ANSWER = {
+    "prompt": "prompt, problem, question or messages",
+    "answer": "answer, or another usual name",
+}
 SORT_KEYS = ("bucket", "trajectories", "visits", "entropy", "age")  # of `buffer ls`
 
 
@@ -61,6 +68,30 @@ def add_buffer(commands: Any) -> None:
 
     a = action("export", buffer_export, "trajectories as a parquet file for replay.store.pool")
     a.add_argument("--out", required=True, help="a new .parquet file")
+
+    text = "completions of other runs and trainers as a parquet file for replay.store.pool"
+    a = add_command(actions, "import", buffer_import, text)
+    a.add_argument("files", nargs="+", metavar="FILE", help="completions: .parquet or .jsonl")
+    a.add_argument("--out", required=True, help="a new .parquet file")
+    name = "whose tokenizer the run will have; scores what has no log-probs"
+    a.add_argument("--model", dest="model.name", required=True, help=name)
+    a.add_argument("--data", dest="data.train", required=True, help="the questions of the run")
+    for field, default in PROMPT_AND_ANSWER.items():
+        a.add_argument(f"--{field}-field", dest=f"data.{field}_field", help=f"default: {default}")
+    a.add_argument("--id-field", dest="data.id_field", help="as data.id_field of the run")
+    a.add_argument(
+        "--max-completion-tokens",
+        dest="rollout.max_completion_tokens",
+        type=positive,
+        default=2048,
+        help="longer ones are left out (2048)",
+    )
+    a.add_argument(
+        "--correct-from",
+        type=float,
+        help="reward of a correct completion (1 for each reward function)",
+    )
+    a.add_argument("--device", choices=["cpu", "cuda"])
 
 
 def open_store(path: str) -> SavedStore:
@@ -117,6 +148,26 @@ def buffer_export(arguments: argparse.Namespace) -> int:
     require_absent(arguments.out)
     count = open_store(arguments.path).export(Path(arguments.out))
     print(f"{arguments.out}: {count} trajectories")
+    return 0
+
+
+def buffer_import(arguments: argparse.Namespace) -> int:
+    require_absent(arguments.out)
+    values = {key: value for key, value in vars(arguments).items() if "." in key}
+    for file in arguments.files:
+        require_file(file, "buffer import")
+    require_file(values["data.train"], "--data")
+    if looks_local(values["model.name"]):
+        require_file(values["model.name"], "--model")
+    longest = MAX_PROMPT_TOKENS + values["rollout.max_completion_tokens"]
+    limits = {"data.max_prompt_tokens": MAX_PROMPT_TOKENS}
+    config = validate(from_dotted(values | limits | {"train.max_tokens_per_microbatch": longest}))
+    device = choose_device(arguments.device)
+    from exgrpo_fast.build.past_rollouts import import_rollouts
+
+    out, correct_from = Path(arguments.out), arguments.correct_from
+    found = import_rollouts(arguments.files, out, config, correct_from=correct_from, device=device)
+    print(f"{arguments.out}: {found}")
     return 0
 
 

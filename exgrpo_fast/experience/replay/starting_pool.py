@@ -47,12 +47,26 @@ def export_pool(
         "completion": [decode(ids) for ids in tokens],
         **{name: columns[name].tolist() for name in EXPORTED if name in columns},
     }
+    write_pool(values, path, snapshot["vocabulary"])
+    return len(tokens)
+
+
+def write_pool(values: Mapping[str, Sequence[Any]], path: Path, vocabulary: str) -> None:
+    """`values`: the columns of EXPORTED; `vocabulary`: the fingerprint of the tokenizer."""
     schema = pa.schema(
         [pa.field(name, kind) for name, kind in EXPORTED.items()],
-        metadata={VOCABULARY: snapshot["vocabulary"].encode()},
+        metadata={VOCABULARY: vocabulary.encode()},
     )
-    pq.write_table(pa.table(values, schema=schema), path)
-    return len(tokens)
+    pq.write_table(pa.table(dict(values), schema=schema), path)
+
+
+def pool_vocabulary(path: Path) -> str | None:
+    """The fingerprint that an export of a buffer names; None for any other file."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return None
+    return metadata[VOCABULARY].decode() if VOCABULARY in metadata else None
 
 
 def load_pool(path: Path, question_ids: Sequence[str], *, vocabulary: str) -> Experiences:
