@@ -67,6 +67,27 @@ def test_the_headline_claims_no_more_than_was_measured(tmp_path, after, says):
     assert says in page(tmp_path).text
 
 
+def test_the_headline_says_how_many_groups_teach_nothing(tmp_path):
+    make_run(tmp_path, steps=12)
+    path = tmp_path / "metrics.jsonl"
+    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    for step in steps:
+        early = step["step"] <= 5
+        step |= {"learnable_frac": 0.12, "pass_at_1_fresh": 0.02} if early else {}
+        step |= {"learnable_frac": 0.7, "pass_at_1_fresh": 0.6} if step["step"] > 7 else {}
+
+    def text(lines):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return page(tmp_path).text.replace("\u00a0", " ")
+
+    assert (
+        "In the first 5 steps, 2 % correct: 88 % of groups carry no gradient. "
+        "In the last 5, 60 % correct: 30 % of groups carry no gradient." in text(steps)
+    )
+    assert "In the first step, 2 % correct" in text(steps[:1])
+    assert "carry no gradient" not in text([{"step": 1}])
+
+
 def test_every_curve_is_there(tmp_path):
     titles = page(make_run(tmp_path)).titles
     for title in (

@@ -126,6 +126,30 @@ def peak_memory(run: Run) -> float | None:
     return number_of(run.summary, "peak_memory_gib") or max(peaks, default=None)
 
 
+FEW_STEPS = 5
+
+
+def signal(run: Run) -> str:
+    """How many completions were correct and how many groups carried no gradient, early and late."""
+    shares = run.values("learnable_frac"), run.values("pass_at_1_fresh")
+    if not all(shares):
+        return ""
+    early, late = (
+        [statistics.fmean(values) for values in part]
+        for part in zip(*((v[:FEW_STEPS], v[-FEW_STEPS:]) for v in shares), strict=True)
+    )
+    number = min(FEW_STEPS, len(shares[0]))
+    steps = f"{number} steps" if number > 1 else "step"
+    text = f"In the first {steps}, {_signal(*early)}."
+    if len(shares[0]) > FEW_STEPS:
+        text += f" In the last {number}, {_signal(*late)}."
+    return f"<p>{text}</p>"
+
+
+def _signal(learnable: float, correct: float) -> str:
+    return f"{100 * correct:.0f}\u00a0% correct: {100 * (1 - learnable):.0f}\u00a0% of groups carry no gradient"
+
+
 def facts(run: Run) -> str:
     """Size and duration of the run."""
     seconds, peak = wall_seconds(run), peak_memory(run)
