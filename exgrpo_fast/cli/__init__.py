@@ -23,6 +23,7 @@ from exgrpo_fast.cli.export import add_export
 from exgrpo_fast.cli.fetch import add_fetch
 from exgrpo_fast.cli.init import add_init
 from exgrpo_fast.cli.report import add_report
+from exgrpo_fast.cli.results import add_results
 from exgrpo_fast.cli.reward_test import add_reward_test
 from exgrpo_fast.cli.sample import add_sample
 from exgrpo_fast.cli.score import add_score
@@ -66,6 +67,7 @@ COMMANDS = (
     add_export,
     add_buffer,
     add_bench,
+    add_results,
 )
 
 

@@ -1,0 +1,219 @@
+"""The tables of the docs, made from bench/results/, and the command that measures each anew.
+
+    python bench/doc_tables.py                what there is
+    python bench/doc_tables.py replay_study   one table, as it stands in its page
+
+`tests/test_doc_tables.py` compares every row with the page.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BENCH = Path(__file__).parent
+Results = Mapping[str, Any]
+Rows = list[list[str]]
+
+
+class Table(NamedTuple):
+    """`rows`: results -> the rows of the table in `page`, its header first."""
+
+    page: str  # under the repository's root
+    rows: Callable[[Results], Rows]
+
+
+# --- numbers as the pages write them --------------------------------------------------------------
+
+
+def signed(value: float, form: str = ".1f") -> str:
+    return f"{value:+{form}}".replace("-", "−")
+
+
+def spanned(found: Results, *, sign: bool = False, percent: str = "") -> str:
+    """'82.7 [75.4, 90.0]' in percent, of a mean with its interval."""
+    mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
+    if sign:
+        return f"{signed(mean)} [{low:.1f}, {high:.1f}]".replace("-", "−")
+    return f"{mean:.1f}{percent} [{low:.1f}, {high:.1f}]"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def replay_study(results: Results) -> Rows:
+    rows = [["", "avg@8", "minus on-policy", "entropy at the end", "pass@8"]]
+    for arm, row in results["table"].items():
+        is_base = arm == "on-policy"
+        rows.append(
+            [
+                "on-policy Dr.GRPO" if is_base else arm,
+                spanned(row["avg_at_8"]),
+                "" if is_base else spanned(row["minus_on_policy"], sign=True),
+                f"{row['entropy']:.3f}",
+                f"{100 * row['pass_at_8']:.1f}",
+            ]
+        )
+    return rows
+
+
+def eapo_study(results: Results) -> Rows:
+    def share(found: Results) -> str:
+        mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
+        return f"{mean:.0f} %" if low == high else f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+
+    header = ["", f"held-out avg@4 after {results['steps']} steps"]
+    header += [f"steps to DAPO's final accuracy, of DAPO's {results['steps']}"]
+    rows = [[*header, "steps to half of it, of DAPO's"]]
+    for arm in ("on-policy DAPO", "EAPO"):
+        row = results["table"][arm]
+        mean, low, high = (100 * row["minus_dapo"][name] for name in ("mean", "low", "high"))
+        paired = f", paired {mean:+.1f} [{low:+.1f}, {high:+.1f}]" if mean else ""
+        shares = share(row["share_of_steps"]), share(row["share_of_steps_to_half"])
+        rows.append([arm, spanned(row["after"], percent=" %") + paired, *shares])
+    return rows
+
+
+def step(results: Results) -> Rows:
+    names = {
+        "large-64": "32,768, 64",
+        "large-varied": "32,768, 64 on average, at most 256",
+        "small-varied": "512, 64 on average, at most 256",
+        "small-64": "512, 64",
+    }
+    rows = [
+        [
+            "vocabulary, completion tokens",
+            "steps a second",
+            "by CPU-seconds",
+            "resident memory",
+            "allocated",
+        ]
+    ]
+    for case, name in names.items():
+        ratio = results["ratios"][case]
+        rows.append(
+            [name]
+            + [f"{ratio[key]:.1f} x" for key in ("speed", "speed_by_cpu_seconds")]
+            + [f"{ratio[key]:.2f} x" for key in ("resident", "allocated")]
+        )
+    return rows
+
+
+def packing(results: Results) -> Rows:
+    header = ["prompt", "longest completion", "tokens read, to each alone"]
+    header += ["time of an update, to each alone"]
+    return [header] + [
+        [
+            str(row["prompt_tokens"]),
+            str(row["longest_response"]),
+            f"{row['tokens_ratio']:.2f}",
+            f"{row['seconds_ratio']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+
+
+def cpu_memory(results: Results) -> Rows:
+    names = {
+        "rollout": "rollout by the trainer",
+        "generate": "`generate` of transformers",
+        "update": "forward and backward of the loss",
+    }
+    rows = [["", "CPU seconds, default and kept", "page faults, default and kept"]]
+    for work, name in names.items():
+        default, kept = (
+            next(r for r in results["rounds"] if r["work"] == work and r["keeps"] is keeps)
+            for keeps in (False, True)
+        )
+        rows.append(
+            [
+                name,
+                f"{default['cpu_seconds']:.2f} and {kept['cpu_seconds']:.2f}",
+                f"{default['page_faults']:,} and {kept['page_faults']:,}",
+            ]
+        )
+    return rows
+
+
+TABLES = {
+    "cpu/replay_study.json": Table("docs/exgrpo.md", replay_study),
+    "cpu/eapo_study.json": Table("docs/eapo.md", eapo_study),
+    "cpu/step.json": Table("docs/memory.md", step),
+    "cpu/packing.json": Table("docs/memory.md", packing),
+    "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
+}
+# Every file of bench/results/ and what writes it anew.
+COMMANDS = {
+    "memory_goals.json": "python bench/memory_goals.py",
+    "aot/triton-3.6.0.json": "python bench/aot.py",
+    "aot/triton-3.7.1.json": "python bench/aot.py",
+    "cpu/chaos.json": "make chaos",
+    "cpu/checkpoint.json": "python bench/checkpoint.py",
+    "cpu/cpu_memory.json": "python bench/cpu_memory.py",
+    "cpu/density.json": "python bench/density.py RUN",
+    "cpu/drift.json": "python bench/drift.py",
+    "cpu/eapo.json": "python bench/eapo.py",
+    "cpu/eapo_study.json": "python bench/study_eapo.py",
+    "cpu/experience.json": "python bench/experience.py",
+    "cpu/herl_quickstart.json": "exgrpo-fast train quickstart-herl",
+    "cpu/loss-sparsity.json": "python bench/loss.py --sparsity 1e-4",
+    "cpu/loss.json": "python bench/loss.py",
+    "cpu/memory.json": "python bench/memory.py",
+    "cpu/memory_sharded.json": "python bench/memory_sharded.py",
+    "cpu/packing.json": "python bench/packing.py",
+    "cpu/policy_sparsity.json": "python bench/policy_sparsity.py RUN",
+    "cpu/replay_study.json": "python bench/study_replay.py",
+    "cpu/rewards.json": "python bench/rewards.py",
+    "cpu/rollout-512.json": "python bench/rollout.py --layers 8 --width 512 --name rollout-512",
+    "cpu/rollout.json": "python bench/rollout.py",
+    "cpu/smollm2.json": "exgrpo-fast train smollm2",
+    "cpu/sparse_training.json": "exgrpo-fast train quickstart --train.sparsity 1e-4",
+    "cpu/sparsity.json": "python bench/sparsity.py",
+    "cpu/step.json": "python bench/step.py",
+}
+
+
+def load(name: str) -> Results:
+    return json.loads((BENCH / "results" / name).read_text())
+
+
+def markdown(rows: Rows) -> str:
+    lines = ["|".join(["", *(f" {cell} " if cell else " " for cell in row), ""]) for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def overview() -> str:
+    """A line for each file: when it was measured, which table it is, and how it is made again."""
+    lines = []
+    for name, command in COMMANDS.items():
+        table = TABLES.get(name)
+        where = f"table in {table.page}" if table else "numbers in the text"
+        lines.append(f"{name:32} {load(name).get('date', ''):12} {where:38} {command}")
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> int:
+    if not words:
+        print(overview())
+        return 0
+    by_stem = {Path(name).stem: name for name in COMMANDS}
+    for word in words:
+        if word not in by_stem:
+            print(f"results: there is no '{word}'; there are {', '.join(by_stem)}", file=sys.stderr)
+            return 2
+        name = by_stem[word]
+        results = load(name)
+        print(f"bench/results/{name}, {results.get('date', 'no date')}; again: {COMMANDS[name]}")
+        if name in TABLES:
+            print(f"{TABLES[name].page}\n\n{markdown(TABLES[name].rows(results))}\n")
+        else:
+            print("no table of the docs: its numbers stand in the text\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
