@@ -89,7 +89,7 @@ def rules(arguments: argparse.Namespace) -> tuple[list[dict], dict]:
             dropped = masked @ weight
             ours = {
                 "drop": dropped,
-                "centroid": dropped + sparse_backward.centroids_of_hidden(residue, weight),
+                "centroid": dropped + sparse_backward.Centroids().of_hidden(residue, weight),
                 "rank one": dropped + residue.sum(1, keepdim=True) * mean_row,
             }
             row = {

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from exgrpo_fast.model.renamed import cache_argument, checkpointing_enable
+from exgrpo_kernels.policy_loss import keeps_graph
 
 SMALL = Qwen3Config(
     vocab_size=32,
@@ -128,3 +129,25 @@ def test_lora_reads_pefts_layers() -> None:
         assert layer.get_base_layer().weight.shape == (16, 16)
         layer.enable_adapters(False)
         assert layer.disable_adapters
+
+
+def test_policy_loss_sees_whether_a_graph_is_kept() -> None:
+    """WithGradients multiplies its gradients in place where nothing needs them again."""
+    seen = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+            seen.append(keeps_graph())
+            return upstream
+
+    leaf = torch.ones((), requires_grad=True)
+    loss: Any = Asks.apply(leaf)
+    loss.backward(retain_graph=True)
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    loss.backward()
+    assert seen == [True, True, False]

@@ -9,7 +9,7 @@ D hidden, K the most tokens that sampling has kept of a row.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -417,6 +417,7 @@ class HeadGradients:
     weight_VD: Tensor | None
     bias_V: Tensor | None
     products: Any  # block-sparse ones
+    centroids: sparse_backward.Centroids = field(default_factory=sparse_backward.Centroids)
     is_weight_written: bool = False
     joins_main_grad: bool = False
 
@@ -499,7 +500,7 @@ class HeadGradients:
         if scale is not None:
             out.mul_(scale[:, None])
         if residue is not None:
-            out += sparse_backward.centroids_of_hidden(residue, chunk.weight_VD)
+            out += self.centroids.of_hidden(residue, chunk.weight_VD)
         if not in_place:
             out_ND[rows] = out[:num_rows].to(out_ND.dtype)
 
@@ -523,12 +524,14 @@ class HeadGradients:
             )
             if tiles.residue_RT is not None:
                 unscaled = padded(hidden_LD, len(dlogits))
-                sparse_backward.add_centroids_of_weight(out_VD, tiles.residue_RT, unscaled)
+                self.centroids.add_for_weight(tiles.residue_RT, unscaled)
         self.is_weight_written = True
 
     def finish(self, head: LinearHead) -> Gradients:
         """dX, dW, db in the dtypes of the inputs; dW is None where it joined a main_grad."""
         weight, bias = self.weight_VD, self.bias_V
+        if weight is not None and self.is_weight_written:
+            self.centroids.spread_into(weight)
         if self.joins_main_grad:
             weight = None
         if weight is not None:

@@ -250,10 +250,21 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        # Multiplying by 1 would copy [V, D]; the host may look only where that costs no sync.
+        # A copy of [V, D] is made only where the gradients are needed again.
         is_one = runtime.is_free_to_read(upstream) and float(upstream) == 1.0
-        scaled = (g if g is None or is_one else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        multiply = Tensor.mul if keeps_graph() else Tensor.mul_
+        scaled = (
+            g if g is None or is_one else multiply(g, upstream.to(g.dtype))
+            for g in ctx.saved_tensors
+        )
         return None, *scaled, None, None, None
+
+
+def keeps_graph() -> bool:
+    """Whether this backward pass may be run again (retain_graph); a compiled graph always may."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 # ---- checks and the finished loss -----------------------------------------------------------------

@@ -184,31 +184,48 @@ def residues(sums_RT: Tensor, kept_GT: Tensor) -> Tensor:
 
 
 def tile_means(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, D) -> (T, D): the mean row of each tile of the weight."""
-    num_columns = len(weight_VD)
-    sums = tile_sums(weight_VD.t().to(dtype)).t()
-    widths = torch.full((len(sums), 1), float(COLUMNS), dtype=dtype, device=sums.device)
-    widths[-1] = num_columns - (len(sums) - 1) * COLUMNS
-    return sums / widths
+    """(V, D) -> (T, D): the mean row of each tile of the weight, on a GPU without a copy in `dtype`."""
+    whole = len(weight_VD) // COLUMNS * COLUMNS
+    means = weight_VD[:whole].unflatten(0, (-1, COLUMNS)).mean(1, dtype=dtype)
+    if whole == len(weight_VD):
+        return means
+    return torch.cat([means, weight_VD[whole:].mean(0, keepdim=True, dtype=dtype)])
 
 
-def centroids_of_hidden(residue_RT: Tensor, weight_VD: Tensor) -> Tensor:
-    """(R, T), (V, D) -> (R, D): the dX of dropped tiles if the rows of W within a tile were equal.
+class Centroids:
+    """dX and dW of dropped tiles as if the rows of W within a tile were equal.
 
-    It restores sum_v dz_v = 0, whose loss pushes every hidden state along the mean embedding.
+    It restores sum_v dz_v = 0, whose loss pushes every hidden state along the mean embedding. For
+    all chunks of one call: W is read and dW written once.
     """
-    return residue_RT @ tile_means(weight_VD, residue_RT.dtype)
 
+    def __init__(self) -> None:
+        self.means_TD: Tensor | None = None  # of W
+        self.sums_TD: Tensor | None = None  # of dW
 
-def add_centroids_of_weight(out_VD: Tensor, residue_RT: Tensor, hidden_RD: Tensor) -> None:
-    """Spread the sum of each dropped tile evenly over its rows of dW."""
-    per_tile = residue_RT.t() @ hidden_RD.to(residue_RT.dtype)
-    whole = len(out_VD) // COLUMNS
-    body = out_VD[: whole * COLUMNS].unflatten(0, (-1, COLUMNS))
-    body += (per_tile[:whole, None] / COLUMNS).to(out_VD.dtype)
-    if whole * COLUMNS < len(out_VD):
-        tail = out_VD[whole * COLUMNS :]
-        tail += (per_tile[whole] / len(tail)).to(out_VD.dtype)
+    def of_hidden(self, residue_RT: Tensor, weight_VD: Tensor) -> Tensor:
+        """(R, T), (V, D) -> (R, D); `weight_VD` is the same in all calls."""
+        if self.means_TD is None:
+            self.means_TD = tile_means(weight_VD, residue_RT.dtype)
+        return residue_RT @ self.means_TD
+
+    def add_for_weight(self, residue_RT: Tensor, hidden_RD: Tensor) -> None:
+        hidden_RD = hidden_RD.to(residue_RT.dtype)
+        if self.sums_TD is None:
+            self.sums_TD = residue_RT.t() @ hidden_RD
+        else:
+            self.sums_TD.addmm_(residue_RT.t(), hidden_RD)
+
+    def spread_into(self, out_VD: Tensor) -> None:
+        """Add the sum of each tile to dW, evenly over its rows."""
+        if self.sums_TD is None:
+            return
+        whole = len(out_VD) // COLUMNS
+        body = out_VD[: whole * COLUMNS].unflatten(0, (-1, COLUMNS))
+        body += (self.sums_TD[:whole, None] / COLUMNS).to(out_VD.dtype)
+        if whole * COLUMNS < len(out_VD):
+            tail = out_VD[whole * COLUMNS :]
+            tail += (self.sums_TD[whole] / len(tail)).to(out_VD.dtype)
 
 
 # ---- the tiles of one call, and the share that is dropped ----------------------------------------

@@ -225,20 +225,23 @@ def test_backward_accumulates_and_may_run_again():
     result = linear_policy_loss(hidden, weight, targets, bias=bias, **columns)
     result.loss.backward(retain_graph=True)
     first = [t.grad.clone() for t in (hidden, weight, bias)]
-    result.loss.backward(retain_graph=True)
+    (-2.5 * result.loss).backward(retain_graph=True)
     result.backward()
     for tensor, gradient in zip((hidden, weight, bias), first, strict=True):
-        torch.testing.assert_close(tensor.grad, 3 * gradient, rtol=1e-14, atol=0)
+        torch.testing.assert_close(tensor.grad, -0.5 * gradient, rtol=1e-14, atol=0)
 
 
-def test_gradients_are_handed_over_without_a_copy():
+@pytest.mark.parametrize("upstream", [1.0, 0.25])
+def test_gradients_are_handed_over_without_a_copy(upstream):
     (hidden, weight, _), targets, columns = make_batch(dtype=torch.float32)
     result = linear_policy_loss(hidden, weight, targets, **columns)
     node: Any = result.loss.grad_fn
-    made = {t.data_ptr() for t in node.saved_tensors if t is not None}
+    made = {t.data_ptr(): t.clone() for t in node.saved_tensors if t is not None}
     del node
-    result.loss.backward()
-    assert {hidden.grad.data_ptr(), weight.grad.data_ptr()} == made
+    result.loss.backward(torch.tensor(upstream))
+    assert {hidden.grad.data_ptr(), weight.grad.data_ptr()} == made.keys()
+    for gradient in (hidden.grad, weight.grad):
+        assert torch.equal(gradient, upstream * made[gradient.data_ptr()])
 
 
 def test_everything_but_the_loss_is_detached():

@@ -250,6 +250,39 @@ def test_tails(backend):
     assert found["dense_dw"][1] < 1e-5 < found["dense_dw"][0] == pytest.approx(found["drop"][0])
 
 
+@pytest.mark.parametrize("vocab", [128, 150])
+def test_centroids_of_several_chunks(vocab):
+    """Against W and dW whose rows are those means, tile by tile, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, total = draw(vocab, 5), draw(vocab, 5)
+    tiles = torch.arange(vocab).split(sparse_backward.COLUMNS)
+    flat = torch.cat([weight[rows].mean(0).expand(len(rows), -1) for rows in tiles])
+    centroids, expected = sparse_backward.Centroids(), total.clone()
+    for _ in range(3):
+        dz, hidden = draw(4, vocab), draw(4, 5)
+        residue = sparse_backward.tile_sums(dz)
+        torch.testing.assert_close(centroids.of_hidden(residue, weight), dz @ flat)
+        for rows in tiles:
+            expected[rows] += (dz[:, rows].t() @ hidden).mean(0)
+        centroids.add_for_weight(residue, hidden)
+    centroids.spread_into(total)
+    torch.testing.assert_close(total, expected)
+
+
+def test_the_centroid_tail_reads_the_head_once(monkeypatch):
+    case, batch = certain_batch()
+    seen, tile_means = [], sparse_backward.tile_means
+    monkeypatch.setattr(
+        sparse_backward, "tile_means", lambda w, dtype: seen.append(dtype) or tile_means(w, dtype)
+    )
+    gradients_of(case, "torch", batch, sparsity=5e-2, tail="centroid", chunk_rows=100)
+    assert seen == [torch.float32]
+
+
 def test_what_was_skipped_is_what_was_skipped():
     """`skipped_mass` against the dropped elements themselves, in plain PyTorch."""
     case, batch = certain_batch(1)
