@@ -16,6 +16,7 @@ from interpreter import prepare_interpreter
 from pretend_gpu.machine import pretend_gpu
 
 from exgrpo_fast.cli import main
+from exgrpo_fast.config.load import recipe_names
 from exgrpo_kernels import runtime
 
 prepare_interpreter()
@@ -59,6 +60,14 @@ RECIPES: dict[str, list[str]] = {
         *("--train.max_tokens_per_microbatch", "450", "--train.minibatches", "1"),
     ],
     "bfloat16 weights": ["exgrpo", "--model.weights", "bfloat16"],
+    "clip-cov": ["clip-cov", "--algorithm.tokens.clip_cov", "0.05"],
+    "distillation": ["distillation", "--algorithm.distillation.teacher", "{model}"],
+    "dppo": ["dppo"],
+    "entropy-advantage": ["entropy-advantage"],
+    "exgrpo-questions-only": ["exgrpo-questions-only"],
+    "high-entropy": ["high-entropy", "--train.minibatches", "2"],
+    "kl-cov": ["kl-cov", "--algorithm.tokens.kl_cov", "0.05"],
+    "qae": ["qae"],
 }
 NEEDS = {"bfloat16 weights": "flashoptim"}
 
@@ -117,6 +126,13 @@ def test_float32_trains_as_on_the_cpu(folder: Path, model_folder: Path) -> None:
     for name in ("reward_mean", "completion_len_mean", "replay_frac", "replay_trajectories"):
         assert name in expected[-1]
         assert [r.get(name) for r in found] == [r.get(name) for r in expected], name
+
+
+def test_every_shipped_recipe_is_tried() -> None:
+    """Those with a model of their own are recipes of this list with other sizes."""
+    own_models = ("quickstart", "smollm2")
+    shipped = {n for n in recipe_names() if not n.startswith(own_models)}
+    assert shipped == {words[0] for words in RECIPES.values()}
 
 
 @pytest.mark.slow
