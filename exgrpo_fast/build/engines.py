@@ -195,7 +195,7 @@ def transformers_engine(
     if not isinstance(source, AnnouncedPolicy):
         return make_transformers_engine(config, source, tokenizer)
     copy = make_plain_policy(config, folder, dtype=torch.float32, device=source.device.type)
-    copy.model.requires_grad_(False)
+    copy.freeze()
     copy.sizes.are_fixed = True  # the other ranks wait: nothing is done twice
     return CopiedEngine(make_transformers_engine(config, copy, tokenizer), copy, source)
 

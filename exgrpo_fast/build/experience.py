@@ -146,7 +146,7 @@ def make_prior(
         return NoPrior()
     name = require(settings.model, "prior_resampling.model", "a checkpoint folder")
     prior = make_policy(config, name, device=str(policy.device))
-    prior.model.requires_grad_(False)
+    prior.freeze()
     eos = end_of_sequence_ids(policy.model.generation_config, tokenizer)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if vllm_prior is not None:

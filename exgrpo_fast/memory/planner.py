@@ -23,6 +23,7 @@ from exgrpo_fast.memory.trainer_memory import (
     Head,
     States,
     Update,
+    frozen_copy,
     released,
     scoring,
     states,
@@ -169,7 +170,7 @@ class Planner:
             passes,
             weights=getattr(torch, config.model.weights),
             optimiser=config.optimizer,
-            references=num_references(config),
+            references=num_references(config) * self._frozen_copy(config, passes),
             is_nf4=config.model.quantization is not None,
         )
         if config.train.gradient_release:
@@ -208,7 +209,7 @@ class Planner:
                 self.model, dtype=config.model.compute_dtype(device)
             ),
         )
-        return self._with_engine(made, passes.frozen or passes.trained)
+        return self._with_engine(made, passes)
 
     def _sharded(
         self, held: States, passes: Passes, head: Head, config: Config
@@ -236,14 +237,22 @@ class Planner:
             backward=made.backward - gone,
         )
 
-    def _with_engine(self, made: MemoryPlan, parameters: float) -> MemoryPlan:
+    def _frozen_copy(self, config: Config, passes: Passes) -> float:
+        """Bytes of one reference; shards keep the dtype of the weights, to be gathered in another."""
+        weights = getattr(torch, config.model.weights)
+        compute = self._compute(config) if self.machine.processes == 1 else weights
+        return frozen_copy(passes, weights, compute)
+
+    def _with_engine(self, made: MemoryPlan, passes: Passes) -> MemoryPlan:
         """The rollout engine beside the trainer; vLLM takes what is left, up to what it needs."""
         config, machine = made.config, self.machine
         dtype = config.model.compute_dtype(machine.device)
+        parameters = passes.frozen or passes.trained
         if machine.engine == "transformers":
             rows = made.rows | {"generation": {"rollout": self._generation_bytes(made)}}
             if machine.processes > 1:
-                rows["whole copy for generation (float32)"] = everywhere(4 * parameters)
+                copied = frozen_copy(passes, torch.float32, self._compute(config))
+                rows["whole copy for generation"] = everywhere(copied)
             return replace(made, rows=rows)
         if machine.engine != "vllm" or machine.num_bytes is None:
             return made

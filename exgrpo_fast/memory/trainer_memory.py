@@ -53,9 +53,9 @@ class States:
 
 
 def states(
-    passes: Passes, *, weights: torch.dtype, optimiser: str, references: int, is_nf4: bool
+    passes: Passes, *, weights: torch.dtype, optimiser: str, references: float, is_nf4: bool
 ) -> States:
-    """`references`: whole frozen copies that a KL term needs."""
+    """`references`: bytes of the frozen copies."""
     size = weights.itemsize
     if passes.frozen:  # adapters, float32
         frozen = size * passes.frozen
@@ -64,13 +64,19 @@ def states(
         held, trained = frozen + 4 * passes.trained, 4 * passes.trained
     else:
         held = trained = size * passes.trained
-    parameters = passes.frozen or passes.trained
     return States(
         weights=held,
         optimiser=STATE_BYTES[optimiser] * passes.trained,
-        references=references * size * parameters,
+        references=references,
         gradients=trained,
     )
+
+
+def frozen_copy(passes: Passes, weights: torch.dtype, compute: torch.dtype) -> float:
+    """Bytes of a whole model that is not trained: exgrpo_fast/model/frozen.py."""
+    parameters = passes.frozen or passes.trained
+    saved = max(0, weights.itemsize - compute.itemsize) * passes.quantisable
+    return weights.itemsize * parameters - saved
 
 
 def released(held: States, head: Head, weights: torch.dtype) -> States:

@@ -22,6 +22,7 @@ from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
 from exgrpo_fast.model.folder_settings import positions, read_generation_config
+from exgrpo_fast.model.frozen import hold_linear_layers_in
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
 from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
@@ -168,6 +169,12 @@ class Policy:
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def freeze(self) -> None:
+        """Train nothing, from now on: a reference, a prior, a copy for generation."""
+        self.model.requires_grad_(False)
+        if self.compute_dtype != torch.float32:
+            hold_linear_layers_in(self.model, self.compute_dtype)
 
     def assign_packs(self, packs: Sequence[Pack]) -> list[AssignedPack]:
         """Those of this process: all of them, where it is alone."""

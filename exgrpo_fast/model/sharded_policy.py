@@ -35,6 +35,10 @@ class ShardedPolicy(Policy):
         self.processes = processes
         self._gathered = GatheredHead(super()._head_layer(), dtype)
 
+    def freeze(self) -> None:
+        """Train nothing; layers are gathered in the compute dtype as it is."""
+        self.model.requires_grad_(False)
+
     def assign_packs(self, packs: Sequence[Pack]) -> list[AssignedPack]:
         place = self.processes.place
         return assign_packs(packs, rank=place.rank, count=place.count)

@@ -57,7 +57,7 @@ class Reference:
         self.num_steps = 0
         for policy in (base, previous):
             if isinstance(policy, Policy):
-                policy.model.requires_grad_(False)
+                policy.freeze()
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The same groups, their trajectories with `ref_logprobs`."""

@@ -368,6 +368,9 @@ def test_a_kl_term_costs_a_copy_and_an_adapter_saves_it(
     whole = planner.plan(exgrpo(seven_billion, **keys)).states
     adapter = planner.plan(exgrpo(seven_billion, **keys, model__lora__rank="32")).states
     assert whole.references == whole.weights == 2 * 7_615_616_512
+    float32 = planner.plan(exgrpo(seven_billion, algorithm__kl__coef="0.1")).states
+    linear = 6_525_288_448  # weights of the layers; embedding, head, norms and biases stay float32
+    assert float32.references == 4 * 7_615_616_512 - 2 * linear
     assert (adapter.references, adapter.gradients) == (0, 4 * 80_740_352)
 
 
