@@ -22,6 +22,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -64,12 +65,19 @@ SMALL = Sizes(128, 384, (64,), 4096, 16, (128,), (130, 300, 16), 128, 2, 1)
 class Recorder:
     """One line of JSON a measurement. `seconds`: the time that all stages together have."""
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    def __init__(self, path: Path, seconds: float, first: int | None = None) -> None:
+        """`first`: as many measurements of each stage; None: all."""
         self.file = path.open("a")
+        self.first = first
         self.began = time.perf_counter()
         self.seconds = seconds
         self.stage = ""
         self.num_failed = 0
+        self.num_measured = 0  # in this stage
+
+    def begin(self, stage: str, found: Found) -> None:
+        self.stage, self.num_measured = stage, 0
+        self.write("begins", found)
 
     def left(self) -> float:
         return self.seconds - (time.perf_counter() - self.began)
@@ -82,8 +90,9 @@ class Recorder:
 
     def measure(self, name: str, work: Callable[[], Found], *, needs: float = 5.0) -> None:
         """Write what `work` finds, or its error; nothing where fewer seconds are left than it needs."""
-        if self.left() < needs:
+        if self.left() < needs or self.num_measured == self.first:
             return
+        self.num_measured += 1
         try:
             self.write(name, work())
         except Exception as error:  # whatever a launch or a peer raises is a result
@@ -463,12 +472,15 @@ def trainer_inputs(folder: Path, sizes: Sizes) -> list[str]:
 
 
 def figures_of(out: Path) -> Found:
-    """Of the last step, and what the plan and the rehearsal said of memory."""
+    """Of the last step, and the peak of the rehearsal of the worst one beside the plan's, in GiB."""
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    log = (out / "run.log").read_text().splitlines()
-    said = [line for line in log if "preflight" in line or "planned" in line]
+    rehearsed = re.search(r"peak ([0-9.]+) GiB, planned ([0-9.]+)", (out / "run.log").read_text())
     last = {k: v for k, v in steps[-1].items() if k.startswith(("seconds", "peak", "tokens"))}
-    return last | {"memory": said[-3:]}
+    if rehearsed is None:
+        return last
+    return last | dict(
+        zip(("rehearsed_gib", "planned_gib"), map(float, rehearsed.groups()), strict=True)
+    )
 
 
 # ---- all -----------------------------------------------------------------------------------------
@@ -484,16 +496,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--small", action="store_true", help="sizes to try the program with")
+    parser.add_argument("--first", type=int, help="so many measurements of each stage")
     arguments = parser.parse_args(words)
     if not torch.cuda.is_available():
         parser.exit(2, "gpu.py: needs a CUDA device\n")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(arguments.out / "results.jsonl", arguments.seconds)
+    recorder = Recorder(arguments.out / "results.jsonl", arguments.seconds, arguments.first)
     sizes = SMALL if arguments.small else Sizes()
     today = datetime.date.today().isoformat()
     for stage in arguments.stages:
-        recorder.stage = stage
-        recorder.write("begins", {"date": today, **machine("cuda"), "sizes": sizes._asdict()})
+        recorder.begin(stage, {"date": today, **machine("cuda"), "sizes": sizes._asdict()})
         try:
             STAGES[stage](recorder, sizes)
         except Exception as error:  # of its inputs: the next stage may do

@@ -5,7 +5,8 @@
 #
 # Leaves results.jsonl (a line a measurement, written at once), log.txt and machine.txt in OUT, and
 # tables.md, which `report_gpu.py` makes of them. A stage that fails or outstays its time stops no
-# other. Needs torch, triton and pytest; peers and the trainer are measured where they are installed.
+# other. Needs torch, triton and pytest; peers and the trainer are measured where they are installed,
+# or come as wheels of `bench/wheels.sh` in the folder WHEELS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?the folder of the results} limit=${2:-520}
@@ -14,6 +15,13 @@ export PYTHONPATH=kernels:.:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.tcache}
 unset TRITON_INTERPRET
 python=${PYTHON:-python3}
+read -ra options <<<"${BENCH_OPTIONS:-}" # of gpu.py, such as --small
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if [[ -n ${WHEELS:-} ]]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/site" \
+        "$WHEELS"/*.whl && PYTHONPATH=$scratch/site:$PYTHONPATH
+fi
 
 stage() { # stage NAME SECONDS COMMAND...; an interrupt first, so that Python says what it knows
     local name=$1 seconds=$2 code=0 began=$SECONDS left=$((limit - SECONDS - 10))
@@ -30,7 +38,8 @@ stage() { # stage NAME SECONDS COMMAND...; an interrupt first, so that Python sa
 measure() { # measure SECONDS STAGE...
     local seconds=$1
     shift
-    stage "$*" "$seconds" "$python" bench/gpu.py "$@" --out "$out" --seconds $((seconds - 10))
+    stage "$*" "$seconds" "$python" bench/gpu.py "$@" --out "$out" --seconds $((seconds - 10)) \
+        "${options[@]}"
 }
 
 {
@@ -46,7 +55,7 @@ stage tests 90 "$python" -m pytest -q -x --tb=line -p no:cacheprovider --confcut
 if command -v compute-sanitizer >/dev/null; then
     # our kernels alone: with PyTorch's own under its eye it would take many minutes
     stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        --kernel-regex kns=_kernel "$python" bench/gpu.py safe --small --out "$out/../memcheck" --seconds 45
+        --kernel-regex kns=_kernel "$python" bench/gpu.py safe --small --out "$scratch" --seconds 45
 fi
 measure 120 trainer
 touch "$out/results.jsonl"

@@ -124,11 +124,22 @@ def memory(rows: Sequence[Row]) -> str:
         (
             row["name"],
             row.get("peak_memory_gib"),
-            "; ".join(row.get("memory", [])) or row.get("error"),
+            row.get("rehearsed_gib"),
+            planned := row.get("planned_gib"),
+            planned and row["rehearsed_gib"] and planned / row["rehearsed_gib"],
+            row.get("error", ""),
         )
         for row in of_stage(rows, "trainer")
     ]
-    return table(("0.5 B, three steps", "peak GiB", "what the plan said"), lines)
+    head = (
+        "0.5 B, three steps",
+        "peak GiB",
+        "worst step GiB",
+        "planned GiB",
+        "planned / worst",
+        "",
+    )
+    return table(head, lines)
 
 
 def failures(rows: Sequence[Row]) -> str:

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from pretend_gpu.machine import pretend_gpu
 
+from exgrpo_fast.training.preflight import Rehearsal
 from exgrpo_kernels import runtime
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -67,6 +69,23 @@ def test_the_long_stages(programs: dict[str, ModuleType], tmp_path: Path) -> Non
     assert "| three GEMMs, no loss | 64 | 1 | 1 | - |" in text
 
 
+def test_the_plan_stands_beside_the_worst_step(
+    programs: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"peak_memory_gib": 9.5, "seconds_step": 2.0}\n')
+    (tmp_path / "run.log").write_text(Rehearsal(10.0, 4, 80).note(9.75 * 2**30))
+    found = programs["gpu"].figures_of(tmp_path)
+    assert found == {
+        **{"peak_memory_gib": 9.5, "seconds_step": 2.0},
+        **{"rehearsed_gib": 10.0, "planned_gib": 9.75},
+    }
+    rows = [{"stage": "trainer", "name": "adamw", "at": 1.0, **found}]
+    rows.append({"stage": "trainer", "name": "other", "at": 2.0, "error": "no"})
+    text = programs["report_gpu"].memory(rows)
+    assert "| adamw | 9.5 | 10 | 9.75 | 0.975 |" in text
+    assert "| other | - | - | - | - | no |" in text
+
+
 def test_a_failure_is_a_line_and_stops_nothing(
     programs: dict[str, ModuleType], tmp_path: Path
 ) -> None:
@@ -80,12 +99,58 @@ def test_a_failure_is_a_line_and_stops_nothing(
     assert rows[0]["error"] == "ZeroDivisionError: division by zero"
 
 
+def run_script(folder: Path, seconds: int, **environment: str) -> str:
+    """What `bench/gpu.sh` prints."""
+    usual = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = ["bash", str(BENCH / "gpu.sh"), str(folder), str(seconds)]
+    usual |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(folder / "../cache")}
+    done = subprocess.run(command, env=usual | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_script_on_the_pretend_gpu(tmp_path: Path) -> None:
+    """Two measurements of each stage; the trainer has tests of its own. A wheel is installed first."""
+    (tmp_path / "wheels").mkdir()
+    make_wheel(tmp_path / "wheels", "carried", "raise SystemExit('carried wheels are found')")
+    python = tmp_path / "python"
+    program = Path(__file__).with_name("run_program.py")
+    python.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *trainer*) exec {sys.executable} -c "import carried" ;; esac\n'
+        f'exec {sys.executable} {program} "$@"\n'
+    )
+    python.chmod(0o755)
+    printed = run_script(
+        tmp_path / "out",
+        600,
+        PYTHON=str(python),
+        WHEELS=str(tmp_path / "wheels"),
+        BENCH_OPTIONS="--small --first 2",
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for stages in ("ceilings correct safe", "ratios tiles", "rows"):
+        assert f"== {stages}: exit 0" in printed, log[-3000:]
+    assert "carried wheels are found" in log
+    assert "4 of 4 hold" not in printed and "2 of 2 hold." in printed
+    assert "| three GEMMs, no loss | 64 | 1 | 1 | - |" in printed
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["log.txt", "machine.txt", "results.jsonl", "tables.md"]
+
+
+def make_wheel(folder: Path, name: str, text: str) -> None:
+    """A wheel of one module."""
+    about = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", text + "\n")
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+
+
 def test_the_script_leaves_few_files(tmp_path: Path) -> None:
     """Without a GPU every stage ends at once, and says why."""
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PYTHONPATH", None)
-    command = ["bash", str(BENCH / "gpu.sh"), str(tmp_path), "60"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "ceilings correct safe: exit 2" in done.stdout
+    printed = run_script(tmp_path, 60, PYTHON=sys.executable)
+    assert "ceilings correct safe: exit 2" in printed
     assert len(list(tmp_path.iterdir())) <= 8
     assert "Nothing was measured." in (tmp_path / "tables.md").read_text()
