@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # loaded here: it looks for CUDA's own functions where torch.cuda is available
-from pretend_gpu import cuda_api, functions, kernels
+from pretend_gpu import collectives, cuda_api, functions, kernels
 from pretend_gpu.tensor import PretendTensor, is_cuda
 from pretend_gpu.waits import Waits
 from torch import Tensor
@@ -206,6 +206,7 @@ def pretend_gpu() -> Iterator[PretendGpu]:
             mock.patch.object(torch.autograd, "_engine_run_backward", run_backward),
             mock.patch.object(torch.nn.Module, "_apply", keeps_ties(torch.nn.Module._apply)),
             kernels.launched_on(gpu),
+            collectives.by_gloo(),
             gpu.modes(),
         ):
             yield gpu

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from pretend_gpu import attention, machine
+from pretend_gpu import attention, collectives, machine
 from pretend_gpu.cuda_api import device_of
 from pretend_gpu.tensor import PretendTensor, is_cuda, on_device, values_of
 from pretend_gpu.waits import place_of_caller
@@ -68,6 +68,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _check_generator(kwargs.get("generator"), on_gpu or to_device)
     if not on_gpu and not to_device:
         return gpu.on_host(func, args, kwargs)
+    if func.namespace in collectives.NAMESPACES:
+        return collectives.run(func, args, kwargs)
     if func.namespace == "torch_attn":
         return attention.run(func, args, kwargs)
     if f"{func.namespace}::{func._schema.name.partition('::')[2]}" in OPDEFS:
