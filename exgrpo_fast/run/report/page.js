@@ -37,7 +37,8 @@ document.addEventListener("pointermove", event => {
 
 document.addEventListener("focusin", event => {
   const figure = figureOf(event.target);
-  if (figure && event.target.matches(":focus-visible")) show(figure, Infinity);
+  if (figure && event.target.matches(":focus-visible"))
+    show(figure, JSON.parse(figure.dataset.hover).x[1]); // the last step
 });
 
 document.addEventListener("focusout", hide);
