@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html import unescape
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from report_runs import Page, make_run
 from exgrpo_fast.cli import main
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.run.directory import RunFolder, is_written
-from exgrpo_fast.run.report import make_page, read_run, read_runs
+from exgrpo_fast.run.report import make_page, read_run, read_runs, write_report
 from exgrpo_fast.run.report.headline import status
 from exgrpo_fast.run.report.reading import distinct_names
 from exgrpo_fast.run.report.svg import Measured, change_figure, line_figure
@@ -116,13 +117,15 @@ def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
     assert is_written(tmp_path)
     make_run(tmp_path, steps=3)
     (tmp_path / "config.yaml").write_text("train: {max_steps: 20}\n")
-    shown = text_of(status(read_run(tmp_path)))
+    run = read_run(tmp_path)
+    assert text_of(status(run, live=True)) == "running · step 3 of 20 · 30 s a step"
+    assert re.search(r"a step · at 20\d\d-\d\d-\d\d \d\d:\d\d$", text_of(status(run, live=False)))
+    assert "stopped · step 3 of 20" in write_report(tmp_path).read_text().replace("</b>", "")
     folder.close()
-    assert shown == "running · step 3 of 20 · 30 s a step"
     assert not is_written(tmp_path)
-    assert text_of(status(read_run(tmp_path))) == "stopped · step 3 of 20"
+    assert text_of(status(read_run(tmp_path), live=False)) == "stopped · step 3 of 20"
     (tmp_path / "config.yaml").write_text("train: {max_steps: 3}\n")
-    assert status(read_run(tmp_path)) == ""
+    assert status(read_run(tmp_path), live=False) == ""
 
 
 def test_without_a_table_of_locks_the_process_decides(tmp_path: Path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from exgrpo_fast.core.errors import UserError
@@ -20,9 +21,12 @@ __all__ = ["Run", "make_page", "read_run", "read_runs", "render", "write_page", 
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write DIR/report.html from what DIR holds, and return its path."""
+    """Write DIR/report.html from what DIR holds, and return its path.
+
+    For the run itself, at its end: its lock is still held, and the page must not say that it runs.
+    """
     path = Path(run_dir) / "report.html"
-    write_page(path, render(read_run(Path(run_dir))))
+    write_page(path, render(replace(read_run(Path(run_dir)), is_running=False)))
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from html import escape
 from typing import Any
 
@@ -96,13 +97,17 @@ def _change(
     )
 
 
-def status(run: Run) -> str:
-    """'running · step 12 of 24', 'stopped · step 12 of 24'; '' for a run that is complete."""
+def status(run: Run, *, live: bool) -> str:
+    """'running · step 12 of 24', 'stopped · step 12 of 24'; '' for a run that is complete.
+
+    A page that is not `live` says when that was so.
+    """
     is_complete = run.max_steps is not None and run.last_step >= run.max_steps
     if run.is_running:
         mean = statistics.fmean(seconds) if (seconds := run.values("step_seconds")[-10:]) else 0
         pace = f" · {duration(mean)} a step" if mean else ""
-        return f"<p class=status><b>running</b> · step {progress(run)}{pace}</p>"
+        when = "" if live else f" · at {datetime.now():%Y-%m-%d %H:%M}"
+        return f"<p class=status><b>running</b> · step {progress(run)}{pace}{when}</p>"
     if is_complete or run.max_steps is None:
         return ""
     return f"<p class=status><b>stopped</b> · step {progress(run)}</p>"

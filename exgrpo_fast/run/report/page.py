@@ -20,7 +20,7 @@ def render(run: Run, *, live: bool = False) -> str:
     """The whole page of a run; `live`: with a script that asks its server for a newer one."""
     subject, name = safe_text(_subject(run), 200), safe_text(run.name, 200)
     environment = {key: value for key, value in run.environment.items() if key != "checks"}
-    header = f"<h1>{subject}</h1>{status(run)}{headline(run)}{signal(run)}{facts(run)}"
+    header = f"<h1>{subject}</h1>{status(run, live=live)}{headline(run)}{signal(run)}{facts(run)}"
     main = (
         _sections((section.title, section.draw(run)) for section in EXPERIENCE_SECTIONS)
         + completions_section(run)
