@@ -14,7 +14,7 @@ ADAPTERS_VENV := .venv-adapters
 
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo demo-toy test test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel chaos lint bench regress clean
+.PHONY: demo demo-toy test test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
 	@if $(BIN)/exgrpo-fast fetch smollm2; \
@@ -67,6 +67,15 @@ test-oldest: .venv-oldest/.dev ## the core suite with the oldest supported versi
 	.venv-oldest/bin/pytest $(PARALLEL) $(CORE)
 	rm -rf runs/oldest && .venv-oldest/bin/exgrpo-fast $(TOY) runs/oldest
 
+docs: .venv-docs/.dev ## the documentation as a site in build/site; fails on a dead link
+	NO_MKDOCS_2_WARNING=1 PATH="$$PWD/.venv-docs/bin:$$PATH" mkdocs build --quiet
+
+release: test-wheel .venv-release/.dev ## wheel and sdist in dist/, checked; the sdist has to give the same wheel
+	.venv-release/bin/python -m build --outdir dist/from-sdist .
+	cmp dist/*.whl dist/from-sdist/*.whl
+	mv dist/from-sdist/*.tar.gz dist/ && rm -r dist/from-sdist
+	.venv-release/bin/twine check --strict dist/*
+
 chaos: $(VENV)/.dev ## kills, damages, full disks, hostile rewards: docs/reliability.md
 	$(BIN)/python tests/chaos/suite.py
 
@@ -84,7 +93,7 @@ regress: $(VENV)/.dev ## memory and time of a step beside the committed measurem
 	$(BIN)/python bench/regress.py runs/bench
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) $(WHEEL_VENV) .venv-newest .venv-oldest .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(ADAPTERS_VENV) $(WHEEL_VENV) .venv-newest .venv-oldest .venv-docs .venv-release .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -127,6 +136,16 @@ $(ADAPTERS_VENV)/.dev: pyproject.toml constraints.txt tests/constraints-adapters
 .venv-oldest/.dev: pyproject.toml tests/constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt -e ".[train,gym,dev]"
+	touch $@
+
+.venv-docs/.dev: docs/site/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
+	touch $@
+
+.venv-release/.dev:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check "build>=1.6,<2" "twine>=7,<8"
 	touch $@
 
 # The release before the newest: its own files alone, found before those of the newest.

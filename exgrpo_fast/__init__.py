@@ -7,7 +7,7 @@ user's mistake come before torch is imported.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "train": "exgrpo_fast.api.training",

@@ -12,6 +12,7 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 COMMAND = Path(sys.executable).with_name("exgrpo-fast")
@@ -49,6 +50,11 @@ def check_kernels() -> None:
 
 
 def check_train() -> None:
+    made = run(COMMAND, "--version")
+    expect(made.stdout == f"exgrpo-fast {version('exgrpo-fast')}\n", made.stdout, made.stderr)
+    for words in (["--help"], ["doctor"], ["train", "--help"]):
+        made = run(COMMAND, *words)
+        expect(made.returncode == 0 and made.stdout != "", " ".join(words), made.stderr)
     with tempfile.TemporaryDirectory() as out:
         small = ["--warm_start.batches", "20", "--rollout.prompts_per_step", "4"]
         small += ["--data.eval_size", "8", "--stop-after", "1", "--out", out]

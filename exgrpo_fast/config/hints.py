@@ -73,8 +73,10 @@ OTHER_NAMES = {
     ),
     "rollout.temperature": Names(trl="temperature", verl=f"{_ROLLOUT}/temperature"),
     "rollout.top_p": Names(
-        trl="top_p", verl=f"{_ROLLOUT}/top_p", note="training refuses less than 1"
+        trl="top_p", verl=f"{_ROLLOUT}/top_p", note="needs `rollout.top_k`: docs/rollouts.md"
     ),
+    "rollout.top_k": Names(trl="top_k", verl=f"{_ROLLOUT}/top_k", note="0, not -1, for all"),
+    "rollout.min_p": Names(trl="min_p"),
     "rollout.engine": Names(trl="use_vllm vllm_mode", verl="actor_rollout_ref/rollout.name"),
     "rollout.kv_cache_gib": Names(
         trl="vllm_gpu_memory_utilization",
