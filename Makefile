@@ -14,7 +14,7 @@ ADAPTERS_VENV := .venv-adapters
 
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo demo-toy test test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs chaos lint bench regress clean
+.PHONY: demo demo-toy test test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
 	@if $(BIN)/exgrpo-fast fetch smollm2; \
@@ -69,6 +69,9 @@ test-oldest: .venv-oldest/.dev ## the core suite with the oldest supported versi
 
 docs: .venv-docs/.dev ## the documentation as a site in build/site; fails on a dead link
 	NO_MKDOCS_2_WARNING=1 PATH="$$PWD/.venv-docs/bin:$$PATH" mkdocs build --quiet
+
+notebook: $(VENV)/.dev ## run examples/quickstart.ipynb and keep what it prints
+	$(BIN)/jupyter execute --inplace --timeout=3600 examples/quickstart.ipynb
 
 release: test-wheel .venv-release/.dev ## wheel and sdist in dist/, checked; the sdist has to give the same wheel
 	.venv-release/bin/python -m build --outdir dist/from-sdist .

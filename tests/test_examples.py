@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they are, on small models and a few steps."""
+"""The scripts and the notebook of examples/ run as they are, on small models and a few steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from several_processes import environment
 
+from exgrpo_fast.api.inputs import make_config
+from exgrpo_fast.run.metrics import METRICS
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 
 def run_example(folder: Path, name: str, *options: str) -> str:
@@ -89,3 +94,55 @@ def test_own_data(tmp_path: Path, model_folder: Path) -> None:
         "twenty",
         "ninety-nine",
     ]
+
+
+# --- the notebook -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Any:
+    nbformat = pytest.importorskip("nbformat")
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_was_run_in_order_and_names_real_keys_and_metrics(notebook: Any) -> None:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "site-packages" not in str(outputs)  # a warning of the machine that ran it
+
+    (call,) = (
+        node
+        for cell in cells
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "train"
+    )
+    source = ast.unparse(call)
+    keys = eval(source, {"train": lambda **keys: keys, "STEPS": 3, "WARM_START": 4} | FUNCTIONS)
+    for name in ("recipe", "reward", "out", "resume"):
+        keys.pop(name)
+    config = make_config("quickstart", keys)
+    assert (config.train.max_steps, config.warm_start.batches) == (3, 4)
+
+    (shown,) = re.findall(r"shown = (\[.*?\])", "\n".join(cell.source for cell in cells), re.S)
+    assert set(ast.literal_eval(shown)) <= METRICS.keys()
+
+
+FUNCTIONS = {"sum_is_correct": None}
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbclient = pytest.importorskip("nbclient")
+    for name, value in (environment() | {"STEPS": "1", "WARM_START": "4"}).items():
+        monkeypatch.setenv(name, value)
+    where = {"metadata": {"path": str(tmp_path)}}
+    done = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources=where
+    ).execute()
+    text = str([cell.get("outputs") for cell in done.cells])
+    assert "before  avg@4" in text and "image/png" in text
+    assert (tmp_path / "runs/notebook/report.html").exists()

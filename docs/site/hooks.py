@@ -107,6 +107,7 @@ def on_files(files: Files, config: Any) -> Files:
     )
     known = files.src_uris
     linked = {target for source in sources() for target in linked_files(source)}
+    linked |= {f"examples/{path.name}" for path in ROOT.glob("examples/*.ipynb")}
     for target in sorted(linked - known.keys()):
         files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
     return files
@@ -134,7 +135,8 @@ def source_page(source: str) -> str:
 def examples_page() -> str:
     parts = [
         "# Examples",
-        "Scripts that run as they are: `python examples/lean_loop.py`.",
+        "Scripts that run as they are, and a notebook, "
+        "[quickstart.ipynb](examples/quickstart.ipynb).",
     ]
     for path in sorted(ROOT.glob("examples/*.py")):
         parts += [f"## {path.name}", f"```python\n{path.read_text()}```"]
