@@ -39,7 +39,9 @@ def check_kernels() -> None:
     for name in ("transformers", "numpy", "pydantic"):
         expect(importlib.util.find_spec(name) is None, f"{name} came along with the kernels")
     made = run(sys.executable, "-m", "exgrpo_kernels")
-    expect(made.returncode == 0 and made.stdout.endswith("right\n"), "the self-check", made.stderr)
+    expect(
+        made.returncode == 0 and made.stdout.endswith("\ncorrect\n"), "the self-check", made.stderr
+    )
     for module in ("adapters", "adapters.prime_rl"):
         made = run(sys.executable, "-c", f"import exgrpo_kernels.{module}")
         expect(made.returncode == 0, f"exgrpo_kernels.{module}", made.stderr)
@@ -68,4 +70,4 @@ def check_train() -> None:
 if __name__ == "__main__":
     check_origin()
     {"kernels": check_kernels, "train": check_train}[sys.argv[1]]()
-    print(f"wheel, {sys.argv[1]}: right")
+    print(f"wheel, {sys.argv[1]}: correct")
