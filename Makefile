@@ -42,12 +42,12 @@ wheel: ## build the wheel into dist/
 	rm -rf dist
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-test-wheel: wheel ## the built wheel in a clean environment: the kernels alone, then with [train]
+test-wheel: wheel ## the built wheel in a clean environment: the kernels alone, then with [train,gym]
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd $(WHEEL_VENV) && bin/python ../tests/check_wheel.py kernels
-	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[train]"
+	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[train,gym]"
 	cd $(WHEEL_VENV) && bin/python ../tests/check_wheel.py train
 
 # What a new version of a library can break: trainer, rollouts, attention, adapters, kernels,

@@ -1,7 +1,7 @@
 """What a user gets from the built wheel; run by `make test-wheel` in its environment.
 
     check_wheel.py kernels    after `pip install exgrpo-fast`
-    check_wheel.py train      after `pip install 'exgrpo-fast[train]'`
+    check_wheel.py train      after `pip install 'exgrpo-fast[train,gym]'`
 
 No test module: it runs where pytest is not installed, outside of the checkout.
 """
