@@ -177,6 +177,7 @@ def train_step(step):
             entropy=scores.per_response(scores.entropies)[kept],
             group=step * len(SUMS) + fresh[kept],
             score=0.0 * ones,
+            advantage=advantage_S[len(past) :][kept],
         )
     )
     store.move(mixed, successes[mixed])

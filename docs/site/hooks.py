@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+SOURCE = re.compile(r'(\b(?:src|srcset)=")([^":]+)(")')  # of a picture in HTML
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',
     re.S,
@@ -158,7 +159,7 @@ def on_page_markdown(markdown: str, page: Any, **other: Any) -> str:
         place = PAGES.get(target) or FOLDERS.get(target) or target.removeprefix("docs/")
         return f"{start}{posixpath.relpath(place, posixpath.dirname(site) or '.')}{end}"
 
-    return LINK.sub(moved, markdown)
+    return SOURCE.sub(moved, LINK.sub(moved, markdown))
 
 
 def on_page_content(content: str, **other: Any) -> str:
