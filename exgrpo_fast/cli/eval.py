@@ -96,7 +96,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def evaluated_model(arguments: argparse.Namespace) -> EvaluatedModel:
     """The model of the options, without its weights."""
     config, endpoint = model_config(arguments), endpoint_of(arguments)
-    require_model(str(config.model.name), "--model")
+    if not endpoint:  # beside one the folder may hold a tokenizer alone
+        require_model(str(config.model.name), "--model")
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
     return EvaluatedModel(
