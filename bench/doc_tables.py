@@ -139,7 +139,14 @@ def cpu_memory(results: Results) -> Rows:
     return rows
 
 
+def what_fits(results: Results) -> Rows:
+    cards = [key for key in results["rows"][0] if key != "kind"]
+    rows = [["trained", *cards]]
+    return rows + [[row["kind"], *(row[card] or "–" for card in cards)] for row in results["rows"]]
+
+
 TABLES = {
+    "what_fits.json": Table("README.md", what_fits),
     "cpu/replay_study.json": Table("docs/exgrpo.md", replay_study),
     "cpu/eapo_study.json": Table("docs/eapo.md", eapo_study),
     "cpu/step.json": Table("docs/memory.md", step),
@@ -149,6 +156,7 @@ TABLES = {
 # Every file of bench/results/ and what writes it anew.
 COMMANDS = {
     "memory_goals.json": "python bench/memory_goals.py",
+    "what_fits.json": "python bench/what_fits.py",
     "aot/triton-3.6.0.json": "python bench/aot.py",
     "aot/triton-3.7.1.json": "python bench/aot.py",
     "cpu/chaos.json": "make chaos",

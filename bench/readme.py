@@ -1,9 +1,9 @@
-"""What README.md shows of the measurements: a picture of a run's report, and what fits on which card.
+"""The picture of README.md: the report of a run, in light and dark.
 
     python bench/readme.py
 
-writes docs/report-light.svg and docs/report-dark.svg from bench/results/cpu/smollm2.json, and prints
-the table of bench/results/what_fits.json. The panels are figures of the report page, drawn by it.
+writes docs/report-light.svg and docs/report-dark.svg from bench/results/cpu/smollm2.json. The panels
+are figures of the report page, drawn by it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from exgrpo_fast.run.report.reading import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "bench/results/cpu/smollm2.json"
-FITS = ROOT / "bench/results/what_fits.json"
 STYLE = ROOT / "exgrpo_fast/run/report/page.css"
 SCHEMES = ("light", "dark")
 
@@ -131,22 +130,12 @@ text {{ font-family: system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: 
 """
 
 
-def fits_table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each kind of training, a column for each card."""
-    cards = [key for key in results["rows"][0] if key != "kind"]
-    lines = [f"| trained | {' | '.join(cards)} |", "|---" * (len(cards) + 1) + "|"]
-    for row in results["rows"]:
-        lines.append(f"| {row['kind']} | {' | '.join(row[card] or '–' for card in cards)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     results = json.loads(RUN.read_text())
     for scheme in SCHEMES:
         path = ROOT / f"docs/report-{scheme}.svg"
         path.write_text(picture(results, scheme))
         print(path.relative_to(ROOT))
-    print(fits_table(json.loads(FITS.read_text())))
 
 
 if __name__ == "__main__":
