@@ -29,7 +29,7 @@ test: $(VENV)/.dev ## install the dev extras and run the suite
 	$(BIN)/pytest $(PARALLEL)
 
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
-	$(BIN)/pytest $(PARALLEL) -m "not gpu"
+	$(BIN)/pytest $(PARALLEL) -m "not gpu and not vllm"
 
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
 	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm

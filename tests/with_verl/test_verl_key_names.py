@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import verl
+import pytest
 import yaml
 
 from exgrpo_fast.config.hints import OTHER_NAMES
+
+verl = pytest.importorskip("verl", reason="make test-adapters installs verl")
 
 # The whole tree as verl publishes it, its defaults composed.
 TREE = Path(verl.__file__).parent / "trainer/config/_generated_ppo_trainer.yaml"
