@@ -5,11 +5,17 @@
     policy_loss         the same objective on vectors of log-probabilities
     policy_loss_from_logits   the same objective where logits exist, overwritten by gradients
     vocab_parallel_linear_logprob, vocab_parallel_policy_loss   the first two, of a sharded head
+    linear_distillation_loss  KL to a teacher over the whole vocabulary, from both hidden states
     PolicyObjective     the ratio, clip, surrogate, KL and entropy terms of that loss
 
 `*_reference` functions in plain PyTorch are the specifications.
 """
 
+from exgrpo_kernels.distillation_loss import (
+    DistillationLoss,
+    linear_distillation_loss,
+    linear_distillation_loss_reference,
+)
 from exgrpo_kernels.linear_head import LinearLogprob, NonFiniteHidden
 from exgrpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from exgrpo_kernels.objective import PolicyObjective
@@ -23,10 +29,13 @@ from exgrpo_kernels.policy_loss_from_logits import policy_loss_from_logits
 from exgrpo_kernels.vocab_parallel import vocab_parallel_linear_logprob, vocab_parallel_policy_loss
 
 __all__ = [
+    "DistillationLoss",
     "LinearLogprob",
     "NonFiniteHidden",
     "PolicyLoss",
     "PolicyObjective",
+    "linear_distillation_loss",
+    "linear_distillation_loss_reference",
     "linear_logprob",
     "linear_logprob_reference",
     "linear_policy_loss",
