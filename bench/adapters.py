@@ -3,9 +3,11 @@
     .venv-adapters/bin/python bench/adapters.py [--repeats 7 --out bench/results/cpu]
 
 One random Llama with a real vocabulary (49,152) and one padded micro-batch; every side computes
-TRL's DAPO loss of it and its gradients, round-robin in one process. The peak is that of a process
-which does nothing else; the error is that of the head's gradient against TRL's own in float64.
-Liger's loss is TRL's `use_liger_kernel`. The last line of stdout is JSON.
+TRL's DAPO loss of it and its gradients, round-robin in one process: the order changes nothing, and
+what else the machine does meets all sides alike. Times are those of a clock and of the processor, the
+second of which other processes disturb less. The peak is that of a process which does nothing
+else; the error is that of the head's gradient against TRL's own in float64. Liger's loss is TRL's
+`use_liger_kernel`. The last line of stdout is JSON.
 """
 
 # pyright: reportMissingImports=false
@@ -164,19 +166,27 @@ def measure(options: argparse.Namespace) -> list[dict]:
             rows.append({"side": side, "absent": f"{type(problem).__name__}: {problem}"[:120]})
             continue
         rows.append({"side": side, "gradient_error": error.item()})
-    seconds: dict[str, list[float]] = {side: [] for side in steps}
+    walls: dict[str, list[float]] = {side: [] for side in steps}
+    processors: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(options.repeats):
         for side, step in steps.items():
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             step()
-            seconds[side].append(time.perf_counter() - start)
-    base = statistics.median(seconds["TRL"])
+            walls[side].append(time.perf_counter() - wall)
+            processors[side].append(time.process_time() - processor)
     for row in rows:
-        if row["side"] in seconds:
-            row["seconds"] = statistics.median(seconds[row["side"]])
-            row["times_trl"] = row["seconds"] / base
-            row["peak_mib"] = peak_mib(row["side"], options)
+        if (side := row["side"]) in steps:
+            row["seconds"] = statistics.median(walls[side])
+            row["cpu_seconds"] = statistics.median(processors[side])
+            row["times_trl"] = median_ratio(walls[side], walls["TRL"])
+            row["cpu_times_trl"] = median_ratio(processors[side], processors["TRL"])
+            row["peak_mib"] = peak_mib(side, options)
     return rows
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Of the rounds, each of which compares what ran one after the other."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def versions() -> dict[str, str]:
@@ -187,6 +197,31 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Time, processor time and memory beside TRL's own."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return
+    measured = [row for row in rows if "absent" not in row]
+    base = next(row for row in measured if row["side"] == "TRL")
+    panels = {
+        "time, TRL = 1": [row["times_trl"] for row in measured],
+        "processor time, TRL = 1": [row["cpu_times_trl"] for row in measured],
+        "peak memory, TRL = 1": [row["peak_mib"] / base["peak_mib"] for row in measured],
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(10, 2.2), sharey=True)
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        bars = axis.barh([row["side"] for row in measured], values, color="#4878a8")
+        axis.bar_label(bars, fmt="%.2f", padding=2)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlim(0, 1.2 * max(values))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -213,8 +248,9 @@ def main() -> None:
             row["side"],
             row["absent"]
             if "absent" in row
-            else f"{row['seconds']:.2f} s   {row['times_trl']:.2f}x   {row['peak_mib']:.0f} MiB"
-            f"   {row['gradient_error']:.1e}",
+            else f"{row['seconds']:.2f} s   {row['times_trl']:.2f}x   cpu {row['cpu_seconds']:.2f} s"
+            f"   {row['cpu_times_trl']:.2f}x   {row['peak_mib']:.0f} MiB   "
+            f"{row['gradient_error']:.1e}",
         )
         for row in rows
     ]
@@ -233,6 +269,7 @@ def main() -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "adapters.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(rows, options.out / "adapters.png")
     print(json.dumps(result))
 
 
