@@ -195,6 +195,9 @@ class Planner:
             **activation_rows(of_update),
             "forward pass, logits": {"scoring": of_scoring},
         }
+        if config.rollout.top_k > 0:  # int32 ids, in the worst case as many for every token
+            kept = 4 * tokens * config.rollout.top_k
+            rows["tokens that top_k kept"] = {"scoring": kept, "update": kept}
         made = MemoryPlan(
             config=config,
             machine=self.machine,

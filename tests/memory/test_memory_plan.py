@@ -374,6 +374,18 @@ def test_a_kl_term_costs_a_copy_and_an_adapter_saves_it(
     assert (adapter.references, adapter.gradients) == (0, 4 * 80_740_352)
 
 
+def test_the_tokens_that_top_k_kept_are_planned(
+    seven_billion: Path, planner_for: Callable[[int | None], Planner]
+) -> None:
+    planner = planner_for(None)
+    whole = validate({"model": {"name": str(seven_billion)}})
+    made = planner.plan(with_values(whole, {"rollout.top_k": 512}))
+    tokens = made.config.microbatch_tokens
+    planned = {"scoring": 4 * 512 * tokens, "update": 4 * 512 * tokens}
+    assert made.rows["tokens that top_k kept"] == planned
+    assert "tokens that top_k kept" not in planner.plan(whole).rows
+
+
 @pytest.mark.parametrize("words", ["train exgrpo --dry-run --data.train train.jsonl", "doctor"])
 def test_the_commands_print_it(
     seven_billion: Path,
