@@ -70,7 +70,7 @@ class GroupStore:
     def put(self, uid: str, group: StoredGroup, *, partition: str) -> None:
         """Copy the completions of a group from `partition` into the store."""
         fields = tq.kv_batch_get(keys=list(group.keys), partition_id=partition)
-        if "rollout_log_probs" not in fields.keys():  # noqa: SIM118 (a TensorDict)
+        if "rollout_log_probs" not in fields.keys():  # a TensorDict
             raise UserError(
                 "exgrpo_fast.adapters.verl: completions have no rollout_log_probs; set "
                 "actor_rollout_ref.rollout.calculate_log_probs=True"
@@ -214,7 +214,7 @@ def by_uid(keys: Sequence[str]) -> dict[str, list[str]]:
 def rewards_of(keys: Sequence[str], partition: str) -> dict[str, float]:
     """The sum of each completion's token rewards."""
     fields = tq.kv_batch_get(keys=list(keys), partition_id=partition, select_fields=["rm_scores"])
-    if "rm_scores" not in fields.keys():  # noqa: SIM118 (a TensorDict)
+    if "rm_scores" not in fields.keys():  # a TensorDict
         raise AdapterError("completions were expected to hold rm_scores when they are sampled")
     sums = [float(scores.sum()) for scores in fields["rm_scores"]]
     return dict(zip(keys, sums, strict=True))
