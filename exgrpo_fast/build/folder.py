@@ -31,8 +31,8 @@ def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
     lines = []
     if found := overridden_settings(text, name, dropout=config.model.dropout):
         lines.append(
-            f"settings of the model's folder that are not followed: {', '.join(found)} (tokens are "
-            f"drawn from the whole distribution, at the temperature of rollout and eval)"
+            f"settings of the model's folder that are not followed: {', '.join(found)} (the "
+            f"sections rollout and eval of the config say how tokens are drawn)"
         )
     end_tokens = end_of_sequence_ids(generation, tokenizer)
     if (turn_end := unlisted_turn_end(tokenizer, end_tokens)) is not None:
