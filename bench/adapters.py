@@ -6,8 +6,8 @@ One random Llama with a real vocabulary (49,152) and one padded micro-batch; eve
 TRL's DAPO loss of it and its gradients, round-robin in one process: the order changes nothing, and
 what else the machine does meets all sides alike. Times are those of a clock and of the processor, the
 second of which other processes disturb less. The peak is that of a process which does nothing
-else; the error is that of the head's gradient against TRL's own in float64. Liger's loss is TRL's
-`use_liger_kernel`. The last line of stdout is JSON.
+else; the error is that of the head's gradient against TRL's own in float64. Liger is what TRL's
+`use_liger_kernel` switches on. The last line of stdout is JSON.
 """
 
 # pyright: reportMissingImports=false

@@ -145,8 +145,22 @@ def what_fits(results: Results) -> Rows:
     return rows + [[row["kind"], *(row[card] or "–" for card in cards)] for row in results["rows"]]
 
 
+def adapters(results: Results) -> Rows:
+    header = ["", "time, TRL = 1", "processor time, TRL = 1", "peak memory"]
+    rows = [[*header, "error of the head's gradient"]]
+    for row in results["rows"]:
+        if "absent" in row:
+            rows.append([row["side"], f"not run: {row['absent']}", "", "", ""])
+            continue
+        ratios = (f"{row[key]:.2f}" for key in ("times_trl", "cpu_times_trl"))
+        memory, error = f"{row['peak_mib']:,.0f} MiB", f"{row['gradient_error']:.0e}"
+        rows.append([row["side"], *ratios, memory, error])
+    return rows
+
+
 TABLES = {
     "what_fits.json": Table("README.md", what_fits),
+    "cpu/adapters.json": Table("docs/adapters.md", adapters),
     "cpu/replay_study.json": Table("docs/exgrpo.md", replay_study),
     "cpu/eapo_study.json": Table("docs/eapo.md", eapo_study),
     "cpu/step.json": Table("docs/memory.md", step),
@@ -159,6 +173,7 @@ COMMANDS = {
     "what_fits.json": "python bench/what_fits.py",
     "aot/triton-3.6.0.json": "python bench/aot.py",
     "aot/triton-3.7.1.json": "python bench/aot.py",
+    "cpu/adapters.json": ".venv-adapters/bin/python bench/adapters.py",
     "cpu/chaos.json": "make chaos",
     "cpu/checkpoint.json": "python bench/checkpoint.py",
     "cpu/cpu_memory.json": "python bench/cpu_memory.py",
