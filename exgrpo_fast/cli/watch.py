@@ -23,12 +23,15 @@ def add_watch(commands: Any) -> None:
 def watch(arguments: argparse.Namespace) -> int:
     """Stays when the run has ended. 0 after Ctrl-C, 143 after SIGTERM."""
     signal.signal(signal.SIGTERM, _end)
-    with Watch(arguments.runs, port=arguments.port) as server, contextlib.ExitStack() as stack:
+    with (
+        Watch(arguments.runs, port=arguments.port) as server,
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.ExitStack() as stack,
+    ):
         print(f"{server.url}\nfor your eyes alone; Ctrl-C ends it", flush=True)
         if has_browser() and not arguments.no_browser:
             stack.enter_context(opened_in_browser(server.url))
-        with contextlib.suppress(KeyboardInterrupt):
-            server.wait()
+        server.wait()
     return 0
 
 
