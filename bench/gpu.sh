@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU is wanted for, in about nine minutes, what decides most first.
 #
-#   bash bench/gpu.sh OUT [SECONDS=520]
+#   bash bench/gpu.sh OUT [SECONDS=520]     the stages share them in fixed proportions
 #
 # Leaves results.jsonl (a line a measurement, written at once), log.txt and machine.txt in OUT, and
 # tables.md, which `report_gpu.py` makes of them. A stage that fails or outstays its time stops no
@@ -30,13 +30,16 @@ stage() { # stage NAME SECONDS COMMAND...; an interrupt first, so that Python sa
         echo "== $name: no time left" | tee -a "$out/log.txt"
         return
     fi
-    ((seconds > left)) && seconds=$left
+    seconds=$((seconds < left ? seconds : left))
     timeout -s INT -k 10 "$seconds" "$@" >>"$out/log.txt" 2>&1 || code=$?
     echo "== $name: exit $code after $((SECONDS - began)) s" | tee -a "$out/log.txt"
 }
 
+of() { echo $(($1 * limit / 520)); } # of 520 seconds
+
 measure() { # measure SECONDS STAGE...
-    local seconds=$1
+    local seconds
+    seconds=$(of "$1")
     shift
     stage "$*" "$seconds" "$python" bench/gpu.py "$@" --out "$out" --seconds $((seconds - 10)) \
         "${options[@]}"
@@ -50,11 +53,11 @@ measure 150 ceilings correct safe
 measure 120 ratios tiles
 measure 80 rows
 # tests/conftest.py builds models with the trainer; the kernels' tests need none of it
-stage tests 90 "$python" -m pytest -q -x --tb=line -p no:cacheprovider --confcutdir=tests/kernels \
+stage tests "$(of 90)" "$python" -m pytest -q -x --tb=line -p no:cacheprovider --confcutdir=tests/kernels \
     -m gpu tests/kernels/test_gpu.py -k "reduced or random"
 if command -v compute-sanitizer >/dev/null; then
     # our kernels alone: with PyTorch's own under its eye it would take many minutes
-    stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    stage memcheck "$(of 60)" compute-sanitizer --tool memcheck --error-exitcode 9 \
         --kernel-regex kns=_kernel "$python" bench/gpu.py safe --small --out "$scratch" --seconds 45
 fi
 measure 120 trainer

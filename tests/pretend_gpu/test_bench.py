@@ -99,10 +99,10 @@ def test_a_failure_is_a_line_and_stops_nothing(
     assert rows[0]["error"] == "ZeroDivisionError: division by zero"
 
 
-def run_script(folder: Path, seconds: int, **environment: str) -> str:
-    """What `bench/gpu.sh` prints."""
+def run_script(folder: Path, **environment: str) -> str:
+    """What `bench/gpu.sh` prints; its stages have ten times as long as on a GPU."""
     usual = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = ["bash", str(BENCH / "gpu.sh"), str(folder), str(seconds)]
+    command = ["bash", str(BENCH / "gpu.sh"), str(folder), "5200"]
     usual |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(folder / "../cache")}
     done = subprocess.run(command, env=usual | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def run_script(folder: Path, seconds: int, **environment: str) -> str:
 
 
 def test_the_script_on_the_pretend_gpu(tmp_path: Path) -> None:
-    """Two measurements of each stage; the trainer has tests of its own. A wheel is installed first."""
+    """One measurement of each stage; the trainer has tests of its own. A wheel is installed first."""
     (tmp_path / "wheels").mkdir()
     make_wheel(tmp_path / "wheels", "carried", "raise SystemExit('carried wheels are found')")
     python = tmp_path / "python"
@@ -123,16 +123,15 @@ def test_the_script_on_the_pretend_gpu(tmp_path: Path) -> None:
     python.chmod(0o755)
     printed = run_script(
         tmp_path / "out",
-        600,
         PYTHON=str(python),
         WHEELS=str(tmp_path / "wheels"),
-        BENCH_OPTIONS="--small --first 2",
+        BENCH_OPTIONS="--small --first 1",
     )
     log = (tmp_path / "out" / "log.txt").read_text()
     for stages in ("ceilings correct safe", "ratios tiles", "rows"):
         assert f"== {stages}: exit 0" in printed, log[-3000:]
     assert "carried wheels are found" in log
-    assert "4 of 4 hold" not in printed and "2 of 2 hold." in printed
+    assert printed.count("1 of 1 hold.") == 2  # correct, safe
     assert "| three GEMMs, no loss | 64 | 1 | 1 | - |" in printed
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["log.txt", "machine.txt", "results.jsonl", "tables.md"]
@@ -150,7 +149,7 @@ def make_wheel(folder: Path, name: str, text: str) -> None:
 
 def test_the_script_leaves_few_files(tmp_path: Path) -> None:
     """Without a GPU every stage ends at once, and says why."""
-    printed = run_script(tmp_path, 60, PYTHON=sys.executable)
+    printed = run_script(tmp_path, PYTHON=sys.executable)
     assert "ceilings correct safe: exit 2" in printed
     assert len(list(tmp_path.iterdir())) <= 8
     assert "Nothing was measured." in (tmp_path / "tables.md").read_text()

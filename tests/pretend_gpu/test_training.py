@@ -60,13 +60,13 @@ RECIPES: dict[str, list[str]] = {
         *("--train.max_tokens_per_microbatch", "450", "--train.minibatches", "1"),
     ],
     "bfloat16 weights": ["exgrpo", "--model.weights", "bfloat16"],
-    "clip-cov": ["clip-cov", "--algorithm.tokens.clip_cov", "0.05"],
+    "clip-cov": ["clip-cov", "--algorithm.tokens.clip_cov", "0.05", "--train.minibatches", "2"],
     "distillation": ["distillation", "--algorithm.distillation.teacher", "{model}"],
     "dppo": ["dppo"],
     "entropy-advantage": ["entropy-advantage"],
     "exgrpo-questions-only": ["exgrpo-questions-only"],
     "high-entropy": ["high-entropy", "--train.minibatches", "2"],
-    "kl-cov": ["kl-cov", "--algorithm.tokens.kl_cov", "0.05"],
+    "kl-cov": ["kl-cov", "--algorithm.tokens.kl_cov", "0.05", "--train.minibatches", "2"],
     "qae": ["qae"],
 }
 NEEDS = {"bfloat16 weights": "flashoptim"}
