@@ -42,6 +42,7 @@ from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
 from exgrpo_fast.training.reference import BehaviourReference, Reference
+from exgrpo_fast.training.saved_updates import NoUpdateLog, UpdateLog
 from exgrpo_fast.training.token_advantages import (
     ClipCov,
     Distillation,
@@ -111,21 +112,7 @@ def make_trainer(
         group_size=rollout.group_size,
         max_extra_batches=extra_batches if rollout.dynamic_sampling.enabled else None,
     )
-    learner = Learner(
-        policy,
-        make_optimiser(config, policy),
-        weights=WeightRule(
-            algorithm.aggregation,
-            rollout.max_completion_tokens,
-            mask_truncated=algorithm.overlong.mask_truncated,
-            replay_coef=config.replay.coef,
-        ),
-        token_rules=make_token_rules(config, policy),
-        minibatches=config.train.minibatches,
-        reference=reference,
-        sparsity=config.train.sparsity,
-        tail=config.train.sparse_tail,
-    )
+    learner = make_learner(config, policy, reference)
     evaluator = make_evaluator(config, engine, verifier, screen)
     return Trainer(
         stream=stream,
@@ -138,6 +125,9 @@ def make_trainer(
         eval_questions=held_out,
         writer=make_writer(config, policy, tokenizer, folder, screen, engine),
         bad_batches=BadBatches(folder.bad_batches) if processes.is_main else NoBadBatches(),
+        update_log=(
+            UpdateLog(folder.updates) if config.log.updates and processes.is_main else NoUpdateLog()
+        ),
         sink=sink,
         completion_log=(
             CompletionLog(folder.completions) if processes.is_main else NoCompletionLog()
@@ -149,6 +139,27 @@ def make_trainer(
         completions_every=config.log.completions_every,
         generate_ahead=rollout.generate_ahead,
         processes=processes,
+    )
+
+
+def make_learner(
+    config: Config, policy: Policy, reference: Reference | BehaviourReference | None
+) -> Learner:
+    algorithm = config.algorithm
+    return Learner(
+        policy,
+        make_optimiser(config, policy),
+        weights=WeightRule(
+            algorithm.aggregation,
+            config.rollout.max_completion_tokens,
+            mask_truncated=algorithm.overlong.mask_truncated,
+            replay_coef=config.replay.coef,
+        ),
+        token_rules=make_token_rules(config, policy),
+        minibatches=config.train.minibatches,
+        reference=reference,
+        sparsity=config.train.sparsity,
+        tail=config.train.sparse_tail,
     )
 
 

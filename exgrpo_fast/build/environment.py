@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 
+import torch
 import transformers
 import xxhash
 
@@ -24,6 +26,12 @@ def prepare_process(device: str) -> None:
     quiet_libraries()
     if device == "cpu":
         keep_freed_memory()
+
+
+def use_deterministic_algorithms() -> None:
+    # cuBLAS is deterministic with workspaces of fixed sizes alone, read at its first call
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def config_digest(config: Config) -> str:

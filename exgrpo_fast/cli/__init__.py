@@ -27,7 +27,7 @@ from exgrpo_fast.cli.results import add_results
 from exgrpo_fast.cli.reward_test import add_reward_test
 from exgrpo_fast.cli.sample import add_sample
 from exgrpo_fast.cli.score import add_score
-from exgrpo_fast.cli.train import add_train, parse_overrides, train
+from exgrpo_fast.cli.train import add_train, parse_overrides, train, with_config
 from exgrpo_fast.cli.verify_checkpoint import add_verify_checkpoint
 from exgrpo_fast.cli.watch import add_watch
 from exgrpo_fast.config import ConfigError, suggest
@@ -93,7 +93,7 @@ def outcome(argv: Sequence[str] | None) -> int | str | None:
         print(FIRST_STEPS, end="")
         return 0
     try:
-        arguments, rest = parser().parse_known_args(words)
+        arguments, rest = parser().parse_known_args(with_config(words))
         if rest and arguments.run is not train:
             hint = suggest(rest[0], arguments.options)
             raise ConfigError(f"{arguments.command}: unknown argument '{rest[0]}'{hint}")

@@ -16,6 +16,7 @@ from exgrpo_fast.cli.arguments import (
     check_inputs,
     choose_device,
     positive,
+    require_file,
     resume_point,
 )
 from exgrpo_fast.config import (
@@ -36,6 +37,8 @@ from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
+from exgrpo_fast.run.report.reading import flat
+from exgrpo_fast.run.sinks import JsonlSink
 from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 
 
@@ -48,6 +51,12 @@ def add_train(commands: Any) -> None:
     c.add_argument(
         "--resume", type=resume_point, default="never", help="auto | never | STEP (default never)"
     )
+    c.add_argument(
+        "--from-rollouts",
+        metavar="RUN",
+        help="in place of a config: train on what steps of a run trained on (log.updates)",
+    )
+    c.add_argument("--steps", type=step_range, metavar="A:B", help="of --from-rollouts")
     c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
     c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
     c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
@@ -72,8 +81,21 @@ def add_train(commands: Any) -> None:
     c.epilog = "config keys: " + " ".join(all_keys())
 
 
+def with_config(words: Sequence[str]) -> list[str]:
+    """`train --from-rollouts RUN` has no config of its own; argparse would take the value of the first
+    unknown option for it."""
+    past = any(word.partition("=")[0] == "--from-rollouts" for word in words)
+    if past and words[0] == "train":
+        return ["train", "the run's own", *words[1:]]
+    return list(words)
+
+
 def train(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
+    if arguments.from_rollouts is not None:
+        return train_from_rollouts(arguments, overrides)
+    if arguments.steps is not None:
+        raise ConfigError("train: --steps goes with --from-rollouts RUN")
     if arguments.max_steps is not None:
         overrides.append(("train.max_steps", str(arguments.max_steps)))
     config = load_config(arguments.config, overrides)
@@ -111,6 +133,48 @@ def train(arguments: argparse.Namespace) -> int:
             rank=rank,
             deadline=arguments.deadline if rank.count > 1 else None,
         )
+
+
+def train_from_rollouts(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Exit code 0. Every step is compared with the run's own."""
+    run, steps = Path(arguments.from_rollouts), arguments.steps
+    if steps is None:
+        raise ConfigError("train --from-rollouts RUN: give --steps A:B")
+    if place_of().count > 1:
+        raise ConfigError("train --from-rollouts does not go with several processes")
+    require_file(str(run / "config.yaml"), "--from-rollouts")
+    before = load_config(str(run / "config.yaml"))
+    config = load_config(str(run / "config.yaml"), overrides)
+    device = choose_device(arguments.device)
+    from exgrpo_fast.build.past_updates import PastRun, refuse_fixed, train_again
+
+    refuse_fixed(dict(flat(before.model_dump())), dict(flat(config.model_dump())), config)
+    past = PastRun(run, before, *steps)
+    past.check()
+    out = Path(arguments.out or f"runs/from_{run.name}")
+    with contextlib.closing(RunFolder(out, resume=False)) as folder:
+        folder.write_text("config.yaml", dump_yaml(config))
+        sink = JsonlSink(folder.metrics)
+        for metrics in train_again(
+            past, config, out, device=device, deterministic=arguments.deterministic
+        ):
+            sink.log(metrics["step"], metrics)
+            same = metrics["loss_hex"] == metrics["run_loss_hex"]
+            print(
+                f"step {metrics['step']}  loss {metrics['loss']:.6g}  "
+                f"{'the same as in the run' if same else 'other than in the run'}  "
+                f"grad norm {metrics['grad_norm']}",
+                flush=True,
+            )
+    return 0
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """'3:8' -> (3, 8), both included."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text} is not FIRST:LAST, such as 3:8")
+    return int(first), int(last)
 
 
 def show_dry_run(arguments: argparse.Namespace, config: Config, *, processes: int) -> int:

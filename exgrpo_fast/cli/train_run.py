@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from exgrpo_fast import __version__
+from exgrpo_fast.build.environment import use_deterministic_algorithms
 from exgrpo_fast.build.models import start_folder
 from exgrpo_fast.build.run import open_run
 from exgrpo_fast.cli.doctor import collect
@@ -69,9 +67,7 @@ def train_run(
         faulthandler.enable(file=folder.log.open("a"))
     try:
         if deterministic:
-            # cuBLAS is deterministic with workspaces of fixed sizes alone, read at its first call
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            use_deterministic_algorithms()
         with joined(rank, device, deadline=deadline) as processes:
             found = processes.run_on_rank0(
                 lambda: find_checkpoint(folder, resume, screen),

@@ -710,6 +710,10 @@ class LogConfig(Section):
 
     to: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="further sinks")
     completions_every: Positive = Field(default=10, description="steps between completion tables")
+    updates: bool = Field(
+        default=False,
+        description="keep what each step trained on, for train --from-rollouts; 16 bytes a token",
+    )
 
 
 class WarmStartConfig(Section):

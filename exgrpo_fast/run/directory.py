@@ -1,7 +1,7 @@
 """The run directory: its lock and its file names.
 
 config.yaml env.json metrics.jsonl run.log completions/ checkpoints/ report.html summary.json
-rollouts/ bad_batches/
+rollouts/ bad_batches/ updates/
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     bad_batches = property(lambda self: self.path / "bad_batches")
     rollouts = property(lambda self: self.path / "rollouts")
+    updates = property(lambda self: self.path / "updates")
 
     @property
     def lock_descriptor(self) -> int:

@@ -25,6 +25,7 @@ from exgrpo_fast.training.bad_batches import BadBatches
 from exgrpo_fast.training.collector import Batch, Collector, PhaseTimer
 from exgrpo_fast.training.evaluate import Evaluation, Evaluator
 from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.saved_updates import UpdateLog
 from exgrpo_fast.training.step_metrics import completion_rows, step_metrics
 from exgrpo_kernels import PolicyObjective
 
@@ -49,6 +50,7 @@ class Trainer:
         eval_questions: Sequence[Question],
         writer: CheckpointWriter,
         bad_batches: BadBatches,
+        update_log: UpdateLog,
         sink: MetricSink,
         completion_log: CompletionLog,
         screen: Screen,
@@ -71,6 +73,7 @@ class Trainer:
         self.eval_questions = eval_questions
         self.writer = writer
         self.bad_batches = bad_batches
+        self.update_log = update_log
         self.sink = sink
         self.completion_log = completion_log
         self.screen = screen
@@ -95,6 +98,7 @@ class Trainer:
         self.engine.on_update_start()
         with clock.measure("update"), self.screen.phase("update") as advance:
             groups = batch.groups if replay.groups is None else replay.groups
+            self.update_log.write(step, groups, replay.objective)
             update = self.learner.update(groups, replay.objective, advance)
         with clock.measure("sync"), self.screen.phase("sync"):
             sync = self.engine.sync(step)

@@ -1,0 +1,134 @@
+"""updates/: what each step trained on, so that it can be trained on again without an engine.
+
+step_000012.safetensors   the tokens and their columns, trajectories joined end to end
+step_000012.json          the loss, and of each trajectory its group, advantage, prompt and reward
+
+Kept is all that `Learner.update` reads, in the precision in which it reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
+from exgrpo_kernels import PolicyObjective
+
+log = logging.getLogger(__name__)
+
+# Of every trajectory, and of those that have them
+COLUMNS = ("token_ids", "behaviour_logprobs", "entropies")
+OPTIONAL = ("proximal_logprobs", "token_weights")
+SCALARS = (
+    "source shaping truncated baseline_weight masked birth_step penalty bonus".split()
+)  # of a Trajectory
+
+
+class UpdateLog:
+    """Writes one pair of files a step; a disk that refuses them is logged and costs nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, step: int, groups: Sequence[Group], objective: PolicyObjective) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder, step, groups, objective)
+        except (OSError, SafetensorError) as error:
+            log.warning("%s: %s; what step %d trained on is not kept", self.folder, error, step)
+
+
+class NoUpdateLog(UpdateLog):
+    """Where `log.updates` is off, and on ranks other than 0."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def write(self, step: int, groups: Sequence[Group], objective: PolicyObjective) -> None:
+        pass
+
+
+def _write(folder: Path, step: int, groups: Sequence[Group], objective: PolicyObjective) -> None:
+    """The .json last: where it is, the tensors are whole."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    columns = {name: _join(trajectories, name) for name in (*COLUMNS, *OPTIONAL)}
+    rows = [
+        {
+            "group": number,
+            "advantage": advantage,
+            "question_id": t.question.id,
+            "prompt_ids": list(t.question.prompt_ids),
+            "num_tokens": t.num_tokens,
+            "reward": t.reward - t.penalty - t.bonus if t.verdict is None else t.verdict.reward,
+            "correct": t.successful,
+            "has": [name for name in OPTIONAL if getattr(t, name) is not None],
+            **{name: getattr(t, name) for name in SCALARS},
+        }
+        for number, group in enumerate(groups)
+        for t, advantage in zip(group.trajectories, group.advantages, strict=True)
+    ]
+    content = {"step": step, "objective": asdict(objective), "rows": rows}
+    path = folder / f"step_{step:06d}"
+    temporary = folder / f".{path.name}.tmp"
+    save_file(columns, temporary)
+    os.replace(temporary, f"{path}.safetensors")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, f"{path}.json")
+
+
+def _join(trajectories: Sequence[Trajectory], name: str) -> Tensor:
+    """[N] of those that have it."""
+    found = [v for t in trajectories if (v := getattr(t, name)) is not None]
+    return torch.cat([v.cpu() for v in found]).contiguous() if found else torch.empty(0)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    numbers = (path.stem.removeprefix("step_") for path in folder.glob("step_*.json"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def read_update(folder: Path, step: int) -> tuple[list[Group], PolicyObjective]:
+    """The groups of a step with their advantages, and its loss. UserError where it cannot be read."""
+    path = folder / f"step_{step:06d}"
+    try:
+        content = json.loads(Path(f"{path}.json").read_text())
+        columns = load_file(f"{path}.safetensors")
+        trajectories = _trajectories(content["rows"], columns)
+        objective = PolicyObjective(**content["objective"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+    members: dict[int, list[tuple[Trajectory, float]]] = {}
+    for row, trajectory in zip(content["rows"], trajectories, strict=True):
+        members.setdefault(row["group"], []).append((trajectory, row["advantage"]))
+    groups = [
+        Group(found[0][0].question, tuple(t for t, _ in found), tuple(a for _, a in found))
+        for found in members.values()
+    ]
+    return groups, objective
+
+
+def _trajectories(rows: Sequence[dict[str, Any]], columns: dict[str, Tensor]) -> list[Trajectory]:
+    parts = {}
+    for name in (*COLUMNS, *OPTIONAL):
+        lengths = [row["num_tokens"] for row in rows if name in COLUMNS or name in row["has"]]
+        parts[name] = iter(columns[name].split(lengths) if lengths else ())
+    return [
+        Trajectory(
+            question=Question(row["question_id"], tuple(row["prompt_ids"]), "", ""),
+            verdict=Verdict(row["reward"], "stored", correct=row["correct"]),
+            **{name: next(parts[name]) for name in (*COLUMNS, *row["has"])},
+            **{name: row[name] for name in SCALARS},
+        )
+        for row in rows
+    ]
