@@ -60,6 +60,34 @@ def replay_study(results: Results) -> Rows:
     return rows
 
 
+def when_experience_pays(results: Results) -> Rows:
+    header = ["start", "method", "seeds", "end", "minus on-policy"]
+    header += ["at equal tokens", "pass@8", "entropy"]
+    return [header] + [
+        [
+            f"{100 * row['start']:.1f} %",
+            row["arm"],
+            str(row["seeds"]),
+            f"{100 * row['end']['mean']:.1f} %",
+            difference(row, "minus_on_policy"),
+            difference(row, "minus_on_policy_at_equal_tokens"),
+            f"{100 * row['pass_at_8']:.1f} %",
+            f"{row['entropy']:.3f}",
+        ]
+        for row in results["table"]
+    ]
+
+
+def difference(row: Results, name: str) -> str:
+    """'' for the baseline; without an interval where there is one seed."""
+    if row["arm"] == "on-policy":
+        return ""
+    found = row[name]
+    if found["low"] is None:
+        return signed(100 * found["mean"])
+    return spanned(found, sign=True)
+
+
 def eapo_study(results: Results) -> Rows:
     def share(found: Results) -> str:
         mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
@@ -163,6 +191,7 @@ TABLES = {
     "cpu/adapters.json": Table("docs/adapters.md", adapters),
     "cpu/replay_study.json": Table("docs/exgrpo.md", replay_study),
     "cpu/eapo_study.json": Table("docs/eapo.md", eapo_study),
+    "cpu/when_experience_pays.json": Table("docs/when-to-use-what.md", when_experience_pays),
     "cpu/step.json": Table("docs/memory.md", step),
     "cpu/packing.json": Table("docs/memory.md", packing),
     "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
@@ -197,6 +226,7 @@ COMMANDS = {
     "cpu/sparse_training.json": "exgrpo-fast train quickstart --train.sparsity 1e-4",
     "cpu/sparsity.json": "python bench/sparsity.py",
     "cpu/step.json": "python bench/step.py",
+    "cpu/when_experience_pays.json": "python bench/study_when.py",
 }
 
 

@@ -178,7 +178,7 @@ def test_hints_lead_to_keys_and_hide_none() -> None:
 
 def test_a_key_that_resembles_none_lists_those_of_its_section() -> None:
     message = mistake({"log": {"zzz": 1}})
-    assert message == "unknown key 'log.zzz'; keys there: to, completions_every"
+    assert message == "unknown key 'log.zzz'; keys there: to, completions_every, updates"
 
 
 def test_an_unknown_recipe_names_the_nearest_one() -> None:

@@ -60,8 +60,8 @@ def _reward_columns(row: Fields) -> tuple[str, ...]:
 
 
 def _read(row: Fields, *, prompt: str, completion: str, rewards: Sequence[str]) -> PastCompletion:
-    values = [row.get(name) for name in rewards]
-    if not values or not all(_is_number(value) and math.isfinite(value) for value in values):
+    values = [float(row[name]) for name in rewards if _is_number(row.get(name))]
+    if not values or len(values) < len(rewards) or not all(map(math.isfinite, values)):
         raise Unusable("no reward")
     text = last_message(row[completion])
     if not text:
@@ -69,7 +69,7 @@ def _read(row: Fields, *, prompt: str, completion: str, rewards: Sequence[str]) 
     return PastCompletion(
         prompt_keys=prompt_keys(row[prompt]),
         text=text,
-        reward=float(sum(values)),
+        reward=sum(values),
         full_marks=float(len(values)),
         truncated=row.get("truncated") is True,
         step=_step(row.get("step")),

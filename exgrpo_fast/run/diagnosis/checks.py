@@ -22,7 +22,7 @@ KEYS = {
         "kl": "algorithm.kl.coef",
         "entropy": "algorithm.clip_high, algorithm.entropy_coef",
         "reward": "reward.functions; exgrpo-fast reward-test",
-        "hard": "recipe exgrpo, prior_resampling (recipe eapo), easier questions",
+        "hard": "recipe exgrpo with replay.start_success_rate null, recipe eapo, easier questions",
         "easy": "data.train with harder questions",
         "sync": "rollout.mismatch, rollout.engine",
         "clip": "train.max_grad_norm",
