@@ -83,8 +83,11 @@ def resume_point(text: str) -> str:
 # --- checks before anything is loaded -------------------------------------------------------------
 
 
-def check_inputs(config: Config) -> None:
-    """Missing values and files, before torch is imported."""
+def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
+    """Missing values, files and packages, before torch is imported.
+
+    `for_another_machine`: a plan, whose engine need not be installed here.
+    """
     name = require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
     require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -92,7 +95,8 @@ def check_inputs(config: Config) -> None:
             require_file(source, key)
             fields = config.data.model_dump(include={"prompt_field", "answer_field", "id_field"})
             check_first_rows(source, **fields)
-    require_engine(config)
+    if not for_another_machine:
+        require_engine(config)
     require_model(name, "model.name")
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")

@@ -101,7 +101,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, overrides)
     rank = place_of()
     refuse_world_size(config, rank.count)
-    check_inputs(config)
+    check_inputs(config, for_another_machine=arguments.device_memory_gib is not None)
     if arguments.dry_run:
         return show_dry_run(arguments, config, processes=rank.count) if rank.is_main else 0
     out = Path(arguments.out or f"runs/{Path(arguments.config).stem}")
