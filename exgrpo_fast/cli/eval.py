@@ -31,8 +31,7 @@ def add_eval(commands: Any) -> None:
         "-k",
         dest="eval.k",
         type=positives,
-        default=[1, 8],
-        help="pass@k, comma separated (1,8)",
+        help="pass@k, comma separated (1 and n)",
     )
     c.add_argument(
         "--revise", type=positive, default=0, help="rounds in which failed completions are revised"
@@ -113,10 +112,11 @@ def model_config(arguments: argparse.Namespace) -> Config:
     values = {key: value for key, value in vars(arguments).items() if "." in key}
     if values["rollout.max_completion_tokens"] is None:
         values["rollout.max_completion_tokens"] = COMPLETION_TOKENS
-    if max(values["eval.k"]) > values["eval.n"]:
-        raise ConfigError(
-            f"-k {max(values['eval.k'])} needs as many samples: -n is {values['eval.n']}"
-        )
+    ks = values["eval.k"]
+    if ks is None:
+        del values["eval.k"]
+    elif max(ks) > values["eval.n"]:
+        raise ConfigError(f"-k {max(ks)} needs as many samples: -n is {values['eval.n']}")
     require_rewards(values["reward.functions"], "--reward")
     longest = MAX_PROMPT_TOKENS + values["rollout.max_completion_tokens"]
     limits = {"data.max_prompt_tokens": MAX_PROMPT_TOKENS}

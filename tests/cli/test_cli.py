@@ -623,3 +623,9 @@ def test_a_base_install_says_which_extra_is_missing() -> None:
     assert done.stderr == (
         "exgrpo-fast: pydantic is not installed: pip install 'exgrpo-fast[train]'\n"
     )
+
+
+@pytest.mark.parametrize(("words", "k"), [("", [1, 8]), ("-n 2", [1, 2]), ("-n 4 -k 2", [2])])
+def test_passes_of_eval_follow_its_samples(words: str, k: list[int]) -> None:
+    arguments = parser().parse_args(["eval", "--model", "m", "--data", "d", *words.split()])
+    assert model_config(arguments).eval.k == k
