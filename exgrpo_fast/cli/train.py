@@ -38,7 +38,6 @@ from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
 from exgrpo_fast.run.report.reading import flat
-from exgrpo_fast.run.sinks import JsonlSink
 from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 
 
@@ -147,6 +146,7 @@ def train_from_rollouts(arguments: argparse.Namespace, overrides: Sequence[tuple
     config = load_config(str(run / "config.yaml"), overrides)
     device = choose_device(arguments.device)
     from exgrpo_fast.build.past_updates import PastRun, refuse_fixed, train_again
+    from exgrpo_fast.run.sinks import JsonlSink
 
     refuse_fixed(dict(flat(before.model_dump())), dict(flat(config.model_dump())), config)
     past = PastRun(run, before, *steps)

@@ -194,6 +194,8 @@ def test_the_browser_gets_the_token_in_a_file_for_this_user_alone(tmp_path, monk
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_command(folder, number, code) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    # The shell ignores it for jobs in the background, such as CI's, and a child would as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "exgrpo_fast", "watch", str(folder)],
         stdout=subprocess.PIPE,
