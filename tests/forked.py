@@ -49,7 +49,7 @@ def run_forked(
         for process in processes:
             process.kill()
     return [
-        subprocess.CompletedProcess(words, process.exitcode, *(s.read_text() for s in streams))
+        subprocess.CompletedProcess(words, process.exitcode or 0, *(s.read_text() for s in streams))
         for words, process, streams in zip(commands, processes, outputs, strict=True)
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +19,8 @@ def hold_linear_layers_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     head = model.get_output_embeddings()
     for layer in model.modules():
-        is_linear = isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
-        if is_linear and layer.weight.is_floating_point():
-            layer.weight.data = layer.weight.data.to(dtype)
+        if not isinstance(layer, (nn.Linear, Conv1D)) or layer is head:
+            continue
+        weight = cast("nn.Parameter", layer.weight)
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)

@@ -264,7 +264,7 @@ def keeps_graph() -> bool:
     """Whether this backward pass may be run again (retain_graph); a compiled graph always may."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
 
 # ---- checks and the finished loss -----------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_logits_exist_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bad_arguments_are_named() -> None:
     def refused(**changes: Any) -> str:
         with pytest.raises(ValueError) as raised:
-            linear_distillation_loss(**batch() | changes)
+            linear_distillation_loss(**{**batch(), **changes})  # pyright: ignore
         return str(raised.value)
 
     assert "reverse, forward, jsd" in refused(divergence="kl")
