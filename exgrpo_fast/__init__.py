@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 _EXPORTS = {
     "train": "exgrpo_fast.api.training",
     "evaluate": "exgrpo_fast.api.evaluation",
-    "watch": "exgrpo_fast.api.pages",
+    "watch": "exgrpo_fast.api.watching",
     "Config": "exgrpo_fast.config",
     "load_config": "exgrpo_fast.config",
     "Question": "exgrpo_fast.core.types",

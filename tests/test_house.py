@@ -35,7 +35,7 @@ LIGHT = [
     "core.torchrun",
 ]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
-LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor", "run.watch"]
+LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor", "run.live_page"]
 LIGHT += ["memory.budgets", "experience.replay.plan", "rollout.vllm.versions"]
 # The body of `train`, which its arguments import inside a function.
 HEAVY = ["cli.train_run"]

@@ -25,7 +25,7 @@ LISTENERS = {"http.server", "socketserver", "xmlrpc.server", "multiprocessing.ma
 LISTENING_CALLS = {"bind", "listen", "start_server", "start_unix_server", "create_server"}
 MAY_LISTEN = {  # on a Unix socket or the loopback interface
     "exgrpo_fast/rollout/server/server.py",
-    "exgrpo_fast/run/watch.py",
+    "exgrpo_fast/run/live_page.py",
 }
 CODE_FROM_TEXT = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command, natural
-from exgrpo_fast.run.watch import Watch, has_browser, opened_in_browser
+from exgrpo_fast.run.live_page import Watch, has_browser, opened_in_browser
 
 
 def add_watch(commands: Any) -> None:

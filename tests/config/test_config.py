@@ -21,7 +21,7 @@ from exgrpo_fast.config import (
     validate,
     with_values,
 )
-from exgrpo_fast.config.reference import other_names, reference
+from exgrpo_fast.config.docs import other_names, reference
 
 
 def mistake(tree: dict) -> str:
@@ -408,7 +408,7 @@ def test_some_values_of_a_config_change() -> None:
 
 def test_the_page_lists_every_key_as_the_schema_has_it() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
-    assert page == reference(), "python -m exgrpo_fast.config.reference > docs/config.md"
+    assert page == reference(), "python -m exgrpo_fast.config.docs > docs/config.md"
     gym = {f"data.eval.{name}" for name in ("gym", "size", "seed", "options")}  # as data.train's
     missing = {key for key in all_keys() if f"| `{key}` |" not in page}
     assert missing == gym and "| None |" not in page
@@ -417,7 +417,7 @@ def test_the_page_lists_every_key_as_the_schema_has_it() -> None:
 def test_the_page_shows_the_names_that_hints_know() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "from-trl-and-verl.md").read_text()
     table = page.partition("## Keys\n")[2]
-    assert other_names() in table, "python -m exgrpo_fast.config.reference other-names"
+    assert other_names() in table, "python -m exgrpo_fast.config.docs other-names"
     assert "| `rollout.group_size` | `num_generations` | `actor_rollout_ref.rollout.n` |" in table
 
 

@@ -17,8 +17,8 @@ from report_runs import Page, make_run, step_metrics
 
 import exgrpo_fast
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.run.live_page import Watch, opened_in_browser
 from exgrpo_fast.run.sinks import JsonlSink
-from exgrpo_fast.run.watch import Watch, opened_in_browser
 
 ROOT = Path(exgrpo_fast.__file__).parent.parent
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from report_runs import make_run, step_metrics
 
+from exgrpo_fast.run.live_page import Watch
 from exgrpo_fast.run.report import make_page, write_page
 from exgrpo_fast.run.sinks import JsonlSink
-from exgrpo_fast.run.watch import Watch
 
 api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)  # fmt: skip

@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from exgrpo_fast.experience.replay.pages import TokenPages
 from exgrpo_fast.experience.replay.plan import StorePlan
+from exgrpo_fast.experience.replay.token_pages import TokenPages
 from exgrpo_fast.model.packing import Ragged, places
 
 Evict = Literal["entropy", "oldest"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from store_cases import Item, add, make_store
 
-from exgrpo_fast.experience.replay.pages import TokenPages
 from exgrpo_fast.experience.replay.plan import StorePlan, StoreTooSmall
 from exgrpo_fast.experience.replay.store import ExperienceStore
+from exgrpo_fast.experience.replay.token_pages import TokenPages
 
 
 def tensors_in(value) -> Iterator[torch.Tensor]:

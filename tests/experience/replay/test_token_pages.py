@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exgrpo_fast.experience.replay.pages import TokenPages
+from exgrpo_fast.experience.replay.token_pages import TokenPages
 from exgrpo_fast.model.packing import Ragged
 
 

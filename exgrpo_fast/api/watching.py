@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exgrpo_fast.run.watch import Watch
+from exgrpo_fast.run.live_page import Watch
 
 
 def watch(*runs: str | Path, port: int = 0) -> Watch:

@@ -1,7 +1,7 @@
 """Tables of docs/, made from the schema and from the names that other trainers give its keys.
 
-python -m exgrpo_fast.config.reference > docs/config.md
-python -m exgrpo_fast.config.reference other-names     # the table of docs/from-trl-and-verl.md
+python -m exgrpo_fast.config.docs > docs/config.md
+python -m exgrpo_fast.config.docs other-names     # the table of docs/from-trl-and-verl.md
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEAD = """# Config
 Every key of a YAML config; on the command line `--train.lr 1e-5`. Keys that equal their default may be left out,
 recipes (`exgrpo_fast/config/recipes/`) are such files, and `--dry-run` prints the whole config. An unknown key is
 refused with the nearest one; names of TRL and verl are answered with the key of this table.
-Written by `python -m exgrpo_fast.config.reference` from the schema; a test compares the two.
+Written by `python -m exgrpo_fast.config.docs` from the schema; a test compares the two.
 """
 
 
