@@ -1,7 +1,7 @@
 """Rows of your own: python examples/own_data.py [--model ./my-model] [--steps 20]
 
 Rows are dicts in a list, a `datasets.Dataset`, a file of JSON lines or a name on the hub. Here they are
-made in this file, with column names of its own and a split for the evaluation before and after.
+made in this file, with its own column names and a split for the evaluation before and after.
 """
 
 import argparse

@@ -122,7 +122,7 @@ class ExperienceReplayBuffer(ReplayBuffer):
     """`verl.trainer.ppo.v1.replay_buffer.ReplayBuffer` with stored groups in idle places.
 
     For synchronous training with rewards that are there when a completion is
-    (`reward.reward_model` off, or in a resource pool of its own).
+    (`reward.reward_model` off, or in a separate resource pool).
     Errors: UserError for another trainer mode and for settings that it does not know; AdapterError
     where verl's `sample` takes other arguments or completions come without `rm_scores`.
     """

@@ -68,7 +68,7 @@ def add_train(commands: Any) -> None:
         "--no-supervise",
         dest="supervise",
         action="store_false",
-        help="one process, which nobody restarts; for debuggers",
+        help="one process, without restarts; for debuggers",
     )
     c.add_argument(
         "--deadline",
@@ -81,7 +81,7 @@ def add_train(commands: Any) -> None:
 
 
 def with_config(words: Sequence[str]) -> list[str]:
-    """`train --from-rollouts RUN` has no config of its own; argparse would take the value of the first
+    """`train --from-rollouts RUN` takes no config; argparse would take the value of the first
     unknown option for it."""
     past = any(word.partition("=")[0] == "--from-rollouts" for word in words)
     if past and words[0] == "train":

@@ -51,9 +51,7 @@ OTHER_NAMES = {
         trl="dataset_name", verl="data/train_files", note="a file, hub name or gym task"
     ),
     "data.eval": Names(verl="data/val_files"),
-    "data.prompt_field": Names(
-        verl="data/prompt_key", note="found by itself under its usual names"
-    ),
+    "data.prompt_field": Names(verl="data/prompt_key", note="found under its usual names"),
     "data.max_prompt_tokens": Names(verl="data/max_prompt_length", earlier="max_prompt_length"),
     "data.overlong_prompts": Names(verl="data/filter_overlong_prompts"),
     "reward.functions": Names(

@@ -260,7 +260,7 @@ class Config(Section):
         rollout, replay = self.rollout, self.replay
         appended = replay.count if replay.enabled and replay.mixer == "append" else 0
         completions = (rollout.group_size + appended) * rollout.max_completion_tokens
-        if replay.enabled and replay.mixer == "fifo":  # each may have a prompt of its own
+        if replay.enabled and replay.mixer == "fifo":  # each may have its own prompt
             drawn = math.ceil(replay.replay_ratio * rollout.group_size * rollout.prompts_per_step)
             return -(-drawn // self.train.minibatches) * self.longest_sequence
         revision = self.longest_sequence if self.hindsight.enabled else 0

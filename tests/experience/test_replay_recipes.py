@@ -251,9 +251,8 @@ def test_remix_mixes_whole_groups_of_the_last_steps(tokenizer, make_test_trainer
     assert not trainer.replay.active
 
 
-def test_remix_resumes_bit_for_bit_with_its_frozen_policies(tokenizer, make_test_trainer) -> None:
-    recipe = sections("remix", stop_after_steps=5)
-    recipe["algorithm"]["kl"] |= {"coef": 0.1, "rebase_at_step": 2}
+def assert_resumes_bit_for_bit(recipe, tokenizer, make_test_trainer) -> None:
+    """Three steps, a checkpoint, and three more: the same losses from the checkpoint on."""
     questions = make_questions(tokenizer, NAMES)
     whole = make_test_trainer(questions, function="even_length", **recipe)
     for _ in range(3):
@@ -266,6 +265,12 @@ def test_remix_resumes_bit_for_bit_with_its_frozen_policies(tokenizer, make_test
     policy.model.load_state_dict(type(policy.model).from_pretrained(path / "hf").state_dict())
     resumed.load_state_dict(load_state(path))
     assert [resumed.step()[1]["loss_hex"] for _ in range(3)] == expected
+
+
+def test_remix_resumes_bit_for_bit_with_its_frozen_policies(tokenizer, make_test_trainer) -> None:
+    recipe = sections("remix", stop_after_steps=5)
+    recipe["algorithm"]["kl"] |= {"coef": 0.1, "rebase_at_step": 2}
+    assert_resumes_bit_for_bit(recipe, tokenizer, make_test_trainer)
 
 
 def kl_to(base: Any, previous: Any, now: Any, batch: Any) -> float:
@@ -465,15 +470,4 @@ def test_fifo_draws_uniformly_and_removes_nothing(tokenizer, make_test_trainer) 
 
 def test_fifo_resumes_bit_for_bit(tokenizer, make_test_trainer) -> None:
     recipe = sections("fifo", replay_ratio=1.5, store={"max_trajectories": 40})
-    questions = make_questions(tokenizer, NAMES)
-    whole = make_test_trainer(questions, function="even_length", **recipe)
-    for _ in range(3):
-        whole.step()
-    path = whole.save()
-    expected = [whole.step()[1]["loss_hex"] for _ in range(3)]
-
-    resumed = make_test_trainer(questions, function="even_length", **recipe)
-    policy = resumed.learner.policy
-    policy.model.load_state_dict(type(policy.model).from_pretrained(path / "hf").state_dict())
-    resumed.load_state_dict(load_state(path))
-    assert [resumed.step()[1]["loss_hex"] for _ in range(3)] == expected
+    assert_resumes_bit_for_bit(recipe, tokenizer, make_test_trainer)

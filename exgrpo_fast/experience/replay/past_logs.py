@@ -7,7 +7,7 @@
     buffer export    *.parquet                     token ids and log-probs, taken as they are
     anything else    prompt, completion, reward
 
-A row's format is told by its fields, so that files of several kinds go together.
+A row's format is recognised by its fields, so that files of several kinds can be mixed.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class ReplaySource:
         return [Group(found[0].question, tuple(found)) for found in members.values()]
 
     def _draw_singly(self, count: int, *, step: int) -> tuple[Group, ...]:
-        """Distinct stored trajectories, uniformly, each as a group of its own."""
+        """Distinct stored trajectories, uniformly, each as a separate group."""
         rows = stored_rows(self.store)
         if self.recipe.max_age is not None:
             rows = rows[self.store.rows["birth_step"][rows] >= step - self.recipe.max_age]
