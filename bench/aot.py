@@ -10,12 +10,14 @@ What this cannot say: time, races, and the accuracy of approximate instructions.
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,9 @@ from typing import Any, NamedTuple
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("bench/aot.py: unset TRITON_INTERPRET, interpreted kernels cannot be compiled")
-os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="aot-"))
+if "TRITON_CACHE_DIR" not in os.environ:
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="aot-")
+    atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
 
 import torch
 import triton
