@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,9 +62,16 @@ def as_source(rows: Rows, file: Path) -> str:
         raise ConfigError(f"rows must be dicts of plain values: {error}") from None
     if not lines:
         raise ConfigError("the rows are empty")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_at_once(file, "\n".join(lines) + "\n")
     return str(file)
+
+
+def write_at_once(file: Path, text: str) -> None:
+    """Under torchrun every process writes its inputs, and another may be reading them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]:
@@ -87,6 +95,5 @@ def _reference(reward: Reward, folder: Path) -> str:
     except OSError:
         raise ConfigError(f"reward '{name}' has no source: save it in a file") from None
     path = folder / f"{name}.py"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(source, encoding="utf-8")
+    write_at_once(path, source)
     return f"{path.resolve()}:{name}"

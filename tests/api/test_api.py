@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import linecache
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from several_processes import environment
+from toy_runs import TORCHRUN, steps
 
 import exgrpo_fast
 from exgrpo_fast.api.inputs import as_references, as_source, make_config
@@ -71,6 +73,45 @@ def test_a_script_without_a_main_guard_trains_with_its_own_function(
     assert "AVG" in done.stdout
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(0 < step["reward_mean"] < 1 for step in steps)
+
+
+UNDER_TORCHRUN = """
+from exgrpo_fast import train
+
+
+def even_length(completions, **columns):
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+run = train({model!r}, {rows}, even_length, out="run", device="cpu", **{keys})
+print(f"{{run.finished}} {{len(run.metrics)}} {{run.checkpoint.name}} {{run.report.exists()}}")
+"""
+
+
+def test_a_script_under_torchrun_is_the_run_of_one_process(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """Every process calls `train`, and every one gets the finished run."""
+    keys = {name: value for name, value in KEYS.items() if name != "reward"}
+    keys |= {"reward.workers": 1}
+    script = UNDER_TORCHRUN.format(model=str(model_folder), rows=ROWS, keys=keys)
+    for count, starter in ((1, [sys.executable]), (2, TORCHRUN)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        (folder / "script.py").write_text(script)
+        done = subprocess.run(
+            [*starter, "script.py"],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("True 2 hf True") == count, done.stdout
+    for ours, one in zip(*(steps(tmp_path / name / "run") for name in "21"), strict=True):
+        assert math.isclose(ours["loss"], one["loss"], abs_tol=1e-6)
+        assert ours["reward_mean"] == one["reward_mean"]
 
 
 def test_stop_and_resume_in_this_process(
