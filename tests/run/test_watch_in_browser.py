@@ -1,7 +1,6 @@
 """The pages in headless Chromium: keyboard, narrow screens, light and dark, refresh.
 
-Needs the package playwright and a Chromium or Chrome on PATH: `pip install playwright`,
-`apt install chromium`.
+Needs the package playwright (extra `dev`) and a Chromium or Chrome on PATH (`apt install chromium`).
 """
 
 from __future__ import annotations
