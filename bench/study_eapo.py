@@ -15,18 +15,15 @@ is not counted in the figure of merit, and stands beside it.
 from __future__ import annotations
 
 import argparse
-import datetime
+import functools
 import itertools
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from study_replay import bounds, interval, summary
+from study import bounds, draw, interval, is_finished, save, steps_of, summary, train, warm_start
 
 DAPO, EAPO = "on-policy DAPO", "EAPO"
 MAIN: dict[str, list[str]] = {DAPO: ["--prior_resampling.enabled", "false"], EAPO: []}
@@ -35,36 +32,13 @@ SENSITIVITY: dict[str, list[str]] = {
     **{f"T {last}": ["--prior_resampling.stop_after_steps", last] for last in ("10", "30", "50")},
     "without sIS": ["--prior_resampling.importance", "none"],
 }
-EVERY, SAMPLES = 5, 4  # steps between evaluations; responses to each of 257 questions
-
-
-def warm_start(path: Path, seed: int) -> None:
-    """The initial policy of a seed, made once for all arms."""
-    if path.exists():
-        return
-    from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
-    from exgrpo_fast.config import load_config
-    from exgrpo_fast.run.display import NullScreen
-
-    config = load_config("quickstart-eapo", [("train.seed", str(seed))])
-    prepare_quickstart(config, path, NullScreen(), device="cpu")
-
-
-def train(folder: Path, start: Path, options: list[str], seed: int, steps: int) -> None:
-    if (folder / "summary.json").exists() and summary(folder)["eval_after"]:
-        return
-    command = [sys.executable, "-m", "exgrpo_fast", "train", "quickstart-eapo"]
-    command += ["--out", str(folder), "--resume", "auto", "--max-steps", str(steps)]
-    command += ["--train.seed", str(seed), "--model.name", str(start), "--reward.workers", "1"]
-    command += ["--eval.every", str(EVERY), "--eval.n", str(SAMPLES), "--eval.k", "[1, 4]"]
-    command += ["--checkpoint.every", "0", *options]
-    with open(f"{folder}.log", "w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
+EVERY_ARM = MAIN | SENSITIVITY
+EVERY, SAMPLES = 5, 4  # steps between evaluations; completions of each of 257 questions
+OPTIONS = f"--reward.workers 1 --checkpoint.every 0 --eval.every {EVERY} --eval.n {SAMPLES} --eval.k [1,4]"
 
 
 def result(folder: Path, arm: str, seed: int) -> dict:
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = summary(folder)
+    steps, found = steps_of(folder), summary(folder)
     curve = {0: found["eval_before"]["avg_at_n"]}
     curve |= {s["step"]: s["eval_avg_at_n"] for s in steps if "eval_avg_at_n" in s}
     curve[len(steps)] = found["eval_after"]["avg_at_n"]
@@ -131,14 +105,8 @@ def print_table(table: dict) -> None:
         )
 
 
-def draw(results: dict, path: Path) -> None:
+def plot(results: dict, left: Any, right: Any) -> None:
     """Held-out accuracy over steps, mean over seeds; and the share of steps by arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     for colour, arm in enumerate((DAPO, EAPO)):
         curves = [run["curve"] for run in results["runs"] if run["arm"] == arm]
         for curve in curves:
@@ -160,11 +128,6 @@ def draw(results: dict, path: Path) -> None:
     right.axhline(70, color="grey", lw=0.8, ls="--")
     right.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
     right.set_ylabel("steps to DAPO's final accuracy, % of its steps")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"quickstart-eapo, {results['device']}, {results['date']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -186,20 +149,19 @@ def main() -> None:
     def run(job: tuple[int, str]) -> dict | None:
         seed, arm = job
         start, folder = arguments.runs / f"seed{seed}" / "warm_start", folder_of(seed, arm)
-        options = list((MAIN | SENSITIVITY)[arm])
+        options = [*OPTIONS.split(), "--max-steps", str(arguments.steps)]
+        options += ["--train.seed", str(seed), "--model.name", str(start), *EVERY_ARM[arm]]
         if arm != DAPO:
             prior = folder_of(seed, DAPO) / f"checkpoints/step_{arguments.steps}/hf"
             options += ["--prior_resampling.model", str(prior)]
         if not arguments.only_finished:
-            train(folder, start, options, seed, arguments.steps)
-        done = (folder / "summary.json").exists() and summary(folder)["eval_after"]
-        return result(folder, arm, seed) if done else None
+            train(folder, "quickstart-eapo", options)
+        return result(folder, arm, seed) if is_finished(folder) else None
 
     seeds = range(arguments.seeds)
     if not arguments.only_finished:
         for seed in seeds:
-            (arguments.runs / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-            warm_start(arguments.runs / f"seed{seed}" / "warm_start", seed)
+            warm_start("quickstart-eapo", arguments.runs / f"seed{seed}" / "warm_start", seed)
     runs: list[dict | None] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for arm in MAIN:  # the prior of every seed before anything is guided by it
@@ -207,13 +169,8 @@ def main() -> None:
         if arguments.arms == "all":
             few = range(min(arguments.seeds, arguments.sensitivity_seeds))
             runs += pool.map(run, itertools.product(few, SENSITIVITY))
-    import torch
-
     finished = [found for found in runs if found is not None]
     results = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"cpu ({platform.machine()}), 1 thread a run",
-        "torch": torch.__version__,
         "steps": arguments.steps,
         "questions_per_step": 32,
         "group_size": 8,
@@ -221,9 +178,9 @@ def main() -> None:
         "runs": finished,
     }
     print_table(results["table"])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1))
-    draw(results, arguments.out.with_suffix(".png"))
+    record = save(arguments.out, results)
+    title = f"quickstart-eapo, {record['device']}, {record['date']}"
+    draw(arguments.out.with_suffix(".png"), title, functools.partial(plot, record))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/study_replay.py --runs runs/study_replay [--seeds 5] [--jobs 2]
 
-Six arms from the same warm start of each seed. Those that replay generate K - 1 fresh responses
+Six arms from the same warm start of each seed. Those that replay generate K - 1 fresh completions
 for half of their questions, so the others get fewer steps: every arm ends after about the same
-number of fresh responses. Finished runs are not done again. Writes replay_study.json and .png:
+number of fresh completions. Finished runs are not done again. Writes replay_study.json and .png:
 held-out avg@8 of every run, means with 95 % intervals over seeds, and differences to on-policy
 paired by seed.
 """
@@ -12,17 +12,25 @@ paired by seed.
 from __future__ import annotations
 
 import argparse
-import datetime
+import functools
 import itertools
-import json
-import math
 import os
-import platform
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from study import (
+    bounds,
+    draw,
+    fresh_completions,
+    interval,
+    save,
+    steps_of,
+    summary,
+    train,
+    warm_start,
+)
 
 ARMS = {
     "on-policy": ["--replay.enabled", "false"],
@@ -36,7 +44,6 @@ ALL_FRESH = {"on-policy", "questions only"}
 BASELINE = "on-policy"
 # 64 questions x 8; where half of the questions bring a stored one, 32 x 8 + 32 x 7
 FRESH_PER_STEP, FRESH_BESIDE_REPLAY = 512, 480
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 10: 2.262}
 
 
 def num_steps(arm: str, replay_steps: int) -> int:
@@ -46,38 +53,9 @@ def num_steps(arm: str, replay_steps: int) -> int:
     return round(replay_steps * FRESH_BESIDE_REPLAY / FRESH_PER_STEP)
 
 
-def warm_start(path: Path, seed: int) -> None:
-    """The quickstart's initial policy of a seed, made once for all arms."""
-    if path.exists():
-        return
-    from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
-    from exgrpo_fast.config import load_config
-    from exgrpo_fast.run.display import NullScreen
-
-    config = load_config("quickstart", [("train.seed", str(seed))])
-    prepare_quickstart(config, path, NullScreen(), device="cpu")
-
-
-def train(folder: Path, start: Path, arm: str, seed: int, steps: int) -> None:
-    if (folder / "summary.json").exists() and summary(folder)["eval_after"]:
-        return
-    command = [sys.executable, "-m", "exgrpo_fast", "train", "quickstart", "--out", str(folder)]
-    command += ["--max-steps", str(steps), "--train.seed", str(seed), "--model.name", str(start)]
-    command += ["--eval.every", "0", "--checkpoint.every", "0", *ARMS[arm]]
-    with open(f"{folder}.log", "w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-
-
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
 def result(folder: Path, arm: str, seed: int) -> dict:
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = summary(folder)
-    fresh = list(
-        itertools.accumulate(round(s["tokens_generated"] / s["completion_len_mean"]) for s in steps)
-    )
+    steps, found = steps_of(folder), summary(folder)
+    fresh = list(itertools.accumulate(fresh_completions(steps)))
     last = steps[-10:]
     return {
         "arm": arm,
@@ -93,16 +71,6 @@ def result(folder: Path, arm: str, seed: int) -> dict:
         "wall_seconds": found["wall_seconds"],
         "curve": {"fresh": fresh, "pass_at_1": [s["pass_at_1_fresh"] for s in steps]},
     }
-
-
-def interval(values: list[float]) -> dict:
-    """Mean and 95 % Student interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None, "values": values}
-    quantile = T_95.get(len(values), 2.0)
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "values": values}
 
 
 def compare(runs: list[dict]) -> dict:
@@ -133,50 +101,28 @@ def print_table(table: dict) -> None:
         )
 
 
-def bounds(found: dict) -> str:
-    return "" if found["low"] is None else f"[{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
-
-
-def draw(results: dict, path: Path) -> None:
-    """Held-out accuracy by arm and seed, and fresh accuracy over fresh responses."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+def plot(results: dict, left: Any, right: Any) -> None:
+    """Held-out accuracy by arm and seed, and fresh accuracy over fresh completions."""
     arms = list(results["table"])
-    palette = plt.get_cmap("tab10")
-    colours = {arm: palette(i) for i, arm in enumerate(arms)}
     for place, arm in enumerate(arms):
         row = results["table"][arm]["avg_at_8"]
         values = [100 * v for v in row["values"]]
-        left.plot([place] * len(values), values, "o", color=colours[arm], alpha=0.45, ms=5)
+        left.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.45, ms=5)
         if row["low"] is not None:
             ends = [[100 * (row["mean"] - row["low"])], [100 * (row["high"] - row["mean"])]]
             left.errorbar(place, 100 * row["mean"], ends, color="k", fmt="_", ms=14, capsize=4)
-    left.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
-    left.set_ylabel("held-out avg@8, %")
-    left.set_title("each seed, mean and 95 % interval", fontsize=10)
-    for arm in arms:
         curves = [run["curve"] for run in results["runs"] if run["arm"] == arm]
         length = min(len(curve["fresh"]) for curve in curves)
         xs = [statistics.fmean(c["fresh"][i] for c in curves) for i in range(length)]
         ys = [100 * statistics.fmean(c["pass_at_1"][i] for c in curves) for i in range(length)]
-        right.plot(xs, ys, color=colours[arm], label=arm, lw=1.3)
-    right.set_xlabel("fresh responses generated")
-    right.set_ylabel("pass@1 of fresh responses, %")
+        right.plot(xs, ys, color=f"C{place}", label=arm, lw=1.3)
+    left.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
+    left.set_ylabel("held-out avg@8, %")
+    left.set_title("each seed, mean and 95 % interval", fontsize=10)
+    right.set_xlabel("fresh completions generated")
+    right.set_ylabel("pass@1 of fresh completions, %")
     right.set_title("mean over seeds; re-asked questions are of medium difficulty", fontsize=10)
     right.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"quickstart, {results['seeds']} seeds, {results['replay_steps']} steps, "
-        f"{results['device']}, {results['date']}",
-        fontsize=10,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -194,29 +140,29 @@ def main() -> None:
     def run(job: tuple[int, str]) -> dict:
         seed, arm = job
         folder = arguments.runs / f"seed{seed}" / arm.replace(" ", "_")
-        train(folder, starts[seed], arm, seed, num_steps(arm, arguments.steps))
+        steps = num_steps(arm, arguments.steps)
+        options = f"--max-steps {steps} --train.seed {seed} --eval.every 0 --checkpoint.every 0"
+        start = ["--model.name", str(starts[seed])]
+        train(folder, "quickstart", [*options.split(), *start, *ARMS[arm]])
         return result(folder, arm, seed)
 
     for seed, start in starts.items():
-        start.parent.mkdir(parents=True, exist_ok=True)
-        warm_start(start, seed)
+        warm_start("quickstart", start, seed)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(run, itertools.product(seeds, ARMS)))
-    import torch
-
     results = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"cpu ({platform.machine()}), 1 thread a run",
-        "torch": torch.__version__,
         "seeds": arguments.seeds,
         "replay_steps": arguments.steps,
         "table": compare(runs),
         "runs": runs,
     }
     print_table(results["table"])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1))
-    draw(results, arguments.out.with_suffix(".png"))
+    record = save(arguments.out, results)
+    title = (
+        f"quickstart, {record['seeds']} seeds, {record['replay_steps']} steps, "
+        f"{record['device']}, {record['date']}"
+    )
+    draw(arguments.out.with_suffix(".png"), title, functools.partial(plot, record))
 
 
 if __name__ == "__main__":

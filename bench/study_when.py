@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from study_replay import bounds, interval
+from study import bounds, interval
 
 from exgrpo_fast.build.assembly import make_trainer
 from exgrpo_fast.build.data import load_data
