@@ -7,6 +7,7 @@ their documented interfaces alone.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -151,3 +152,13 @@ def test_policy_loss_sees_whether_a_graph_is_kept() -> None:
     torch.autograd.grad(loss, leaf, retain_graph=True)
     loss.backward()
     assert seen == [True, True, False]
+
+
+def test_a_sharded_pass_is_checked_before_each_collective() -> None:
+    """PassCheck.guard derives from the two, whose `allocate` comes before the call."""
+    module = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
+    collectives = importlib.import_module(module)
+    for name in ("DefaultAllGather", "DefaultReduceScatter"):
+        kind = getattr(collectives, name)
+        assert {"allocate", "__call__"} <= set(dir(kind)), name
+        assert kind().allocate((3,), dtype=torch.float32, device=torch.device("cpu")).shape == (3,)

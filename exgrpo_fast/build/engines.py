@@ -196,7 +196,6 @@ def transformers_engine(
         return make_transformers_engine(config, source, tokenizer)
     copy = make_plain_policy(config, folder, dtype=torch.float32, device=source.device.type)
     copy.freeze()
-    copy.sizes.are_fixed = True  # the other ranks wait: nothing is done twice
     return CopiedEngine(make_transformers_engine(config, copy, tokenizer), copy, source)
 
 

@@ -18,14 +18,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
+from exgrpo_fast.model.agreement import PassCheck
 from exgrpo_fast.model.policy import PolicyError
 
 
-def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+def shard(model: Any, mesh: DeviceMesh, check: PassCheck, *, compute_dtype: torch.dtype) -> None:
     """Shard the parameters of a transformers model over the ranks of `mesh`, in place.
 
-    They are gathered in the compute dtype; gradients are summed in float32.
-    PolicyError for a model whose layers are not where transformers has them.
+    They are gathered in the compute dtype; gradients are summed in float32. `check` comes before
+    each collective. PolicyError for a model whose layers are not where transformers has them.
     """
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
@@ -43,6 +44,7 @@ def shard(model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+        check.guard(module)
     if tied_to is not None:
         head.weight = tied_to.weight
 
@@ -80,3 +82,18 @@ def reshard(module: nn.Module) -> None:
     """Free the parameters that a pass without gradients left gathered."""
     assert isinstance(module, FSDPModule)
     module.reshard()
+
+
+CAN_FORGET = hasattr(FSDPModule, "reset_iter_state")  # from torch 2.13 on
+
+
+def forget_pass(module: nn.Module) -> None:
+    """After a pass that all ranks have left in its middle: drop all gradients and free what is
+    gathered. FSDP2 itself would keep the gradients of a layer whose backward pass had begun."""
+    for parameter in module.parameters():  # of a gathered layer these are the gathered ones
+        parameter.grad = None
+    if CAN_FORGET:
+        assert isinstance(module, FSDPModule)
+        module.reset_iter_state()
+    else:
+        reshard(module)

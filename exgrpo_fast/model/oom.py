@@ -119,7 +119,10 @@ class Reader(Protocol):
     model: Any
     device: torch.device
     sizes: BatchLimits
-    processes: Any  # `count`: 1 where no other one is in the middle of the same passes
+
+    def all_or_none(self, passes: Callable[[], T]) -> T:
+        """What `passes` returns, on all ranks; torch.OutOfMemoryError on all where one has run out."""
+        ...
 
     def chunk_rows(self) -> int:
         """Rows of logits that are held at a time, of a whole micro-batch."""
@@ -137,22 +140,19 @@ def retry_smaller_on_oom(
 ) -> T:
     """What `work` returns, a run of passes over sequences of this extent.
 
-    Where the device's memory runs out, all of it is done again with smaller `policy.sizes`; `undo`
-    drops what the failed attempt has left behind. OutOfMemory when each sequence has a pack of its
-    own already, and where other processes have not run out: they are in the middle of theirs.
+    Where the memory of a device runs out, all ranks do all of it again with smaller `policy.sizes`;
+    `undo` drops what the failed attempt has left behind. OutOfMemory when each sequence has a pack
+    of its own already.
     """
     if policy.sizes.are_fixed:
-        return work()
-    is_alone = policy.processes.count == 1
+        return policy.all_or_none(work)
 
     def shrink(cause: str) -> None:
         undo()
         asked, sizes = of(), policy.sizes
-        if is_alone and sizes.shrink(asked, rows_at_once=policy.chunk_rows()):
+        if sizes.shrink(asked, rows_at_once=policy.chunk_rows()):
             return
-        if not is_alone:
-            why = among_several("train.max_tokens_per_microbatch")
-        elif sizes.halves_packs:
+        if sizes.halves_packs:
             why = not_even_one(
                 asked.longest, "rollout.max_completion_tokens or replay.store.max_gib"
             )
@@ -168,16 +168,14 @@ def retry_smaller_on_oom(
             gradients=held,
         )
 
-    return until_it_fits(work, shrink, during=during, device=policy.device)
+    return until_it_fits(
+        lambda: policy.all_or_none(work), shrink, during=during, device=policy.device
+    )
 
 
 def not_even_one(longest: int, keys: str) -> str:
     """`keys` of the config to lower."""
     return f"not even one sequence of {longest} tokens fits; lower {keys}, or take a smaller model"
-
-
-def among_several(key: str) -> str:
-    return f"with several processes nothing smaller is tried; lower {key}"
 
 
 def nothing_smaller(

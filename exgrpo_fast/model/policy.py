@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from exgrpo_fast.model.renamed import checkpointing_enable
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
 from exgrpo_kernels import linear_logprob, runtime
 
+T = TypeVar("T")
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
 Tokenizer = Any
 
@@ -183,6 +184,10 @@ class Policy:
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Around passes with the same weights: what they share is made once."""
         return contextlib.nullcontext()
+
+    def all_or_none(self, passes: Callable[[], T]) -> T:
+        """What `passes` returns: see `ShardedPolicy`. One process has nobody to agree with."""
+        return passes()
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D] in the compute dtype: one row for every response token."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 
 from exgrpo_fast.core.dtensor import full_tensor
 from exgrpo_fast.core.process_group import Processes
-from exgrpo_fast.model.fsdp import GatheredHead, reshard, shard
+from exgrpo_fast.model.agreement import FINE, NOT_FINITE, PassCheck
+from exgrpo_fast.model.fsdp import CAN_FORGET, GatheredHead, forget_pass, reshard, shard
+from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.packing import AssignedPack, Pack
 from exgrpo_fast.model.policy import Head, Policy
-from exgrpo_kernels import NonFiniteHidden
+
+T = TypeVar("T")
 
 
 class ShardedPolicy(Policy):
@@ -30,7 +33,8 @@ class ShardedPolicy(Policy):
         No communication: each rank keeps its shard and drops the rest.
         """
         dtype = settings.get("compute_dtype", torch.float32)
-        shard(model, mesh, compute_dtype=dtype)
+        self._check = PassCheck(processes)
+        shard(model, mesh, self._check, compute_dtype=dtype)
         super().__init__(model, device=processes.device, **settings)
         self.processes = processes
         self._gathered = GatheredHead(super()._head_layer(), dtype)
@@ -43,25 +47,42 @@ class ShardedPolicy(Policy):
         place = self.processes.place
         return assign_packs(packs, rank=place.rank, count=place.count)
 
+    def all_or_none(self, passes: Callable[[], T]) -> T:
+        """What `passes` returns, on all ranks; torch.OutOfMemoryError on all where one has run out."""
+        try:
+            return self._check.all_or_none(passes)
+        except torch.OutOfMemoryError:
+            if CAN_FORGET:
+                raise
+            raise OutOfMemory(
+                "out of memory: several processes repeat a pass from torch 2.13 on; lower "
+                "train.max_tokens_per_microbatch",
+                "",
+            ) from None
+
     @contextlib.contextmanager
     def passes(self) -> Iterator[None]:
         """Inside, the head is gathered; on exit its gradient is reduced and scattered."""
         with_gradient = torch.is_grad_enabled()
+        self._check()
         self._gathered.gather(with_gradient=with_gradient)
         try:
             yield
+            self._check()
             if with_gradient:
                 self._gathered.scatter()
+            reshard(self.model.base_model)
+        except BaseException:
+            forget_pass(self.model.base_model)
+            raise
         finally:
             self._gathered.release()
-            reshard(self.model.base_model)
 
     def hidden_states(self, packed: Pack) -> Tensor:
         """Pack -> [N, D]. On CPUs a NonFiniteHidden on one rank is raised on all."""
         hidden_ND = super().hidden_states(packed)
         if self.device.type == "cpu" and torch.is_grad_enabled():
-            if self.processes.any(not bool(hidden_ND.isfinite().all())):
-                raise NonFiniteHidden("hidden must be finite in every process")
+            self._check(FINE if bool(hidden_ND.isfinite().all()) else NOT_FINITE)
         return hidden_ND
 
     def head_for(self, hidden_ND: Tensor) -> Head:

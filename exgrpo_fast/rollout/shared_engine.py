@@ -158,4 +158,4 @@ class CopiedEngine(LocalEngine):
         ours = self.copy.model.state_dict()
         for name, weight in self.source.named_weights():
             ours[name].copy_(weight)
-        return {}
+        return self.engine.sync(version)

@@ -145,7 +145,8 @@ class Learner:
         """The passes of one update without its step: gradients are computed and dropped."""
         if objective.kl_coef and self.reference is not None:
             groups = self.reference.score(groups)
-        self._backward(self._batch_of(groups, objective))
+        batch = self._batch_of(groups, objective)
+        self.policy.all_or_none(lambda: self._backward(batch))
         self.optimiser.discard()
 
     # --- persistence ---

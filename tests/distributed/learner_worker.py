@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from exgrpo_fast.core.dtensor import full_tensor
-from exgrpo_fast.core.process_group import Processes, RankLost, mesh_of
+from exgrpo_fast.core.process_group import Processes, mesh_of
 from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import Pack, Ragged
@@ -38,6 +38,7 @@ from exgrpo_kernels import PolicyObjective
 
 VOCABULARY = 131  # odd: the parts of the head differ in size
 UPDATES = 3
+FULL_IN = ("forward", "loss", "backward", "recomputation", "scoring")
 
 
 def make_model(*, tied: bool, seed: int = 0, lora_rank: int = 0) -> Any:
@@ -275,8 +276,57 @@ def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     }
 
 
+def without_memory(processes: Processes, where: str) -> dict[str, Any]:
+    """Memory runs out twice, on the last process alone: all go on with smaller pieces."""
+    model = make_model(tied=True)
+    alone = Policy(copy.deepcopy(model), max_tokens_per_microbatch=60)
+    together = ShardedPolicy(
+        model,
+        mesh=mesh_of(processes),
+        processes=processes,
+        max_tokens_per_microbatch=60,
+        gradient_checkpointing=where == "recomputation",
+    )
+    left = [2] if processes.place.rank == processes.count - 1 else [0]
+
+    def full(*_: Any) -> None:
+        if left[0] and together.model.training == (where != "scoring"):
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
+
+    def full_behind(module: Any, taken: Any, made: Tensor) -> None:
+        if made.requires_grad:
+            made.register_hook(full)
+
+    mlp: Any = together.model.model.layers[1].mlp
+    if where in ("forward", "scoring"):
+        mlp.act_fn.register_forward_hook(full)
+    elif where == "loss":
+        head_for = together.head_for
+        together.head_for = lambda hidden_ND: full() or head_for(hidden_ND)  # pyright: ignore
+    else:  # the gradient of down_proj is there, those of its layer's other weights are not
+        mlp.act_fn.register_forward_hook(full_behind)
+    learners = [make_learner(policy) for policy in (together, alone)]
+    reports = [
+        [learner.update(make_groups(step), PolicyObjective()) for step in range(2)]
+        for learner, _ in learners
+    ]
+    prompts = Ragged.of([t.question.prompt_ids for g in make_groups(9) for t in g.trajectories])
+    responses = Ragged.of([t.token_ids for g in make_groups(9) for t in g.trajectories])
+    scores = [policy.score(prompts, responses).logprobs for policy in (together, alone)]
+    found, expected = (optimiser.found for _, optimiser in learners)
+    return {
+        "left": left[0],
+        "losses": max(abs(a.loss - b.loss) for a, b in zip(*reports, strict=True)),
+        "gradients": max(furthest(a, b) for a, b in zip(found, expected, strict=True)),
+        "scores": distance(*scores),
+        "sizes": together.sizes.state_dict(),
+        "halvings": [(report.chunk_halvings, report.microbatch_halvings) for report in reports[0]],
+    }
+
+
 def rehearsed(processes: Processes) -> str:
-    """The second process has too little memory: it says so, the first one hears that it has gone."""
+    """The second process has too little memory."""
     policy = ShardedPolicy(
         make_model(tied=False),
         mesh=mesh_of(processes),
@@ -366,8 +416,11 @@ if __name__ == "__main__":
         try:
             with met(sys.argv[1:4]) as processes:
                 print(json.dumps(rehearsed(processes)))
-        except (DoesNotFit, RankLost) as error:
+        except DoesNotFit as error:
             print(json.dumps(f"{type(error).__name__}: {error}"))
         sys.exit()
     with met(sys.argv[1:4]) as processes:
-        print(json.dumps(every_comparison(processes)))
+        if sys.argv[4:] == ["full"]:
+            print(json.dumps({where: without_memory(processes, where) for where in FULL_IN}))
+        else:
+            print(json.dumps(every_comparison(processes)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from several_processes import run_processes
+from torch.distributed.fsdp import FSDPModule
 
 WORKER = Path(__file__).with_name("learner_worker.py")
 FLOAT32 = (
@@ -55,8 +56,26 @@ def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:
 
 def test_a_device_that_is_too_small_ends_the_rehearsal_of_all() -> None:
     first, second = run_processes(2, WORKER, "too little memory")
-    assert second.startswith("DoesNotFit: preflight: 24 completions of 16 tokens do not fit (CUDA")
-    assert first.startswith("RankLost: ")
+    said = "DoesNotFit: preflight: 24 completions of 16 tokens do not fit "
+    assert second.startswith(f"{said}(CUDA out of memory")
+    assert first.startswith(f"{said}(out of memory on another rank")
+
+
+CAN_LEAVE = pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot leave a pass"
+)
+
+
+@CAN_LEAVE
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_repeat_a_batch_for_which_one_has_no_memory(count: int) -> None:
+    for report in run_processes(count, WORKER, "full"):
+        for where, found in report.items():
+            assert found["left"] == 0, "memory did not run out"
+            assert found["sizes"] == {"microbatch": [60, 30], "chunk_rows": [None, 30]}
+            assert found["halvings"] == [[1, 1], [0, 0]] or where == "scoring"
+            for what in ("losses", "gradients", "scores"):
+                assert found[what] <= 1e-6, (where, what, found[what])
 
 
 def test_a_process_without_a_pack_keeps_company(reports) -> None:

@@ -13,11 +13,8 @@ from conftest import make_questions, terms_of
 from safetensors.torch import load_file
 from test_learner import collect, moments, questions_of, same, weights, with_rewards
 
-from exgrpo_fast.core.process_group import Processes
-from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.model import policy as policy_module
 from exgrpo_fast.model.oom import OutOfMemory
-from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.run.checkpoint.format import split_tensors
 from exgrpo_fast.training.bad_batches import BadBatches
 from exgrpo_fast.training.update_stats import RefusedUpdate
@@ -248,23 +245,6 @@ def test_where_not_one_sequence_fits_the_run_ends_with_a_table(make, scoring: bo
     assert "Tried to allocate 2.00 GiB." in caught.value.table
     assert same(weights(trainer), before)
     assert all(p.grad is None for p in trainer.learner.policy.trainable_parameters)
-
-
-@pytest.mark.parametrize("scoring", [False, True])
-def test_among_several_processes_nothing_smaller_is_tried(make, scoring: bool) -> None:
-    trainer = make()
-    groups = [with_rewards(trainer, group, [1.0, 0.0, 1.0, 0.0]) for group in collect(trainer)]
-    policy = trainer.learner.policy
-    device = Device(policy, 4, scoring=scoring)
-    policy.processes = Processes(RankInfo(rank=0, count=2, local=0))
-    with pytest.raises(OutOfMemory, match=r"several processes.*train\.max_tokens_per_microbatch"):
-        if scoring:
-            policy.score(*sequences_of(list(groups[0].trajectories)))
-        else:
-            trainer.learner.update(groups, trainer.objective)
-    assert device.refused == 1
-    assert policy.sizes.take_halvings() == (0, 0)
-    assert policy.max_tokens_per_microbatch == 4096
 
 
 @pytest.mark.parametrize("scoring", [False, True])

@@ -15,12 +15,7 @@ from torch import Tensor
 
 from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.core.types import Completion, KeptTokens
-from exgrpo_fast.model.oom import (
-    among_several,
-    not_even_one,
-    nothing_smaller,
-    until_it_fits,
-)
+from exgrpo_fast.model.oom import not_even_one, nothing_smaller, until_it_fits
 from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.rollout.hf.decoding import Decoding
@@ -84,16 +79,13 @@ class TransformersEngine(LocalEngine):
 
         def shrink(cause: str) -> None:
             count = min(self.max_batch_sequences, len(requests))
-            is_alone = not self.policy.sizes.are_fixed
-            if count == 1 or not is_alone:
+            if count == 1:
                 lengths = (len(r.prompt_ids) + self._limit(r, sampling) for r in requests[:count])
                 longest = max(lengths)
                 raise nothing_smaller(
                     self.policy.model,
                     during="generation",
-                    why=not_even_one(longest, KEYS)
-                    if is_alone
-                    else among_several("rollout.max_batch_sequences"),
+                    why=not_even_one(longest, KEYS),
                     longest=longest,
                     cause=cause,
                 )
