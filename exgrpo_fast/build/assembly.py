@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from exgrpo_fast.build.engines import find_layer, mismatch_rule
+from exgrpo_fast.build.engines import engine_scores, find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
 from exgrpo_fast.build.experience import make_hindsight, make_replay
 from exgrpo_fast.build.models import make_teacher, vocabulary_of
@@ -94,6 +94,7 @@ def make_trainer(
         sampling=sampling,
         seed=seed,
         mismatch=mismatch_rule(config, policy.device.type),
+        engine_scores=engine_scores(config, policy),
     )
     verifier = make_verifier(config, rewards, tokenizer, screen, processes)
     collector = Collector(

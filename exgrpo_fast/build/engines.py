@@ -206,6 +206,25 @@ def mismatch_rule(config: Config, device: str) -> MismatchRule:
     return MismatchRule(**config.algorithm.mismatch.model_dump())
 
 
+def engine_scores(config: Config, policy: Policy) -> bool:
+    """Whether the log-probs with which the engine draws are the policy's, up to float32 rounding.
+
+    On a CPU alone, where no batch is halved for memory: a resumed run generates in the same batches,
+    whose rounding is the same. Not with the behaviour log-probs as reference of a KL term: rounding
+    would decide the sign of the log ratio.
+    """
+    kl = config.algorithm.kl
+    return (
+        config.rollout.scoring == "auto"
+        and engine_kind(config, policy.device.type) == "transformers"
+        and policy.device.type == "cpu"
+        and policy.compute_dtype == torch.float32
+        and policy.processes.count == 1
+        and not config.train.allow_mismatch
+        and not (kl.coef > 0 and kl.reference == "behaviour")
+    )
+
+
 def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> EnginePlan:
     """`shared`: the trainer uses the same device."""
     model = AutoConfig.from_pretrained(folder, trust_remote_code=False)

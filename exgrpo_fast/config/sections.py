@@ -270,6 +270,11 @@ class RolloutConfig(Section):
     )
     max_batch_sequences: Positive = Field(default=256, description="sequences decoded at a time")
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    scoring: Literal["auto", "always"] = Field(
+        default="auto",
+        description="fresh completions that the trainer scores: auto = a sample, where the engine has "
+        "its weights in float32; always = all: docs/rollouts.md",
+    )
     generate_ahead: bool = Field(
         default=False, description="vllm_server: generate for a step while training on the last"
     )

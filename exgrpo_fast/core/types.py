@@ -66,6 +66,7 @@ class Completion:
     truncated: bool  # True when the length limit ended it
     weight_spans: tuple[WeightSpan, ...] = ()  # none: all of it by the present weights
     kept: KeptTokens | None = None  # None: drawn from the whole vocabulary
+    entropies: Tensor | None = None  # float32 [T], of what each token was drawn from; if asked for
 
 
 class RewardSample(NamedTuple):

@@ -18,6 +18,7 @@ class Sampling:
 
     With `top_k` a completion says what each token was drawn from (`Completion.kept`): training needs
     it, because the log-probs of its loss have to be over the same tokens.
+    `entropies`: completions bring them, where the engine can (`Completion.entropies`).
     """
 
     max_completion_tokens: int
@@ -25,6 +26,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    entropies: bool = False
 
 
 @dataclass(frozen=True)

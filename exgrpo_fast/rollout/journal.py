@@ -38,8 +38,10 @@ from exgrpo_fast.rollout.engine import (
 Key = bytes  # xxh3-128 of a request
 
 _FRAME = struct.Struct("<Q16s")  # bytes of the record, their xxh3-128
-# key, truncated, numbers of tokens and of weight spans; int64 ids, float32s and the spans follow
-_ENTRY = struct.Struct("<16s?II")
+# key, flags, numbers of tokens and of weight spans; int64 ids, float32 log-probs, float32 entropies
+# where there are any, and the spans follow
+_ENTRY = struct.Struct("<16sBII")
+_TRUNCATED, _HAS_ENTROPIES = 1, 2
 _SPAN = struct.Struct("<qII")
 
 log = logging.getLogger(__name__)
@@ -167,23 +169,32 @@ def _records(data: bytes) -> Iterator[bytes]:
 def _pack(key: Key, completion: Completion) -> bytes:
     ids, logprobs = completion.token_ids.long(), completion.logprobs.float()
     spans = completion.weight_spans
-    head = _ENTRY.pack(key, completion.truncated, len(ids), len(spans))
     arrays = ids.cpu().numpy().tobytes() + logprobs.cpu().numpy().tobytes()
+    flags = _TRUNCATED * completion.truncated
+    if completion.entropies is not None:
+        flags |= _HAS_ENTROPIES
+        arrays += completion.entropies.float().cpu().numpy().tobytes()
+    head = _ENTRY.pack(key, flags, len(ids), len(spans))
     return head + arrays + b"".join(_SPAN.pack(*span) for span in spans)
 
 
 def _unpack(record: bytes) -> Iterator[tuple[Key, Completion]]:
     memory, start = bytearray(record), 0  # writable, as torch asks
     while start < len(memory):
-        key, truncated, count, num_spans = _ENTRY.unpack_from(memory, start)
+        key, flags, count, num_spans = _ENTRY.unpack_from(memory, start)
         start += _ENTRY.size
         ids = _tensor(memory, torch.int64, count, start)
         logprobs = _tensor(memory, torch.float32, count, start + 8 * count)
         start += 12 * count
+        entropies = None
+        if flags & _HAS_ENTROPIES:
+            entropies = _tensor(memory, torch.float32, count, start)
+            start += 4 * count
         end = start + num_spans * _SPAN.size
         spans = tuple(WeightSpan(*span) for span in _SPAN.iter_unpack(memory[start:end]))
         start = end
-        yield key, Completion(ids, logprobs, truncated, spans)
+        truncated = bool(flags & _TRUNCATED)
+        yield key, Completion(ids, logprobs, truncated, spans, entropies=entropies)
 
 
 def _tensor(memory: bytearray, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:

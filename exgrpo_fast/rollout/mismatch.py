@@ -74,6 +74,9 @@ class Mismatch:
     corrected_frac: float = 0.0
     staleness_mean: float = 0.0
     staleness_max: int = 0
+    scored_frac: float = (
+        1.0  # completions that the trainer has scored, of all; the others are not in it
+    )
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -84,6 +87,7 @@ class Mismatch:
             "mismatch_corrected_frac": self.corrected_frac,
             "staleness_mean": self.staleness_mean,
             "staleness_max": self.staleness_max,
+            "scored_frac": self.scored_frac,
         }
 
 

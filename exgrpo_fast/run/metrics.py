@@ -61,6 +61,11 @@ SECTIONS: dict[str, list[Metric]] = {
         Metric("mismatch_max", "nats", "its maximum"),
         Metric("mismatch_kl", "nats", "KL(engine to trainer), k3 estimate"),
         Metric("mismatch_corrected_frac", "", "tokens cut or masked by the correction, of all"),
+        Metric(
+            "scored_frac",
+            "",
+            "scored by the trainer, of fresh completions: docs/rollouts.md",
+        ),
         Metric("staleness_mean", "updates", "between a token's weights and the present ones"),
         Metric("staleness_max", "updates", "the maximum of it"),
         Metric("sync_gap", "nats", "mean difference on the fixed prompt after a weight sync"),

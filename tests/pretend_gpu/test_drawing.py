@@ -15,11 +15,11 @@ SEEDS = torch.arange(7) * 10**9
 def test_deterministic_algorithms_draw_the_same_tokens() -> None:
     """CUDA's cumsum of floats has no deterministic version."""
     for sampling in (Sampling(4), Sampling(4, top_p=0.9), Sampling(4, top_k=9, top_p=0.9)):
-        expected, expected_logprobs, _ = draw(LOGITS, SEEDS, 3, sampling)
+        expected, expected_logprobs, *_ = draw(LOGITS, SEEDS, 3, sampling)
         with pretend_gpu():
             torch.use_deterministic_algorithms(True)
             try:
-                tokens, logprobs, _ = draw(LOGITS.to("cuda"), SEEDS.to("cuda"), 3, sampling)
+                tokens, logprobs, *_ = draw(LOGITS.to("cuda"), SEEDS.to("cuda"), 3, sampling)
             finally:
                 torch.use_deterministic_algorithms(False)
             assert tokens.tolist() == expected.tolist()

@@ -186,7 +186,7 @@ def test_no_token_of_weight_0_is_drawn_at_either_end_of_a_block(almost: float) -
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_softmax(temperature: float) -> None:
     logits = 20 * torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs, _ = draw(logits, torch.arange(64), 3, Sampling(1, temperature))
+    tokens, logprobs, *_ = draw(logits, torch.arange(64), 3, Sampling(1, temperature))
     expected = (logits.double() / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=0)
     again = draw(logits[7:8], torch.tensor([7]), 3, Sampling(1, temperature))

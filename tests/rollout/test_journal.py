@@ -45,7 +45,9 @@ def completion_of(request: Request) -> Completion:
     ids = torch.arange(length) * (1 << 33) + request.seed % 1000
     logprobs = -torch.arange(length, dtype=torch.float32) / 3
     spans = (WeightSpan(request.seed % 9, 0, length), WeightSpan(3, length, length))
-    return Completion(ids, logprobs, request.seed % 2 == 1, spans[: request.seed % 3])
+    entropies = logprobs.square() if request.seed % 4 > 1 else None
+    truncated = request.seed % 2 == 1
+    return Completion(ids, logprobs, truncated, spans[: request.seed % 3], entropies=entropies)
 
 
 def requests_of(*seeds: int) -> list[Request]:
@@ -72,6 +74,8 @@ def same(a: Completion, b: Completion) -> bool:
         and (a.token_ids.dtype, a.logprobs.dtype) == (torch.int64, torch.float32)
         and a.truncated == b.truncated
         and a.weight_spans == b.weight_spans
+        and (a.entropies is None) == (b.entropies is None)
+        and (a.entropies is None or torch.equal(a.entropies, b.entropies))
     )
 
 

@@ -45,7 +45,7 @@ def expected_set(logits_V: Tensor, sampling: Sampling) -> set[int]:
 def test_the_kept_set_is_that_of_the_definition(settings: dict[str, Any]) -> None:
     sampling = Sampling(1, 0.7, **settings)
     logits = 2 * torch.randn(30, 80, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs, kept = draw(logits, torch.arange(30), 0, sampling)
+    tokens, logprobs, kept, *_ = draw(logits, torch.arange(30), 0, sampling)
     assert kept is not None
     for row, token, logprob, ids in zip(logits, tokens, logprobs, kept, strict=True):
         expected = sorted(expected_set(row, sampling))

@@ -102,6 +102,7 @@ def make(tokenizer, make_test_trainer):
         questions = make_questions(tokenizer, [f"q{i}" for i in range(8)])
         sizes = {"lr": 1e-3, "max_tokens_per_microbatch": 4096}
         more = {"train": sizes | train, "algorithm": algorithm or {}}
+        more["rollout"] = {"scoring": "always"}
         return make_test_trainer(questions, function="even_length", **more)
 
     return make_one

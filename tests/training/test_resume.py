@@ -146,6 +146,7 @@ def test_a_signal_gives_up_what_is_being_generated_and_nothing_else(
     """A resumed run asks the same questions again, and the log of rollouts answers what it can."""
     questions = make_questions(tokenizer, [f"q{i}" for i in range(12)])
     settings = SETTINGS | {"replay": SETTINGS["replay"] | {"select": select}}
+    settings["rollout"] = {"max_batch_sequences": 5}
 
     def make_one(version: int) -> tuple[Trainer, Counting]:
         trainer = make_test_trainer(questions, **settings)
@@ -173,8 +174,10 @@ def test_a_signal_gives_up_what_is_being_generated_and_nothing_else(
     def generate_and_stop(requests, sampling, observer=UNOBSERVED):
         if stopped.num_steps == 3:
             asked.append(len(requests))
-            done = generate(requests[:5], sampling)
-            observer.finished(range(5), done)
+            lengths = [len(request.prompt_ids) for request in requests]
+            first = sorted(range(len(requests)), key=lambda i: -lengths[i])[:5]  # the first batch
+            done = generate([requests[i] for i in first], sampling)
+            observer.finished(first, done)
             os.kill(os.getpid(), signal.SIGTERM)
             observer.on_poll()
             pytest.fail("the step was not given up")

@@ -36,8 +36,8 @@ TOKENS_UNSEEN = 16  # on a device that works ahead: tokens between two looks at 
 
 
 class Decoding:
-    """One batch of requests. `tokens_RT` and `logprobs_RT` hold what was drawn; positions behind
-    the end token or the limit of a row are undefined."""
+    """One batch of requests. `tokens_RT`, `logprobs_RT` and, where asked for, `entropies_RT` hold
+    what was drawn; positions behind the end token or the limit of a row are undefined."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Decoding:
         self.num_tokens = max(limits)
         self.tokens_RT = torch.zeros(len(seeds), self.num_tokens, dtype=torch.int64, device=device)
         self.logprobs_RT = torch.zeros(len(seeds), self.num_tokens, device=device)
+        self.entropies_RT = torch.zeros_like(self.logprobs_RT) if sampling.entropies else None
         self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # of a position: rows, counts, ids
         self.sampling = sampling
         self.on_poll = on_poll
@@ -89,13 +90,16 @@ class Decoding:
                 logits_BV = forward(drawn_B[:, None])
 
     def _draw(self, logits_BV: Tensor, position: int) -> Tensor:
-        drawn_B, logprobs_B, kept_BK = draw(logits_BV, self.seeds_B, position, self.sampling)
-        if kept_BK is not None:
-            is_kept = kept_BK >= 0
-            ids = kept_BK[is_kept].to(torch.int32)  # waits for the device, once a token
+        drawn = draw(logits_BV, self.seeds_B, position, self.sampling)
+        drawn_B = drawn.tokens_B
+        if drawn.kept_BK is not None:
+            is_kept = drawn.kept_BK >= 0
+            ids = drawn.kept_BK[is_kept].to(torch.int32)  # waits for the device, once a token
             self.kept.append((self.rows_B.cpu(), is_kept.sum(1).cpu(), ids.cpu()))
         self.tokens_RT[self.rows_B, position] = drawn_B
-        self.logprobs_RT[self.rows_B, position] = logprobs_B
+        self.logprobs_RT[self.rows_B, position] = drawn.logprobs_B
+        if self.entropies_RT is not None and drawn.entropies_B is not None:
+            self.entropies_RT[self.rows_B, position] = drawn.entropies_B
         self.going_B &= ~torch.isin(drawn_B, self.eos_token_ids)
         self.going_B &= self.limits_B > position + 1
         return drawn_B

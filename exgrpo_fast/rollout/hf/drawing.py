@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exgrpo_fast.rollout.engine import Sampling
 
+LOWEST = -1e4  # of a logit below the highest: its weight is 0, and 0 x -inf would be NaN
 BLOCK = 128  # tokens whose probabilities are summed before the CDF is looked up
 
 
@@ -20,6 +21,7 @@ class Drawn(NamedTuple):
     tokens_B: Tensor
     logprobs_B: Tensor  # float32
     kept_BK: Tensor | None  # what it was drawn from, -1 behind the last; None: no top_k
+    entropies_B: Tensor | None = None  # float32, of that distribution; None: not asked for
 
 
 def draw(logits_BV: Tensor, seeds_B: Tensor, position: int, sampling: Sampling) -> Drawn:
@@ -32,7 +34,8 @@ def draw(logits_BV: Tensor, seeds_B: Tensor, position: int, sampling: Sampling) 
     if sampling.temperature == 0.0:
         logprobs_BV = logits_BV.log_softmax(dim=-1)
         drawn_B = logprobs_BV.argmax(dim=-1)
-        return Drawn(drawn_B, _pick(logprobs_BV, drawn_B), None)
+        entropies_B = torch.zeros(len(drawn_B), device=drawn_B.device)
+        return Drawn(drawn_B, _pick(logprobs_BV, drawn_B), None, entropies_B)
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
     kept_BK = None
@@ -44,7 +47,11 @@ def draw(logits_BV: Tensor, seeds_B: Tensor, position: int, sampling: Sampling) 
     weights_BV = (logits_BV - highest_B[:, None]).exp_()
     drawn_B, total_B = invert_cdf(weights_BV, hash_uniform(seeds_B, position))
     logprobs_B = _pick(logits_BV, drawn_B) - highest_B - total_B.log()
-    return Drawn(drawn_B, logprobs_B, kept_BK)
+    entropies_B = None
+    if sampling.entropies:
+        below_BV = (logits_BV - highest_B[:, None]).clamp_(min=LOWEST)
+        entropies_B = total_B.log() - below_BV.mul_(weights_BV).sum(dim=-1) / total_B
+    return Drawn(drawn_B, logprobs_B, kept_BK, entropies_B)
 
 
 def _pick(values_BV: Tensor, index_B: Tensor) -> Tensor:

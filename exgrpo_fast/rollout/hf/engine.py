@@ -122,16 +122,16 @@ class TransformersEngine(LocalEngine):
         )
         decoding.run(self.policy.model, *to_device([ids, mask], device))
         logprobs = decoding.logprobs_RT.to("cpu", non_blocking=True)
-        tokens = decoding.tokens_RT.cpu()  # waits, for the log-probs too
-        kept = decoding.kept_tokens()
-        return [
-            self._cut(row[:limit], row_logprobs[:limit], row_kept)
-            for row, row_logprobs, limit, row_kept in zip(
-                tokens, logprobs, limits, kept, strict=True
-            )
-        ]
+        entropies: Sequence[Tensor | None] = [None] * len(requests)
+        if decoding.entropies_RT is not None:
+            entropies = list(decoding.entropies_RT.to("cpu", non_blocking=True))
+        tokens = decoding.tokens_RT.cpu()  # waits, for the others too
+        rows = zip(tokens, logprobs, decoding.kept_tokens(), entropies, limits, strict=True)
+        return [self._cut(row[:limit], *columns) for row, *columns, limit in rows]
 
-    def _cut(self, tokens: Tensor, logprobs: Tensor, kept: KeptTokens | None) -> Completion:
+    def _cut(
+        self, tokens: Tensor, logprobs: Tensor, kept: KeptTokens | None, entropies: Tensor | None
+    ) -> Completion:
         ends = torch.isin(tokens, torch.tensor(self.eos_token_ids)).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         return Completion(
@@ -139,4 +139,5 @@ class TransformersEngine(LocalEngine):
             logprobs=logprobs[:length].clone(),
             truncated=not len(ends),
             kept=None if kept is None else kept.first(length),
+            entropies=None if entropies is None else entropies[:length].clone(),
         )
