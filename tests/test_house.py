@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import re
 from pathlib import Path
 
@@ -51,9 +53,14 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "exgrpo_fast").with_suffix("").parts)
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def modules(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Dotted names of ours that a file imports, without the package's own."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     names: set[str] = set()
     for node in nodes:
@@ -86,6 +93,14 @@ def test_imports_go_down() -> None:
         if other != room_of(path) and FLOOR_OF[other] >= FLOOR_OF[room_of(path)]
     ]
     assert wrong == []
+
+
+def test_files_import_in_no_circle() -> None:
+    """Imports inside functions included: they would only hide one."""
+    paths = (ROOT / "exgrpo_fast").glob("**/*.py")
+    files = {module_of(path): path for path in paths if path.name != "__init__.py"}
+    graph = {file: modules(path) & files.keys() for file, path in files.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
 def test_folders_that_would_shadow_a_package_are_bare() -> None:
@@ -122,7 +137,7 @@ def test_httpx2_is_imported_where_a_server_is_used() -> None:
         assert not any(n.startswith(("rollout.server", "build.servers")) for n in names), path
     for path in (ROOT / "exgrpo_fast").glob("**/*.py"):
         if str(path.relative_to(ROOT / "exgrpo_fast")) not in serving:
-            imported = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]
+            imported = [n for n in parsed(path).body if isinstance(n, ast.Import)]
             assert "httpx2" not in {alias.name for n in imported for alias in n.names}, path
 
 

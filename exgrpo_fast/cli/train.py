@@ -19,6 +19,7 @@ from exgrpo_fast.cli.arguments import (
     require_file,
     resume_point,
 )
+from exgrpo_fast.cli.memory_plan import show_plan
 from exgrpo_fast.config import (
     Config,
     ConfigError,
@@ -30,10 +31,8 @@ from exgrpo_fast.config import (
     recipe_names,
     refuse_other_config,
     refuse_world_size,
-    require,
 )
 from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
-from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
@@ -202,40 +201,6 @@ def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
         return words
 
     return Supervisor(command, folder, deadline=arguments.deadline or DEADLINE_SECONDS).run()
-
-
-def show_plan(
-    config: Config,
-    device: str | None,
-    gib: float | None,
-    *,
-    prefix: str = "",
-    processes: int = 1,
-) -> int:
-    """Print the memory plan of one of `processes`; ConfigError where the run does not fit.
-
-    The quickstart's model does not exist yet, and fits everywhere.
-    """
-    if config.model.name == "quickstart":
-        return 0
-    from exgrpo_fast.build.pretrained import cached_folder
-    from exgrpo_fast.memory.fit import NoShapes, machine_of, plan_run
-
-    name = cached_folder(require(config.model.name, "model.name", "a folder, a hub name, a GGUF"))
-    if name is None:
-        print(f"{prefix}no memory plan before model.name {config.model.name} is converted once")
-        return 0
-    try:
-        machine = machine_of(config, device=device, memory_gib=gib, processes=processes)
-        planned = plan_run(config, name, machine, is_local=True)
-    except NoShapes as error:
-        cause = clean_line(error, max_line=200)
-        print(f"{prefix}no memory plan without the model's config.json here ({cause})")
-        return 0
-    planned.accepted(
-        lambda text: print("\n".join(f"{prefix}{line}".rstrip() for line in text.splitlines()))
-    )
-    return 0
 
 
 def derived_numbers(config: Config) -> str:

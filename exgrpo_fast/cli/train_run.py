@@ -12,7 +12,7 @@ from exgrpo_fast import __version__
 from exgrpo_fast.build.environment import use_deterministic_algorithms
 from exgrpo_fast.build.models import start_folder
 from exgrpo_fast.build.run import open_run
-from exgrpo_fast.cli.doctor import collect
+from exgrpo_fast.cli.machine import collect
 from exgrpo_fast.config import Config, ConfigError, dump_yaml, with_values
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import MainRankFailed, RankLost, RanksDiverged, joined

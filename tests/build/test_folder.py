@@ -17,7 +17,7 @@ from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_l
 from exgrpo_fast.build.forward import check_model
 from exgrpo_fast.build.models import load_tokenizer
 from exgrpo_fast.cli import main
-from exgrpo_fast.cli.doctor import check_forward_pass
+from exgrpo_fast.cli.machine import check_forward_pass
 from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.model.folder_settings import (
     FolderError,
@@ -71,7 +71,10 @@ def test_sampling_defaults_are_named_and_kept_in_checkpoints(edited: Edit, tmp_p
     """num_return_sequences with greedy decoding: transformers refuses to load or save it."""
     folder = edited("generation_config.json", num_return_sequences=2, temperature=0.6, top_p=1.0)
     (line,) = lines_of(folder)
-    assert "not followed: temperature 0.6, num_return_sequences 2 (tokens are drawn" in line
+    assert (
+        "not followed: temperature 0.6, num_return_sequences 2 (the sections rollout and eval of the config say"
+        in line
+    )
     model = load_model(str(folder))
     assert model.generation_config is not None
     assert model.generation_config.temperature == 0.6

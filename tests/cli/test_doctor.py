@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import exgrpo_fast
-from exgrpo_fast.cli import doctor
+from exgrpo_fast.cli import doctor, machine
 from exgrpo_kernels import self_check
 
 
 @pytest.fixture(scope="module")
 def report():
-    return doctor.collect()
+    return machine.collect()
 
 
 def found(report, name):
@@ -47,7 +47,7 @@ def test_the_self_tests_ran(report):
 
 
 def test_looking_alone_starts_nothing():
-    names = {check["name"] for check in doctor.collect(self_test=False)["checks"]}
+    names = {check["name"] for check in machine.collect(self_test=False)["checks"]}
     assert "reward worker" not in names
     assert "torch" in names
 
@@ -72,10 +72,10 @@ def test_render_is_one_line_a_check(report):
     [
         ("torch", "2.13.0+cpu", "ok", ""),
         ("torch", "2.4.1", "fail", "2.11 or newer"),
-        ("torch", doctor.ABSENT, "fail", "nothing runs"),
+        ("torch", machine.ABSENT, "fail", "nothing runs"),
         (
             "vllm",
-            doctor.ABSENT,
+            machine.ABSENT,
             "warn",
             "rollouts use transformers; pip install 'exgrpo-fast[vllm]'",
         ),
@@ -88,7 +88,7 @@ def test_render_is_one_line_a_check(report):
     ],
 )
 def test_versions_are_judged(name, version, status, part):
-    check = doctor.check_package(name, version)
+    check = machine.check_package(name, version)
     assert check.status == status
     assert part in check.advice
     assert bool(check.advice) == (status != "ok")
@@ -102,40 +102,42 @@ def test_the_proven_range_is_that_of_the_package():
         name, *versions = re.split(r"[>=<,; ]+", requirement)
         if ">=" in requirement and "<" in requirement:
             bounds.setdefault(name, (versions[0], versions[1]))
-    for name, package in doctor.PACKAGES.items():
+    for name, package in machine.PACKAGES.items():
         assert bounds[name] == (package.floor, package.below), name
 
 
 def test_versions_come_from_metadata():
-    assert doctor.version_of("pytest") == pytest.__version__
-    assert doctor.version_of("no-such-package-anywhere") == doctor.ABSENT
+    assert machine.version_of("pytest") == pytest.__version__
+    assert machine.version_of("no-such-package-anywhere") == machine.ABSENT
 
 
 def test_a_gpu_is_described_and_its_absence_explained(monkeypatch):
     gpu = {"id": "cuda:0", "name": "Big GPU", "memory_gib": 140.0, "capability": "9.0"}
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    described, compiler = doctor.check_devices([gpu], "2.13.0")
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    described, compiler = machine.check_devices([gpu], "2.13.0")
     assert described.detail == "Big GPU, 140.0 GiB, capability 9.0"
     assert (compiler.name, compiler.status) == ("C compiler", "fail")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert len(doctor.check_devices([gpu], "2.13.0")) == 1
-    (absent,) = doctor.check_devices([{"id": "cpu"}], "2.13.0+cpu")
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert len(machine.check_devices([gpu], "2.13.0")) == 1
+    (absent,) = machine.check_devices([{"id": "cpu"}], "2.13.0+cpu")
     assert absent.status == "warn"
     assert "built without CUDA" in absent.advice
 
 
 def test_small_disks_and_open_doors_are_told():
     room = {"disk_free_gib": 3.0, "ram_gib": 4.0, "cores": 2}
-    assert [check.status for check in doctor.check_room(room)] == ["warn", "warn"]
+    assert [check.status for check in machine.check_room(room)] == ["warn", "warn"]
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
-    assert [check.name for check in doctor.check_environment(variables)] == ["VLLM_SERVER_DEV_MODE"]
+    assert [check.name for check in machine.check_environment(variables)] == [
+        "VLLM_SERVER_DEV_MODE"
+    ]
 
 
 def test_a_broken_part_is_a_finding():
     def broken():
         raise RuntimeError("two\nlines")
 
-    check = doctor.attempt("part", broken)
+    check = machine.attempt("part", broken)
     assert (check.status, check.detail) == ("fail", "RuntimeError: two\\nlines")
 
 
@@ -150,10 +152,10 @@ def test_a_wrong_kernel_does_not_pass(monkeypatch, fault):
         skewed = result.loss + 0.01 * (result.loss - result.loss.detach())
         return result._replace(loss=skewed if fault == "gradient" else result.loss * factor)
 
-    assert "largest error" in doctor.fused_loss_test("cpu")
+    assert "largest error" in machine.fused_loss_test("cpu")
     monkeypatch.setattr(self_check, "linear_policy_loss", wrong)
     with pytest.raises(ArithmeticError, match="is off by"):
-        doctor.fused_loss_test("cpu")
+        machine.fused_loss_test("cpu")
 
 
 def test_importing_doctor_is_light():
