@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from exgrpo_fast.core.dtensor import replicated
+from exgrpo_fast.core.dtensor import full_tensor, replicated, shard_like
 from exgrpo_fast.core.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -242,9 +242,9 @@ def random_adapter(model: nn.Module, *, seed: int = 0, share: float = 0.3) -> It
         for layer in _adapted_layers(model):
             b = layer.lora_B["default"].weight
             kept.append((b, b.clone()))
-            b.copy_(torch.randn(b.shape, generator=generator))
-            norm = plain(layer.get_base_layer().weight).float().norm()
-            b.mul_(share * norm / _delta(layer).norm())
+            b.copy_(shard_like(torch.randn(b.shape, generator=generator), b))
+            norm = full_tensor(plain(layer.get_base_layer().weight).float().norm())
+            b.mul_(float(share * norm / full_tensor(_delta(layer).norm())))
     try:
         yield
     finally:

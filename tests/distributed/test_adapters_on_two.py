@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for count, out in ((1, "one"), (2, "two")):
         ended = run(path, count, out, *LORA, "--max-steps", "4")
         assert ended.returncode == 0, ended.stderr[-4000:]
+        (checked,) = re.findall(r"forward pass checked: (.*)", ended.stdout + ended.stderr)
+        gaps = {part: float(gap) for part, gap in re.findall(r"(\w+) (\d+e[-+]\d+)", checked)}
+        assert gaps.keys() == {"packed", "update", "engine", "adapter"}
+        assert 0.0 < gaps["adapter"] < 5e-6, "layers and merged weights, sharded as they are"
     return path
 
 

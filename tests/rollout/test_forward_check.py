@@ -132,8 +132,8 @@ def test_a_model_of_few_positions_is_checked_within_them() -> None:
     with pytest.raises(ForwardMismatch):
         check_forward(policy, engine, **options)
     lengths = [len(prompt) for prompt in forward_check.probe_prompts(PROMPT, longest=24)]
-    assert lengths == [12, 12, 5, 16]
-    assert [len(p) for p in forward_check.probe_prompts((3,))] == [1, 1, 1, 149]
+    assert lengths == [12, 12, 5, 21]
+    assert [len(p) for p in forward_check.probe_prompts((3,))] == [1, 1, 1, 129]
 
 
 def test_bfloat16_is_allowed_its_rounding() -> None:
