@@ -150,9 +150,9 @@ def measure_generation(
 def cpu_seconds(engine: RolloutEngine) -> float:
     """Used so far by this process and the engine's servers."""
     inner = engine.engine if isinstance(engine, VerifiedEngine) else engine
-    servers = inner.processes if isinstance(inner, ServerEngine) else []
+    servers = inner.fleet.servers if isinstance(inner, ServerEngine) else []
     ticks = 0
-    for pid in (os.getpid(), *(server.process.pid for server in servers)):
+    for pid in (os.getpid(), *(server.connection.health()["pid"] for server in servers)):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # utime, stime
     return ticks / os.sysconf("SC_CLK_TCK")

@@ -21,8 +21,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.behave: Behaviour = stalls
         self.seen: list[dict[str, Any]] = []  # the bodies, in the order of arrival
         self.headers: list[dict[str, str]] = []

@@ -242,7 +242,14 @@ class ServerConfig(Section):
         default="127.0.0.1", description="broadcast: where servers elsewhere reach the trainer"
     )
     deadline_seconds: PositiveFloat = Field(
-        default=120.0, description="without progress a server counts as lost"
+        default=120.0, description="without progress a server counts as lost, and is left out"
+    )
+    patience_seconds: PositiveFloat = Field(
+        default=600.0, description="with all servers lost, how long to wait until one is back"
+    )
+    max_in_flight: Positive | None = Field(
+        default=None,
+        description="requests that one server has at a time; null = 5/4 of max_batch_sequences",
     )
 
 

@@ -53,6 +53,10 @@ class EngineLost(UserError):
     """The engine died, hung or lost its connection; the last checkpoint can be resumed."""
 
 
+class EngineRefused(EngineLost):
+    """The engine answers, and will not do what it is asked."""
+
+
 class Generation(Protocol):
     """Completions on their way."""
 

@@ -42,11 +42,11 @@ class SharedEngine(AsyncEngine):
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> SharedGeneration:
         own = self.engine.start(requests, sampling) if self.engine else None
-        return SharedGeneration(own, self.processes)
+        return SharedGeneration(own, self.policy, self.processes)
 
     def sync(self, version: int) -> dict[str, float]:
         if self.engine is None:
-            return follow_rank0(self.policy, self.processes)
+            return follow_rank0(self.policy, self.processes)["figures"]
         try:
             figures = self.engine.sync(version)
         except BaseException:
@@ -67,18 +67,23 @@ class SharedEngine(AsyncEngine):
 class SharedGeneration:
     """Completions on their way to rank 0, and from it to the other ranks."""
 
-    def __init__(self, own: Generation | None, processes: Processes) -> None:
+    def __init__(self, own: Generation | None, policy: Policy, processes: Processes) -> None:
         self.own = own
+        self.policy = policy
         self.processes = processes
 
     def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
-        """`observer` is called on rank 0 only."""
-
-        def generate() -> list[Completion]:
-            assert self.own is not None
-            return self.own.wait(observer)
-
-        return self.processes.run_on_rank0(generate, pack=pack_all, unpack=unpack_all)
+        """`observer` is called on rank 0 only. A server that comes back is sent the weights, in
+        which all ranks take part."""
+        if self.own is None:
+            return unpack_all(follow_rank0(self.policy, self.processes)["completions"])
+        try:
+            completions = self.own.wait(observer)
+        except BaseException:
+            self.processes.broadcast({"do": "fail"})
+            raise
+        self.processes.broadcast({"do": "end", "completions": pack_all(completions)})
+        return completions
 
 
 def pack_all(completions: Sequence[Completion]) -> list[dict[str, Any]]:
@@ -120,12 +125,12 @@ class AnnouncedPolicy(Policy):
         return self.policy.score(prompts, completions, on_poll=on_poll)
 
 
-def follow_rank0(policy: Policy, processes: Processes) -> dict[str, float]:
-    """Make the calls that rank 0 broadcasts until its engine is done; its metrics."""
+def follow_rank0(policy: Policy, processes: Processes) -> dict[str, Any]:
+    """Make the calls that rank 0 broadcasts until its engine is done; what it says at the end."""
     while True:
         command = processes.broadcast(None)
         if command["do"] == "end":
-            return command["figures"]
+            return command
         if command["do"] == "weights":
             for _ in policy.named_weights():
                 pass

@@ -68,6 +68,8 @@ SECTIONS: dict[str, list[Metric]] = {
         ),
         Metric("staleness_mean", "updates", "between a token's weights and the present ones"),
         Metric("staleness_max", "updates", "the maximum of it"),
+        Metric("servers_live", "servers", "rollout servers with the weights after the step"),
+        Metric("requests_resent", "", "requests of the step that a lost server had not finished"),
         Metric("sync_gap", "nats", "mean difference on the fixed prompt after a weight sync"),
     ],
     "Update": [

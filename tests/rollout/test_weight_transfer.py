@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from exgrpo_fast.rollout.server.wire import (
 )
 
 CPU = torch.device("cpu")
+NOTHING = torch.zeros(0)
 
 
 def weights() -> list[tuple[str, torch.Tensor]]:
@@ -45,14 +47,15 @@ class Servers:
     """The receiving ends; each takes an update in a thread of its own."""
 
     def __init__(self, sender: Sender, count: int) -> None:
-        self.receivers = [make_receiver(sender.introduce(r + 1), CPU) for r in range(count)]
+        self.receivers = [make_receiver(sender.introduce(), CPU) for _ in range(count)]
         self.received: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
         self.errors: list[Exception] = []
+        self.members = list(range(count))  # those of the next transfer
 
-    def announce(self, announced: dict[str, Any]) -> Callable[[], None]:
+    def announce(self, announced: Sequence[dict[str, Any]]) -> Callable[[], None]:
         threads = [
-            threading.Thread(target=self._receive, args=(i, announced))
-            for i in range(len(self.receivers))
+            threading.Thread(target=self._receive, args=(i, each))
+            for i, each in zip(self.members, announced, strict=True)
         ]
         for thread in threads:
             thread.start()
@@ -71,20 +74,20 @@ class Servers:
             self.errors.append(error)
 
 
-def make_sender(channel: str, dtype: torch.dtype = torch.float32, num_servers: int = 1) -> Sender:
+def make_sender(channel: str, dtype: torch.dtype = torch.float32) -> Sender:
     if channel == "shared_memory":
         return SharedMemorySender(dtype)
-    return BroadcastSender(dtype, device=CPU, num_servers=num_servers)
+    return BroadcastSender(dtype, device=CPU, timeout_seconds=20.0)
 
 
 @pytest.mark.parametrize("channel", ["shared_memory", "broadcast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_servers_get_all_weights_again_and_again(channel, dtype) -> None:
-    sender = make_sender(channel, dtype, num_servers=2)
+    sender = make_sender(channel, dtype)
     servers = Servers(sender, 2)
     for _ in range(3):
         sent = weights()
-        sender.send(sent, servers.announce)
+        sender.send(sent, servers.announce, servers.members)
         assert servers.errors == []
         for received in servers.received:
             assert list(received) == [name for name, _ in sent]
@@ -97,11 +100,11 @@ def test_the_file_in_memory_does_not_outlive_the_update() -> None:
     sender = SharedMemorySender(torch.float32)
     seen: list[list[str]] = []
 
-    def announce(announced: dict[str, Any]) -> Callable[[], None]:
+    def announce(announced: Sequence[dict[str, Any]]) -> Callable[[], None]:
         seen.append([path.name for path in sender.folder.iterdir()])
         return lambda: None
 
-    sender.send(weights(), announce)
+    sender.send(weights(), announce, ["one"])
     assert seen == [["weights.safetensors"]]
     assert list(sender.folder.iterdir()) == []
     assert sender.folder.stat().st_mode & 0o077 == 0
@@ -124,12 +127,50 @@ def test_a_bit_that_changes_on_the_way_is_found(channel, monkeypatch) -> None:
         return real(tensor) + (len(calls) == 2)
 
     monkeypatch.setattr(module, "checksum", lying)
-    sender.send(weights(), servers.announce)
+    sender.send(weights(), servers.announce, servers.members)
     (error,) = servers.errors
     assert isinstance(error, BrokenTransfer) and "norm arrived changed" in str(error)
     monkeypatch.undo()
-    sender.send(weights(), servers.announce)
+    sender.send(weights(), servers.announce, servers.members)
     assert servers.errors == [error], "nobody was kept waiting: the next update is taken as ever"
+    sender.close()
+
+
+def test_the_receivers_of_a_broadcast_may_change() -> None:
+    sender = make_sender("broadcast")
+    servers = Servers(sender, 3)
+    for members in ([0, 1, 2], [1], [0, 2], [0, 1, 2]):
+        servers.members, sent = members, weights()
+        sender.send(sent, servers.announce, members)
+        for number in range(3):
+            same = [torch.equal(servers.received[number].get(n, NOTHING), w) for n, w in sent]
+            assert same == [number in members] * len(sent), (members, number)
+    assert isinstance(sender, BroadcastSender)
+    assert servers.errors == [] and sender.num_groups == 4
+    sender.close()
+
+
+def test_a_broadcast_that_loses_a_receiver_leaves_the_others_as_they_were() -> None:
+    """It breaks off for all; the next one, without the lost one, is whole."""
+    sender = make_sender("broadcast")
+    servers = Servers(sender, 2)
+    lost: Any = servers.receivers[1]
+
+    def hang_up(dtype: torch.dtype) -> Iterator[Any]:
+        lost.group = None
+        gc.collect()
+        yield from ()
+
+    lost._labelled = hang_up
+    big = [("big", torch.randn(1 << 20)), *weights()]
+    with pytest.raises(BrokenTransfer, match="the broadcast of weights broke off"):
+        sender.send(big, servers.announce, servers.members)
+    while not servers.errors:
+        time.sleep(0.01)
+    assert isinstance(servers.errors[0], BrokenTransfer) and servers.received[0] == {}
+    servers.members, sent = [0], weights()
+    sender.send(sent, servers.announce, servers.members)
+    assert all(torch.equal(servers.received[0][name], tensor) for name, tensor in sent)
     sender.close()
 
 
@@ -150,7 +191,7 @@ def test_a_broadcast_holds_one_weight_at_a_time() -> None:
 
     sender = make_sender("broadcast")
     servers = Servers(sender, 1)
-    sender.send(made(), servers.announce)
+    sender.send(made(), servers.announce, servers.members)
     assert [float(t[0]) for t in servers.received[0].values()] == [0, 1, 2, 3, 4, 5]
     assert most == 1
     sender.close()

@@ -19,6 +19,7 @@ from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import EngineLost, Request, Sampling, request_seed
 from exgrpo_fast.rollout.server.engine import ServerEngine
+from exgrpo_fast.rollout.server.fleet import Server
 from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
 from exgrpo_fast.rollout.server.weight_transfer import BroadcastSender, SharedMemorySender
 from exgrpo_fast.rollout.sync_check import VerifiedEngine
@@ -48,8 +49,8 @@ def engine(request, servers, policy) -> Iterator[VerifiedEngine]:
     if request.param == "shared_memory":
         sender = SharedMemorySender(torch.float32)
     else:
-        sender = BroadcastSender(torch.float32, device=torch.device("cpu"), num_servers=2)
-    engine = ServerEngine([s.connection for s in servers], policy, sender, deadline=30)
+        sender = BroadcastSender(torch.float32, device=torch.device("cpu"))
+    engine = ServerEngine([Server(s.connection) for s in servers], policy, sender, deadline=30)
     yield VerifiedEngine(engine, policy, prompt_ids=[5, 6, 7], max_model_len=512, tolerance=1e-4)
     sender.close()
 
@@ -184,18 +185,19 @@ def test_an_engine_that_dies_or_hangs_is_noticed(folders, how) -> None:
     deadline = 4.0
     sender = SharedMemorySender(torch.float32)
     engine = ServerEngine(
-        [server.connection],
+        [Server(server.connection)],
         policy,
         sender,
-        processes=[server],
         deadline=deadline,
+        patience=1.0,
+        close_servers=server.close,
     )
     generation = engine.start(REQUESTS * 4, Sampling(400))
     os.kill(server.process.pid, how)
     start = time.monotonic()
     with pytest.raises(EngineLost, match="rollout engine lone is lost at /generate"):
         generation.wait()
-    assert time.monotonic() - start < deadline + 5.0
+    assert time.monotonic() - start < deadline + 6.0
     engine.close()
     assert is_gone(server.process.pid)
     assert not server.folder.exists() and not sender.folder.exists()
@@ -212,13 +214,14 @@ TRAINER = """
 import os, sys, time, torch
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.server.engine import ServerEngine
+from exgrpo_fast.rollout.server.fleet import Server
 from exgrpo_fast.rollout.server.process import ServerProcess
 from exgrpo_fast.rollout.server.weight_transfer import SharedMemorySender
 arguments = {arguments}
 server = ServerProcess(arguments)
 server.wait_until_ready(deadline=180)
 sender = SharedMemorySender(torch.float32)
-engine = ServerEngine([server.connection], Policy(load_model(arguments["folder"])), sender)
+engine = ServerEngine([Server(server.connection)], Policy(load_model(arguments["folder"])), sender)
 print(server.process.pid, server.folder, sender.folder, flush=True)
 time.sleep(600)
 """

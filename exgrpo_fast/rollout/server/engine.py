@@ -1,28 +1,42 @@
-"""Rollouts by one or more rollout servers, which generate while the trainer updates."""
+"""Rollouts by one or more rollout servers, which generate while the trainer updates.
+
+A server that dies, hangs or answers with old weights is left out, and its requests go to the others;
+a request owns its seed, so the same tokens come from them. It takes part again once it has answered
+and loaded the current weights.
+"""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import Completion
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     AsyncEngine,
     EngineLost,
+    EngineRefused,
     Observer,
     Request,
     Sampling,
 )
-from exgrpo_fast.rollout.server.process import ServerConnection, ServerProcess
-from exgrpo_fast.rollout.server.weight_transfer import Sender
+from exgrpo_fast.rollout.server.dispatch import Dispatch, Post
+from exgrpo_fast.rollout.server.fleet import RETRY_SECONDS, Fleet, Server
+from exgrpo_fast.rollout.server.weight_transfer import BrokenTransfer, Sender
 from exgrpo_fast.rollout.server.wire import pack_requests, unpack_completion
 
-Arrival = tuple[int, Completion] | EngineLost | None  # None: one server has delivered everything
+log = logging.getLogger(__name__)
+
+Arrival = tuple[int, Completion] | EngineRefused
+
+POLL_SECONDS = 0.02
 
 
 class ServerEngine(AsyncEngine):
@@ -30,120 +44,224 @@ class ServerEngine(AsyncEngine):
 
     def __init__(
         self,
-        connections: Sequence[ServerConnection],
+        servers: Sequence[Server],
         policy: Policy,
         sender: Sender,
         *,
-        processes: Sequence[ServerProcess] = (),
         deadline: float = 120.0,
+        patience: float = 600.0,
+        max_in_flight: int = 320,
+        retry_seconds: float = RETRY_SECONDS,
+        close_servers: Callable[[], None] = lambda: None,
     ) -> None:
-        """`processes`: those that end with this engine. `deadline`: seconds without progress of a
-        server, or for an update, after which it counts as lost."""
-        self.connections = list(connections)
-        self.processes = list(processes)
+        """`deadline`: seconds without progress of a server, or for an update, after which it counts
+        as lost. `patience`: seconds to wait for one while all are lost. `max_in_flight`: requests
+        of a generation that one server has at a time. `close_servers` ends those that end with
+        this engine."""
         self.policy = policy
         self.sender = sender
         self.deadline = deadline
-        for rank, connection in enumerate(self.connections, start=1):
-            connection.post("/join", sender.introduce(rank), deadline=deadline)
+        self.patience = patience
+        self.max_in_flight = max_in_flight
+        self.close_servers = close_servers
+        self.version = 0  # of the weights that the live servers have
+        self.num_resent = 0  # requests since the last sync
+        self.fleet = Fleet(
+            servers, sender.introduce(), deadline=deadline, retry_seconds=retry_seconds
+        )
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> RemoteGeneration:
-        return RemoteGeneration(self.connections, requests, sampling, deadline=self.deadline)
+        return RemoteGeneration(self, requests, sampling)
 
     def sync(self, version: int) -> dict[str, float]:
-        """EngineLost where a server did not load the weights."""
+        """EngineLost where no server has the weights, `patience` seconds after the last was lost."""
+        self.version = version
+        self.send_weights([*self.fleet.live, *self.fleet.take_joined()])
+        while not self.fleet.live:
+            HEARTBEAT.beat()
+            self.admit_joined()
+            time.sleep(POLL_SECONDS)
+        resent, self.num_resent = self.num_resent, 0
+        return {"servers_live": len(self.fleet.live), "requests_resent": resent}
 
-        def announce(announced: dict[str, Any]) -> Callable[[], None]:
-            body = {"announced": announced, "version": version}
-            posts = [
-                pool.submit(c.post, "/update", body, deadline=self.deadline)
-                for c in self.connections
-            ]
+    def admit_joined(self) -> None:
+        """Give those that came back the weights. EngineLost where all have been lost for too long.
 
-            def wait() -> None:
-                for post in posts:
-                    post.result()
+        The policy's weights must be those of the last sync, as they are whenever a generation is
+        waited for.
+        """
+        if joined := self.fleet.take_joined():
+            self.send_weights(joined)
+        self.fleet.raise_if_lost_for(self.patience)
 
-            return wait
+    def send_weights(self, servers: Sequence[Server]) -> None:
+        """Those that have not loaded them afterwards are left out.
 
-        with ThreadPoolExecutor(len(self.connections)) as pool:
-            self.sender.send(self.policy.named_weights(), announce)
-        return {}
+        A broadcast that loses one receiver breaks off for the others, too: those refuse, keep what
+        they had, and take part in a second one.
+        """
+        lives = {server: server.life for server in servers}
+        receivers = list(servers)
+        for is_last in (False, True):
+            refused = []
+            receivers = [server for server in receivers if self._answers(server)]
+            outcomes = self._transfer(receivers) if receivers else []
+            for server, error in zip(receivers, outcomes, strict=True):
+                if error is None:
+                    self.fleet.admit(server)
+                elif isinstance(error, EngineRefused) and not is_last:
+                    refused.append(server)
+                else:
+                    self.fleet.leave_out(server, error, life=lives[server])
+            receivers = refused
+
+    def _answers(self, server: Server) -> bool:
+        """Asked first: a broadcast waits long for one that is gone already."""
+        life = server.life
+        try:
+            server.connection.health(deadline=self.deadline)
+        except EngineLost as error:
+            self.fleet.leave_out(server, error, life=life)
+            return False
+        return True
+
+    def _transfer(self, servers: Sequence[Server]) -> list[EngineLost | None]:
+        """The outcome of each server's update."""
+        posts: list[Future[Any]] = []
+
+        def announce(announced: Sequence[dict[str, Any]]) -> Callable[[], None]:
+            for server, each in zip(servers, announced, strict=True):
+                body = {"announced": each, "version": self.version}
+                posts.append(
+                    pool.submit(server.connection.post, "/update", body, deadline=self.deadline)
+                )
+            return lambda: void(wait(posts))
+
+        weights = self.policy.named_weights()
+        with ThreadPoolExecutor(len(servers)) as pool:
+            try:
+                self.sender.send(weights, announce, servers)
+            except BrokenTransfer as error:
+                log.warning("%s", str(error))
+            for _ in weights:  # each is a collective of all ranks, which go through all of them
+                pass
+        return [as_lost(post.exception()) for post in posts]
 
     def close(self) -> None:
-        for process in self.processes:
-            process.close()
-        for connection in self.connections:
-            connection.close()
+        self.fleet.close()
+        self.close_servers()
+        for server in self.fleet.servers:
+            server.connection.close()
         self.sender.close()
 
 
+def void(_: object) -> None:
+    """For an expression whose value is of no interest."""
+
+
+def as_lost(error: BaseException | None) -> EngineLost | None:
+    if error is None or isinstance(error, EngineLost):
+        return error
+    return EngineLost(f"rollout engine: {error!r}")
+
+
 class RemoteGeneration:
-    """One generation on all servers; a thread for each of them reads what it delivers."""
+    """One generation on all servers; a thread for each post reads what it delivers."""
 
     def __init__(
-        self,
-        connections: Sequence[ServerConnection],
-        requests: Sequence[Request],
-        sampling: Sampling,
-        *,
-        deadline: float,
+        self, engine: ServerEngine, requests: Sequence[Request], sampling: Sampling
     ) -> None:
-        self.num_requests = len(requests)
+        self.engine = engine
+        self.requests = list(requests)
+        self.sampling = sampling
+        self.oldest_version = engine.version  # completions of older weights are generated again
+        self.dispatch: Dispatch[Server] = Dispatch(len(requests), limit=engine.max_in_flight)
+        self.lock = threading.Lock()  # of `dispatch` and `is_open`
+        self.is_open = True
         self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        self.num_open = 0
-        for server, connection in enumerate(connections):
-            # Neighbours in the list share a question: each server meets its prompt, and caches it.
-            mine = list(range(server, len(requests), len(connections)))
-            if mine:
-                body = pack_requests([requests[i] for i in mine], sampling)
-                arguments = (connection, body, mine, deadline)
-                threading.Thread(target=self._read, args=arguments, daemon=True).start()
-                self.num_open += 1
+        self._send_waiting()
 
     def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
-        """EngineLost as soon as one of the servers is."""
+        """EngineRefused where a server refuses the requests; EngineLost as `admit_joined`."""
         completions: dict[int, Completion] = {}
-        while self.num_open:
-            batch = self._next_arrivals()
-            for arrival in batch:
-                if isinstance(arrival, EngineLost):
-                    raise arrival
-            finished = dict(arrival for arrival in batch if isinstance(arrival, tuple))
-            self.num_open -= sum(arrival is None for arrival in batch)
-            completions |= finished
-            if finished:
-                observer.finished(list(finished), list(finished.values()))
-            observer.on_poll()
-        return [completions[i] for i in range(self.num_requests)]
+        try:
+            while len(completions) < len(self.requests):
+                batch = self._next_arrivals()
+                for arrival in batch:
+                    if isinstance(arrival, EngineRefused):
+                        raise arrival
+                finished = dict(arrival for arrival in batch if isinstance(arrival, tuple))
+                completions |= finished
+                if finished:
+                    observer.finished(list(finished), list(finished.values()))
+                observer.on_poll()
+                self.engine.admit_joined()
+                self._send_waiting()
+        finally:
+            with self.lock:
+                self.is_open = False
+                self.engine.num_resent += self.dispatch.num_returned
+        return [completions[i] for i in range(len(self.requests))]
 
     def _next_arrivals(self) -> list[Arrival]:
         """All that have arrived, or none after a moment."""
         try:
-            batch = [self.arrivals.get(timeout=0.02)]
+            batch = [self.arrivals.get(timeout=POLL_SECONDS)]
         except queue.Empty:
             return []
         while not self.arrivals.empty():
             batch.append(self.arrivals.get())
         return batch
 
-    def _read(
-        self, connection: ServerConnection, body: dict[str, Any], mine: list[int], deadline: float
-    ) -> None:
+    def _send_waiting(self) -> None:
+        """Post as many of the waiting requests as the live servers have room for."""
+        live = self.engine.fleet.live
+        with self.lock:
+            posts = self.dispatch.assign(live) if self.is_open else []
+        for post in posts:
+            threading.Thread(target=self._read, args=(post, post.server.life), daemon=True).start()
+
+    def _read(self, post: Post[Server], life: int) -> None:
+        """All of one post; what it does not deliver waits again."""
+        error: EngineLost | None = None
         try:
-            missing = len(mine)
-            for line in connection.lines("/generate", body, deadline=deadline):
-                if line:
-                    place, completion = unpack_completion(line)
-                    self.arrivals.put((mine[place], completion))
-                    missing -= 1
-            if missing:
-                raise EngineLost(
-                    f"rollout engine {connection.name} ended with {missing} completions missing"
-                )
-        except EngineLost as error:
+            self._read_completions(post)
+        except EngineLost as found:
+            error = found
+        except Exception as found:  # `wait` would wait for a thread that has died for ever
+            error = EngineLost(f"rollout engine {post.server}: {found!r}")
+        with self.lock:
+            missing = self.dispatch.end(post)
+            is_open = self.is_open
+        if missing and error is None:
+            error = EngineLost(
+                f"rollout engine {post.server} ended with {missing} completions missing"
+            )
+        if isinstance(error, EngineRefused):
             self.arrivals.put(error)
-        except Exception as error:  # `wait` would wait for a thread that has died for ever
-            self.arrivals.put(EngineLost(f"rollout engine {connection.name}: {error!r}"))
-        else:
-            self.arrivals.put(None)
+        elif error is not None and is_open:
+            self.engine.fleet.leave_out(post.server, error, life=life)
+        self._send_waiting()
+
+    def _read_completions(self, post: Post[Server]) -> None:
+        body = pack_requests([self.requests[i] for i in post.places], self.sampling)
+        for line in post.server.connection.lines("/generate", body, deadline=self.engine.deadline):
+            if not line:
+                continue
+            place, completion = unpack_completion(line)
+            self._refuse_old(post.server, completion)
+            with self.lock:
+                is_new = self.dispatch.finish(post, post.places[place])
+            if is_new:
+                self.arrivals.put((post.places[place], completion))
+            self._send_waiting()
+
+    def _refuse_old(self, server: Server, completion: Completion) -> None:
+        """EngineLost for weights older than those at the start of this generation: a server that
+        was started again behind our back has those of its folder."""
+        oldest = min((span.version for span in completion.weight_spans), default=None)
+        if oldest is not None and oldest < self.oldest_version:
+            raise EngineLost(
+                f"rollout engine {server} has the weights of step {oldest}, those of step "
+                f"{self.oldest_version} are due"
+            )

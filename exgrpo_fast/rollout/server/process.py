@@ -19,13 +19,14 @@ from typing import Any
 
 import httpx2
 
-from exgrpo_fast.rollout.engine import EngineLost
+from exgrpo_fast.rollout.engine import EngineLost, EngineRefused
 
 CONNECT_SECONDS = 10.0
 
 
 class ServerConnection:
-    """One rollout server, seen from the trainer. Every failure is an `EngineLost`."""
+    """One rollout server, seen from the trainer. Every failure is an `EngineLost`, an answer that
+    refuses an `EngineRefused`."""
 
     def __init__(
         self, *, name: str, key: str, socket: str | None = None, url: str = "http://server"
@@ -85,7 +86,9 @@ class ServerConnection:
         except (TypeError, ValueError):
             found = {"error": "an answer that is no JSON object; is this a rollout server?"}
         if response.status_code != 200 or "error" in found:
-            raise EngineLost(
+            # From 500 on the server itself failed.
+            kind = EngineLost if response.status_code >= 500 else EngineRefused
+            raise kind(
                 f"rollout engine {self.name} refuses {response.request.url.path}: "
                 f"{found.get('error', response.status_code)}"
             )

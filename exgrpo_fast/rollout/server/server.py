@@ -136,6 +136,8 @@ class EngineLoop:
         self._close_finished()
 
     def join(self, introduction: dict[str, Any]) -> None:
+        if not self.model.usable:
+            raise ValueError("vLLM lost its weights when an update broke off; start it again")
         self.receiver = make_receiver(introduction, self.device)
 
     def update(self, announced: dict[str, Any], version: int) -> None:
@@ -210,6 +212,7 @@ def make_app(loop: EngineLoop, key: str) -> Starlette:
         model = loop.model
         return JSONResponse(
             {
+                "pid": os.getpid(),
                 "version": model.version,
                 "running": len(model.running),
                 "progress": loop.progress,

@@ -8,11 +8,13 @@ Both ends agree on a checksum of every tensor; nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,22 +29,25 @@ NamedWeights = Iterable[tuple[str, Tensor]]
 MEMORY = Path("/dev/shm")  # files here live in memory
 END: dict[str, Any] = {}  # the label behind the last tensor of a broadcast
 
+# Posts /update to the receivers, to each what is announced to it; the result waits for their answers.
+Announce = Callable[[Sequence[dict[str, Any]]], Callable[[], None]]
+
 
 class BrokenTransfer(Exception):
-    """What arrived is not what was sent."""
+    """What arrived is not what was sent, or an end of the transfer is gone."""
 
 
 class Sender(Protocol):
     """The trainer's end."""
 
-    def introduce(self, rank: int) -> dict[str, Any]:
-        """The body of POST /join for server `rank`, from 1."""
+    def introduce(self) -> dict[str, Any]:
+        """The body of POST /join."""
         ...
 
     def send(
-        self, weights: NamedWeights, announce: Callable[[dict[str, Any]], Callable[[], None]]
+        self, weights: NamedWeights, announce: Announce, receivers: Sequence[Hashable]
     ) -> None:
-        """`announce` posts /update to all servers; what it returns waits for their answers."""
+        """To all `receivers`, which are any keys; BrokenTransfer where one of them is lost."""
         ...
 
     def close(self) -> None: ...
@@ -52,7 +57,10 @@ class Receiver(Protocol):
     """A server's end."""
 
     def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
-        """The weights in order. BrokenTransfer at the first that differs from what was sent."""
+        """The weights in order, all of them compared with their checksums before this returns.
+
+        BrokenTransfer where one differs from what was sent, or the transfer broke off.
+        """
         ...
 
     def close(self) -> None: ...
@@ -76,11 +84,11 @@ class SharedMemorySender:
         base = MEMORY if os.access(MEMORY, os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="exgrpo-fast-", dir=base))  # mode 0700
 
-    def introduce(self, rank: int) -> dict[str, Any]:
+    def introduce(self) -> dict[str, Any]:
         return {"channel": "shared_memory", "folder": str(self.folder)}
 
     def send(
-        self, weights: NamedWeights, announce: Callable[[dict[str, Any]], Callable[[], None]]
+        self, weights: NamedWeights, announce: Announce, receivers: Sequence[Hashable]
     ) -> None:
         # Cloned where nothing else copies: safetensors refuses tensors that share memory.
         tensors = {
@@ -91,7 +99,7 @@ class SharedMemorySender:
         file = self.folder / "weights.safetensors"
         save_file(tensors, file, metadata=sums)
         try:
-            announce({"names": list(tensors)})()
+            announce([{"names": list(tensors)} for _ in receivers])()
         finally:
             file.unlink()
 
@@ -104,12 +112,11 @@ class SharedMemoryReceiver:
         self.folder = Path(introduction["folder"])
 
     def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
-        with safe_open(self.folder / "weights.safetensors", framework="pt") as file:
-            sums = file.metadata()
-            for name in announced["names"]:
-                tensor = file.get_tensor(name)
-                compare(name, tensor, int(sums[name]))
-                yield name, tensor
+        file = safe_open(self.folder / "weights.safetensors", framework="pt")
+        sums = file.metadata()
+        for name in announced["names"]:
+            compare(name, file.get_tensor(name), int(sums[name]))
+        return ((name, file.get_tensor(name)) for name in announced["names"])
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -121,7 +128,9 @@ class SharedMemoryReceiver:
 class BroadcastSender:
     """Rank 0 of a process group that belongs to the weights alone.
 
-    vLLM and the trainer each have a default group, so this one is made without them.
+    vLLM and the trainer each have a default group, so this one is made without them. It holds the
+    receivers of one transfer; where others come next, or one of them was lost, the next transfer
+    makes a new one through the same store.
     """
 
     def __init__(
@@ -129,42 +138,61 @@ class BroadcastSender:
         dtype: torch.dtype,
         *,
         device: torch.device,
-        num_servers: int,
         host: str = "127.0.0.1",
         timeout_seconds: float = 120.0,
     ) -> None:
-        self.dtype, self.device = dtype, device
-        self.host, self.world_size = host, num_servers + 1
+        """`host`: the address to listen on, by which the receivers reach this process."""
+        self.dtype, self.device, self.host = dtype, device, host
         self.timeout = timedelta(seconds=timeout_seconds)
+        # Torch would listen on every interface; the descriptor is its own from here on.
+        listener = socket.create_server((host, 0))
+        port = listener.getsockname()[1]
         self.store = dist.TCPStore(
-            host, 0, self.world_size, is_master=True, timeout=self.timeout, wait_for_workers=False
+            host,
+            port,
+            is_master=True,
+            timeout=self.timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
         self.group: Any = None
+        self.receivers: list[Hashable] = []
+        self.num_groups = 0
 
-    def introduce(self, rank: int) -> dict[str, Any]:
+    def introduce(self) -> dict[str, Any]:
         return {
             "channel": "broadcast",
             "host": self.host,
             "port": self.store.port,
-            "rank": rank,
-            "world_size": self.world_size,
             "timeout_seconds": self.timeout.total_seconds(),
         }
 
     def send(
-        self, weights: NamedWeights, announce: Callable[[dict[str, Any]], Callable[[], None]]
+        self, weights: NamedWeights, announce: Announce, receivers: Sequence[Hashable]
     ) -> None:
         """One tensor after the other: at most one sharded weight is gathered at a time."""
-        answers = announce({"dtype": str(self.dtype).removeprefix("torch.")})
-        if self.group is None:  # created once the servers, which have the address, join
-            self.group = make_group(self.store, 0, self.world_size, self.device, self.timeout)
+        is_new = self.group is None or self.receivers != list(receivers)
+        self.num_groups += is_new
+        size = len(receivers) + 1
+        dtype = str(self.dtype).removeprefix("torch.")
+        shared = {"dtype": dtype, "group": self.num_groups, "world_size": size}
+        answers = announce([{**shared, "rank": rank} for rank in range(1, size)])
+        if is_new:  # created once the receivers, which know its number, join
+            self.receivers = list(receivers)
+            self.group = None
+            with transfers(self):
+                self.group = make_group(
+                    self.store, self.num_groups, 0, size, self.device, self.timeout, self.host
+                )
         for name, weight in weights:
             tensor = weight.detach().to(self.device, self.dtype).contiguous()
             label = {"name": name, "shape": list(tensor.shape), "checksum": checksum(tensor)}
-            send_label(self.group, label, self.device)
-            broadcast(self.group, tensor)
+            with transfers(self):
+                send_label(self.group, label, self.device)
+                broadcast(self.group, tensor)
             del weight, tensor  # before the next one is gathered
-        send_label(self.group, END, self.device)
+        with transfers(self):
+            send_label(self.group, END, self.device)
         answers()
 
     def close(self) -> None:
@@ -172,42 +200,63 @@ class BroadcastSender:
 
 
 class BroadcastReceiver:
+    """Receives all weights into host memory first: a transfer that breaks off leaves the model as it
+    was."""
+
     def __init__(self, introduction: Mapping[str, Any], device: torch.device) -> None:
         self.device = device
-        self.rank, self.world_size = introduction["rank"], introduction["world_size"]
         self.timeout = timedelta(seconds=introduction["timeout_seconds"])
+        host, port = introduction["host"], introduction["port"]
         self.store = dist.TCPStore(
-            introduction["host"],
-            introduction["port"],
-            self.world_size,
-            is_master=False,
-            timeout=self.timeout,
+            host, port, is_master=False, timeout=self.timeout, wait_for_workers=False
         )
+        with socket.create_connection((host, port), self.timeout.total_seconds()) as there:
+            self.host = there.getsockname()[0]  # the interface by which the trainer is reached
         self.group: Any = None
+        self.number = 0
 
     def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
-        if self.group is None:
-            self.group = make_group(
-                self.store, self.rank, self.world_size, self.device, self.timeout
-            )
-        dtype = getattr(torch, announced["dtype"])
-        labelled = self._labelled(dtype)
-        try:
-            for label, tensor in labelled:
-                compare(label["name"], tensor, label["checksum"])
-                yield label["name"], tensor
-        finally:
-            for _ in labelled:  # the trainer and the other servers wait for this one
-                pass
+        with transfers(self):
+            if self.group is None or self.number != announced["group"]:
+                self.group, self.number = None, announced["group"]
+                self.group = make_group(
+                    self.store,
+                    self.number,
+                    announced["rank"],
+                    announced["world_size"],
+                    self.device,
+                    self.timeout,
+                    self.host,
+                )
+            received = list(self._labelled(getattr(torch, announced["dtype"])))
+        for label, tensor in received:
+            compare(label["name"], tensor, label["checksum"])
+        return ((label["name"], tensor) for label, tensor in received)
 
     def _labelled(self, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Tensor]]:
         while (label := receive_label(self.group, self.device)) != END:
             tensor = torch.empty(label["shape"], dtype=dtype, device=self.device)
             broadcast(self.group, tensor)
-            yield label, tensor
+            yield label, tensor.cpu()
 
     def close(self) -> None:
         self.group = None
+
+
+@contextlib.contextmanager
+def transfers(end: BroadcastSender | BroadcastReceiver) -> Iterator[None]:
+    """An error of the group inside is a BrokenTransfer, and the next transfer makes another group."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # ValueError: a label that is no JSON
+        if end.group is not None:
+            end.group.abort()  # the other ends learn of it at once
+        end.group = None
+        raise BrokenTransfer(f"the broadcast of weights broke off: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def make_receiver(
@@ -218,12 +267,25 @@ def make_receiver(
     return BroadcastReceiver(introduction, device)
 
 
-def make_group(store: Any, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+def make_group(
+    store: Any,
+    number: int,
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout: timedelta,
+    host: str,
+) -> Any:
+    """A collective of all `size` ranks, which agree on `number`. gloo listens on `host` alone."""
+    own = dist.PrefixStore(f"weights/{number}", store)
     if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return dist.ProcessGroupNCCL(own, rank, size, nccl)
+    gloo = dist.ProcessGroupGloo._Options()
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    gloo._timeout = timeout
+    return dist.ProcessGroupGloo(own, rank, size, gloo)
 
 
 def broadcast(group: Any, tensor: Tensor) -> None:
