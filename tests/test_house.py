@@ -6,7 +6,10 @@ import ast
 import functools
 import graphlib
 import re
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,6 +142,12 @@ def test_httpx2_is_imported_where_a_server_is_used() -> None:
         if str(path.relative_to(ROOT / "exgrpo_fast")) not in serving:
             imported = [n for n in parsed(path).body if isinstance(n, ast.Import)]
             assert "httpx2" not in {alias.name for n in imported for alias in n.names}, path
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    ignored = pytestconfig.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").glob("**/test_*.py")}
+    assert [f for f in folders if any(fnmatch(f.name, pattern) for pattern in ignored)] == []
 
 
 def test_the_makefile_names_tests_that_exist() -> None:
