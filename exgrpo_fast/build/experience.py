@@ -23,6 +23,7 @@ from exgrpo_fast.experience.prior.compatibility import read_vocabulary, refuse_o
 from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.protocols import NoPrior, Prior
+from exgrpo_fast.experience.prior.sharded_backend import EngineDrafter, PackedPrior
 from exgrpo_fast.experience.prior.source import PriorRecipe, PriorSource
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
@@ -140,22 +141,27 @@ def make_prior(
     vllm_prior: VllmModel | None,
 ) -> Prior:
     """`vllm_prior`: the prior that was reserved beside the vLLM in `engine`, which then drafts;
-    None: both by transformers, with the trainer's own policy."""
+    None: both by transformers, with the trainer's own policy. On several ranks `engine` drafts, and
+    the prior is sharded like the policy."""
     settings, rollout = config.prior_resampling, config.rollout
     if not settings.enabled:
         return NoPrior()
     name = require(settings.model, "prior_resampling.model", "a checkpoint folder")
-    prior = make_policy(config, name, device=str(policy.device))
+    processes = policy.processes
+    prior = make_policy(config, name, device=policy.device.type, processes=processes)
     prior.freeze()
     eos = end_of_sequence_ids(policy.model.generation_config, tokenizer)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
+    width = policy.head.weight.shape[0]
     if vllm_prior is not None:
         drafting = find_layer(engine, VllmEngine)
         if drafting is None:
             raise TypeError("a prior in vLLM needs an engine in vLLM to draft for it")
         drafter, scorer = VllmDrafter(drafting), VllmPrior(vllm_prior)
+    elif processes.count > 1:
+        drafter = EngineDrafter(engine)
+        scorer = PackedPrior(prior, num_tokens=num_tokens, vocabulary_size=width)
     else:
-        width = policy.head.weight.shape[0]
         drafter = TransformersDrafter(policy, vocabulary_size=width, eos_token_ids=eos)
         scorer = TransformersPrior(prior, num_tokens=num_tokens, vocabulary_size=width)
     resampler = Resampler(

@@ -316,17 +316,15 @@ def refuse_world_size(config: Config, count: int) -> None:
     if count == 1:
         return
     refuse_engine_world_size(config, config.rollout.engine, count)
-    algorithm, rollout = config.algorithm, config.rollout
+    prior = config.prior_resampling
     refused = {
         "model.quantization": config.model.quantization is not None,
         "model.lora.dropout": config.model.lora is not None and config.model.lora.dropout > 0,
         f"train.optimizer {config.optimizer}": config.optimizer != "adamw",
-        "rollout.generate_ahead": rollout.generate_ahead,
-        "rollout.top_k": rollout.top_k > 0,
+        "rollout.top_k": config.rollout.top_k > 0,
         "train.gradient_release": config.train.gradient_release,
-        "prior_resampling.enabled": config.prior_resampling.enabled,
-        "algorithm.kl.previous_share": algorithm.kl.previous_share > 0,
-        "algorithm.kl.rebase_at_step": algorithm.kl.rebase_at_step is not None,
+        f"prior_resampling.trigger {prior.trigger}": prior.enabled
+        and prior.trigger in ("entropy", "kl", "tv", "js"),
     }
     for name, is_refused in refused.items():
         if is_refused:

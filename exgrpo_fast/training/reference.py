@@ -13,13 +13,14 @@ which the trained policy cancels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.dtensor import shard_like
 from exgrpo_fast.core.types import Group, Trajectory
 from exgrpo_fast.model.lora import switched_off
 from exgrpo_fast.model.packing import Ragged, kept_sets, sequences_of
@@ -108,7 +109,7 @@ class Reference:
         self.num_steps = state["num_steps"]
         for policy, name in ((self.previous, "previous"), (self.base, "base")):
             if isinstance(policy, Policy) and name in state:
-                policy.model.load_state_dict(state[name], strict=False)
+                copy_tensors(state[name].items(), policy)
 
 
 class BehaviourReference:
@@ -135,8 +136,14 @@ def _with_own(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, ref_logprobs=trajectory.behaviour_logprobs)
 
 
-@torch.no_grad()
 def copy_weights(source: Policy, target: Policy) -> None:
+    """Of a sharded policy: a collective of all ranks."""
+    copy_tensors(source.named_weights(), target)
+
+
+@torch.no_grad()
+def copy_tensors(weights: Iterable[tuple[str, Tensor]], target: Policy) -> None:
+    """Whole tensors, or shards that were read for as many ranks as `target` has."""
     ours = target.model.state_dict()
-    for name, weight in source.named_weights():
-        ours[name].copy_(weight)
+    for name, weight in weights:
+        ours[name].copy_(shard_like(weight, ours[name]))

@@ -36,6 +36,13 @@ class GuidedTokens(NamedTuple):
     redrawn: Tensor  # bool
     clipped: Tensor  # bool
 
+    @staticmethod
+    def of_lists(
+        ratios: Sequence[float], redrawn: Sequence[bool], clipped: Sequence[bool]
+    ) -> GuidedTokens:
+        flags = (torch.tensor(part, dtype=torch.bool) for part in (redrawn, clipped))
+        return GuidedTokens(torch.tensor(ratios), *flags)
+
 
 @dataclass
 class TokensRead:
@@ -191,14 +198,23 @@ class BatchSums:
 
     def over(self, processes: Processes) -> BatchSums:
         """The sum over all ranks, in their order; the same on each."""
-        total = BatchSums(guided=self.guided)  # a prior is refused beside other ranks
+        total = BatchSums()
         own = [self.loss, self.num_tokens, self.metrics.sums, self.metrics.rows, vars(self.read)]
-        for loss, num_tokens, sums, rows, read, ratios in processes.gather(
-            [*own, [ratio.tolist() for ratio in self.replay_ratios]]
-        ):
-            tensors = [torch.tensor(ratio) for ratio in ratios]
-            metrics = MetricSums(sums, rows)
-            total.join(BatchSums(loss, num_tokens, TokensRead(**read), metrics, tensors))
+        own += [
+            [ratio.tolist() for ratio in self.replay_ratios],
+            [[part.tolist() for part in parts] for parts in self.guided],
+        ]
+        for loss, num_tokens, sums, rows, read, ratios, guided in processes.gather(own):
+            total.join(
+                BatchSums(
+                    loss,
+                    num_tokens,
+                    TokensRead(**read),
+                    MetricSums(sums, rows),
+                    [torch.tensor(ratio) for ratio in ratios],
+                    [GuidedTokens.of_lists(*parts) for parts in guided],
+                )
+            )
         return total
 
 

@@ -69,9 +69,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "model.lora.dropout": {"model": {"lora": {"dropout": 0.1}}},
     "train.optimizer flash_adamw": {"model": {"weights": "bfloat16"}},
     "rollout.engine vllm": {"rollout": {"engine": "vllm"}},
-    "rollout.generate_ahead": {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
-    "prior_resampling.enabled": {"prior_resampling": {"enabled": True}},
-    "algorithm.kl.rebase_at_step": {"algorithm": {"kl": {"coef": 0.1, "rebase_at_step": 3}}},
+    "prior_resampling.trigger kl": {"prior_resampling": {"enabled": True, "trigger": "kl"}},
 }
 
 
@@ -83,16 +81,27 @@ def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> Non
         refuse_world_size(config, 2)
 
 
-@pytest.mark.parametrize("model", [{"tile_tokens": 4096}, {"lora": {}, "weights": "bfloat16"}])
-def test_what_goes_with_several_processes(model: dict[str, Any]) -> None:
-    refuse_world_size(validate({"model": model}), 2)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"tile_tokens": 4096}},
+        {"model": {"lora": {}, "weights": "bfloat16"}},
+        {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
+        {"prior_resampling": {"enabled": True}},
+        {"algorithm": {"kl": {"coef": 0.1, "estimator": "k2", "previous_share": 0.1}}},
+        {"algorithm": {"kl": {"coef": 0.1, "rebase_at_step": 3}}},
+    ],
+)
+def test_what_goes_with_several_processes(sections: dict[str, Any]) -> None:
+    refuse_world_size(validate(sections), 2)
 
 
 def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        main(["train", "eapo", "--model.name", "m", "--data.train", "d", "--dry-run"])
+        words = ["--prior_resampling.trigger", "tv", "--dry-run"]
+        main(["train", "eapo", "--model.name", "m", "--data.train", "d", *words])
     assert ended.value.code == 2
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and errors.startswith("exgrpo-fast: prior_resampling.enabled")
+    assert errors.count("\n") == 1 and errors.startswith("exgrpo-fast: prior_resampling.trigger")

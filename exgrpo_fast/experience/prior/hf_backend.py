@@ -174,7 +174,7 @@ class TransformersDrafter(PrefixSession):
             for k in range(max(lengths)):
                 rows = [cache.row_of[prefixes[i].place] for i in going]
                 logprobs_AV = self.logprobs(logits_BnV[rows, -1])
-                drawn_A, chosen_A = _draw(logprobs_AV, [seeds[i] for i in going], k)
+                drawn_A, chosen_A = draw_tokens(logprobs_AV, [seeds[i] for i in going], k)
                 kept = logprobs_AV if distributions else chosen_A
                 for i, token, values in zip(going, drawn_A.tolist(), kept.cpu(), strict=True):
                     tokens[i].append(token)
@@ -201,7 +201,7 @@ def _chosen(logprobs_mV: Tensor, tokens: Sequence[int]) -> Tensor:
     return logprobs_mV.gather(1, torch.tensor(tokens, device=logprobs_mV.device)[:, None])[:, 0]
 
 
-def _draw(logprobs_AV: Tensor, seeds: Sequence[int], position: int) -> tuple[Tensor, Tensor]:
+def draw_tokens(logprobs_AV: Tensor, seeds: Sequence[int], position: int) -> tuple[Tensor, Tensor]:
     """(tokens [A], their log-probs [A])."""
     seeds_A = torch.tensor([signed(seed) for seed in seeds], device=logprobs_AV.device)
     drawn_A, _ = invert_cdf(logprobs_AV.exp(), hash_uniform(seeds_A, position))
@@ -247,7 +247,7 @@ class TransformersPrior(PrefixSession):
 
     def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> ReadyResult[list[Drawn]]:
         rows = [self.scored[p.place][len(p.token_ids) - self.starts[p.place]] for p in prefixes]
-        drawn_A, chosen_A = _draw(self.logprobs(torch.stack(rows)), seeds, 0)
+        drawn_A, chosen_A = draw_tokens(self.logprobs(torch.stack(rows)), seeds, 0)
         pairs = zip(drawn_A.tolist(), chosen_A.tolist(), strict=True)
         return ReadyResult([Drawn(token, logprob) for token, logprob in pairs])
 

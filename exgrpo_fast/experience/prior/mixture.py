@@ -5,6 +5,7 @@ One forward of both over the completions; the logits of a few hundred rows at a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -37,12 +38,15 @@ def mixture_logprobs(
     num_tokens: int,
 ) -> MixtureLogprobs:
     """`num_tokens`: ids that the prior has; what lies beyond them has probability 0 there."""
-    found = torch.empty(2, len(responses.values))
-    with inference(policy.model), inference(prior.model):
+    found = torch.zeros(2, len(responses.values))
+    with inference(policy.model), inference(prior.model), policy.passes(), prior.passes():
         limit = policy.max_tokens_per_microbatch
-        for packed in pack(prompts, responses, max_tokens=limit, device=policy.device):
-            rows = packed.places_in(responses)
-            found[:, rows] = _of_pack(policy, prior, trigger, packed, num_tokens).cpu()
+        packs = pack(prompts, responses, max_tokens=limit, device=policy.device)
+        for packed, counts in policy.assign_packs(packs):
+            of_pack = _of_pack(policy, prior, trigger, packed, num_tokens).cpu()
+            if counts:
+                found[:, packed.places_in(responses)] = of_pack
+    policy.processes.all_reduce_sum_(found)  # each is 0 on all ranks but one
     mu, rates = (Ragged(values, responses.lengths) for values in found)
     return MixtureLogprobs(mu, rates)
 
@@ -94,14 +98,26 @@ def pad_logprobs(logits: Tensor, num_tokens: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def response_logprobs(
-    prior: Policy, prompts: Ragged, responses: Ragged, *, num_tokens: int
+    prior: Policy,
+    prompts: Ragged,
+    responses: Ragged,
+    *,
+    num_tokens: int,
+    on_read: Callable[[Pack, Tensor], None] = lambda packed, hidden_ND: None,
 ) -> list[Tensor]:
-    """float32 [T] of each completion, on the CPU; -inf for ids that the prior does not have."""
-    found = torch.empty(len(responses.values))
-    with inference(prior.model):
+    """float32 [T] of each completion, on the CPU; -inf for ids that the prior does not have.
+
+    `on_read` is called with the hidden states [N, D] of each pack that this rank reads.
+    """
+    found = torch.zeros(len(responses.values))
+    with inference(prior.model), prior.passes():
         limit = prior.max_tokens_per_microbatch
-        for packed in pack(prompts, responses, max_tokens=limit, device=prior.device):
+        packs = pack(prompts, responses, max_tokens=limit, device=prior.device)
+        for packed, counts in prior.assign_packs(packs):
             hidden_ND, values = hidden_states(prior, packed), []
+            if not counts:
+                continue
+            on_read(packed, hidden_ND)
             for rows in torch.arange(len(hidden_ND), device=prior.device).split(ROWS_AT_ONCE):
                 targets = packed.targets[rows, None]
                 width = int(targets.max()) + 1
@@ -110,4 +126,5 @@ def response_logprobs(
                 )
                 values.append(logr.gather(1, targets)[:, 0])
             found[packed.places_in(responses)] = torch.cat(values).cpu()
+    prior.processes.all_reduce_sum_(found)
     return list(Ragged(found, responses.lengths).split())

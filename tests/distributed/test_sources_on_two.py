@@ -1,0 +1,85 @@
+"""What a step is made of, beside replay, on several processes: a prior, engines that work ahead,
+policies that a KL term follows. The runs are those of one process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from served_policy import served
+from toy_runs import assert_same_course, make_inputs, run, steps
+from transformers import PreTrainedTokenizerFast
+
+from exgrpo_fast.build.quickstart.toy_model import make_model
+
+GUIDED = """
+    --prior_resampling.enabled true --prior_resampling.model prior --prior_resampling.threshold 0.05
+    --prior_resampling.block_tokens 3 --prior_resampling.positive_only false
+    --prior_resampling.importance mis --algorithm.kl.estimator k2
+    --algorithm.kl.coef 0.1 --algorithm.kl.previous_share 0.5 --algorithm.kl.rebase_at_step 2
+""".split()
+
+
+@pytest.fixture(scope="module")
+def folder(
+    model_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    make_inputs(path, model_folder)
+    make_model(tokenizer, seed=1, layers=1, width=48).save_pretrained(path / "prior")
+    tokenizer.save_pretrained(path / "prior")
+    return path
+
+
+def done(folder: Path, count: int, out: str, *more: str) -> Path:
+    ended = run(folder, count, out, "--max-steps", "4", *more)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return folder / out
+
+
+@pytest.fixture(scope="module")
+def guided(folder: Path) -> list[Path]:
+    return [done(folder, count, f"guided_by_{count}", *GUIDED) for count in (1, 2)]
+
+
+def test_two_processes_are_guided_by_a_prior_as_one_is(guided: list[Path]) -> None:
+    one, two = guided
+    assert_same_course(two, one)
+    for found, wanted in zip(steps(two), steps(one), strict=True):
+        assert wanted["prior_redrawn_frac"] > 0.0
+        for name in ("prior_redrawn_frac", "prior_rounds", "prior_tokens", "prior_reward_mean"):
+            assert found[name] == wanted[name], (found["step"], name)
+        for name in ("kl_ref", "prior_kl", "prior_ratio_kept_mean", "prior_rate_mean"):
+            assert found[name] == pytest.approx(wanted[name], abs=1e-6), (found["step"], name)
+    assert steps(one)[-1]["kl_ref"] > 0.0
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_a_guided_run_goes_on_with_another_number(
+    folder: Path, guided: list[Path], first: int, then: int
+) -> None:
+    """With the policies of its KL term: that of step 2 and that of the step before."""
+    out = f"{first}_then_{then}"
+    shutil.copytree(guided[first - 1], folder / out)
+    done(folder, then, out, *GUIDED, "--resume", "2")
+    assert_same_course(folder / out, guided[0])
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    assert isinstance(tokenizer.eos_token_id, int)
+    with served(model_folder, [tokenizer.eos_token_id]) as address:
+        yield address
+
+
+def test_servers_generate_ahead_for_two_as_for_one(
+    folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXGRPO_FAST_KEY", "any")
+    words = ["--rollout.engine", "vllm_server", "--rollout.server.urls", f"[{url}]"]
+    ahead = [*words, "--rollout.generate_ahead", "true"]
+    one, two = (done(folder, count, f"ahead_of_{count}", *ahead) for count in (1, 2))
+    assert_same_course(two, one)
+    assert [m["staleness_mean"] for m in steps(two)] == [0.0, 1.0, 1.0, 1.0]
