@@ -186,7 +186,33 @@ def adapters(results: Results) -> Rows:
     return rows
 
 
+def scale_model(results: Results) -> Rows:
+    header = ["model", "GPUs", "train + servers", "pack", "GiB", "GB a step", "compute"]
+    rows = [[*header, "network", "generate", "step"]]
+    for row in results["rows"]:
+        first = [row["model"], str(row["gpus"])]
+        if not row["fits"]:
+            rows.append([*first, "does not fit", *[""] * 7])
+            continue
+        servers = f"{row['servers']} x {row['server_gpus']}" if row["servers"] else "the same"
+        seconds = [f"{row[key]:.1f} s" for key in ("compute_seconds", "network_seconds")]
+        rows.append(
+            [
+                *first,
+                f"{row['training_gpus']} + {servers}",
+                f"{row['pack_tokens']:,}",
+                f"{row['memory_gib']:.0f}",
+                f"{row['network_gb']:,.0f}",
+                *seconds,
+                f"{row['generation_seconds']:.1f} s",
+                f"{row['overlapped_seconds']:.0f} to {row['in_turn_seconds']:.0f} s",
+            ]
+        )
+    return rows
+
+
 TABLES = {
+    "scale_model.json": Table("docs/scale.md", scale_model),
     "what_fits.json": Table("README.md", what_fits),
     "cpu/adapters.json": Table("docs/adapters.md", adapters),
     "cpu/replay_study.json": Table("docs/exgrpo.md", replay_study),
@@ -198,6 +224,7 @@ TABLES = {
 }
 # Every file of bench/results/ and what writes it anew.
 COMMANDS = {
+    "scale_model.json": "python bench/scale_model.py",
     "memory_goals.json": "python bench/memory_goals.py",
     "what_fits.json": "python bench/what_fits.py",
     "aot/triton-3.6.0.json": "python bench/aot.py",

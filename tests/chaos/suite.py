@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(Path(__file__).parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
 
+import rollout_servers  # noqa: E402
 import scenarios  # noqa: E402
 from lives import World  # noqa: E402
 
@@ -224,6 +225,27 @@ def of_folders(f: Figures) -> list[Entry]:
     ]
 
 
+def of_servers(f: Figures) -> list[Entry]:
+    nothing_lost = not f["steps_whose_questions_differ"] + f["steps_whose_tokens_differ"]
+    same = not f["losses_that_differ"] and f["final_state_equal"]
+    return [
+        Entry(
+            "F29",
+            f"one of two rollout servers ({f['engine']}) killed every 20 s, {f['kills']} times",
+            f"exit {f['exit']}, {f['steps']} steps, {f['requests_resent']} requests asked again, "
+            f"{f['losses_that_differ']} losses differ, questions and tokens "
+            f"{'equal' if nothing_lost else 'DIFFER'}, final state "
+            f"{'equal' if f['final_state_equal'] else 'DIFFERS'}",
+            "exit 0, 0, equal, equal",
+            f["exit"] == f["exit_undisturbed"] == f["tracebacks"] == f["staleness_max"] == 0
+            and f["kills"] >= 3
+            and f["requests_resent"] > 0
+            and nothing_lost
+            and same,
+        )
+    ]
+
+
 def of_offline(f: Figures) -> list[Entry]:
     if "skipped" in f:
         return [Entry("F26", "no network", f["skipped"], "", None)]
@@ -250,6 +272,7 @@ def plan(short: bool, rng: random.Random) -> list[Scenario]:
         ("offline", scenarios.offline, of_offline),
     ]
     if not short:
+        chosen.append(("servers", lambda w: rollout_servers.servers(w, 24), of_servers))
         chosen.append(("refusal", scenarios.refusal_seconds, of_refusal))
         chosen.append(("supervised", scenarios.supervised, of_supervised))
         chosen.append(("leaks", lambda w: scenarios.leaks(w, 1000), of_leaks))
