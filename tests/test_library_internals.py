@@ -162,3 +162,11 @@ def test_a_sharded_pass_is_checked_before_each_collective() -> None:
         kind = getattr(collectives, name)
         assert {"allocate", "__call__"} <= set(dir(kind)), name
         assert kind().allocate((3,), dtype=torch.float32, device=torch.device("cpu")).shape == (3,)
+
+
+def test_rollout_multiplies_by_weights_in_onednns_layout() -> None:
+    """packed_weights: the operators that torch.compile uses for linear layers on a CPU."""
+    weight, rows = torch.randn(5, 3), torch.randn(2, 7, 3)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
+    found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    torch.testing.assert_close(found, rows @ weight.T)

@@ -1,4 +1,5 @@
-"""Rollouts by the transformers model that is trained: no copy of the weights, no sync.
+"""Rollouts by the transformers model that is trained: no sync, and no copy of the weights but the packed
+one that a CPU works with while it generates.
 
 Continuous batching is not used: it has one seed per engine and draws from the process-wide random
 state, while a request here owns its seed. Tokens are drawn by inverse CDF with a counter-based hash
@@ -8,6 +9,7 @@ that the device has no memory for be generated in halves.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +21,7 @@ from exgrpo_fast.model.oom import not_even_one, nothing_smaller, until_it_fits
 from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.rollout.hf.decoding import Decoding
+from exgrpo_fast.rollout.hf.packed_weights import LEAST_TOKENS, packed_weights
 
 KEYS = "rollout.max_completion_tokens or data.max_prompt_tokens"
 
@@ -60,7 +63,7 @@ class TransformersEngine(LocalEngine):
         completions: list[Completion | None] = [None] * len(requests)
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
-        with inference(self.policy.model), self.policy.autocast():
+        with inference(self.policy.model), self.policy.autocast(), self._packed(requests, sampling):
             while order:
                 batch = self._first_batch([requests[i] for i in order], sampling, observer.on_poll)
                 members, order = order[: len(batch)], order[len(batch) :]
@@ -68,6 +71,16 @@ class TransformersEngine(LocalEngine):
                     completions[i] = completion
                 observer.finished(members, batch)
         return [completion for completion in completions if completion is not None]
+
+    def _packed(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around batches that are long enough to pay for a copy of the weights."""
+        longest = max((self._limit(request, sampling) for request in requests), default=0)
+        if self.policy.compute_dtype != torch.float32 or longest < LEAST_TOKENS:
+            return contextlib.nullcontext()
+        rows = min(len(requests), self.max_batch_sequences)
+        return packed_weights(self.policy.model, rows=rows)
 
     def _first_batch(
         self, requests: Sequence[Request], sampling: Sampling, on_poll: Callable[[], None]
