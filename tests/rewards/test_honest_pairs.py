@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from exgrpo_fast.rewards.verifiers.mathematics import math_verify
-from exgrpo_fast.rewards.verifiers.notation import as_union, latex
+from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
+from exgrpo_fast.rewards.verifiers.number_words import in_digits
 from exgrpo_fast.rewards.verifiers.quantities import quantity, rational, units_differ
 
 PAIRS = [
@@ -166,3 +167,29 @@ def test_alternatives_of_half_lines_are_a_union() -> None:
 def test_what_says_something_else_is_not_rewritten_into_a_number(text: str) -> None:
     assert quantity(latex(text)) is None or text == "4\u00b2"
     assert quantity(latex("4\u00b2")) == (16, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("twenty-one", "21"),
+        ("one thousand two hundred and five", "1205"),
+        ("a hundred", "100"),
+        ("three fourths", "\\frac{3}{4}"),
+        ("two halves", "\\frac{2}{2}"),
+        ("twelve apples", "12 apples"),
+    ],
+)
+def test_numbers_in_words(text: str, expected: str) -> None:
+    assert in_digits(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["seven eight", "twenty twenty", "a dog", "hundred", "seventh", "seven, eight", ""]
+)
+def test_what_is_no_single_number_in_words(text: str) -> None:
+    assert in_digits(text) == text
+
+
+def test_digits_that_spaces_keep_apart_are_no_number() -> None:
+    assert not same_text("4" + " " * 60_000 + "2", "42") and same_text("x  + 1", "x+1")

@@ -34,18 +34,18 @@ def _choice(completion: str, gold: str) -> Judgement:
     chosen = chosen_letters(extraction.visible_part(completion))
     if len(chosen) != 1:
         return NO_ANSWER
-    return CORRECT if chosen == _letters(gold) else WRONG
+    return CORRECT if chosen == letters_in(gold) else WRONG
 
 
 def _choice_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
-    return CORRECT if len(_letters(extraction.gold_text(gold))) == 1 else (0.0, "no_letter")
+    return CORRECT if len(letters_in(extraction.gold_text(gold))) == 1 else (0.0, "no_letter")
 
 
 def chosen_letters(text: str) -> set[str]:
     """Every letter that the text states as its choice."""
     stated = [text[slice(*span)] for span in extraction.box_spans(text)[-MAX_BOXES:]]
     stated += [extraction.last_hashes(text) or "", extraction.last_tag(text) or ""]
-    letters = {letter for statement in stated for letter in _letters(statement)}
+    letters = {letter for statement in stated for letter in letters_in(statement)}
     return letters | _letters_at_the_end(text)
 
 
@@ -61,7 +61,7 @@ def _letters_at_the_end(text: str) -> set[str]:
         lines.pop()
     last = _plain(lines[-1]) if lines else ""
     for mark in _MARK.finditer(last):
-        letters |= _letters(last[mark.end() :])
+        letters |= letters_in(last[mark.end() :])
     return letters
 
 
@@ -75,7 +75,7 @@ _MARK = re.compile(
 )
 
 
-def _letters(statement: str) -> set[str]:
+def letters_in(statement: str) -> set[str]:
     """The letters that a statement of nothing but the answer names."""
     if len(statement) > MAX_CHARS:
         return set()

@@ -16,6 +16,7 @@ from typing import Any
 
 from exgrpo_fast.rewards.judgement import CORRECT, NO_ANSWER, WRONG, Judgement, RewardError
 from exgrpo_fast.rewards.verifiers import extraction
+from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
 from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
 from exgrpo_fast.rewards.verifiers.quantities import quantity, units_differ
@@ -49,6 +50,7 @@ def _math_verify(completion: str, gold: str) -> Judgement:
     if found == gold or plain_form(found) == plain_form(gold):
         return CORRECT
     found, gold = latex(found), latex(gold)
+    found = in_form_of(gold, found)
     if same_text(found, gold):
         return CORRECT
     return (
@@ -84,8 +86,8 @@ def _by_mathematics(found: str, gold: str) -> Judgement:
         return 0.0, "unit"
     if _CAPITALS.fullmatch(gold) and _CAPITALS.fullmatch(found):  # an order, not a product
         return WRONG
-    if "\\cup" in gold:
-        found = as_union(found)
+    if "\\cup" in gold or as_union(gold) != gold:
+        found, gold = as_union(found), as_union(gold)
     return CORRECT if _equal(_parse_gold(gold), _parse(found)) else WRONG
 
 
@@ -149,6 +151,12 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"(\\cdot|\\times)\s*([a-zA-Z]{1,2})$"), r"\1 {\2}"),
     (re.compile(r"_\{\\odot\s*\}"), "_{o}"),
     (re.compile(r"_\{\\(max|min)\s*\}"), r"_{\1}"),
+    (  # it drops the sign of degrees: sin 60° would be that of 60 radians
+        re.compile(
+            r"(\\(?:sin|cos|tan|cot|sec|csc)\s*)[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?\s*[)}]?"
+        ),
+        r"\1{(\\frac{\2\\pi}{180})}",
+    ),
     (re.compile(r"\bnp\.(arcsin|arccos|arctan|sin|cos|tan|exp|log|pi)\b"), r"\\\1"),
 ]
 
@@ -178,8 +186,26 @@ def _equal(gold: list[Any], found: list[Any]) -> bool:
     # No limits of math-verify's own: they clear the worker's timer, and count whole seconds.
     # An interval and the inequality that says the same are equal.
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}
-    equal = bool(_math_verifier()[0].verify(gold, found, **options))
+    verify = _math_verifier()[0].verify
+    equal = bool(verify(gold, found, **options))
+    if not equal and _is_complex(gold) | _is_complex(found):
+        equal = bool(verify(_complex(gold), _complex(found), **options))
     return equal and not _differ_though_tiny(gold, found)
+
+
+def _is_complex(parsed: list[Any]) -> bool:
+    """Whether `i`, which math-verify takes for a variable, is the only one."""
+    return {str(symbol) for symbol in getattr(parsed[0], "free_symbols", ())} == {"i"}
+
+
+def _complex(parsed: list[Any]) -> list[Any]:
+    """With the imaginary unit for `i`, in real and imaginary part."""
+    value = parsed[0]
+    if not _is_complex(parsed) or not hasattr(value, "expand"):
+        return parsed
+    (symbol,) = value.free_symbols
+    unit = importlib.import_module("sympy").I
+    return [value.subs(symbol, unit).doit().expand(complex=True), *parsed[1:]]
 
 
 def _differ_though_tiny(gold: list[Any], found: list[Any]) -> bool:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 
+from exgrpo_fast.rewards.verifiers.number_words import in_digits
 from exgrpo_fast.rewards.verifiers.numerals import plain_form
 
 MAX_CHARS = 2048  # a longer text is not read but refused
@@ -86,6 +87,18 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{int(whole + fixed + period) - int(whole + fixed)}}}{{{below}}}"
 
 
+def _base(match: re.Match[str]) -> str:
+    r"""`(1011)_{\text{two}}` as `1011_{2}`."""
+    base = in_digits(match[2])
+    return f"{match[1]}_{{{base}}}" if base.isdecimal() else match[0]
+
+
+def _half_open(match: re.Match[str]) -> str:
+    """`[1, 4[`, as half-open intervals are written in France, as `[1, 4)`."""
+    opening, closing = "(" if match[1] == "]" else "[", ")" if match[4] == "[" else "]"
+    return f"{opening}{match[2]}, {match[3]}{closing}"
+
+
 def _mixed(match: re.Match[str]) -> str:
     proper = int(match[2]) < int(match[3])
     return rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}" if proper else match[0]
@@ -122,7 +135,45 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
     (re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(rf"(?<![\\a-zA-Z.])({_FUNCTIONS})(?![a-zA-Z{{}}])"), r"\\\1"),
     (re.compile(r"\^\{(-?\d*)\.(\d)\}"), lambda m: _power(m)),
+    (
+        re.compile(
+            r"(?<!\d)(\d{0,9})\.(\d{0,9}?)(?:(\d)\3{2,20}|(\d{2,9}?)\4{1,9})"
+            r"\s*(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.|…)"
+        ),
+        lambda m: rf"{m[1]}.{m[2]}\overline{{{m[3] or m[4]}}}",
+    ),
+    (re.compile(r"(?<!\d)(\d{0,9})\.(\d{0,9})\((\d{1,9})\)"), r"\1.\2\\overline{\3}"),
     (re.compile(r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}"), _repeating),
+    (re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]+\}"), ""),
+    (re.compile(r"\\\\\s*\[\d+\s*(?:pt|em|ex|mm)\]"), r"\\\\"),  # space below a row
+    (re.compile(r"\\colon(?![a-zA-Z])|\{:\}"), ":"),
+    (
+        re.compile(
+            r"(\d{1,2}:\d\d)\s*(?:\\text\s*\{\s*)?([AaPp])\.?\s?[Mm]\.?(?:\s*\})?(?![a-zA-Z])"
+        ),
+        lambda m: f"{m[1]} {m[2].upper()}M",
+    ),
+    (re.compile(r"(?<![a-zA-Z\\])C\s*\((\d{1,4})\s*,\s*(\d{1,4})\)"), r"\\binom{\1}{\2}"),
+    (
+        re.compile(
+            r"^\(?([0-9A-F]+)\)?_\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\(?([a-z]+|\d{1,2})\)?\}{0,2}$"
+        ),
+        _base,
+    ),
+    (re.compile(r"^(?=\]|.*\[$)([][])([^][();,]+)[,;]([^][();,]+)([][])$"), _half_open),
+    (
+        re.compile(
+            r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lg]e).*)\\\}$"
+        ),
+        r"\2",
+    ),
+    (
+        re.compile(
+            r"\\frac\s*\{(\\(?:text|mathrm)\{[a-zA-Z ]+\})\}\s*"
+            r"\{(\\(?:text|mathrm)\{[a-zA-Z ]+\}(?:\^\{?[1-4]\}?)?)\}"
+        ),
+        r"\1/\2",
+    ),
     (
         re.compile(r"(?<![\d.,])\d{1,3}(?:[ ']\d{3})+(?![\d/'])"),
         lambda m: re.sub("[ ']", "", m[0]),
@@ -160,7 +211,7 @@ def latex(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = text.strip()
     whole = _WHOLE.fullmatch(text)
-    return (whole[1] if whole else text).strip().strip('"').strip()
+    return in_digits((whole[1] if whole else text).strip().strip('"').strip())
 
 
 # --- comparisons of text --------------------------------------------------------------------------
@@ -172,13 +223,18 @@ _WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|[Nn]o")
 
 def same_text(found: str, gold: str) -> bool:
     """Whether two answers in one notation read the same, but for spaces and, in words, capitals."""
+    # A run of spaces is one, so that none of it is left between two digits.
+    found, gold = (" ".join(text.split()) for text in (found, gold))
     if _SPACE.sub("", found) == _SPACE.sub("", gold):
         return True
     found, gold = (_TEXT.sub(r"\1", text) for text in (found, gold))
     if _SPACE.sub("", found) == _SPACE.sub("", gold):
         return True
     found = found.rstrip(".")
-    return _WORDS.fullmatch(gold) is not None and found.casefold() == gold.casefold()
+    if _WORDS.fullmatch(gold) is None:
+        return False
+    found, gold = found.casefold(), gold.casefold()
+    return found.removesuffix("s") == gold.removesuffix("s")  # `no solutions`
 
 
 # --- inequalities ---------------------------------------------------------------------------------
