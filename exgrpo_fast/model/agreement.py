@@ -14,6 +14,7 @@ device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -57,14 +58,13 @@ class PassCheck:
         try:
             found = passes()
             self()
+            return found
         except PeerOutOfMemory:
             raise
         except torch.OutOfMemoryError as error:
-            try:
+            with contextlib.suppress(PeerOutOfMemory):
                 self(OUT_OF_MEMORY)
-            except PeerOutOfMemory:
-                raise error from None
-        return found
+            raise error
 
     def guard(self, module: FSDPModule) -> None:
         """Check before each collective of FSDP2 on the parameters of `module`."""

@@ -140,7 +140,10 @@ class TransformersEngine(LocalEngine):
             entropies = list(decoding.entropies_RT.to("cpu", non_blocking=True))
         tokens = decoding.tokens_RT.cpu()  # waits, for the others too
         rows = zip(tokens, logprobs, decoding.kept_tokens(), entropies, limits, strict=True)
-        return [self._cut(row[:limit], *columns) for row, *columns, limit in rows]
+        return [
+            self._cut(tokens[:limit], logprobs, kept, entropies)
+            for tokens, logprobs, kept, entropies, limit in rows
+        ]
 
     def _cut(
         self, tokens: Tensor, logprobs: Tensor, kept: KeptTokens | None, entropies: Tensor | None

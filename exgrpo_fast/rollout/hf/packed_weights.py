@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LEAST_TOKENS = (
-    8  # of a generation that is worth the copies; the check of the forward pass has as many
-)
+# Tokens of a generation that is worth the copies; the check of the forward pass has as many.
+LEAST_TOKENS = 8
 
 
 @contextmanager
@@ -26,11 +25,11 @@ def packed_weights(model: nn.Module, *, rows: int) -> Iterator[None]:
     `rows`: of most products, a hint. Nothing may require a gradient, and no weight may change inside.
     The copies are as large as the weights, and are freed at the end.
     """
-    layers = [module for module in model.modules() if can_be_packed(module)]
+    layers: list[Any] = [module for module in model.modules() if can_be_packed(module)]
+    pack: Any = torch.ops.mkldnn._reorder_linear_weight
     try:
         for layer in layers:
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-            layer.forward = partial(linear, packed, layer.bias)
+            layer.forward = partial(linear, pack(layer.weight.detach(), rows), layer.bias)
         yield
     finally:
         for layer in layers:

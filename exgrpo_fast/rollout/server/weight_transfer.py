@@ -282,7 +282,7 @@ def make_group(
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
         return dist.ProcessGroupNCCL(own, rank, size, nccl)
-    gloo = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     gloo._timeout = timeout
     return dist.ProcessGroupGloo(own, rank, size, gloo)
