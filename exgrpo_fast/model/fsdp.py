@@ -37,9 +37,8 @@ def shard(model: Any, mesh: DeviceMesh, check: PassCheck, *, compute_dtype: torc
     tied_to = next(
         (m for m in model.base_model.modules() if getattr(m, "weight", None) is head.weight), None
     )
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if compute_dtype != torch.float32:
-        policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    gathered_dtype = None if compute_dtype == torch.float32 else compute_dtype
+    policy = MixedPrecisionPolicy(gathered_dtype, torch.float32, cast_forward_inputs=False)
     for module in [*layers, model.base_model, *([head] if tied_to is None else [])]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_force_sum_reduction_for_comms(True)
@@ -71,7 +70,7 @@ class GatheredHead:
         if self.gradient_VD is None:
             return
         summed = DTensor.from_local(self.gradient_VD, parameter.device_mesh, [Partial()])
-        parted = summed.redistribute(placements=parameter.placements)
+        parted = summed.redistribute(placements=parameter.placements).to(parameter.dtype)
         parameter.grad = parted if parameter.grad is None else parameter.grad + parted
 
     def release(self) -> None:

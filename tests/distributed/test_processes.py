@@ -67,7 +67,6 @@ def test_nothing_to_deal() -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "model.quantization": {"model": {"lora": {}, "quantization": "nf4"}},
     "model.lora.dropout": {"model": {"lora": {"dropout": 0.1}}},
-    "train.optimizer flash_adamw": {"model": {"weights": "bfloat16"}},
     "rollout.engine vllm": {"rollout": {"engine": "vllm"}},
     "prior_resampling.trigger kl": {"prior_resampling": {"enabled": True, "trigger": "kl"}},
 }
@@ -86,6 +85,8 @@ def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> Non
     [
         {"model": {"tile_tokens": 4096}},
         {"model": {"lora": {}, "weights": "bfloat16"}},
+        {"model": {"weights": "bfloat16"}},
+        {"train": {"optimizer": "adamw_8bit"}},
         {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
         {"prior_resampling": {"enabled": True}},
         {"algorithm": {"kl": {"coef": 0.1, "estimator": "k2", "previous_share": 0.1}}},

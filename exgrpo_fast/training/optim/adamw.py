@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from exgrpo_fast.core.dtensor import shard_like
+from exgrpo_fast.core.dtensor import from_local_shard, local_shard, shard_like
 from exgrpo_fast.core.errors import UserError
 
 Kind = Literal["adamw", "flash_adamw", "adamw_8bit"]
 _PACKAGES = {"flash_adamw": "flashoptim", "adamw_8bit": "torchao"}
 # flashoptim hands out its residual as bits of the weight's dtype: one pattern in 256 is no finite number
 RESIDUAL = "error_bits"
+BLOCK = 256  # weights that share a scale in adamw_8bit
 PLAIN_BFLOAT16 = (
     "plain bfloat16 weights do not learn at the learning rates of RL: at 1e-6 about 98 % of the "
     "updates of a step are below half a step of the dtype and are rounded away"
@@ -66,7 +67,7 @@ def make_adamw(
         from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
         filled = [group for group in groups if group["params"]]
-        return AdamW8bit(filled, bf16_stochastic_round=True, **same)
+        return AdamW8bit(filled, block_size=BLOCK, bf16_stochastic_round=True, **same)
     if not low:
         raise OptimiserError(f"train.optimizer {kind} is for model.weights bfloat16")
     if any(not p.is_cuda for p in parameters):
@@ -85,9 +86,9 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 
 @contextlib.contextmanager
-def repeatable(optimiser: torch.optim.Optimizer, update: int):
-    """What is rounded at random is rounded by the number of the update, so that a resumed run goes
-    on as it would have. On a CPU nothing is compiled: that takes a minute and saves none."""
+def repeatable(optimiser: torch.optim.Optimizer, update: int, rank: int = 0):
+    """What is rounded at random is rounded by the number of the update and the rank, so that a
+    resumed run goes on as it would have. On a CPU nothing is compiled: that takes a minute and saves none."""
     if type(optimiser).__module__.partition(".")[0] != "torchao":
         yield
         return
@@ -95,29 +96,124 @@ def repeatable(optimiser: torch.optim.Optimizer, update: int):
     devices = sorted({p.get_device() for p in parameters if p.is_cuda})
     stance = contextlib.nullcontext() if devices else torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng(devices=devices), stance:
-        torch.manual_seed(update)
+        torch.manual_seed(update + (rank << 32))
         yield
 
 
+# --- shards ---------------------------------------------------------------------------------------
+# The optimisers step on this rank's shards as plain tensors, so they need not know DTensors.
+
+
+def local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """This rank's shard, in the same memory; a plain parameter as it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
+
+
+class Elements(NamedTuple):
+    """Where this rank's shard lies in the flattened parameter."""
+
+    first: int
+    count: int
+    full: int  # of every shard but the last ones
+
+    @staticmethod
+    def of(parameter: Tensor) -> Elements:
+        size = parameter.numel()
+        if not isinstance(parameter, DTensor):
+            return Elements(0, size, size)
+        rows, mesh = len(parameter), parameter.device_mesh
+        full = -(-rows // mesh.size()) * (size // rows)
+        return Elements(
+            min(full * mesh.get_local_rank(), size), local_shard(parameter).numel(), full
+        )
+
+
+def is_quantised(parameter: Tensor) -> bool:
+    """Whether adamw_8bit quantises its moments: torchao's rule for the whole parameter, of which
+    every shard has to begin at a block. Then blocks are the same for any number of ranks."""
+    size = parameter.numel()
+    return size >= 4096 and size % BLOCK == 0 and Elements.of(parameter).full % BLOCK == 0
+
+
+def quantise_by_whole(
+    optimiser: torch.optim.Optimizer, whole_of: Mapping[nn.Parameter, nn.Parameter]
+) -> None:
+    """Have adamw_8bit decide by `is_quantised`, where torchao would by the size of a shard.
+    `whole_of`: of each parameter that it steps on."""
+    maker: Any = optimiser
+
+    def new_buffer(parameter: nn.Parameter, signed: bool) -> Tensor:
+        shard = local_parameter(parameter)
+        if is_quantised(whole_of.get(parameter, parameter)) and shard.numel():
+            return maker._subclass_zeros(shard, signed, BLOCK)
+        return torch.zeros_like(shard)
+
+    maker._new_buffer = new_buffer
+
+
 # --- state ----------------------------------------------------------------------------------------
-# A quantised moment is a tensor subclass made of plain tensors; a checkpoint holds those.
+# A quantised moment is a tensor subclass made of plain tensors; a checkpoint holds those: codes in
+# the parameter's shape, and a scale for each block of the whole parameter.
 
 
-def flatten(state: Any) -> Any:
-    """A nested state in which every tensor is a plain tensor or a DTensor, and bits are integers."""
-    if isinstance(state, Mapping):
-        return {
-            str(key): value.view(torch.int16) if key == RESIDUAL else flatten(value)
-            for key, value in state.items()
+def flatten(
+    state: Mapping[Any, Mapping[str, Any]],
+    parameters: Sequence[Tensor] = (),
+    *,
+    has_blocks: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """A state in which every tensor is a plain tensor or a DTensor, and bits are integers.
+
+    `parameters`: by their places, where they may be sharded; then it is a collective of all ranks.
+    `has_blocks`: of adamw_8bit.
+    """
+    return {
+        str(place): {
+            key: _flatten(key, value, parameters[int(place)] if parameters else None, has_blocks)
+            for key, value in entries.items()
         }
-    if not isinstance(state, DTensor) and hasattr(state, "__tensor_flatten__"):
-        parts, _ = state.__tensor_flatten__()
-        return {"quantised": {part: getattr(state, part) for part in parts}}
-    return state
+        for place, entries in state.items()
+    }
+
+
+def _flatten(key: str, value: Any, parameter: Tensor | None, has_blocks: bool) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if key == RESIDUAL:
+        value = value.view(torch.int16)
+    parts: dict[str, Tensor] | None = None
+    if hasattr(value, "__tensor_flatten__"):
+        subclass: Any = value
+        parts = {part: getattr(value, part) for part in subclass.__tensor_flatten__()[0]}
+    elif has_blocks and parameter is not None and is_quantised(parameter):  # an empty shard
+        none = value.new_empty(0, dtype=torch.float32)
+        parts = {"codes": value.to(torch.uint8), "scale": none, "qmap": none}
+    if parts is None:
+        return _as_shard(value, parameter)
+    if isinstance(parameter, DTensor):
+        codes = _as_shard(parts["codes"], parameter)
+        parts |= {"codes": codes, "scale": _gather_scale(parts["scale"], parameter)}
+    return {"quantised": parts}
+
+
+def _as_shard(value: Tensor, parameter: Tensor | None) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return value
+    return from_local_shard(parameter, value, parameter.device_mesh)
+
+
+def _gather_scale(scale: Tensor, parameter: DTensor) -> Tensor:
+    """float32 [blocks of the whole parameter]. The last shards have fewer: all are padded."""
+    padded = scale.new_zeros(Elements.of(parameter).full // BLOCK)
+    padded[: len(scale)] = scale
+    sharded = DTensor.from_local(padded, parameter.device_mesh, [Shard(0)], run_check=False)
+    return sharded.full_tensor()[: parameter.numel() // BLOCK]
 
 
 def restore(
-    optimiser: torch.optim.Optimizer, saved: Mapping[str, Any], parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer, saved: Mapping[str, Any], parameters: Sequence[nn.Parameter]
 ) -> None:
     """Put back a flattened state; keys are places in `parameters`, in the optimiser's own order."""
     groups = optimiser.state_dict()["param_groups"]
@@ -134,13 +230,30 @@ def restore(
 def _unflatten(
     optimiser: torch.optim.Optimizer, key: str, value: Any, parameter: nn.Parameter
 ) -> Any:
-    if isinstance(value, Tensor):
-        found = shard_like(value, parameter)
-        return found.view(parameter.dtype) if key == RESIDUAL else found
-    if not (isinstance(value, Mapping) and value.keys() == {"quantised"}):
-        return value
     maker: Any = optimiser
-    moment = maker._new_buffer(parameter, signed=key == "exp_avg")
-    for part, tensor in value["quantised"].items():
-        getattr(moment, part).copy_(tensor)
-    return moment
+    if hasattr(maker, "_new_buffer") and key in ("exp_avg", "exp_avg_sq"):
+        moment = maker._new_buffer(parameter, signed=key == "exp_avg")
+        _fill(moment, value, parameter)
+        return moment
+    if not isinstance(value, Tensor):
+        return value
+    found = local_shard(shard_like(value, parameter))
+    return found.view(parameter.dtype) if key == RESIDUAL else found
+
+
+def _fill(moment: Any, saved: Any, parameter: Tensor) -> None:
+    """Bit for bit, but where one of the two is quantised and the other is not: then the number of
+    ranks has moved the shards off the blocks."""
+    if isinstance(saved, Tensor):
+        moment.copy_(local_shard(shard_like(saved, parameter)))
+        return
+    parts, place = saved["quantised"], Elements.of(parameter)
+    codes = local_shard(shard_like(parts["codes"], parameter))
+    if hasattr(moment, "codes"):
+        moment.codes.copy_(codes)
+        first = place.first // BLOCK
+        moment.scale.copy_(parts["scale"][first : first + len(moment.scale)])
+        return
+    block_of = (place.first + torch.arange(place.count)) // BLOCK
+    values = parts["qmap"].cpu()[codes.cpu().flatten().long()] * parts["scale"].cpu()[block_of]
+    moment.copy_(values.view(codes.shape))

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from exgrpo_fast.core.dtensor import full_tensor
+from exgrpo_fast.core.dtensor import full_tensor, local_shard
 from exgrpo_fast.training.optim.adamw import (
     Kind,
     flatten,
+    local_parameter,
     make_adamw,
+    quantise_by_whole,
     repeatable,
     restore,
     set_learning_rate,
@@ -73,9 +76,13 @@ class Optimiser:
         self.max_grad_norm = max_grad_norm
         self.skip_grad_norm = skip_grad_norm
         self.num_updates = 0
-        self.adamw = make_adamw(
-            kind, self.parameters, lr=lr, betas=betas, weight_decay=weight_decay
-        )
+        self.kind: Kind = kind
+        self.shards = [local_parameter(parameter) for parameter in self.parameters]
+        self.adamw = make_adamw(kind, self.shards, lr=lr, betas=betas, weight_decay=weight_decay)
+        whole_of = dict(zip(self.shards, self.parameters, strict=True))
+        self.ordered = [whole_of[p] for group in self.adamw.param_groups for p in group["params"]]
+        if kind == "adamw_8bit":
+            quantise_by_whole(self.adamw, whole_of)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one pack's loss."""
@@ -104,21 +111,33 @@ class Optimiser:
     def applying(self, lr: float) -> Iterator[None]:
         """Around the steps of AdamW that make one update."""
         set_learning_rate(self.adamw, lr)
-        with repeatable(self.adamw, self.num_updates):
+        for parameter, own in zip(self.parameters, self.shards, strict=True):
+            if own is not parameter and parameter.grad is not None:
+                own.grad = local_shard(parameter.grad)
+        with repeatable(self.adamw, self.num_updates, rank_of(self.parameters)):
             yield
         self.num_updates += 1
 
     def discard(self) -> None:
         """Drop the accumulated gradients; weights and moments stay as they are."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in (*self.parameters, *self.shards):
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Of a sharded policy: a collective of all ranks."""
+        state = self.adamw.state_dict()["state"]
+        has_blocks = self.kind == "adamw_8bit"
         return {
             "num_updates": self.num_updates,
-            "moments": flatten(self.adamw.state_dict()["state"]),
+            "moments": flatten(state, self.ordered, has_blocks=has_blocks),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]
-        ordered = [p for group in self.adamw.param_groups for p in group["params"]]
-        restore(self.adamw, state["moments"], ordered)
+        restore(self.adamw, state["moments"], self.ordered)
+
+
+def rank_of(parameters: Sequence[nn.Parameter]) -> int:
+    """0 where nothing is sharded."""
+    meshes = (p.device_mesh for p in parameters if isinstance(p, DTensor))
+    return next((mesh.get_local_rank() for mesh in meshes), 0)
