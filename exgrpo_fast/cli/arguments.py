@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
+from exgrpo_fast.core.http_client import EndpointError, authorization, checked_url
 from exgrpo_fast.data import check_first_rows
 from exgrpo_fast.rewards import RewardError, check_reference
 
@@ -97,6 +98,7 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
             check_first_rows(source, **fields)
     if not for_another_machine:
         require_engine(config)
+        require_servers(config)
     require_model(name, "model.name")
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
@@ -104,6 +106,19 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
     for package in config.log.to:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"log.to: {package} is not installed: pip install {package}")
+
+
+def require_servers(config: Config) -> None:
+    """The addresses and the key of rollout servers that run already."""
+    server = config.rollout.server
+    if config.rollout.engine != "vllm_server" or not server.urls:
+        return
+    try:
+        for url in server.urls:
+            checked_url(url)
+        authorization(server.key_env)
+    except EndpointError as error:
+        raise ConfigError(f"rollout.server: {error}") from None
 
 
 def require_model(name: str, key: str) -> None:

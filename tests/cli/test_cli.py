@@ -74,6 +74,8 @@ def refused(run):
 
 # --- mistakes -------------------------------------------------------------------------------------
 
+SERVED = "train quickstart --rollout.engine vllm_server --rollout.server.urls"
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -111,6 +113,8 @@ def refused(run):
         ),
         ("train quickstart --data.eval none.jsonl", "data none.jsonl: no rows"),
         ("train quickstart --rollout.engine vllm", "rollout.engine vllm: vLLM is not installed"),
+        (f"{SERVED} [http://host:8100]", "no key in the environment variable EXGRPO_FAST_KEY"),
+        (f"{SERVED} [host]", "rollout.server: the base URL has to look like https://host/v1"),
         ("train quickstart --data.train row.jsonl", "did you mean rows.jsonl?"),
         ("train quickstart --data.eval no.parquet", "data.eval: no.parquet does not exist"),
         (
