@@ -128,6 +128,18 @@ def require_model(name: str, key: str) -> None:
         require_file(f"{name}/config.json", key)
 
 
+def require_tokenizer(name: str, key: str) -> None:
+    """ConfigError for a folder without any file of a tokenizer: transformers reads one of these."""
+    folder = Path(name)
+    if not folder.is_dir() or list(folder.glob("*.gguf")):
+        return
+    if not any(_OF_TOKENIZER.match(path.name) for path in folder.iterdir()):
+        raise ConfigError(f"{key} {name}: no tokenizer: the folder has no tokenizer.json")
+
+
+_OF_TOKENIZER = re.compile(r"tokenizer|vocab|tekken|.*\.(?:model|tiktoken)$")
+
+
 def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 

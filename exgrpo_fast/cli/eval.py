@@ -14,6 +14,7 @@ from exgrpo_fast.cli.arguments import (
     require_file,
     require_model,
     require_rewards,
+    require_tokenizer,
 )
 from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
 
@@ -97,6 +98,7 @@ def evaluated_model(arguments: argparse.Namespace) -> EvaluatedModel:
     config, endpoint = model_config(arguments), endpoint_of(arguments)
     if not endpoint:  # beside one the folder may hold a tokenizer alone
         require_model(str(config.model.name), "--model")
+    require_tokenizer(str(config.model.name), "--model")
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
     return EvaluatedModel(

@@ -17,6 +17,7 @@ from exgrpo_fast.cli.arguments import (
     choose_device,
     positive,
     require_file,
+    require_tokenizer,
     resume_point,
 )
 from exgrpo_fast.cli.memory_plan import show_plan
@@ -102,6 +103,7 @@ def train(arguments: argparse.Namespace) -> int:
     check_inputs(config, for_another_machine=arguments.device_memory_gib is not None)
     if arguments.dry_run:
         return show_dry_run(arguments, config, processes=rank.count) if rank.is_main else 0
+    require_tokenizer(str(config.model.name), "model.name")
     out = Path(arguments.out or f"runs/{Path(arguments.config).stem}")
     supervised: Supervised | None = arguments.supervised
     if supervised:

@@ -106,6 +106,12 @@ SERVED = "train quickstart --rollout.engine vllm_server --rollout.server.urls"
             "train grpo --data.train good.jsonl --model.name empty",
             "empty/config.json does not exist",
         ),
+        (
+            "train grpo --data.train good.jsonl --model.name mute",
+            "model.name mute: no tokenizer: the folder has no tokenizer.json",
+        ),
+        ("eval --model mute --data good.jsonl", "--model mute: no tokenizer"),
+        ("sample --model mute --prompt hello", "--model mute: no tokenizer"),
         ("train quickstart --data.train rows.jsonl", "no field 'prompt', 'problem', 'question'"),
         (
             "train quickstart --data.train bad.jsonl",
@@ -145,6 +151,8 @@ def test_a_mistake_is_one_line_and_exit_2(refused, tmp_path: Path, words: str, s
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1 + 1"\n{"prompt": "", "answer": ""}\n')
     (tmp_path / "none.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute" / "config.json").write_text("{}")
     assert said in refused(*words.split())
 
 
@@ -167,6 +175,8 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
               "eval --model m --data no.jsonl", "sample --model m", "buffer stats nowhere",
               "train quickstart --data.train bad.jsonl", "train quickstart --rollout.engine vllm",
               "train grpo --data.train good.jsonl --model.name empty",
+              "train grpo --data.train good.jsonl --model.name mute",
+              "eval --model mute --data good.jsonl", "sample --model mute --prompt hello",
               "train quickstart --dry-run", "init new", "--help"):
     try:
         main(words.split())
@@ -177,6 +187,8 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1\n')
     (tmp_path / "good.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute" / "config.json").write_text("{}")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -186,7 +198,7 @@ for words in ("train quickstart --train.lrr 1", "train quikstart", "train quicks
         cwd=tmp_path,
     )
     codes = [line for line in done.stderr.splitlines() if not line.startswith("exgrpo-fast: ")]
-    assert len(codes) == 17, done.stderr
+    assert len(codes) == 20, done.stderr
     assert all(line.endswith(" 2") for line in codes[:-3])
     assert codes[-3:] == ["train quickstart --dry-run 0", "init new 0", "--help 0"]
 
