@@ -478,9 +478,8 @@ def figures_of(out: Path) -> Found:
     last = {k: v for k, v in steps[-1].items() if k.startswith(("seconds", "peak", "tokens"))}
     if rehearsed is None:
         return last
-    return last | dict(
-        zip(("rehearsed_gib", "planned_gib"), map(float, rehearsed.groups()), strict=True)
-    )
+    peak, planned = map(float, rehearsed.groups())
+    return {**last, "rehearsed_gib": peak, "planned_gib": planned}
 
 
 # ---- all -----------------------------------------------------------------------------------------

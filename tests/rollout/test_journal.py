@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import OwnEngine
+from torch import Tensor
 
 from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
@@ -74,9 +75,12 @@ def same(a: Completion, b: Completion) -> bool:
         and (a.token_ids.dtype, a.logprobs.dtype) == (torch.int64, torch.float32)
         and a.truncated == b.truncated
         and a.weight_spans == b.weight_spans
-        and (a.entropies is None) == (b.entropies is None)
-        and (a.entropies is None or torch.equal(a.entropies, b.entropies))
+        and same_entropies(a.entropies, b.entropies)
     )
+
+
+def same_entropies(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def check(found: list[Completion], requests: list[Request]) -> None:

