@@ -195,14 +195,15 @@ def _equal(gold: list[Any], found: list[Any]) -> bool:
 
 def _is_complex(parsed: list[Any]) -> bool:
     """Whether `i`, which math-verify takes for a variable, is the only one."""
-    return {str(symbol) for symbol in getattr(parsed[0], "free_symbols", ())} == {"i"}
+    value = parsed[0] if parsed else None  # nothing is left of a comma
+    return {str(symbol) for symbol in getattr(value, "free_symbols", ())} == {"i"}
 
 
 def _complex(parsed: list[Any]) -> list[Any]:
     """With the imaginary unit for `i`, in real and imaginary part."""
-    value = parsed[0]
-    if not _is_complex(parsed) or not hasattr(value, "expand"):
+    if not _is_complex(parsed) or not hasattr(parsed[0], "expand"):
         return parsed
+    value = parsed[0]
     (symbol,) = value.free_symbols
     unit = importlib.import_module("sympy").I
     return [value.subs(symbol, unit).doit().expand(complex=True), *parsed[1:]]
@@ -210,7 +211,7 @@ def _complex(parsed: list[Any]) -> list[Any]:
 
 def _differ_though_tiny(gold: list[Any], found: list[Any]) -> bool:
     """Whether two numbers below 1e-3 are apart: math-verify compares their first six decimals."""
-    numbers = [parsed[0] for parsed in (gold, found) if getattr(parsed[0], "is_number", False)]
+    numbers = [p[0] for p in (gold, found) if p and getattr(p[0], "is_number", False)]
     if len(numbers) < 2:
         return False
     one, other = (number.doit() for number in numbers)  # a percent sign is left unevaluated
