@@ -131,6 +131,17 @@ def step(results: Results) -> Rows:
     return rows
 
 
+def growth(results: Results) -> Rows:
+    rows = [["what grows", "from", "to", "CPU seconds", "exponent"]]
+    for row in results["rows"]:
+        sizes, seconds = row["sizes"], row["cpu_seconds"]
+        spent = f"{seconds[0]:.3f} to {seconds[-1]:.3f}"
+        rows.append(
+            [row["grows"], f"{sizes[0]:,}", f"{sizes[-1]:,}", spent, f"{row['exponent']:.2f}"]
+        )
+    return rows
+
+
 def packing(results: Results) -> Rows:
     header = ["prompt", "longest completion", "tokens read, to each alone"]
     header += ["time of an update, to each alone"]
@@ -220,6 +231,7 @@ TABLES = {
     "cpu/when_experience_pays.json": Table("docs/when-to-use-what.md", when_experience_pays),
     "cpu/step.json": Table("docs/memory.md", step),
     "cpu/packing.json": Table("docs/memory.md", packing),
+    "cpu/growth.json": Table("docs/scale.md", growth),
     "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
 }
 # Every file of bench/results/ and what writes it anew.
@@ -238,6 +250,7 @@ COMMANDS = {
     "cpu/eapo.json": "python bench/eapo.py",
     "cpu/eapo_study.json": "python bench/study_eapo.py",
     "cpu/experience.json": "python bench/experience.py",
+    "cpu/growth.json": "python bench/growth.py",
     "cpu/herl_quickstart.json": "exgrpo-fast train quickstart-herl",
     "cpu/loss-sparsity.json": "python bench/loss.py --sparsity 1e-4",
     "cpu/loss.json": "python bench/loss.py",

@@ -1,5 +1,6 @@
 """The programs of bench/ still find what they measure."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -36,3 +37,12 @@ def broken() -> dict[str, str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_can_be_imported(broken: dict[str, str], script: str) -> None:
     assert script not in broken, broken[script]
+
+
+def test_the_exponent_of_growth_is_that_of_a_power_law(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    growth = importlib.import_module("growth")
+    sizes = [1, 2, 8, 64]
+    for power in (0.0, 1.0, 2.0):
+        found = growth.exponent(sizes, [3.0 * size**power for size in sizes])
+        assert found == pytest.approx(power, abs=1e-9)

@@ -97,11 +97,14 @@ def test_what_others_need_is_not_compared(compared) -> None:
 
 def test_every_committed_case_is_compared() -> None:
     baseline = PROGRAM.parent / "results" / "cpu"
-    files = {
-        name: json.loads((baseline / name).read_text()) for name in ("memory.json", "step.json")
+    rows = {
+        name: json.loads((baseline / name).read_text())["rows"]
+        for name in ("memory.json", "step.json", "loss.json")
     }
-    ours = [row for row in files["step.json"]["rows"] if row["side"] == "exgrpo_fast"]
-    figures = 3 * len(files["memory.json"]["rows"]) + 2 * len(ours)
+    fused = [row for row in rows["loss.json"] if row["provider"] == "linear_policy_loss"]
+    steps = [row for row in rows["step.json"] if row["side"] == "exgrpo_fast"]
+    assert fused and steps
+    figures = 3 * len(rows["memory.json"]) + 2 * len(steps) + len(fused)
     done = subprocess.run(
         [sys.executable, PROGRAM, baseline, "--baseline", baseline], capture_output=True, text=True
     )
