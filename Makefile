@@ -93,10 +93,11 @@ lint: $(VENV)/.dev ## ruff and pyright
 bench: $(VENV)/.dev ## the fused loss against its peers on this machine
 	$(BIN)/python bench/loss.py
 
-regress: $(VENV)/.dev ## memory and time of a step and the loss beside the committed measurements
+regress: $(VENV)/.dev ## memory and time of a step, the loss and a rollout beside the committed measurements
 	$(BIN)/python bench/memory.py --out runs/bench/memory.json
 	$(BIN)/python bench/step.py --out runs/bench
 	$(BIN)/python bench/loss.py --only linear_policy_loss --out runs/bench
+	$(BIN)/python bench/cpu_memory.py --rounds 1 --out runs/bench
 	$(BIN)/python bench/regress.py runs/bench
 
 clean:

@@ -128,25 +128,24 @@ def main() -> None:
     folder = model_folder(arguments.model, NullScreen())
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine("cpu"),
+        **machine("cpu"),
         "model": arguments.model,
         "sequences": arguments.sequences,
         "tokens": arguments.tokens,
-        "rounds": [],
+        "rows": [],
     }
     for number in range(arguments.rounds):
         for work in arguments.works:
             for keep in (False, True):
                 row = in_a_process(arguments, folder, work, keep)
-                row = {"round": number, "work": work, "keeps": keep, **row}
-                results["rounds"].append(row)
+                side = "transformers" if work == "generate" else "exgrpo_fast"
+                row = {"round": number, "work": work, "side": side, "keeps": keep, **row}
+                results["rows"].append(row)
                 print(row, flush=True)
     results["medians"] = {
         f"{work} {'kept' if keep else 'default'}": {
             name: statistics.median(
-                row[name]
-                for row in results["rounds"]
-                if (row["work"], row["keeps"]) == (work, keep)
+                row[name] for row in results["rows"] if (row["work"], row["keeps"]) == (work, keep)
             )
             for name in ("cpu_seconds", "kernel_seconds", "page_faults", "tokens_per_cpu_second")
         }

@@ -165,7 +165,7 @@ def cpu_memory(results: Results) -> Rows:
     rows = [["", "CPU seconds, default and kept", "page faults, default and kept"]]
     for work, name in names.items():
         default, kept = (
-            next(r for r in results["rounds"] if r["work"] == work and r["keeps"] is keeps)
+            next(r for r in results["rows"] if r["work"] == work and r["keeps"] is keeps)
             for keeps in (False, True)
         )
         rows.append(

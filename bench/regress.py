@@ -3,6 +3,7 @@
     python bench/memory.py --out FOLDER/memory.json
     python bench/step.py --out FOLDER
     python bench/loss.py --out FOLDER
+    python bench/cpu_memory.py --rounds 1 --out FOLDER
     python bench/regress.py FOLDER [--baseline bench/results/cpu]
 
 Every case of every file in FOLDER whose name is known below is compared with its baseline. Exit 1
@@ -65,6 +66,11 @@ FILES = {
         case=("case", "provider"),
         time=("time_to_naive",),
         only=(("provider", "linear_policy_loss"),),
+    ),
+    "cpu_memory.json": Columns(
+        case=("work", "keeps", "round"),
+        time=("cpu_seconds",),
+        only=(("side", "exgrpo_fast"),),
     ),
 }
 

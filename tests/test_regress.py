@@ -99,12 +99,15 @@ def test_every_committed_case_is_compared() -> None:
     baseline = PROGRAM.parent / "results" / "cpu"
     rows = {
         name: json.loads((baseline / name).read_text())["rows"]
-        for name in ("memory.json", "step.json", "loss.json")
+        for name in ("memory.json", "step.json", "loss.json", "cpu_memory.json")
     }
     fused = [row for row in rows["loss.json"] if row["provider"] == "linear_policy_loss"]
-    steps = [row for row in rows["step.json"] if row["side"] == "exgrpo_fast"]
-    assert fused and steps
-    figures = 3 * len(rows["memory.json"]) + 2 * len(steps) + len(fused)
+    steps, rollouts = (
+        [row for row in rows[name] if row["side"] == "exgrpo_fast"]
+        for name in ("step.json", "cpu_memory.json")
+    )
+    assert fused and steps and rollouts
+    figures = 3 * len(rows["memory.json"]) + 2 * len(steps) + len(fused) + len(rollouts)
     done = subprocess.run(
         [sys.executable, PROGRAM, baseline, "--baseline", baseline], capture_output=True, text=True
     )
