@@ -55,3 +55,16 @@ def met(arguments: Sequence[str]) -> Iterator[Processes]:
     place = RankInfo(int(rank), int(count), int(rank))
     with joined(place, "cpu", deadline=SECONDS, store=f"file://{store}") as processes:
         yield processes
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that torchrun has started, in the order of their ranks."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(map(int, children))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False

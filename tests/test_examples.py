@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from several_processes import environment
 
 from exgrpo_fast.api.inputs import make_config
+from exgrpo_fast.config import load_config
 from exgrpo_fast.run.metrics import METRICS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -146,3 +150,47 @@ def test_the_notebook_runs_from_top_to_bottom(
     text = str([cell.get("outputs") for cell in done.cells])
     assert "before  avg@4" in text and "image/png" in text
     assert (tmp_path / "runs/notebook/report.html").exists()
+
+
+# --- clusters -------------------------------------------------------------------------------------
+
+
+def options_of(script: str) -> list[str]:
+    """The words of the one torchrun command, its continued lines joined."""
+    joined = script.replace("\\\n", " ")
+    (line,) = (x for x in joined.splitlines() if "torchrun" in x and " -m exgrpo_fast" in x)
+    return shlex.split(line.rstrip("&"), comments=False)
+
+
+def assert_goes_on_by_itself(words: list[str]) -> None:
+    """torchrun restarts all ranks, each time from the newest checkpoint, in a folder that stays."""
+    at = words.index("-m")
+    assert int(words[words.index("--max-restarts") + 1]) >= 1
+    assert words[words.index("--rdzv-backend") + 1] == "c10d"
+    assert words[at : at + 3] == ["-m", "exgrpo_fast", "train"]
+    assert words[words.index("--resume") + 1] == "auto" and "--out" in words
+    values = ['["http://there:1"]' if word == "$SERVERS" else word for word in words[at:]]
+    keys = {w.removeprefix("--"): v for w, v in pairwise(values) if w.startswith("--") and "." in w}
+    config = load_config(words[at + 3], list(keys.items()))
+    assert config.rollout.engine == "vllm_server"
+    assert config.rollout.server.urls or config.rollout.server.gpus == [6, 7]
+
+
+def test_the_slurm_script_is_bash_and_comes_back() -> None:
+    path = EXAMPLES / "cluster" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    script = path.read_text()
+    assert_goes_on_by_itself(options_of(script))
+    headers = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.M)
+    assert {"nodes", "requeue", "signal", "open-mode", "time"} <= set(headers)
+    assert "trap stop_and_requeue USR1" in script and "scontrol requeue" in script
+
+
+def test_the_skypilot_file_has_what_a_managed_job_needs() -> None:
+    task = yaml.safe_load((EXAMPLES / "cluster" / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "num_nodes", "resources", "envs", "file_mounts", "setup", "run"}
+    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] == 3
+    bash = subprocess.run(["bash", "-n"], input=task["run"], text=True, capture_output=True)
+    assert bash.returncode == 0, bash.stderr
+    assert_goes_on_by_itself(options_of(task["run"]))
+    assert task["envs"]["RUN"].startswith("/runs/") and "/runs" in task["file_mounts"]

@@ -131,5 +131,5 @@ def _listens(port: int) -> bool:
 
 def _questions(out: Path, step: int) -> list[tuple[str, str]]:
     """(question, source) of every trajectory of a step, in order."""
-    table = parquet.read_table(out / "completions" / f"step_{step}.parquet")
+    table = parquet.read_table(out / "completions" / f"step_{step:06d}.parquet")
     return [(row["question_id"], row["source"]) for row in table.to_pylist()]

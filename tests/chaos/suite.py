@@ -272,7 +272,7 @@ def plan(short: bool, rng: random.Random) -> list[Scenario]:
         ("offline", scenarios.offline, of_offline),
     ]
     if not short:
-        chosen.append(("servers", lambda w: rollout_servers.servers(w, 24), of_servers))
+        chosen.append(("servers", lambda w: rollout_servers.servers(w, 20), of_servers))
         chosen.append(("refusal", scenarios.refusal_seconds, of_refusal))
         chosen.append(("supervised", scenarios.supervised, of_supervised))
         chosen.append(("leaks", lambda w: scenarios.leaks(w, 1000), of_leaks))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REWARDS
-from several_processes import environment
+from several_processes import environment, is_alive, workers_of
 from torch import Tensor
 from toy_runs import SECONDS, assert_same_course, command, make_inputs, run, run_command, steps
 
@@ -101,12 +101,6 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_same_course(folder / out, folder / "one")
 
 
-def workers_of(pid: int) -> list[int]:
-    """The processes that torchrun has started, in the order of their ranks."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return sorted(map(int, children))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     """And the newest checkpoint, perhaps one before the one being written, goes on."""
@@ -133,10 +127,3 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     ended = run_command(folder, 2, "killed", "--max-steps", str(step + 1), "--resume", "auto")
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert f"resumed after step {step}" in ended.stdout
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False

@@ -1,0 +1,99 @@
+"""What clusters do to a run under torchrun: SIGTERM with a grace, and a rank that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from several_processes import environment, is_alive, workers_of
+from toy_runs import SECONDS, command, make_inputs, run, steps
+
+from exgrpo_fast.run.checkpoint.format import Checkpoints
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+LONG = ["--max-steps", "100000", "--checkpoint.every", "1", "--deterministic", "--eval.every", "0"]
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    make_inputs(tmp_path, model_folder)
+    return tmp_path
+
+
+@contextmanager
+def two_ranks(folder: Path, out: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """torchrun with two ranks, after their second step."""
+    words = command(folder, 2, out, *LONG, *more)
+    at = words.index("--nproc-per-node")
+    words[at:at] = ["--max-restarts", "1"]
+    log = (folder / f"{out}.log").open("w")
+    with subprocess.Popen(
+        words, cwd=folder, env=environment(), stdout=log, stderr=log, text=True
+    ) as torchrun:
+        try:
+            until_step(folder / out, 2, torchrun)
+            yield torchrun
+        finally:
+            torchrun.kill()
+
+
+def until_step(out: Path, step: int, torchrun: subprocess.Popen[str]) -> None:
+    metrics, end = out / "metrics.jsonl", time.monotonic() + SECONDS
+    while not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        assert torchrun.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+
+
+def newest_step(out: Path) -> int:
+    newest = Checkpoints(out / "checkpoints").newest_valid(pytest.fail)
+    assert newest is not None
+    return int(newest.name.removeprefix("step_"))
+
+
+def assert_unbroken(folder: Path, out: str, last: int) -> None:
+    """Every loss is, bit for bit, that of a run nobody touched."""
+    ended = run(folder, 2, "unbroken", *LONG, "--stop-after", str(last))
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    ours, expected = steps(folder / out), steps(folder / "unbroken")
+    assert [m["step"] for m in ours] == list(range(1, last + 1))
+    assert [m["loss_hex"] for m in ours] == [m["loss_hex"] for m in expected]
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on_bit_for_bit(folder: Path) -> None:
+    with two_ranks(folder, "preempted") as torchrun:
+        workers = workers_of(torchrun.pid)
+        torchrun.send_signal(signal.SIGTERM)
+        torchrun.wait(60)  # it kills after 30 s
+    assert torchrun.returncode == 1, "torchrun's own code for a signal"
+    assert [pid for pid in workers if is_alive(pid)] == []
+    step = newest_step(folder / "preempted")
+    assert step == steps(folder / "preempted")[-1]["step"], "no finished step is lost"
+    resumed = run(folder, 2, "preempted", *LONG, "--resume", "auto", "--stop-after", "2")
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert f"resumed after step {step}" in resumed.stdout
+    assert_unbroken(folder, "preempted", step + 2)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:
+    """Its peer's collective runs into the deadline; torchrun kills the stopped one after 30 s."""
+    with two_ranks(folder, "hung", "--resume", "auto", "--deadline", "10") as torchrun:
+        hanging = workers_of(torchrun.pid)[1]
+        os.kill(hanging, signal.SIGSTOP)
+        stopped_at = steps(folder / "hung")[-1]["step"]
+        until_step(folder / "hung", stopped_at + 3, torchrun)
+        assert not is_alive(hanging)
+        again = workers_of(torchrun.pid)
+        assert len(again) == 2 and hanging not in again
+        torchrun.send_signal(signal.SIGTERM)
+        torchrun.wait(60)
+    log = (folder / "hung.log").read_text()
+    assert log.count("resumed after step") == 1
+    assert_unbroken(folder, "hung", newest_step(folder / "hung"))
