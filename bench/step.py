@@ -6,7 +6,7 @@
 Dr.GRPO on a random model made on the spot: same weights, rows, reward, group size, lengths,
 learning rate, loss, dtype (float32), micro-batch, gradient checkpointing and number of threads, one
 optimiser update a step. Both generate with transformers. Where completions are to have their full
-length, the only end token lies outside the vocabulary; in the cases called `varied` every so many
+length, the only end token has a probability of 0; in the cases called `varied` every so many
 tokens of the vocabulary end one, which leads to the same distribution of lengths on both sides.
 The reward is a hash of the text, so hardly a group is without a gradient. What the two do by default they do: TRL a log line every ten steps, ours a
 line of metrics every step and rewards in worker processes, whose CPU time counts. Saving and
@@ -80,7 +80,7 @@ def pseudo_random(prompts, completions, **columns):
 
 def make_folder(case: Case, folder: Path) -> None:
     """Model, tokenizer, rows and reward. A word a token; the end token is never drawn."""
-    words = ["<unknown>", "<pad>", *(f"w{i}" for i in range(2, case.vocab)), "<end>"]
+    words = ["<unknown>", "<pad>", *(f"w{i}" for i in range(2, case.vocab - 1)), "<end>"]
     numbered = {word: i for i, word in enumerate(words)}
     raw = tokenizers.Tokenizer(models.WordLevel(numbered, unk_token="<unknown>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -89,7 +89,7 @@ def make_folder(case: Case, folder: Path) -> None:
     ).save_pretrained(folder)
     heads = max(case.width // 64, 1)
     torch.manual_seed(0)
-    Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=case.vocab,
             hidden_size=case.width,
@@ -104,8 +104,16 @@ def make_folder(case: Case, folder: Path) -> None:
             eos_token_id=case.end_tokens,
             bos_token_id=None,
         )
-    ).save_pretrained(folder)
-    drawn = torch.randint(2, case.vocab, (ROWS, case.prompt_tokens)).tolist()
+    )
+    with (
+        torch.no_grad()
+    ):  # channel 0 is large in every state, and speaks against the end token alone
+        model.model.embed_tokens.weight[:, 0] = 0.2
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[-1] = 0.0
+        model.lm_head.weight[-1, 0] = -100.0
+    model.save_pretrained(folder)
+    drawn = torch.randint(2, case.vocab - 1, (ROWS, case.prompt_tokens)).tolist()
     rows = [{"prompt": " ".join(f"w{i}" for i in ids), "answer": "0"} for ids in drawn]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)

@@ -48,9 +48,9 @@ class Case:
 
     @property
     def end_tokens(self) -> list[int]:
-        """The tokenizer's own stands behind the vocabulary and is never drawn."""
+        """The tokenizer's own, the last, is never drawn (`step.make_folder`)."""
         drawn = self.vocab // self.mean_tokens if self.mean_tokens else 0
-        return [self.vocab, *range(2, 2 + drawn)]
+        return [self.vocab - 1, *range(2, 2 + drawn)]
 
 
 @dataclass
