@@ -37,8 +37,8 @@ def check_family(family: str) -> None:
     try:
         policy = policy_of(family)
         before = scores(policy)
-    except (UserError, NotImplementedError, RuntimeError):
-        pytest.skip("refused without freezing too")
+    except (UserError, NotImplementedError, RuntimeError, ValueError):
+        pytest.skip("refused without freezing too")  # ValueError: its own code, docs/models.md
     assert before.logprobs.isfinite().all()
     policy.freeze()
     assert equal(scores(policy), before)
