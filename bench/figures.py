@@ -75,42 +75,42 @@ def draw(results: dict, path: Path) -> None:
 
 
 def draw_when(results: dict, path: Path) -> None:
-    """What each method gains on on-policy by starting success rate, and the courses of the corner."""
+    """What each method gains on on-policy by starting success rate; and where the runs of the
+    corner ended, a dot a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    arms = list(dict.fromkeys(row["arm"] for row in results["table"]))
-    palette = plt.get_cmap("tab20")
-    colours = {arm: palette(i) for i, arm in enumerate(arms)}
-    for place, arm in enumerate(arms):
-        rows = [row for row in results["table"] if row["arm"] == arm]
-        gaps = [row["minus_on_policy"] for row in rows]
-        starts = [100 * row["rate"] * (1 + 0.03 * (place - len(arms) / 2)) for row in rows]
-        means = [100 * gap["mean"] for gap in gaps]
-        left.plot(starts, means, "o-", color=colours[arm], label=arm, lw=1, ms=4)
-        for x, gap in zip(starts, gaps, strict=True):
-            if gap["low"] is not None:
-                left.plot([x, x], [100 * gap["low"], 100 * gap["high"]], color=colours[arm], lw=1)
-    left.set_xscale("log")
-    left.set_xticks([100 * rate for rate in (0.01, 0.03, 0.1, 0.25, 0.5)], [1, 3, 10, 25, 50])
-    left.set_xlabel("correct at the start, %")
-    left.set_ylabel("held-out accuracy minus on-policy, points")
-    left.set_title(
-        "at equal completions; bars: 95 % over seeds, where there are several", fontsize=9
-    )
     corner = results["corner"]
-    for run in results["runs"]:
-        if run["rate"] == corner:
-            xs = [point["completions"] for point in run["curve"]]
-            ys = [100 * point["held_out"] for point in run["curve"]]
-            right.plot(xs, ys, color=colours[run["arm"]], lw=1.2)
-    right.set_xlabel("completions generated")
-    right.set_ylabel("held-out accuracy, %")
-    right.set_title(f"starting with about {100 * corner:.0f} % correct, one line a run", fontsize=9)
-    left.legend(frameon=False, fontsize=7)
+    rows = {(row["rate"], row["arm"]): row for row in results["table"]}
+    rates = sorted({rate for rate, _ in rows})
+    everywhere = [arm for rate, arm in rows if rate == max(rates)]
+    for place, arm in enumerate(everywhere):
+        gaps = [rows[rate, arm]["minus_on_policy"] for rate in rates]
+        xs = [i + 0.08 * (place - len(everywhere) / 2) for i in range(len(rates))]
+        left.plot(xs, [100 * gap["mean"] for gap in gaps], "o", color=f"C{place}", label=arm, ms=4)
+        for x, gap in zip(xs, gaps, strict=True):
+            if gap["low"] is not None:
+                left.plot([x, x], [100 * gap["low"], 100 * gap["high"]], color=f"C{place}", lw=1)
+    left.set_xticks(range(len(rates)), [f"{100 * rate:.0f}" for rate in rates])
+    left.axhline(0, color="grey", lw=0.6)
+    left.set_ylim(-60, 60)
+    left.set_xlabel("correct at the start, about, %")
+    left.set_ylabel("held-out accuracy minus on-policy, points")
+    left.set_title("at equal completions; bars: 95 % over seeds, cut at 60 points", fontsize=9)
+    left.legend(frameon=False, fontsize=7, loc="upper right")
+
+    arms = [arm for rate, arm in rows if rate == corner]
+    for place, arm in enumerate(arms):
+        ends = [100 * value for value in rows[corner, arm]["end"]["values"]]
+        right.plot(ends, [place] * len(ends), "o", color="C0", alpha=0.6, ms=6)
+    right.set_yticks(range(len(arms)), arms, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(0, 100)
+    right.set_xlabel("held-out accuracy at the end, %")
+    right.set_title(f"starting with about {100 * corner:.0f} % correct, a dot a seed", fontsize=9)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"small sums, {results['device']}, {results['date']}", fontsize=10)

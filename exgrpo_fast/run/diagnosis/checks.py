@@ -22,7 +22,7 @@ KEYS = {
         "kl": "algorithm.kl.coef",
         "entropy": "algorithm.clip_high, algorithm.entropy_coef",
         "reward": "reward.functions; exgrpo-fast reward-test",
-        "hard": "recipe exgrpo with replay.start_success_rate null, recipe eapo, easier questions",
+        "hard": "easier questions, more steps, recipe eapo with a stronger prior",
         "easy": "data.train with harder questions",
         "sync": "rollout.mismatch, rollout.engine",
         "clip": "train.max_grad_norm",
