@@ -141,7 +141,7 @@ def of_signals(f: Figures) -> list[Entry]:
     clean = f["right"] == f["signals"] and not f["orphans"] + f["tracebacks"]
     slowest = f["seconds_max"]
     return [
-        Entry("F22", "SIGTERM and SIGINT", f"{f['right']}/{f['signals']} right", "all", clean),
+        Entry("F22", "SIGTERM and SIGINT", f"{f['right']}/{f['signals']} correct", "all", clean),
         Entry("F22", "from signal to end", f"{slowest} s", "<= 5 s", slowest <= 5.0, timed=True),
     ]
 
@@ -196,7 +196,7 @@ def of_numbers(f: Figures) -> list[Entry]:
         ),
         Entry(
             "F7",
-            "all right, all wrong, 20 steps each",
+            "all correct, all wrong, 20 steps each",
             f"exit {[c['exit'] for c in constant]}, weights bit-identical "
             f"{[c['weights_bit_identical'] for c in constant]}",
             "exit 0, bit-identical",

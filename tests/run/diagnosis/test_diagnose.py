@@ -57,7 +57,7 @@ def test_groups_without_gradient_are_a_fault_where_nothing_is_correct() -> None:
     easy = log(zero_variance=shares, all_fail=[0.0] * 20, all_pass=shares)
     assert found(easy)["zero-variance groups"] == (False, 11)
     text = diagnose(hard)[0].line()
-    assert "95% of groups carry no gradient: reward" in text and "recipe exgrpo" in text
+    assert "95% of groups carry no gradient: reward" in text and "recipe eapo" in text
 
 
 @pytest.mark.parametrize(
