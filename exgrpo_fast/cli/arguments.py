@@ -124,8 +124,16 @@ def require_servers(config: Config) -> None:
 def require_model(name: str, key: str) -> None:
     if looks_local(name):
         require_file(name, key)
-    if Path(name).is_dir() and not list(Path(name).glob("*.gguf")):
-        require_file(f"{name}/config.json", key)
+    folder = Path(name)
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise ConfigError(f"{key}: {name} is a file; give a model's folder or a .gguf file")
+    if not folder.is_dir() or list(folder.glob("*.gguf")) or (folder / "config.json").exists():
+        return
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{key}: {name} is a run; its models are in checkpoints/step_N/hf")
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{key}: {name} is an adapter; merge it into its model first")
+    require_file(f"{name}/config.json", key)
 
 
 def require_tokenizer(name: str, key: str) -> None:

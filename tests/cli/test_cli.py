@@ -102,6 +102,9 @@ SERVED = "train quickstart --rollout.engine vllm_server --rollout.server.urls"
         ("train grpo", "model.name is not set"),
         ("train grpo --model.name a/b", "data.train is not set"),
         ("train quickstart --model.name ./modle", "model.name: ./modle does not exist"),
+        ("train grpo --data.train good.jsonl --model.name ./rows.jsonl", "rows.jsonl is a file;"),
+        ("train grpo --data.train good.jsonl --model.name a_run", "checkpoints/step_N/hf"),
+        ("train grpo --data.train good.jsonl --model.name adapter", "merge it into its model"),
         (
             "train grpo --data.train good.jsonl --model.name empty",
             "empty/config.json does not exist",
@@ -151,8 +154,10 @@ def test_a_mistake_is_one_line_and_exit_2(refused, tmp_path: Path, words: str, s
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1 + 1"\n{"prompt": "", "answer": ""}\n')
     (tmp_path / "none.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "mute").mkdir()
-    (tmp_path / "mute" / "config.json").write_text("{}")
+    (tmp_path / "a_run" / "checkpoints").mkdir(parents=True)
+    for folder, file in (("mute", "config.json"), ("adapter", "adapter_config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
     assert said in refused(*words.split())
 
 
