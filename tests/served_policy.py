@@ -65,9 +65,15 @@ class ServedPolicy(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: ServedPolicy  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def do_GET(self) -> None:
+        """Of /health: that it answers."""
+        self.reply([{"version": self.server.version}])
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        lines = self.server.lines(self.path, body)
+        self.reply(self.server.lines(self.path, body))
+
+    def reply(self, lines: list[dict[str, Any]]) -> None:
         self.send_response(200)
         self.end_headers()
         self.wfile.write("\n".join(map(json.dumps, lines)).encode())
