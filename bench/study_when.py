@@ -6,8 +6,8 @@
 The policy (2 layers, width 96) learns to show the steps of a sum; a copy of it then learns to name a
 wrong number instead. The starts lie on the straight line between the weights of the two, where about
 1, 3, 10, 25, 50 % of the training questions are solved.
-From each of these starts every method trains until it has generated the same number of completions:
-revisions and prior-guided completions count, and EAPO begins with half of the budget spent, for its
+From each of these starts every method trains until it has generated the same number of completions
+(BUDGETS): revisions and prior-guided completions count, and EAPO begins with half of the budget spent, for its
 prior is the on-policy run of the same seed at that point. All methods share Dr.GRPO, learning rate
 and step size. HeRL alone is rewarded by rubrics; held-out accuracy is the exact answer for all.
 
@@ -95,7 +95,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "questions only from step 1": {**FROM_STEP_1, "replay.mixer": "question_only"},
 }
 ABLATION_RATES = (0.01, 0.03, 0.10)
+# As many completions a step in groups of another size, where few groups carry a gradient.
 CORNER = 0.03
+GROUP_SIZES: dict[str, dict[str, Any]] = {
+    f"{arm}, groups of {size}": {
+        **keys,
+        "rollout.group_size": size,
+        "rollout.prompts_per_step": 128 // size,
+    }
+    for size in (4, 16)
+    for arm, keys in ((BASELINE, ARMS[BASELINE]), ("ExGRPO from step 1", FROM_STEP_1))
+}
 TOY = {
     "train.lr": 1e-4,
     "train.max_steps": 200,
@@ -106,7 +116,9 @@ TOY = {
     "reward.functions": ["exact"],  # reasoning_gym gives a wrong 86 half a point where 8 is right
     "reward.workers": 1,
 }
-BUDGET = 4096  # completions
+EVERY_ARM = ARMS | ABLATIONS | GROUP_SIZES
+# Completions of a run: four times as many where no method moves in the first 4,096.
+BUDGETS = {0.01: 16_384, 0.03: 16_384, 0.10: 4096, 0.25: 4096, 0.50: 4096}
 POINTS = 4  # held-out evaluations along a run, the last one with all questions and 8 completions
 FEW_QUESTIONS, FEW_COMPLETIONS = 64, 4
 QUESTIONS, COMPLETIONS = 128, 8
@@ -216,7 +228,8 @@ def task_of(config: Config) -> GymTask:
 def run_cell(shop: Workshop, arm: str, rate: float, seed: int, runs: list[dict]) -> dict:
     """Train one policy for the budget; its record."""
     cell = shop.runs / f"seed{seed}"
-    keys = {**(ARMS | ABLATIONS)[arm], "model.name": str(shop.start(seed, rate))}
+    budget = BUDGETS[rate]
+    keys = {**EVERY_ARM[arm], "model.name": str(shop.start(seed, rate))}
     names = ("completions", "tokens_generated", "tokens_trained", "cpu_seconds")
     spent: dict[str, float] = dict.fromkeys(names, 0.0)
     halfway = cell / f"halfway_{rate:g}"
@@ -237,12 +250,12 @@ def run_cell(shop: Workshop, arm: str, rate: float, seed: int, runs: list[dict])
         shop.before[folder] = full(shop.held_out).avg_at_n
     start = shop.before[folder]
     curve = [{**spent, "held_out": start}]
-    marks = [BUDGET * (i + 1) / POINTS for i in range(POINTS - 1)]
+    marks = [budget * (i + 1) / POINTS for i in range(POINTS - 1)]
     marks = [mark for mark in marks if mark > spent["completions"]]
     steps, at_half = [], None
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(shop, config, policy, engine, Path(folder) / "run")
-        while spent["completions"] < BUDGET:
+        while spent["completions"] < budget:
             before = time.process_time()
             batch, metrics = trainer.step()
             spent["cpu_seconds"] += time.process_time() - before
@@ -251,7 +264,7 @@ def run_cell(shop: Workshop, arm: str, rate: float, seed: int, runs: list[dict])
             if marks and spent["completions"] >= marks[0]:
                 marks.pop(0)
                 curve.append({**spent, "held_out": few(few_questions).avg_at_n})
-            if arm == BASELINE and at_half is None and spent["completions"] >= BUDGET / 2:
+            if arm == BASELINE and at_half is None and spent["completions"] >= budget / 2:
                 at_half = dict(spent)
                 policy.model.save_pretrained(halfway)
     end = full(shop.held_out)
@@ -315,8 +328,13 @@ def cells(seeds: int) -> Iterator[tuple[float, str, int]]:
     """The baseline of a rate before the others, since EAPO's prior comes from it."""
     for seed in range(seeds):
         for rate in (0.03, 0.10, 0.01, 0.25, 0.50):
-            for arm in ARMS if rate not in ABLATION_RATES else [*ARMS, *ABLATIONS]:
+            for arm in arms_of(rate):
                 yield rate, arm, seed
+
+
+def arms_of(rate: float) -> list[str]:
+    ablations = ABLATIONS if rate in ABLATION_RATES else {}
+    return [*ARMS, *ablations, *(GROUP_SIZES if rate == CORNER else {})]
 
 
 def load_runs(path: Path) -> list[dict]:
@@ -329,14 +347,16 @@ def save(path: Path, runs: list[dict]) -> None:
         "date": datetime.date.today().isoformat(),
         "device": f"cpu ({platform.machine()}), 1 thread",
         "torch": torch.__version__,
-        "budget": BUDGET,
+        "budgets": {str(rate): budget for rate, budget in BUDGETS.items()},
         "corner": CORNER,
         "toy": TOY,
         "table": table_of(runs),
-        "runs": runs,
+        "runs": [],
     }
+    a_run_a_line = ",\n  ".join(map(json.dumps, runs))
+    text = json.dumps(results, indent=1).replace('"runs": []', f'"runs": [\n  {a_run_a_line}\n ]')
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
@@ -378,7 +398,7 @@ def table_of(runs: list[dict]) -> list[dict]:
     """One row a cell, over the seeds that it has; differences are paired by seed."""
     by_key = {key_of(run): run for run in runs}
     rows = []
-    for rate, arm in itertools.product(RATES, ARMS | ABLATIONS):
+    for rate, arm in itertools.product(RATES, EVERY_ARM):
         mine = [run for run in runs if key_of(run)[:2] == (rate, arm)]
         paired = [(r, b) for r in mine if (b := by_key.get((rate, BASELINE, r["seed"])))]
         if not paired:
