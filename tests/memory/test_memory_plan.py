@@ -14,6 +14,7 @@ from conftest import make_questions, peak_bytes, small_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.build.run import run_preflight
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config, validate, with_values
@@ -459,6 +460,17 @@ def test_the_preflight_changes_nothing(
     assert (found.sequences, found.tokens) == (40, 43)
     assert seen == [252] * 6
     assert found.peak_gib > 0
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 1), ("bfloat16", 0)])
+def test_weights_are_copied_while_a_cpu_generates(
+    tokenizer: PreTrainedTokenizerFast, dtype: str, copies: int
+) -> None:
+    model = make_model(tokenizer, seed=0, layers=1, width=48)
+    config = validate({"model": {"dtype": dtype}, "rollout": {"max_completion_tokens": 12}})
+    rows = Planner(model.config, Machine("cpu", None, "transformers")).plan(config).rows
+    found = rows.get("generation: packed weights", {"rollout": 0.0})["rollout"]
+    assert found == copies * 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_a_device_that_is_too_small_is_said(
