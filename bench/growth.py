@@ -55,7 +55,7 @@ def loss_work(tokens: int, vocabulary: int) -> Callable[[], object]:
     hidden = torch.randn(tokens, WIDTH, requires_grad=True)
     weight = (torch.randn(vocabulary, WIDTH) / WIDTH**0.5).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,))
-    columns = {
+    columns: dict[str, Any] = {
         "advantages": torch.randn(tokens),
         "behaviour_logprobs": torch.full((tokens,), -float(np.log(vocabulary))),
         "weights": torch.full((tokens,), 1.0 / tokens),

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def listening() -> set[str]:
 @pytest.mark.parametrize("host", [None, "127.0.0.2"])
 def test_the_store_of_the_weights_listens_on_its_address_alone(host: str | None) -> None:
     before = listening()
-    named = {} if host is None else {"host": host}
+    named: dict[str, Any] = {} if host is None else {"host": host}
     sender = BroadcastSender(torch.float32, device=torch.device("cpu"), **named)
     new = {address.split(":")[0] for address in listening() - before}
     assert new == {"0100007F" if host is None else "0200007F"}
