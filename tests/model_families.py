@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,9 @@ from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+# What the page says of each family: "right", or "refused (...)".
+ROWS = dict(re.findall(r"^\| ([a-z0-9_.-]+) \| ((?:right|refused).*) \|$", PAGE.read_text(), re.M))
 PROMPT, EOS, LARGEST = tuple(range(3, 40)), 2, 3_000_000
 # As far as a family's config knows the key; None leaves it out.
 SMALL: dict[str, Any] = {

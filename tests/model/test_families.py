@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
-from model_families import FAMILIES, outcome
+from model_families import FAMILIES, ROWS, outcome
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-ROWS = dict(re.findall(r"^\| ([a-z0-9_.-]+) \| ((?:right|refused).*) \|$", PAGE.read_text(), re.M))
 QUICK = ["llama", "gpt2", "gpt_oss", "gemma3_text", "mixtral", "stablelm"]
 
 

@@ -135,7 +135,11 @@ class ServerEngine(AsyncEngine):
                 posts.append(
                     pool.submit(server.connection.post, "/update", body, deadline=self.deadline)
                 )
-            return lambda: void(wait(posts))
+
+            def finish() -> None:
+                wait(posts)
+
+            return finish
 
         weights = self.policy.named_weights()
         with ThreadPoolExecutor(len(servers)) as pool:
@@ -153,10 +157,6 @@ class ServerEngine(AsyncEngine):
         for server in self.fleet.servers:
             server.connection.close()
         self.sender.close()
-
-
-def void(_: object) -> None:
-    """For an expression whose value is of no interest."""
 
 
 def as_lost(error: BaseException | None) -> EngineLost | None:

@@ -35,8 +35,8 @@ class Server:
 class Fleet:
     """Servers that are live, have joined and wait for weights, or are left out.
 
-    A server that is left out is tried again by a thread of its own: started where it is ours, then
-    asked to join. It takes part again once `admit` is called, when it has the current weights.
+    A background thread retries each server that is left out: it restarts a process of ours, then
+    asks the server to join. It takes part again once `admit` is called, when it has the current weights.
     """
 
     def __init__(
