@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -170,3 +171,11 @@ def test_rollout_multiplies_by_weights_in_onednns_layout() -> None:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
     found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
     torch.testing.assert_close(found, rows @ weight.T)
+
+
+def test_broadcast_sets_the_device_and_time_limit_of_a_gloo_group() -> None:
+    """weight_transfer.make_group: the options of gloo, and the device that names its address."""
+    options: Any = torch.distributed.ProcessGroupGloo._Options()  # type: ignore
+    device = torch.distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    options._devices, options._timeout = [device], timedelta(seconds=3)
+    assert len(options._devices) == 1 and options._timeout == timedelta(seconds=3)
