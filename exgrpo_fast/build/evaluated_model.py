@@ -57,7 +57,8 @@ class EvaluatedModel:
         return found
 
     def question(self, text: str) -> Question:
-        question = question_from_text(text, tokenizer=self.tokenizer)
+        system_prompt = self.config.data.system_prompt
+        question = question_from_text(text, tokenizer=self.tokenizer, system_prompt=system_prompt)
         self._fit([len(question.prompt_ids)])
         return question
 

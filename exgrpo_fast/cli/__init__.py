@@ -113,7 +113,7 @@ def outcome(argv: Sequence[str] | None) -> int | str | None:
 def parser() -> Parser:
     top = Parser(
         prog="exgrpo-fast",
-        description="RLVR on one GPU with fused losses and experience replay.",
+        description="GRPO that learns from its own past, on one GPU, with fused losses.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"exgrpo-fast {__version__}")

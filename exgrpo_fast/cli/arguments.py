@@ -20,10 +20,11 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line with a suggestion."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """A `dest` that is a config key shows its last word in the help: `-n N`."""
+        """The value of an option is called by the last word of its `dest`: `--id-field FIELD`."""
         action = super().add_argument(*names, **options)
-        if "." in action.dest and action.nargs != 0 and not (action.metavar or action.choices):
-            action.metavar = action.dest.rpartition(".")[2].upper()
+        is_named = bool(action.metavar or action.choices)
+        if action.option_strings and action.nargs != 0 and not is_named:
+            action.metavar = re.split(r"[._]", action.dest)[-1].upper()
         return action
 
     def error(self, message: str) -> NoReturn:
@@ -42,7 +43,9 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
 
 def add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--device-memory-gib", type=gibibytes, help="plan for a GPU of this size, not for this one"
+        "--device-memory-gib",
+        type=gibibytes,
+        help="plan for a GPU of this size, not for this one",
     )
 
 

@@ -16,9 +16,15 @@ from exgrpo_fast.config import ConfigError, suggest
 
 
 def add_bench(commands: Any) -> None:
-    c = add_command(commands, "bench", bench, "measure against references; without a name: a list")
-    c.add_argument("name", nargs="?", help="such as loss, rollout, step, memory")
-    c.add_argument("words", nargs=argparse.REMAINDER, help="its own options; try --help")
+    c = add_command(
+        commands, "bench", bench, "measure against other implementations; without a name: a list"
+    )
+    c.add_argument("name", nargs="?", metavar="NAME", help="such as loss, rollout, step, memory")
+    c.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        help="options of that measurement; NAME --help lists them",
+    )
 
 
 def bench(arguments: argparse.Namespace) -> int:

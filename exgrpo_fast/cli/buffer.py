@@ -41,7 +41,7 @@ SORT_KEYS = ("bucket", "trajectories", "visits", "entropy", "age")  # of `buffer
 
 
 def add_buffer(commands: Any) -> None:
-    text = "the experience of a run: look inside, make it smaller, export it"
+    text = "the replay buffer of a run: look inside, make it smaller, export it"
     buffer = commands.add_parser("buffer", help=text, description=text, allow_abbrev=False)
     actions = buffer.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -51,19 +51,26 @@ def add_buffer(commands: Any) -> None:
         return made
 
     a = action("stats", buffer_stats, "how much is stored, how old and how hard it is")
-    a.add_argument("--json", action="store_true")
+    a.add_argument("--json", action="store_true", help="the same as JSON")
 
     a = action("ls", buffer_ls, "the stored questions, one a line")
-    a.add_argument("--sort", choices=SORT_KEYS, default="bucket", help=f"{' | '.join(SORT_KEYS)}")
+    a.add_argument(
+        "--sort", metavar="KEY", choices=SORT_KEYS, default="bucket", help=" | ".join(SORT_KEYS)
+    )
     a.add_argument("--bucket", type=natural, help="only the questions of this bucket")
     a.add_argument("--limit", type=positive, help="only the first so many")
 
     a = action("show", buffer_show, "a question and its stored trajectories")
-    a.add_argument("id")
+    a.add_argument("id", metavar="ID", help="of a question, as `ls` prints it")
 
     a = action("prune", buffer_prune, "write the checkpoint anew, with fewer trajectories")
-    a.add_argument("--max-age", type=natural, help="drop those born more steps ago")
-    a.add_argument("--max-per-question", type=positive, help="drop the highest entropies above it")
+    a.add_argument("--max-age", metavar="N", type=natural, help="drop those born more steps ago")
+    a.add_argument(
+        "--max-per-question",
+        metavar="N",
+        type=positive,
+        help="keep so many, those of the lowest entropy",
+    )
     a.add_argument("--out", required=True, help="new, such as runs/NEW/checkpoints/step_80")
 
     a = action("export", buffer_export, "trajectories as a parquet file for replay.store.pool")
@@ -75,23 +82,27 @@ def add_buffer(commands: Any) -> None:
     a.add_argument("--out", required=True, help="a new .parquet file")
     name = "whose tokenizer the run will have; scores what has no log-probs"
     a.add_argument("--model", dest="model.name", required=True, help=name)
-    a.add_argument("--data", dest="data.train", required=True, help="the questions of the run")
+    a.add_argument(
+        "--data", dest="data.train", metavar="FILE", required=True, help="the questions of the run"
+    )
     for field, default in PROMPT_AND_ANSWER.items():
         a.add_argument(f"--{field}-field", dest=f"data.{field}_field", help=f"default: {default}")
     a.add_argument("--id-field", dest="data.id_field", help="as data.id_field of the run")
     a.add_argument(
         "--max-completion-tokens",
         dest="rollout.max_completion_tokens",
+        metavar="N",
         type=positive,
         default=2048,
         help="longer ones are left out (2048)",
     )
     a.add_argument(
         "--correct-from",
+        metavar="REWARD",
         type=float,
         help="reward of a correct completion (1 for each reward function)",
     )
-    a.add_argument("--device", choices=["cpu", "cuda"])
+    a.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
 
 
 def open_store(path: str) -> SavedStore:

@@ -12,7 +12,7 @@ from exgrpo_fast.cli.arguments import add_command, require_file
 def add_check_data(commands: Any) -> None:
     text = "every bad row of a file, with line and reason"
     c = add_command(commands, "check-data", check_data, text)
-    c.add_argument("file")
+    c.add_argument("file", metavar="FILE", help="as data.train: .jsonl, .json, .parquet")
     c.add_argument("--prompt-field", help="default: prompt, problem, question or messages")
     c.add_argument("--answer-field", help="default: answer, or another usual name")
 

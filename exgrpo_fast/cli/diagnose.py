@@ -14,7 +14,7 @@ from exgrpo_fast.run.diagnosis.logs import read_log
 
 
 def add_diagnose(commands: Any) -> None:
-    text = "what is wrong with a run of ours, TRL or verl, since when, and which key mends it"
+    text = "what is wrong with a run, since when, and which key mends it; runs of TRL and verl too"
     c = add_command(commands, "diagnose", diagnose, text)
     c.add_argument(
         "path", metavar="RUN", help="run directory, TRL's output folder, verl's JSON lines"

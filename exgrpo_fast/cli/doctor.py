@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,22 @@ from exgrpo_fast.cli.memory_plan import show_plan
 from exgrpo_fast.config import load_config
 from exgrpo_fast.core.text import clean_line
 
+UNWRAPPED = 10_000  # columns of a pipe or a file
+
 
 def add_doctor(commands: Any) -> None:
     c = add_command(
         commands, "doctor", doctor, "what is installed, what works, what is missing for what"
     )
     c.add_argument(
-        "--model", help="a folder whose forward pass is checked, and that vLLM is to run"
+        "--model",
+        metavar="FOLDER",
+        help="check the forward pass of this model, and that vLLM can run it",
     )
-    c.add_argument("--json", action="store_true")
-    c.add_argument("--config", help="show the memory plan of this config or recipe as well")
+    c.add_argument("--json", action="store_true", help="the same as JSON")
+    c.add_argument(
+        "--config", metavar="CONFIG", help="show the memory plan of this config or recipe as well"
+    )
     add_memory(c)
 
 
@@ -31,20 +40,26 @@ def doctor(arguments: argparse.Namespace) -> int:
     if arguments.model:
         require_file(arguments.model, "--model")
     report = collect(model=Path(arguments.model) if arguments.model else None)
-    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNWRAPPED
+    print(json.dumps(report, indent=2) if arguments.json else render(report, columns=columns))
     if config is not None:
         return show_plan(config, None, arguments.device_memory_gib)
     return 0
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as text: one line a check, with what to do about it."""
+def render(report: dict[str, Any], *, columns: int = UNWRAPPED) -> str:
+    """The report as text: a check, and what to do about it, in as many lines as it needs."""
     width = max(len(check["name"]) for check in report["checks"])
+    indent = " " * (width + 8)
     lines = [f"python {report['python']} on {report['platform']}", ""]
     for check in report["checks"]:
         mark = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}[check["status"]]
         text = "; ".join(part for part in (check["detail"], check["advice"]) if part)
-        lines.append(f"{mark}  {check['name']:<{width}}  {text}")
+        text = clean_line(f"{mark}  {check['name']:<{width}}  {text}")
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        lines += textwrap.wrap(
+            text, max(columns, len(indent) + 30), subsequent_indent=indent, **options
+        )
     counts = {s: sum(c["status"] == s for c in report["checks"]) for s in ("ok", "warn", "fail")}
     verdict = "ready to train" if report["ok"] else "not ready: see FAIL above"
     lines += ["", f"{verdict} ({counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail)"]

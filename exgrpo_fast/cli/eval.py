@@ -26,7 +26,9 @@ MAX_PROMPT_TOKENS, COMPLETION_TOKENS = 4096, 2048
 
 def add_eval(commands: Any) -> None:
     c = add_command(commands, "eval", evaluate, "avg@n and pass@k of a model on held-out questions")
-    c.add_argument("--data", required=True, nargs="+", help=".jsonl or .parquet files")
+    c.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help=".jsonl, .json or .parquet"
+    )
     c.add_argument("-n", dest="eval.n", type=positive, default=8, help="samples per question (8)")
     c.add_argument(
         "-k",
@@ -35,7 +37,11 @@ def add_eval(commands: Any) -> None:
         help="pass@k, comma separated (1 and n)",
     )
     c.add_argument(
-        "--revise", type=positive, default=0, help="rounds in which failed completions are revised"
+        "--revise",
+        metavar="N",
+        type=positive,
+        default=0,
+        help="rounds in which failed completions are revised (none)",
     )
     add_model_options(c)
 
@@ -59,23 +65,37 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     )
     add("--answer-field", dest="data.answer_field", help="default: answer, or another usual name")
     add(
+        "--system-prompt",
+        dest="data.system_prompt",
+        metavar="TEXT",
+        help="the run's data.system_prompt (none)",
+    )
+    add(
         "--max-completion-tokens",
         dest="rollout.max_completion_tokens",
         type=positive,
+        metavar="N",
         help=f"({COMPLETION_TOKENS}, or what the model has positions for)",
     )
     add("--temperature", dest="eval.temperature", type=float, default=1.0, help="0 = greedy (1.0)")
-    add("--top-p", dest="eval.top_p", type=float, default=1.0)
-    add("--seed", dest="train.seed", type=int, default=0)
+    add("--top-p", dest="eval.top_p", type=float, default=1.0, help="nucleus (1.0)")
+    add("--seed", dest="train.seed", type=int, default=0, help="of the draws (0)")
     add(
         "--allow-mismatch",
         dest="train.allow_mismatch",
         action="store_true",
         help="go on where the check of the forward pass fails",
     )
-    add("--device", choices=["cpu", "cuda"])
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     engines = ("auto", "transformers", "vllm")
-    add("--engine", dest="rollout.engine", choices=engines, default="auto", help="(auto)")
+    add(
+        "--engine",
+        dest="rollout.engine",
+        metavar="ENGINE",
+        choices=engines,
+        default="auto",
+        help=f"{', '.join(engines)} (auto)",
+    )
     add("--endpoint", metavar="URL", help="a vLLM server generates: http://host/v1")
     add("--endpoint-model", metavar="NAME", help="its name there (the only one)")
     add("--endpoint-key-env", metavar="VARIABLE", help="holds its key (no key)")

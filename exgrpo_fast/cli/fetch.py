@@ -9,9 +9,11 @@ from exgrpo_fast.cli.arguments import add_command
 
 
 def add_fetch(commands: Any) -> None:
-    text = "the folder of smollm2 or of a .gguf file, fetched and converted once"
+    text = "download and convert smollm2 or a .gguf file once; prints its folder"
     c = add_command(commands, "fetch", fetch, text)
-    c.add_argument("model", help="as model.name: smollm2, a .gguf file or a folder with one")
+    c.add_argument(
+        "model", metavar="MODEL", help="as model.name: smollm2, a .gguf file or a folder with one"
+    )
 
 
 def fetch(arguments: argparse.Namespace) -> int:

@@ -48,8 +48,9 @@ ROWS = """\
 def add_init(commands: Any) -> None:
     text = "write config.yaml, reward.py and sample data into a folder"
     c = add_command(commands, "init", init, text)
-    c.add_argument("folder")
-    c.add_argument("--recipe", default="exgrpo", choices=recipe_names())
+    c.add_argument("folder", metavar="FOLDER", help="made where it is missing")
+    recipe = {"choices": recipe_names(), "metavar": "RECIPE", "default": "exgrpo"}
+    c.add_argument("--recipe", help="one that `train --help` lists (exgrpo)", **recipe)
 
 
 def init(arguments: argparse.Namespace) -> int:
@@ -58,6 +59,7 @@ def init(arguments: argparse.Namespace) -> int:
             print(path)
     except OSError as error:
         raise ConfigError(f"init {arguments.folder}: {error.strerror}") from None
+    print(f"next: exgrpo-fast train {arguments.folder}/config.yaml --dry-run")
     return 0
 
 

@@ -214,7 +214,7 @@ def check_devices(devices: list[dict[str, Any]], torch_version: str) -> list[Che
         for device in gpus
     ]
     if not gpus:
-        detail = "no CUDA device: tiny models only, such as the quickstart's"
+        detail = "no CUDA device: small models only, such as smollm2"
         advice = ""
         if shutil.which("nvidia-smi") and "+cpu" in torch_version:
             advice = f"torch {torch_version} is built without CUDA; install the CUDA build of torch"

@@ -11,13 +11,13 @@ from exgrpo_fast.rewards.selftest.check_reward import built_in_golds, check_rewa
 
 
 def add_reward_test(commands: Any) -> None:
-    text = "a reward against gold, wrong and adversarial answers"
+    text = "what a reward gives to gold answers, wrong ones and adversarial ones"
     c = add_command(commands, "reward-test", reward_test, text)
     c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
     c.add_argument("--data", nargs="+", default=[], help="gold answers; default: a built-in list")
     c.add_argument("--prompt-field", help="default: prompt, problem, question or messages")
     c.add_argument("--answer-field", help="default: answer, or another usual name")
-    c.add_argument("--json", action="store_true")
+    c.add_argument("--json", action="store_true", help="the same as JSON")
 
 
 def reward_test(arguments: argparse.Namespace) -> int:

@@ -13,10 +13,10 @@ from exgrpo_fast.core.text import clean_text
 
 def add_sample(commands: Any) -> None:
     c = add_command(commands, "sample", sample, "look at completions with their rewards")
-    c.add_argument("--data", help="take the question from this file")
-    c.add_argument("--row", type=int, default=0, help="which question (0)")
-    c.add_argument("--prompt", help="or ask this")
-    c.add_argument("-n", dest="eval.n", type=positive, default=4)
+    c.add_argument("--data", metavar="FILE", help="take the question from this file")
+    c.add_argument("--row", type=int, default=0, help="which question of it (0)")
+    c.add_argument("--prompt", metavar="TEXT", help="or ask this")
+    c.add_argument("-n", dest="eval.n", type=positive, default=4, help="completions (4)")
     add_model_options(c)
     c.set_defaults(**{"eval.k": [1]})
 

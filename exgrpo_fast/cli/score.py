@@ -22,9 +22,13 @@ ROWS_AT_ONCE = 2048  # bounds memory; large enough to keep the workers busy
 
 
 def add_score(commands: Any) -> None:
-    c = add_command(commands, "score", score, "rows {gold, completion} -> {reward, reason, ms}")
-    c.add_argument("--in", dest="input", required=True)
-    c.add_argument("--out", dest="output", required=True)
+    c = add_command(commands, "score", score, "rewards of the completions in a file")
+    c.add_argument(
+        "--in", dest="input", metavar="FILE", required=True, help="rows with gold and completion"
+    )
+    c.add_argument(
+        "--out", dest="output", metavar="FILE", required=True, help="gets reward, reason, ms"
+    )
     c.add_argument("--functions", default="math_verify", help="comma separated (math_verify)")
 
 

@@ -45,7 +45,9 @@ def add_train(commands: Any) -> None:
     c = add_command(
         commands, "train", train, "train a policy; any config key can be set, as --train.lr 1e-5"
     )
-    c.add_argument("config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
+    c.add_argument(
+        "config", metavar="CONFIG", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}"
+    )
     c.add_argument("--out", help="run directory (default runs/NAME)")
     c.add_argument(
         "--resume", type=resume_point, default="never", help="auto | never | STEP (default never)"
@@ -53,11 +55,16 @@ def add_train(commands: Any) -> None:
     c.add_argument(
         "--from-rollouts",
         metavar="RUN",
-        help="in place of a config: train on what steps of a run trained on (log.updates)",
+        help="in place of CONFIG: train again on what a run trained on (log.updates)",
     )
-    c.add_argument("--steps", type=step_range, metavar="A:B", help="of --from-rollouts")
-    c.add_argument("--max-steps", type=positive, help="same as --train.max_steps")
-    c.add_argument("--stop-after", type=positive, help="stop after so many steps of this session")
+    c.add_argument("--steps", type=step_range, metavar="A:B", help="which steps of --from-rollouts")
+    c.add_argument("--max-steps", type=positive, metavar="N", help="same as --train.max_steps")
+    c.add_argument(
+        "--stop-after",
+        type=positive,
+        metavar="N",
+        help="stop after N more steps; --resume auto goes on",
+    )
     c.add_argument("--deterministic", action="store_true", help="bitwise repeatable, slower")
     c.add_argument(
         "--dry-run", action="store_true", help="show the resolved config and memory plan, and exit"
@@ -77,7 +84,7 @@ def add_train(commands: Any) -> None:
         help="silence after which a run is stopped and restarted (300, more for slow phases)",
     )
     c.add_argument("--supervised", type=Supervised.parse, help=argparse.SUPPRESS)
-    c.epilog = "config keys: " + " ".join(all_keys())
+    c.epilog = "config keys, each an option (docs/config.md): " + " ".join(all_keys())
 
 
 def with_config(words: Sequence[str]) -> list[str]:

@@ -10,9 +10,9 @@ from exgrpo_fast.cli.arguments import add_command
 
 
 def add_verify_checkpoint(commands: Any) -> None:
-    text = "exit 0 if whole, else 1 and the bad file"
+    text = "whether a checkpoint is whole; else exit code 1 and the bad file"
     c = add_command(commands, "verify-checkpoint", verify_checkpoint, text)
-    c.add_argument("folder")
+    c.add_argument("folder", metavar="DIR", help="such as RUN/checkpoints/step_N")
 
 
 def verify_checkpoint(arguments: argparse.Namespace) -> int:

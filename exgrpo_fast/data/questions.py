@@ -88,10 +88,12 @@ def _refuse_too_many(report: DataReport, bad_rows: Sequence[BadRow], max_bad_row
         )
 
 
-def question_from_text(prompt: str, *, tokenizer: Any) -> Question:
+def question_from_text(
+    prompt: str, *, tokenizer: Any, system_prompt: str | None = None
+) -> Question:
     """A question typed by hand; it has no answer to compare with."""
     row = CheckedRow("--prompt", content_id(prompt, ""), prompt, "")
-    [made] = _Renderer(tokenizer, None)([row])
+    [made] = _Renderer(tokenizer, system_prompt)([row])
     if isinstance(made, BadRow):
         raise DataError(str(made))
     return made

@@ -77,7 +77,7 @@ SECTIONS: dict[str, list[Metric]] = {
         Metric("num_trained", "tokens", "the same, as the loss has counted them"),
         Metric("num_shaped", "tokens", "of them with the shaped ratio"),
         Metric("grad_norm", "", "largest gradient norm of the step's updates, before clipping"),
-        Metric("lr", "", "learning rate"),
+        Metric("lr", "", "learning rate of the last update"),
         Metric("skipped", "updates", "refused, or without anything to learn"),
         Metric("ratio_mean", "", "mean importance ratio of unshaped tokens"),
         Metric("ratio_max", "", "its maximum"),

@@ -260,7 +260,7 @@ class UpdateReport:
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    lr: float = 0.0
+    lr: float | None = None  # of the last update; None where nothing was updated
     sums: BatchSums = field(default_factory=BatchSums)
     skipped: Counter[str] = field(default_factory=Counter)
     refused: list[RefusedUpdate] = field(default_factory=list)

@@ -82,7 +82,7 @@ SERVED = "train quickstart --rollout.engine vllm_server --rollout.server.urls"
     [
         ("trian quickstart", "invalid choice: 'trian'"),
         ("trian quickstart", "did you mean 'train'?"),
-        ("train", "train: the following arguments are required: config"),
+        ("train", "train: the following arguments are required: CONFIG"),
         ("train quikstart", "unknown recipe 'quikstart'; did you mean 'quickstart'?"),
         ("train nowhere.yaml", "config file nowhere.yaml: No such file or directory"),
         ("train quickstart --train.lrr 1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
@@ -232,6 +232,19 @@ def test_version_and_help(run) -> None:
     assert "-n N " in shown and "--temperature TEMPERATURE" in shown and "EVAL." not in shown
 
 
+def test_every_option_is_explained_and_fits_sixty_columns(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    waiting: list[tuple[str, argparse.ArgumentParser]] = [("", parser())]
+    while waiting:
+        name, command = waiting.pop()
+        assert all(len(line) <= 60 for line in command.format_help().splitlines()), name
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += [(f"{name} {word}", made) for word, made in action.choices.items()]
+            else:
+                assert action.help, (name, action.option_strings or action.dest)
+
+
 def test_dry_run_shows_what_would_be_trained(run, tmp_path: Path) -> None:
     shown = run("train", "quickstart", "--dry-run", "--max-steps", 7, "--train.lr=3e-5")
     tree = yaml.safe_load(shown.out)
@@ -267,7 +280,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(
 def test_init_writes_a_project_that_validates(run, refused, tmp_path: Path, recipe: str) -> None:
     written = run("init", "new", "--recipe", recipe)
     names = ["config.yaml", "reward.py", "train.jsonl"]
-    assert (written.code, written.out.split()) == (0, [f"new/{name}" for name in names])
+    *paths, following = written.out.splitlines()
+    assert (written.code, paths) == (0, [f"new/{name}" for name in names])
+    assert following == "next: exgrpo-fast train new/config.yaml --dry-run"
     assert run("train", "new/config.yaml", "--dry-run").code == 0
     checked = run("check-data", "new/train.jsonl")
     assert (checked.code, checked.out) == (0, "3 good rows, 0 bad ones\n")
@@ -530,6 +545,10 @@ def test_eval_and_sample_read_a_checkpoint(run, refused, finished: Path, tmp_pat
     )
     asked = run("sample", *model, *reward, "--prompt", "2 + 2?", "-n", 1)
     assert asked.code == 0 and "no answer to compare with" in asked.out
+    assert "Be brief." not in asked.out
+    for question in (["--prompt", "2 + 2?"], ["--data", "rows.jsonl"]):
+        words = ["sample", *model, *reward, *question, "-n", 1, "--system-prompt", "Be brief."]
+        assert "Be brief." in run(*words).out
 
 
 # --- a file of one's own --------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def test_render_is_one_line_a_check(report):
     ]
     text = doctor.render(report | {"checks": checks, "ok": False})
     assert "\nwarn  vllm  not installed; do this\nFAIL  x     bro\\eken\n" in text
+    narrow = doctor.render(report | {"checks": checks, "ok": False}, columns=40)
+    assert "\nwarn  vllm  not installed; do this\n" in narrow
+    long = [checks[0] | {"advice": "pip install 'exgrpo-fast[vllm]'"}]
+    narrow = doctor.render(report | {"checks": long, "ok": False}, columns=43)
+    assert "\nwarn  vllm  not installed; pip install\n            'exgrpo-fast[vllm]'\n" in narrow
     assert "not ready: see FAIL above (0 ok, 1 warn, 1 fail)" in text
 
 

@@ -270,7 +270,7 @@ def updates(log: Log) -> Iterator[Finding]:
             )
     skipped = log.values("skipped_updates")
     if skipped and sum(skipped) > 0.2 * len(skipped):
-        text = f"{sum(skipped):.0f} updates of {len(skipped)} steps were refused or empty"
+        text = f"{sum(skipped):.0f} updates in {len(skipped)} steps were refused or empty"
         yield Finding("updates", False, text, None, KEYS[log.trainer]["group"])
 
 

@@ -17,6 +17,9 @@ from exgrpo_fast.cli import main
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.run.diagnosis.checks import diagnose, since
 from exgrpo_fast.run.diagnosis.logs import Log, read_log
+from exgrpo_fast.training.batch import UpdateBatch
+from exgrpo_fast.training.update_stats import UpdateReport
+from exgrpo_kernels import PolicyObjective
 
 HERE = Path(__file__).parent
 
@@ -102,6 +105,15 @@ def test_a_reward_that_falls_names_its_best_step() -> None:
 def test_a_constant_reward_and_a_learning_rate_of_zero() -> None:
     run = log(reward=[0.0] * 8, lr=[0.0] * 8)
     assert found(run) == {"reward faults": (True, 1), "learning rate": (True, 1)}
+
+
+def test_steps_without_an_update_have_no_learning_rate(tmp_path: Path) -> None:
+    report = UpdateReport()
+    report.refuse("update_without_gradient", UpdateBatch([], PolicyObjective()), None)
+    step = {"reward_mean": 0.0, "lr": report.lr, "skipped": 1}
+    lines = [json.dumps(step | {"step": i}) for i in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert found(read_log(tmp_path)).keys() == {"reward faults", "updates"}
 
 
 def test_since_is_the_last_unbroken_stretch() -> None:
