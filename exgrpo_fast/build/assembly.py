@@ -8,7 +8,7 @@ from functools import partial
 from exgrpo_fast.build.engines import engine_scores, find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
 from exgrpo_fast.build.experience import make_hindsight, make_replay
-from exgrpo_fast.build.models import make_teacher, vocabulary_of
+from exgrpo_fast.build.models import make_distillation, make_teacher, vocabulary_of
 from exgrpo_fast.build.rewards import make_evaluator, make_verifier
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
@@ -50,6 +50,7 @@ from exgrpo_fast.training.token_advantages import (
     HighEntropyTokens,
     KLCov,
     Rule,
+    without_rewards,
 )
 from exgrpo_fast.training.trainer import Trainer
 from exgrpo_kernels import PolicyObjective
@@ -159,18 +160,22 @@ def make_learner(
         token_rules=make_token_rules(config, policy),
         minibatches=config.train.minibatches,
         reference=reference,
+        distillation=make_distillation(config, policy),
         sparsity=config.train.sparsity,
         tail=config.train.sparse_tail,
     )
 
 
 def make_token_rules(config: Config, policy: Policy) -> list[Rule]:
-    """In the order in which they are applied; loads the teacher of a distillation."""
+    """In the order in which they are applied; loads the teacher of a sampled distillation."""
     tokens, seed = config.algorithm.tokens, config.train.seed
     distillation = config.algorithm.distillation
     rules: list[Rule] = []
-    if distillation.teacher is not None:
-        teacher = make_teacher(config, policy)
+    if distillation.is_over_vocabulary:
+        if not distillation.rewards:
+            rules.append(without_rewards)
+    elif distillation.teacher is not None:
+        teacher = Reference(make_teacher(config, policy))
         rules.append(Distillation(teacher.logprobs, distillation.coef, distillation.rewards))
     if tokens.entropy_shaping > 0:
         rules.append(EntropyShaping(tokens.entropy_shaping, tokens.entropy_shaping_cap))

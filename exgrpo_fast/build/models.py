@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
@@ -30,6 +30,7 @@ from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.run.checkpoint.format import read_manifest
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
+from exgrpo_fast.training.distillation import VocabularyDistillation
 from exgrpo_fast.training.reference import AdapterOff, BehaviourReference, Reference
 
 
@@ -195,7 +196,7 @@ def make_reference(
     )
 
 
-def make_teacher(config: Config, policy: Policy) -> Reference:
+def make_teacher(config: Config, policy: Policy) -> Policy:
     """The frozen model of `algorithm.distillation.teacher`, beside the policy."""
     name, weights = config.algorithm.distillation.teacher, getattr(torch, config.model.weights)
     assert name is not None
@@ -203,12 +204,37 @@ def make_teacher(config: Config, policy: Policy) -> Reference:
         config, name, dtype=weights, device=policy.device.type, processes=policy.processes
     )
     teacher.sizes = policy.sizes
-    return Reference(teacher)
+    teacher.freeze()
+    return teacher
 
 
-def check_teacher(config: Config, tokenizer: Tokenizer) -> None:
-    """ConfigError, before any weights are loaded, where the teacher has another tokenizer."""
-    name = config.algorithm.distillation.teacher
+def make_distillation(config: Config, policy: Policy) -> VocabularyDistillation | None:
+    """None without a teacher, and for the sampled token. ConfigError for heads that its loss cannot
+    compute."""
+    distillation = config.algorithm.distillation
+    if distillation.divergence == "sampled" or distillation.teacher is None:
+        return None
+    teacher = make_teacher(config, policy)
+    for key, model in (("model.name", policy), ("algorithm.distillation.teacher", teacher)):
+        if model.head.bias is not None or model.head.softcap is not None:
+            raise ConfigError(
+                f"algorithm.distillation.divergence {distillation.divergence}: the head of {key} "
+                f"has a bias or caps its logits; set divergence to sampled"
+            )
+    return VocabularyDistillation(
+        teacher,
+        distillation.divergence,
+        mixture=distillation.mixture,
+        coef=distillation.coef,
+        with_rewards=distillation.rewards,
+    )
+
+
+def check_teacher(config: Config, start: str, tokenizer: Tokenizer) -> None:
+    """ConfigError, before any weights are loaded, where the teacher has another tokenizer than the
+    policy of the folder `start`, or for whole distributions a head of another size."""
+    distillation = config.algorithm.distillation
+    name = distillation.teacher
     if name is None:
         return
     theirs = load_tokenizer(name, "algorithm.distillation.teacher")
@@ -217,6 +243,19 @@ def check_teacher(config: Config, tokenizer: Tokenizer) -> None:
             f"algorithm.distillation.teacher {name} has another tokenizer ({len(theirs)} tokens) "
             f"than model.name ({len(tokenizer)} tokens)"
         )
+    own, teachers = (head_size(folder) for folder in (start, name))
+    if distillation.is_over_vocabulary and own != teachers:
+        raise ConfigError(
+            f"algorithm.distillation.teacher {name} has a head of {teachers} tokens, model.name one "
+            f"of {own}; divergence {distillation.divergence} compares them one by one, set it to "
+            f"sampled"
+        )
+
+
+def head_size(name: str) -> int:
+    """Rows of the language-model head of a folder or hub name, padding included."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return config.get_text_config().vocab_size
 
 
 def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:

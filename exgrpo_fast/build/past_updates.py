@@ -14,7 +14,13 @@ from typing import Any
 
 from exgrpo_fast.build.assembly import make_advantages, make_learner, make_objective
 from exgrpo_fast.build.environment import prepare_process, use_deterministic_algorithms
-from exgrpo_fast.build.models import adapter_of, load_tokenizer, make_policy, make_reference
+from exgrpo_fast.build.models import (
+    adapter_of,
+    check_teacher,
+    load_tokenizer,
+    make_policy,
+    make_reference,
+)
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
@@ -94,6 +100,7 @@ def train_again(
         verify(resume_from)
     start = past.start
     tokenizer = load_tokenizer(start)
+    check_teacher(config, start, tokenizer)
     seed_everything(config.train.seed)
     config, _ = resolve_auto(config, start, device=device, note=lambda line: None)
     adapter = adapter_of(config, resume_from)

@@ -63,7 +63,7 @@ def open_run(
     for line in processes.run_on_rank0(lambda: check_folder(config, start, tokenizer)):
         screen.note(line)
     check_prior(config, start, tokenizer)
-    check_teacher(config, tokenizer)
+    check_teacher(config, start, tokenizer)
     with make_rewards(config) if processes.is_main else contextlib.nullcontext() as rewards:
         train, held_out = load_data(config, tokenizer, screen)
         longest = max(len(question.prompt_ids) for question in [*train, *held_out])

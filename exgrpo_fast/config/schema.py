@@ -108,6 +108,12 @@ class Config(Section):
         """Only fresh completions bring the sets that their tokens were drawn from."""
         if self.rollout.top_k == 0:
             return
+        if self.algorithm.distillation.is_over_vocabulary:
+            raise ValueError(
+                f"algorithm.distillation.divergence {self.algorithm.distillation.divergence} "
+                "compares whole distributions, and rollout.top_k trains truncated ones; set "
+                "divergence to sampled, or top_k to 0"
+            )
         for name in ("replay", "hindsight", "prior_resampling"):
             if getattr(self, name).enabled:
                 raise ValueError(
@@ -169,9 +175,11 @@ class Config(Section):
                     "algorithm.tokens.kl_cov has no effect with train.minibatches 1: its term is "
                     "0 until the policy has moved; set train.minibatches to 2 or more"
                 )
-        if algorithm.distillation.teacher is not None and self.replay.weight == "proximal":
+        distillation = algorithm.distillation
+        is_sampled = distillation.teacher is not None and not distillation.is_over_vocabulary
+        if is_sampled and self.replay.weight == "proximal":
             raise ValueError(
-                "algorithm.distillation gives tokens of a trajectory advantages of either sign, "
+                "algorithm.distillation.divergence sampled gives tokens of a trajectory advantages of either sign, "
                 "which replay.weight proximal does not take; use another weight"
             )
         low, high = tokens.clip_cov_range

@@ -360,13 +360,25 @@ class MismatchConfig(Section):
 
 
 class DistillationConfig(Section):
-    """On-policy distillation: docs/losses.md. A token's advantage falls by its reverse KL."""
+    """On-policy distillation: docs/losses.md."""
 
     teacher: str | None = Field(
         default=None, description="a model with the policy's tokenizer; null = no distillation"
     )
-    coef: PositiveFloat = Field(default=1.0, description="weight of the reverse KL")
+    divergence: Literal["sampled", "reverse", "forward", "jsd"] = Field(
+        default="sampled",
+        description="to the teacher: sampled = reverse KL of the sampled token, as an advantage; "
+        "others over the whole vocabulary",
+    )
+    mixture: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.5, description="of divergence jsd: the teacher's share of the middle"
+    )
+    coef: PositiveFloat = Field(default=1.0, description="weight of the divergence")
     rewards: bool = Field(default=True, description="beside it, the advantages of the groups")
+
+    @property
+    def is_over_vocabulary(self) -> bool:
+        return self.teacher is not None and self.divergence != "sampled"
 
 
 class TokensConfig(Section):

@@ -23,6 +23,7 @@ from exgrpo_fast.memory.trainer_memory import (
     Head,
     States,
     Update,
+    beside_a_teacher,
     frozen_copy,
     released,
     scoring,
@@ -181,6 +182,12 @@ class Planner:
             head = head._replace(is_trained=False)  # its gradient is among what is gathered
         chunk_rows = config.tile_tokens or None
         of_update = update(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
+        if config.algorithm.distillation.is_over_vocabulary:
+            of_update = beside_a_teacher(
+                of_update, head, tokens=tokens, chunk_rows=chunk_rows, **same
+            )
+            if gathered_bytes:
+                gathered_bytes["update"] += gathered_bytes["scoring"]
         if config.model.offload_activations:
             of_update = self._offloaded(of_update, tokens, weights)
         of_scoring = scoring(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)

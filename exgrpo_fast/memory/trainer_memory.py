@@ -16,6 +16,7 @@ import torch
 
 from exgrpo_fast.memory.tracing import Passes
 from exgrpo_kernels import runtime
+from exgrpo_kernels.distillation_loss import BUFFERS
 from exgrpo_kernels.sparse_backward import num_tiles
 
 # Of a trained weight, between two updates: exgrpo_fast/training/optim/adamw.py. flashoptim keeps a 16-bit residual
@@ -144,6 +145,35 @@ def scoring(
     rows = tokens * head.width * compute.itemsize
     chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
     return BYTES_PER_ROW * tokens + max(passes.scoring, rows + cast + chunk)
+
+
+def beside_a_teacher(
+    made: Update,
+    head: Head,
+    *,
+    tokens: int,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    device: Literal["cpu", "cuda"],
+    chunk_rows: int | None = None,
+) -> Update:
+    """`made` with a divergence over the vocabulary in the loss, the teacher's weights apart.
+
+    There are its hidden states, its head in the compute dtype, a second gradient of the hidden states,
+    and after the chunk of logits one of both distributions. `head`: the policy's, for the teacher's too.
+    """
+    rows = tokens * head.width * compute.itemsize
+    cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
+    row_bytes = BUFFERS * 4 * head.vocabulary
+    count = runtime.chunk_rows(min(tokens, chunk_rows or tokens), row_bytes, torch.device(device))
+    chunk = max(made.chunk, count * row_bytes)
+    return replace(
+        made,
+        chunk=chunk,
+        forward=made.forward + rows,
+        loss=made.loss - made.chunk + chunk + 2 * rows + cast,
+        backward=made.backward + rows,
+    )
 
 
 def chunk_bytes(

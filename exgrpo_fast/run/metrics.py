@@ -90,6 +90,7 @@ SECTIONS: dict[str, list[Metric]] = {
         Metric("shaped_mean", "", "mean shaped ratio of the shaped tokens"),
         Metric("entropy_mean", "nats", "mean entropy of the trained tokens during the update"),
         Metric("kl_ref", "nats", "mean KL term to the reference policy"),
+        Metric("teacher_divergence", "nats", "mean divergence to the teacher: docs/losses.md"),
         Metric("density", "", "tiles of the head that the backward pass computed, of all"),
         Metric("skipped_mass", "", "probability in the tiles that it skipped, of all"),
         Metric("rows_skipped", "tokens", "without a gradient, left out of the backward pass"),

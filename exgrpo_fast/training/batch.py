@@ -137,9 +137,14 @@ class UpdateBatch:
         rule: WeightRule,
         objective: PolicyObjective,
         change_terms: Callable[[list[LossTerm]], list[LossTerm]] = lambda terms: terms,
+        *,
+        all_carry_gradient: bool = False,
     ) -> UpdateBatch:
-        """`change_terms`: gives single tokens their own advantages; sees all terms."""
+        """`change_terms`: gives single tokens their own advantages; sees all terms.
+        `all_carry_gradient`: every term with a weight, whatever its advantage."""
         terms = change_terms(rule.terms(groups))
+        if all_carry_gradient:
+            return UpdateBatch([t for t in terms if t.weight != 0.0], objective)
         return UpdateBatch([t for t in terms if carries_gradient(t, objective)], objective)
 
     def extent(self) -> Extent:

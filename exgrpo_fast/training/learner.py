@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import torch
 
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.model.oom import retry_smaller_on_oom
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.training.batch import TrainingPack, UpdateBatch, WeightRule
+from exgrpo_fast.training.distillation import VocabularyDistillation
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.reference import BehaviourReference, Reference
 from exgrpo_fast.training.token_advantages import Rule, apply_rules
@@ -29,11 +33,13 @@ class Learner:
         token_rules: Sequence[Rule] = (),
         minibatches: int = 1,
         reference: Reference | BehaviourReference | None = None,
+        distillation: VocabularyDistillation | None = None,
         sparsity: str | float = "auto",
         tail: str = "drop",
     ) -> None:
         """`token_rules`: give single tokens of an update their own advantages, in this order.
         `reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
+        `distillation`: a divergence to a teacher beside the objective; None: none.
 
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
@@ -44,6 +50,7 @@ class Learner:
         self.token_rules = token_rules
         self.minibatches = minibatches
         self.reference = reference
+        self.distillation = distillation
         self.sparsity, self.tail = sparsity, tail
 
     def update(
@@ -70,7 +77,8 @@ class Learner:
 
     def _batch_of(self, groups: Sequence[Group], objective: PolicyObjective) -> UpdateBatch:
         rules = partial(apply_rules, self.token_rules)
-        return UpdateBatch.of(groups, self.weights, objective, rules)
+        distils = self.distillation is not None
+        return UpdateBatch.of(groups, self.weights, objective, rules, all_carry_gradient=distils)
 
     def _update_once(
         self, batch: UpdateBatch, report: UpdateReport, on_tokens: Callable[[int], None]
@@ -103,7 +111,7 @@ class Learner:
     ) -> UnreadSums:
         """Leaves the gradient of the batch in the parameters; the figures of its packs."""
         unread = UnreadSums()
-        with self.policy.passes():
+        with self._passes():
             for part in batch.packs(self.policy, at_most_one=not self.optimiser.sums_packs):
                 result = self._loss(part, batch.objective)
                 self.optimiser.backward(result.loss)
@@ -113,33 +121,60 @@ class Learner:
         unread.send()
         return unread
 
+    @contextmanager
+    def _passes(self) -> Iterator[None]:
+        with self.policy.passes():
+            if self.distillation is None:
+                yield
+                return
+            with self.distillation.passes():
+                yield
+
     def _loss(self, part: TrainingPack, objective: PolicyObjective) -> PolicyLoss:
         """Hidden states and head are not kept here: the backward pass does without them."""
-        columns = part.columns
+        columns, distillation = part.columns, self.distillation
+        teacher_hidden_NE = distillation.hidden_states(part.pack) if distillation else None
         hidden_ND = self.policy.hidden_states(part.pack)
         weight, bias, softcap = self.policy.head_for(hidden_ND)
         with self.policy.head_gradient() as head_gradient_VD:
-            return linear_policy_loss(
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_slope(objective)):
+                result = linear_policy_loss(
+                    hidden_ND,
+                    weight,
+                    columns.targets,
+                    advantages=columns.advantages,
+                    behaviour_logprobs=columns.behaviour_logprobs,
+                    weights=columns.weights,
+                    shaping=columns.shaping,
+                    ref_logprobs=columns.ref_logprobs,
+                    sequence_ids=columns.sequence_ids,
+                    kl_weights=columns.kl_weights,
+                    kept_ids=columns.kept_ids,
+                    objective=objective,
+                    weight_main_grad=head_gradient_VD,
+                    bias=bias,
+                    temperature=self.policy.temperature,
+                    softcap=softcap,
+                    sparsity=self.sparsity,
+                    tail=self.tail,
+                    chunk_rows=self.policy.sizes.chunk_rows,
+                )
+            if distillation is None or teacher_hidden_NE is None:
+                return result
+            return distillation.add(
+                result,
                 hidden_ND,
                 weight,
-                columns.targets,
-                advantages=columns.advantages,
-                behaviour_logprobs=columns.behaviour_logprobs,
+                teacher_hidden_NE,
                 weights=columns.weights,
-                shaping=columns.shaping,
-                ref_logprobs=columns.ref_logprobs,
-                sequence_ids=columns.sequence_ids,
-                kl_weights=columns.kl_weights,
-                kept_ids=columns.kept_ids,
-                objective=objective,
                 weight_main_grad=head_gradient_VD,
-                bias=bias,
-                temperature=self.policy.temperature,
-                softcap=softcap,
-                sparsity=self.sparsity,
-                tail=self.tail,
                 chunk_rows=self.policy.sizes.chunk_rows,
             )
+
+    def _has_slope(self, objective: PolicyObjective) -> bool:
+        """False where distillation is all there is: of the policy loss only metrics are needed then."""
+        is_alone = self.distillation is not None and not self.distillation.with_rewards
+        return not is_alone or objective.kl_coef != 0.0 or objective.entropy_coef != 0.0
 
     def rehearse(self, groups: Sequence[Group], objective: PolicyObjective) -> None:
         """The passes of one update without its step: gradients are computed and dropped."""

@@ -111,6 +111,11 @@ class Distillation:
         )
 
 
+def without_rewards(terms: Sequence[LossTerm]) -> list[LossTerm]:
+    """No advantages: for distillation over the whole vocabulary, whose loss stands beside theirs."""
+    return [term._replace(advantage=0.0) for term in terms]
+
+
 # --- covariance of log-prob and advantage ---------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ class MetricSums:
     by the mean over the rows that each is a mean of."""
 
     OVER_SHAPED_ROWS = {"shaped_mean"}
-    OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref", "density", "skipped_mass"}
+    OVER_TRAINED_ROWS = {"entropy_mean", "kl_ref", "teacher_divergence", "density", "skipped_mass"}
     COUNTS = {"num_trained", "num_shaped", "log_ratio_clamped", "rows_skipped"}
 
     def __init__(

@@ -34,7 +34,7 @@ from exgrpo_kernels.linear_head import (
 )
 from exgrpo_kernels.linear_logprob import buffer_dtypes, chunks
 from exgrpo_kernels.objective import check_vector
-from exgrpo_kernels.policy_loss import WithGradients, needs_gradients
+from exgrpo_kernels.policy_loss import WithGradients, check_main_grad, needs_gradients
 
 Divergence = Literal["reverse", "forward", "jsd"]
 DIVERGENCES = ("reverse", "forward", "jsd")
@@ -80,14 +80,17 @@ def linear_distillation_loss(
     divergence: Divergence = "reverse",
     mixture: float = 0.5,
     temperature: float = 1.0,
+    weight_main_grad: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> DistillationLoss:
     """(N, D), (V, D), (N, E), (V, E) -> scalar: sum of weights * divergence, never [N, V].
 
-    weights       [N], mask x normaliser; a row of weight 0 contributes exactly 0, whatever it holds
-    divergence    "reverse", "forward" or "jsd"; `mixture` in (0, 1) is the teacher's share of m
-    temperature   divides both logits; that of the rollouts, so that p is what was sampled from
-    chunk_rows    at most so many rows at a time; None: by the device
+    weights           [N], mask x normaliser; a row of weight 0 contributes exactly 0, whatever it holds
+    divergence        "reverse", "forward" or "jsd"; `mixture` in (0, 1) is the teacher's share of m
+    temperature       divides both logits; that of the rollouts, so that p is what was sampled from
+    weight_main_grad  float32 [V, D]: dW is added to it here, and `weight` gets none from autograd;
+                      the upstream gradient of the loss must then be 1
+    chunk_rows        at most so many rows at a time; None: by the device
 
     Both heads have to give every token a probability above 0. Gradients reach hidden and weight.
     Statistics are float32, float64 when an input is.
@@ -97,6 +100,7 @@ def linear_distillation_loss(
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if not 0.0 < mixture < 1.0:
         raise ValueError(f"mixture must lie in (0, 1), got {mixture}")
+    check_main_grad(weight_main_grad, weight)
     check_vector("weights", weights, len(hidden), hidden.device)
     if len(teacher_weight) != len(weight) or len(teacher_hidden) != len(hidden):
         raise ValueError(
@@ -113,11 +117,12 @@ def linear_distillation_loss(
     needs = [*needs_gradients(hidden, weight), False]
     with torch.no_grad():
         weights_N = weights.detach().to(policy.dtype)
-        gradients = HeadGradients.like(policy, needs)
+        gradients = HeadGradients.like(policy, needs, weight_main_grad)
         value_N = _pass_over_chunks(policy, teacher, weights_N, divergence, mixture, gradients)
         loss = (weights_N * value_N).sum()
         made = gradients.finish(policy)
     if any(needs):
+        needs[1] = needs[1] and weight_main_grad is None
         made = (g if needed else None for g, needed in zip(made, needs, strict=True))
         loss = WithGradients.apply(loss, hidden, weight, None, *made)
     return DistillationLoss(loss, value_N)

@@ -100,6 +100,18 @@ def test_another_rate_or_loss_changes_what_follows(run, again) -> None:
     assert metrics(out)[1]["loss"] == pytest.approx(total, abs=1e-6)
 
 
+def test_distillation_is_the_run_bit_for_bit(tmp_path, model_folder) -> None:
+    """The teacher's distributions are not saved: the teacher makes them again."""
+    keys = {"teacher": model_folder, "divergence": "jsd", "rewards": "true"}
+    words = [w for k, v in keys.items() for w in (f"--algorithm.distillation.{k}", str(v))]
+    run, out = train(tmp_path, model_folder, "distillation", *words), tmp_path / "again"
+    assert exit_code("train", "--from-rollouts", run, "--steps", "3:4", "--out", out) == 0
+    wanted, found = metrics(run), metrics(out)
+    assert wanted[4]["teacher_divergence"] > 0
+    assert [found[s]["loss_hex"] for s in (3, 4)] == [wanted[s]["loss_hex"] for s in (3, 4)]
+    assert found[4]["grad_norm"] == wanted[4]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize(
     ("steps", "more", "said"),
     [

@@ -30,6 +30,7 @@ from exgrpo_fast.rollout.shared_engine import AnnouncedPolicy, CopiedEngine, Sha
 from exgrpo_fast.rollout.sync_check import VerifiedEngine
 from exgrpo_fast.training.advantages import AdvantageRule
 from exgrpo_fast.training.batch import WeightRule
+from exgrpo_fast.training.distillation import VocabularyDistillation
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
 from exgrpo_fast.training.preflight import DoesNotFit, rehearse
@@ -155,9 +156,13 @@ def compare(
     lora_rank: int = 0,
     weights: torch.dtype = torch.float32,
     of_one: Mapping[str, Any] = MappingProxyType({}),
+    distils: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """`of_one`: settings of the one process that are not those of the several, `more`."""
+    """`of_one`: settings of the one process that are not those of the several, `more`.
+
+    `distils`: a teacher's whole distributions are part of the loss.
+    """
     objective = PolicyObjective(clip_low, clip_high, entropy_coef=0.01, kl_coef=kl)
     settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
     model = make_model(tied=tied, lora_rank=lora_rank).to(weights)
@@ -166,15 +171,19 @@ def compare(
     alone = Policy(copy.deepcopy(model), **{**settings, **of_one})
     mesh = mesh_of(processes)
     together = ShardedPolicy(model, mesh=mesh, processes=processes, **settings)
-    frozen: list[Any] = [
+    others: list[Any] = [
         ShardedPolicy(make_model(tied=tied, seed=1), mesh=mesh, processes=processes),
         Policy(make_model(tied=tied, seed=1)),
     ]
-    if lora_rank:
-        frozen = [AdapterOff(together), AdapterOff(alone)]
+    frozen = [AdapterOff(together), AdapterOff(alone)] if lora_rank else others
     learners = [
-        make_learner(policy, minibatches=minibatches, reference=Reference(base) if kl else None)
-        for policy, base in zip((together, alone), frozen, strict=True)
+        make_learner(
+            policy,
+            minibatches=minibatches,
+            reference=Reference(base) if kl else None,
+            distillation=VocabularyDistillation(teacher) if distils else None,
+        )
+        for policy, base, teacher in zip((together, alone), frozen, others, strict=True)
     ]
     report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
     for step in range(updates):
@@ -393,6 +402,12 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
         ),
         "adapters and tiles": compare(
             processes, tied=False, dtype=torch.float32, lora_rank=3, tile_tokens=7
+        ),
+        "distillation": compare(
+            processes, tied=True, dtype=torch.float32, distils=True, gradient_checkpointing=True
+        ),
+        "distillation and adapters": compare(
+            processes, tied=False, dtype=torch.float32, lora_rank=4, distils=True
         ),
         "bfloat16 adapters": compare(
             processes,

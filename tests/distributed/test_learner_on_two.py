@@ -21,6 +21,8 @@ FLOAT32 = (
     "adapters",
     "adapters and checkpointing",
     "adapters and tiles",
+    "distillation",
+    "distillation and adapters",
 )
 
 

@@ -22,7 +22,7 @@ from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.fit import Expected, machine_of, plan_run, resolve_auto
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
-from exgrpo_fast.memory.trainer_memory import Head, States, states, update
+from exgrpo_fast.memory.trainer_memory import Head, States, beside_a_teacher, states, update
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.training.preflight import DoesNotFit, rehearse, worst_groups
 
@@ -177,6 +177,35 @@ def test_an_update_takes_what_was_planned(
     planned = held.gradients + update(passes, head, tokens=tokens, **same).peak
     assert planned == pytest.approx(peak, rel=0.05)
     assert held.gradients == sum(4 * p.numel() for p in policy.model.parameters())
+
+
+def test_distillation_takes_what_was_planned(
+    tokenizer: PreTrainedTokenizerFast, make_test_trainer: Any, model_folder: Path
+) -> None:
+    """The same of an update that compares whole distributions; the teacher has the policy's shape."""
+    tokens = 51 + 4 * 199
+    distillation = {"teacher": str(model_folder), "divergence": "reverse", "rewards": False}
+    trainer = make_test_trainer(
+        make_questions(tokenizer, ["a"]),
+        model={"gradient_checkpointing": True},
+        rollout={"max_completion_tokens": 200},
+        train={"max_tokens_per_microbatch": tokens},
+        algorithm={"distillation": distillation},
+    )
+    learner, policy = trainer.learner, trainer.learner.policy
+    groups = worst_groups(2, 4, prompt_tokens=51, completion_tokens=200, vocabulary=200)
+    learner.update(groups, trainer.objective)
+    peak = peak_bytes(lambda: learner.update(groups, trainer.objective))
+
+    config = policy.model.config
+    passes = Tracer(config, Setting(torch.float32, torch.float32, checkpointing=True))(tokens)
+    head = Head(config.vocab_size, config.hidden_size, is_trained=True)
+    same: dict[str, Any] = {"weights": torch.float32, "compute": torch.float32, "device": "cpu"}
+    without = update(passes, head, tokens=tokens, **same)
+    made = beside_a_teacher(without, head, tokens=tokens, **same)
+    held = states(passes, weights=torch.float32, optimiser="adamw", references=0, is_nf4=False)
+    assert held.gradients + made.peak == pytest.approx(peak, rel=0.08)
+    assert made.peak > without.peak
 
 
 # --- what is held ---------------------------------------------------------------------------------
@@ -385,6 +414,23 @@ def test_the_tokens_that_top_k_kept_are_planned(
     planned = {"scoring": 4 * 512 * tokens, "update": 4 * 512 * tokens}
     assert made.rows["tokens that top_k kept"] == planned
     assert "tokens that top_k kept" not in planner.plan(whole).rows
+
+
+def test_a_teacher_is_planned_for(
+    seven_billion: Path, planner_for: Callable[[int | None], Planner]
+) -> None:
+    planner = planner_for(None)
+    keys = {"model__weights": "bfloat16", "algorithm__distillation__teacher": str(seven_billion)}
+    sampled = planner.plan(exgrpo(seven_billion, **keys))
+    whole = planner.plan(
+        exgrpo(seven_billion, **keys, algorithm__distillation__divergence="reverse")
+    )
+    assert sampled.states.references == whole.states.references == 2 * 7_615_616_512
+    assert whole.config.microbatch_tokens == sampled.config.microbatch_tokens == TOKENS
+    hidden = 2 * 3584 * TOKENS
+    assert whole.update.chunk == sampled.update.chunk  # a sixth of the rows, six times as large
+    assert whole.update.loss - sampled.update.loss == 2 * hidden
+    assert whole.update.backward - sampled.update.backward == hidden
 
 
 @pytest.mark.parametrize("words", ["train exgrpo --dry-run --data.train train.jsonl", "doctor"])

@@ -62,6 +62,10 @@ RECIPES: dict[str, list[str]] = {
     "bfloat16 weights": ["exgrpo", "--model.weights", "bfloat16"],
     "clip-cov": ["clip-cov", "--algorithm.tokens.clip_cov", "0.05", "--train.minibatches", "2"],
     "distillation": ["distillation", "--algorithm.distillation.teacher", "{model}"],
+    "distillation over the vocabulary": [
+        *("distillation", "--algorithm.distillation.teacher", "{model}"),
+        *("--algorithm.distillation.divergence", "reverse"),
+    ],
     "dppo": ["dppo"],
     "entropy-advantage": ["entropy-advantage"],
     "exgrpo-questions-only": ["exgrpo-questions-only"],

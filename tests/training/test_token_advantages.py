@@ -297,13 +297,13 @@ def test_distillation_in_an_update(tokenizer, make_test_trainer, model_folder) -
     assert report.grad_norms[0] > 0
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, tmp_path) -> None:
+def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, model_folder, tmp_path) -> None:
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["<another>"])
     other.save_pretrained(tmp_path)
     config = validate({"algorithm": {"distillation": {"teacher": str(tmp_path)}}})
     with pytest.raises(ConfigError, match=r"distillation.teacher .* another tokenizer"):
-        check_teacher(config, tokenizer)
+        check_teacher(config, str(model_folder), tokenizer)
 
 
 def test_dppo_in_an_update(tokenizer, make_test_trainer) -> None:
