@@ -33,6 +33,11 @@ def signed(value: float, form: str = ".1f") -> str:
     return f"{value:+{form}}".replace("-", "−")
 
 
+def scientific(value: float, digits: int = 1) -> str:
+    """1.5e-4"""
+    return f"{value:.{digits}e}".replace("e-0", "e-")
+
+
 def spanned(found: Results, *, sign: bool = False, percent: str = "") -> str:
     """'82.7 [75.4, 90.0]' in percent, of a mean with its interval."""
     mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
@@ -178,6 +183,28 @@ def cpu_memory(results: Results) -> Rows:
     return rows
 
 
+def policy_sparsity(results: Results) -> Rows:
+    header = ["step", "entropy", "θ", "density", "mass skipped", "error of dX", "with centroids"]
+    rows = [[*header, "error of dW"]]
+    points = {(p["step"], p["threshold"], p["tail"]): p for p in results["points"]}
+    for (step, threshold, tail), row in points.items():
+        if tail != "drop" or threshold > 1e-3:
+            continue
+        rows.append(
+            [
+                str(step),
+                f"{row['entropy']:.2f}",
+                scientific(threshold, 0),
+                f"{row['density']:.2f}",
+                f"{100 * row['skipped_mass']:.2g} %",
+                scientific(row["dx"]),
+                scientific(points[step, threshold, "centroid"]["dx"]),
+                scientific(row["dw"]),
+            ]
+        )
+    return rows
+
+
 def what_fits(results: Results) -> Rows:
     cards = [key for key in results["rows"][0] if key != "kind"]
     rows = [["trained", *cards]]
@@ -233,6 +260,7 @@ TABLES = {
     "cpu/packing.json": Table("docs/memory.md", packing),
     "cpu/growth.json": Table("docs/scale.md", growth),
     "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
+    "cpu/policy_sparsity-smollm2.json": Table("docs/kernels.md", policy_sparsity),
 }
 # Every file of bench/results/ and what writes it anew.
 COMMANDS = {
@@ -258,6 +286,8 @@ COMMANDS = {
     "cpu/memory_sharded.json": "python bench/memory_sharded.py",
     "cpu/packing.json": "python bench/packing.py",
     "cpu/policy_sparsity.json": "python bench/policy_sparsity.py RUN",
+    "cpu/policy_sparsity-smollm2.json": "python bench/policy_sparsity.py RUN --questions 16 "
+    "--name policy_sparsity-smollm2",
     "cpu/replay_study.json": "python bench/study_replay.py",
     "cpu/rewards.json": "python bench/rewards.py",
     "cpu/rollout-512.json": "python bench/rollout.py --layers 8 --width 512 --name rollout-512",

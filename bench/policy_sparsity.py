@@ -1,11 +1,11 @@
 """What sparsity costs on a real policy: density and gradient error at points of a run.
 
-    python bench/policy_sparsity.py RUN [--out DIR]
+    python bench/policy_sparsity.py RUN [--questions 64 --name policy_sparsity --out DIR]
 
-RUN is the folder of a run. Its starting policy and every checkpoint answer held-out questions; their
-hidden states, weights and behaviour log-probabilities are those of a training step, and the
-advantages +-1 by a coin. The gradient of the loss over all their tokens, by threshold and tail,
-stands beside the dense one. Writes policy_sparsity.json.
+RUN is the folder of a run. Its starting policy and every checkpoint complete held-out questions, four
+times each; their hidden states, weights and behaviour log-probabilities are those of a training step,
+and the advantages +-1 by a coin. The gradient of the loss over all their tokens, by threshold and
+tail, is compared with the dense one. Writes NAME.json.
 """
 
 import argparse
@@ -14,11 +14,13 @@ import json
 from pathlib import Path
 
 import torch
+from loss import machine
 
 from exgrpo_fast.build.data import load_data
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.models import load_tokenizer, make_policy
-from exgrpo_fast.config import load_config
+from exgrpo_fast.build.pretrained import model_folder
+from exgrpo_fast.config import Config, load_config
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.run.display import NullScreen
@@ -83,6 +85,7 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
                     "threshold": threshold,
                     "tail": tail,
                     "tokens": len(advantages),
+                    "vocabulary": len(weight),
                     "entropy": float(behaviour.entropy.mean()),
                     "density": float(metrics["density"]),
                     "skipped_mass": float(metrics["skipped_mass"]),
@@ -93,34 +96,46 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
     return rows
 
 
+def points_of(run: Path, config: Config) -> dict[int, Path]:
+    """Folders of the policy by finished steps."""
+    name, warm_start = config.model.name or "", run / "warm_start"
+    start = warm_start if warm_start.exists() else Path(model_folder(name, NullScreen()))
+    checkpoints = {
+        int(folder.name.removeprefix("step_")): folder / "hf"
+        for folder in run.glob("checkpoints/step_*")
+    }
+    return {0: start} | dict(sorted(checkpoints.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--name", default="policy_sparsity")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu")
     arguments = parser.parse_args()
     config = load_config(str(arguments.run / "config.yaml"))
-    points = {0: arguments.run / "warm_start"} if (arguments.run / "warm_start").exists() else {}
-    for folder in arguments.run.glob("checkpoints/step_*"):
-        points[int(folder.name.removeprefix("step_"))] = folder / "hf"
     results = {
         "bench": "policy_sparsity",
         "date": datetime.date.today().isoformat(),
-        "device": "cpu",
-        "torch": torch.__version__,
+        **machine("cpu"),
+        "model": config.model.name,
+        "questions": arguments.questions,
         "points": [],
     }
-    for step, model in sorted(points.items()):
+    for step, model in points_of(arguments.run, config).items():
         for row in measure(config, model, arguments.questions):
             results["points"].append({"step": step} | row)
             print(
                 "  ".join(
                     f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                     for k, v in results["points"][-1].items()
-                )
+                ),
+                flush=True,
             )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "policy_sparsity.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = arguments.out / f"{arguments.name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
