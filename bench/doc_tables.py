@@ -184,7 +184,15 @@ def cpu_memory(results: Results) -> Rows:
 
 
 def policy_sparsity(results: Results) -> Rows:
-    header = ["step", "entropy", "θ", "density", "mass skipped", "error of dX", "with centroids"]
+    header = [
+        "after step",
+        "entropy",
+        "θ",
+        "density",
+        "mass skipped",
+        "error of dX",
+        "with centroids",
+    ]
     rows = [[*header, "error of dW"]]
     points = {(p["step"], p["threshold"], p["tail"]): p for p in results["points"]}
     for (step, threshold, tail), row in points.items():
