@@ -213,6 +213,24 @@ def policy_sparsity(results: Results) -> Rows:
     return rows
 
 
+def mismatch(results: Results) -> Rows:
+    shares = ["sample share, tokens", "sequences"]
+    rows = [["engine", "dtype", "tokens", "mean \\|d\\|", "largest", *shares]]
+    for row in results["rows"]:
+        rows.append(
+            [
+                row["engine"],
+                row["dtype"],
+                f"{row['tokens']:,}",
+                scientific(row["mean"]),
+                scientific(row["max"]),
+                f"{100 * row['token_share']:.1f} %",
+                f"{100 * row['sequence_share']:.1f} %",
+            ]
+        )
+    return rows
+
+
 def what_fits(results: Results) -> Rows:
     cards = [key for key in results["rows"][0] if key != "kind"]
     rows = [["trained", *cards]]
@@ -268,6 +286,7 @@ TABLES = {
     "cpu/packing.json": Table("docs/memory.md", packing),
     "cpu/growth.json": Table("docs/scale.md", growth),
     "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
+    "cpu/mismatch.json": Table("docs/rollouts.md", mismatch),
     "cpu/policy_sparsity-smollm2.json": Table("docs/kernels.md", policy_sparsity),
 }
 # Every file of bench/results/ and what writes it anew.
@@ -292,6 +311,7 @@ COMMANDS = {
     "cpu/loss.json": "python bench/loss.py",
     "cpu/memory.json": "python bench/memory.py",
     "cpu/memory_sharded.json": "python bench/memory_sharded.py",
+    "cpu/mismatch.json": "python bench/mismatch.py",
     "cpu/packing.json": "python bench/packing.py",
     "cpu/policy_sparsity.json": "python bench/policy_sparsity.py RUN",
     "cpu/policy_sparsity-smollm2.json": "python bench/policy_sparsity.py RUN --questions 16 "
@@ -299,6 +319,8 @@ COMMANDS = {
     "cpu/replay_study.json": "python bench/study_replay.py",
     "cpu/rewards.json": "python bench/rewards.py",
     "cpu/rollout-512.json": "python bench/rollout.py --layers 8 --width 512 --name rollout-512",
+    "cpu/rollout-smollm2.json": "python bench/rollout.py --model FOLDER --dtype float32 "
+    "--prompt-tokens 36 --tokens 64 --repeats 3 --servers --steps 0 --name rollout-smollm2",
     "cpu/rollout.json": "python bench/rollout.py",
     "cpu/smollm2.json": "exgrpo-fast train smollm2",
     "cpu/sparse_training.json": "exgrpo-fast train quickstart --train.sparsity 1e-4",

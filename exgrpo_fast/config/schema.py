@@ -348,7 +348,11 @@ def refuse_engine_world_size(config: Config, kind: str, count: int) -> None:
 
 
 def engine_kind(config: Config, device: str) -> str:
-    """`rollout.engine` with `auto` resolved. ConfigError where vLLM is asked for and absent."""
+    """`rollout.engine` with `auto` resolved. ConfigError where vLLM is asked for and absent.
+
+    On a CPU that is `transformers` even beside vLLM: vLLM draws no faster there, and its completions
+    have to be scored by the trainer.
+    """
     require_engine(config)
     if config.rollout.engine != "auto":
         return config.rollout.engine

@@ -131,12 +131,15 @@ def write_gguf(path: Path, architecture: str = "llama", leave_out: str = "") -> 
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def test_a_gguf_file_becomes_a_plain_folder_once(tmp_path: Path, own_cache: Path) -> None:
+def test_a_gguf_file_becomes_a_plain_folder_once(
+    tmp_path: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     expected = write_gguf(tmp_path / "tiny.gguf")
     name = str(tmp_path / "tiny.gguf")
     assert cached_folder(name) is None
     screen = Notes()
     folder = model_folder(name, screen)
+    assert "de-quantizing" not in capfd.readouterr().err  # the screen says what goes on
     assert "dequantised from GGUF" in screen.notes[-1]
     assert Path(folder).parent == own_cache / "gguf"
     assert sorted(path.name for path in (own_cache / "gguf").iterdir() if path.is_dir()) == [

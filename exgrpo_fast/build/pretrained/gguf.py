@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,19 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
         if stream.read(4) != b"GGUF":
             raise PolicyError(f"{key}: {file.name} is no GGUF file (it does not begin with 'GGUF')")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
+        # The reader's progress bar heeds no setting of transformers.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
         model, loading = loaded
     except Exception as error:  # a damaged file makes three libraries stumble, each its way
         why = clean_line(str(error).splitlines()[0] if str(error) else repr(error), max_line=200)
