@@ -13,6 +13,7 @@ from exgrpo_fast.model.folder_settings import (
     overridden_settings,
     positions,
     read_generation_config,
+    refuse_foreign_end_tokens,
     refuse_quantised,
     refuse_small_embedding,
     unlisted_turn_end,
@@ -22,7 +23,7 @@ from exgrpo_fast.model.policy import PolicyError, Tokenizer
 
 def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
     """Lines on what the run does otherwise than the folder says. UserError for quantised weights, an
-    embedding smaller than the tokenizer, or generation settings that contradict themselves."""
+    embedding smaller than the tokenizer, or an end token beyond it."""
     model = model_config(name)
     refuse_quantised(model, name)
     text = model.get_text_config()
@@ -35,6 +36,7 @@ def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
             f"sections rollout and eval of the config say how tokens are drawn)"
         )
     end_tokens = end_of_sequence_ids(generation, tokenizer)
+    refuse_foreign_end_tokens(text, end_tokens, name)
     if (turn_end := unlisted_turn_end(tokenizer, end_tokens)) is not None:
         lines.append(
             f"warning: the chat template ends an answer with {turn_end}, which is no end token "

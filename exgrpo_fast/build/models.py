@@ -53,6 +53,8 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
 
 def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
     """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise PolicyError(f"{key}: {name} does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command
@@ -18,6 +19,13 @@ def add_fetch(commands: Any) -> None:
 
 def fetch(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.build.pretrained import fetch_model
+    from exgrpo_fast.core.errors import UserError
 
-    print(fetch_model(arguments.model))
+    folder = fetch_model(arguments.model)
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"fetch: {folder} is neither smollm2 nor a .gguf file nor a folder; the model of a hub name "
+            f"is fetched when a run starts"
+        )
+    print(folder)
     return 0

@@ -198,7 +198,9 @@ class _Checker:
     answer_field: str
     id_field: str | None
     seen: dict[str, tuple[str, str]] = field(default_factory=dict)  # id -> where first, its content
+    prompts: set[str] = field(default_factory=set)
     num_repeated: int = 0
+    num_contradicting: int = 0  # rows that ask a question again, with another answer
     num_continued: int = 0  # rows whose last message is the beginning of the completion
     num_stripped: int = 0  # rows whose last message was the answer
 
@@ -223,6 +225,9 @@ class _Checker:
             return BadRow(row.where, str(fault))
         if identity in self.seen:
             identity = self._numbered(identity)
+        asked = content_id(prompt, "")
+        self.num_contradicting += asked in self.prompts and not is_gym
+        self.prompts.add(asked)
         self.seen[identity] = (row.where, content)
         return CheckedRow(
             row.where, identity, prompt, answer, self._columns(row, given, full, answer)
@@ -232,6 +237,10 @@ class _Checker:
         notes = []
         if self.num_repeated:
             notes.append(f"{self.num_repeated} rows repeat a question: merged")
+        if self.num_contradicting:
+            notes.append(
+                f"{self.num_contradicting} rows ask a question again, with another answer: all kept"
+            )
         if self.num_stripped:
             notes.append(
                 f"{self.num_stripped} rows end with the assistant's answer: left out of the prompt"

@@ -136,28 +136,48 @@ def refuse_small_embedding(config: Any, tokenizer: Any, name: str) -> None:
         )
 
 
+def refuse_foreign_end_tokens(config: Any, eos_token_ids: Iterable[int], name: str) -> None:
+    """FolderError for an end token that the embedding has no row for: it could never be drawn."""
+    rows = getattr(config, "vocab_size", None)
+    if beyond := [id for id in eos_token_ids if rows is not None and id >= rows]:
+        raise FolderError(
+            f"model.name {name}: {GENERATION} names the end token {beyond[0]}, and the embedding has "
+            f"{rows} rows"
+        )
+
+
 # --- overridden -----------------------------------------------------------------------------------
 
 
 def read_generation_config(name: str) -> GenerationConfig | None:
-    """Of a folder or hub name; None where there is none. FolderError where it contradicts itself.
+    """Of a folder or hub name; None where there is none. FolderError for a file that is no JSON.
 
-    How many sequences `generate` returns by default has no meaning here. With greedy decoding
-    transformers refuses the whole file for it; then it is read as one of sampling.
+    Settings that contradict each other (greedy decoding with a temperature, say) are none that a run
+    follows, but transformers reads or saves no file with them. Then those of sampling are kept, or,
+    where even these do not go together, the token ids alone.
     """
-    try:
-        return GenerationConfig.from_pretrained(name, trust_remote_code=False)
-    except OSError:
+    values = _generation_settings(name)
+    if not values:
         return None
-    except (TypeError, ValueError):
-        pass
+    for change in ({}, {"do_sample": True, "num_return_sequences": 1, "num_beams": 1}):
+        try:
+            found = GenerationConfig.from_pretrained(name, trust_remote_code=False, **change)
+            found.validate(strict=True)
+            return found
+        except (TypeError, ValueError):
+            pass
+    return GenerationConfig(**{k: value for k, value in values.items() if k.endswith("_token_id")})
+
+
+def _generation_settings(name: str) -> dict[str, Any]:
+    """What generation_config.json says; nothing where there is none."""
     try:
-        return GenerationConfig.from_pretrained(
-            name, num_return_sequences=1, do_sample=True, trust_remote_code=False
-        )
-    except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FolderError(f"model.name {name}: {GENERATION}: {reason}") from None
+        path = cached_file(name, GENERATION)
+        return json.loads(Path(path).read_text()) if path else {}
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise FolderError(f"model.name {name}: {GENERATION}: {error}") from None
 
 
 def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
@@ -175,11 +195,7 @@ def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
 
 def sampling_defaults(name: str) -> dict[str, Any]:
     """Of generation_config.json, those that would change what is drawn."""
-    try:
-        path = cached_file(name, GENERATION)
-        values = json.loads(Path(path).read_text()) if path else {}
-    except (OSError, ValueError):
-        return {}
+    values = _generation_settings(name)
     return {
         key: values[key]
         for key, neutral in SAMPLING.items()

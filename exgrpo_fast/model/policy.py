@@ -6,11 +6,13 @@ It reads packs without padding; who sees whom in them is the concern of `attenti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -367,16 +369,44 @@ def load_model(
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
     generation = read_generation_config(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             **({"generation_config": generation} if generation else {}),
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, in one line
+            output_loading_info=True,
             **({"quantization_config": quantization} if quantization else {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
+    _refuse_other_weights(loading, name, layers=model.config.get_text_config().num_hidden_layers)
+    return model
+
+
+def _refuse_other_weights(loading: Mapping[str, Any], name: str, *, layers: int) -> None:
+    """PolicyError where the files are not those of the config: transformers gives random values to
+    what they lack, and drops layers beyond the config's number."""
+    for weight, found, expected in sorted(loading["mismatched_keys"]):
+        raise PolicyError(
+            f"model.name {name}: {weight} is {list(found)} in its files, and {list(expected)} by its "
+            f"config.json"
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise PolicyError(
+            f"model.name {name}: its files lack {len(missing)} weights of its config.json, such as "
+            f"{missing[0]}"
+        )
+    for weight in sorted(loading["unexpected_keys"]):
+        found = _LAYER.match(weight)
+        if found and int(found[1]) >= layers:
+            raise PolicyError(
+                f"model.name {name}: its files hold {weight}, and its config.json {layers} layers"
+            )
+
+
+_LAYER = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d+)\.")
 
 
 def _own_attention(model: Any) -> str:

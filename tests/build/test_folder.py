@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
@@ -25,6 +26,7 @@ from exgrpo_fast.model.folder_settings import (
     read_generation_config,
     refuse_quantised,
 )
+from exgrpo_fast.model.lora import save_plain
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, PolicyError, load_model
 
@@ -145,10 +147,79 @@ def test_special_tokens_that_no_text_contains_may_lie_beyond(
     assert check_folder(config_of(folder), str(folder), tokenizer) == []
 
 
-def test_generation_settings_that_contradict_themselves_are_refused(edited: Edit) -> None:
-    folder = edited("generation_config.json", num_beams=1, cache_implementation="none such")
+CONTRADICTING = [
+    {"do_sample": False, "temperature": 0.6, "num_beams": 4, "length_penalty": 2.0},
+    {"num_beams": 1, "cache_implementation": "none such"},
+    {"use_cache": False, "cache_implementation": "static"},
+    {"num_return_sequences": 2, "do_sample": False},
+]
+
+
+@pytest.mark.parametrize("settings", CONTRADICTING)
+def test_of_generation_settings_that_contradict_each_other_the_token_ids_stay(
+    settings: dict[str, Any], edited: Edit, tmp_path: Path
+) -> None:
+    """transformers refuses to save them, which would end a run at its first checkpoint."""
+    folder = edited("generation_config.json", eos_token_id=[1, 7], **settings)
+    model = load_model(str(folder))
+    save_plain(model, tmp_path / "saved")
+    for name in (folder, tmp_path / "saved"):
+        found = read_generation_config(str(name))
+        assert found and found.eos_token_id == [1, 7] and found.num_beams in (None, 1)
+    model.generation_config.validate(strict=True)
+
+
+def test_a_generation_config_that_is_no_json_is_refused(edited: Edit) -> None:
+    folder = edited("config.json")
+    (folder / "generation_config.json").write_text("{")
     with pytest.raises(FolderError, match=r"generation_config.json: "):
-        read_generation_config(str(folder))
+        lines_of(folder)
+
+
+def test_an_end_token_beyond_the_embedding_is_refused(edited: Edit) -> None:
+    folder = edited("generation_config.json", eos_token_id=[1, 99_999])
+    with pytest.raises(FolderError, match=r"names the end token 99999, and the embedding has"):
+        lines_of(folder)
+
+
+def without_a_weight(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+
+
+def with_a_narrow_weight(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weights[name] = weights[name][:8].clone()
+
+
+def with_another_layer(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.2.self_attn.q_proj.weight"] = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (without_a_weight, r"lack 1 weights of its config.json, such as model.layers.1.self_attn"),
+        (with_a_narrow_weight, r"q_proj.weight is \[8, \d+\] in its files, and \[\d+, \d+\] by"),
+        (with_another_layer, r"hold model.layers.2.self_attn.q_proj.weight, and .* 2 layers"),
+    ],
+)
+def test_files_that_are_not_those_of_the_config_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], None], said: str, edited: Edit
+) -> None:
+    """transformers would give random values to what is missing, and drop a layer too many."""
+    folder = edited("config.json")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match=said):
+        load_model(str(folder))
+
+
+def test_a_truncated_file_of_weights_is_one_line(edited: Edit) -> None:
+    weights = edited("config.json") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(PolicyError, match=r"^model.name .*: Error while deserializing header"):
+        load_model(str(weights.parent))
 
 
 @pytest.mark.parametrize(

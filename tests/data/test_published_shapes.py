@@ -175,6 +175,17 @@ def test_one_id_of_two_questions_is_a_bad_row(tmp_path) -> None:
     assert [bad.reason for bad in report.bad_rows] == ["another question than line 1, id '1'"]
 
 
+def test_a_question_with_two_answers_is_said(tokenizer, tmp_path) -> None:
+    rows = [{"prompt": "1 + 1?", "answer": gold} for gold in ("2", "2", "3")]
+    path = write(tmp_path / "a.jsonl", *rows)
+    loaded = load_questions(path, tokenizer=tokenizer)
+    assert [q.answer for q in loaded.questions] == ["2", "3"]
+    assert loaded.notes == [
+        f"data {path}: 1 rows repeat a question: merged",
+        f"data {path}: 1 rows ask a question again, with another answer: all kept",
+    ]
+
+
 # --- a last message of the assistant --------------------------------------------------------------
 
 

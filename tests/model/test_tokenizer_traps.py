@@ -74,6 +74,13 @@ def test_a_tokenizer_without_an_end_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_is_not_there_is_said_as_such(tmp_path: Path) -> None:
+    """transformers takes it for a hub name with wrong characters."""
+    key = "algorithm.distillation.teacher"
+    with pytest.raises(PolicyError, match=rf"^{key}: .*/none does not exist$"):
+        load_tokenizer(str(tmp_path / "none"), key)
+
+
 def test_another_tokenizer_than_the_checkpoints_is_refused(tokenizer, tmp_path: Path) -> None:
     origin = {"tokenizer": vocabulary_of(tokenizer), "vocabulary_size": len(tokenizer)}
     saved = Checkpoints(tmp_path, origin=origin).save(1, Path.mkdir, {"num_steps": 1})
