@@ -323,6 +323,8 @@ COMMANDS = {
     "--prompt-tokens 36 --tokens 64 --repeats 3 --servers --steps 0 --name rollout-smollm2",
     "cpu/rollout.json": "python bench/rollout.py",
     "cpu/smollm2.json": "exgrpo-fast train smollm2",
+    "cpu/smollm2_gsm8k.json": "exgrpo-fast eval --model smollm2 --data FILE --reward last_number -n 4 "
+    "--max-completion-tokens 256",
     "cpu/sparse_training.json": "exgrpo-fast train quickstart --train.sparsity 1e-4",
     "cpu/sparsity.json": "python bench/sparsity.py",
     "cpu/step.json": "python bench/step.py",
