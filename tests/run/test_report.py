@@ -81,10 +81,11 @@ def test_the_headline_says_how_many_groups_teach_nothing(tmp_path):
         return page(tmp_path).text.replace("\u00a0", " ")
 
     assert (
-        "In the first 5 steps, 2 % correct: 88 % of groups carry no gradient. "
-        "In the last 5, 60 % correct: 30 % of groups carry no gradient." in text(steps)
+        "In the first 5 steps, 2 % of completions are correct and 88 % of groups carry no gradient. "
+        "In the last 5, 60 % of completions are correct and 30 % of groups carry no gradient."
+        in text(steps)
     )
-    assert "In the first step, 2 % correct" in text(steps[:1])
+    assert "In the first step, 2 % of completions are correct" in text(steps[:1])
     assert "carry no gradient" not in text([{"step": 1}])
 
 
@@ -276,6 +277,7 @@ def test_axes_map_the_range_onto_the_figure():
     assert (axes.y(0), axes.y(1)) == (210, 10)
     assert tick_label(20_000) == "20k"
     assert tick_label(0.05) == "0.05"
+    assert [tick_label(v) for v in (1.5e-4, -2e-6, 1e-3, 0)] == ["1.5e-4", "-2e-6", "0.001", "0"]
 
 
 def test_constant_and_tiny_data_can_be_drawn():

@@ -15,7 +15,7 @@ QUESTION_LIMIT = 1_500
 
 
 def completions_section(run: Run) -> str:
-    """The best and the worst of the first and of the last table, side by side."""
+    """The best and the worst of the first and of the last step that kept them, side by side."""
     if not run.last_completions:
         return ""
     first, last, how = pick_rows(run.first_completions, run.last_completions)
@@ -32,11 +32,13 @@ def pick_rows(
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
     """The rows to compare and how they were picked; never by how good the change looks."""
     if first and last and first[0].get("step") == last[0].get("step"):
-        return last, last, "The best and the worst completion of the only table that was kept."
+        how = "The best and the worst completion of the only step whose completions were kept."
+        return last, last, how
     old, new = _by_question(first), _by_question(last)
     shared = [question for question in new if question in old]
     if not shared:
-        return first, last, "The best and the worst completion of the first and of the last table."
+        how = "The best and the worst completion of the first and the last step that kept them."
+        return first, last, how
     varied = [q for q in shared if _varied(old[q]) or _varied(new[q])]
     question = (varied or shared)[0]
     return old[question], new[question], "The same question, early and late."
@@ -66,7 +68,7 @@ def _article(name: str, row: Row, *, with_question: bool) -> str:
     question = _question(row) if with_question else ""
     completion = safe_text(row.get("completion"), COMPLETION_LIMIT)
     return (
-        f"<article class={name}><h4>{name}<span>{escape(verdict_line(row) + tail)}</span></h4>"
+        f"<article class={name}><h4>{name} <span>{escape(verdict_line(row) + tail)}</span></h4>"
         f"{question}<pre tabindex=0>{completion}</pre></article>"
     )
 

@@ -152,7 +152,10 @@ def signal(run: Run) -> str:
 
 
 def _signal(learnable: float, correct: float) -> str:
-    return f"{100 * correct:.0f}\u00a0% correct: {100 * (1 - learnable):.0f}\u00a0% of groups carry no gradient"
+    correct_share, flat_share = (f"{100 * share:.0f}\u00a0%" for share in (correct, 1 - learnable))
+    return (
+        f"{correct_share} of completions are correct and {flat_share} of groups carry no gradient"
+    )
 
 
 def facts(run: Run) -> str:

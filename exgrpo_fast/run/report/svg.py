@@ -85,6 +85,9 @@ def ticks(low: float, high: float, count: int, *, outside: bool = False) -> list
 def tick_label(value: float) -> str:
     if abs(value) >= 1000:
         return short(value).replace(".0k", "k").replace(".00M", "M")
+    if 0 < abs(value) < 1e-3:  # 1.5e-4: shorter than 0.00015 and than 1.5e-04
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     return f"{value:.4g}"
 
 
