@@ -30,3 +30,17 @@ def test_a_larger_card_holds_no_smaller_model() -> None:
     for row in json.loads((ROOT / "bench/results/what_fits.json").read_text())["rows"]:
         found = [sizes.index(size) for card, size in row.items() if card != "kind"]
         assert found == sorted(found)
+
+
+def test_the_facts_are_those_of_the_results() -> None:
+    text = " ".join(README.split())
+    rows = json.loads((ROOT / "bench/results/cpu/loss.json").read_text())["rows"]
+    [loss] = [
+        row
+        for row in rows
+        if (row["case"], row["provider"]) == ("with entropy gradient", "linear_policy_loss")
+    ]
+    time, memory = loss["time_to_naive"], loss["memory_to_naive"]
+    assert f"{time:.2f} of plain PyTorch's time in {memory:.2f} of its memory" in text
+    steps = json.loads((ROOT / "bench/results/cpu/step.json").read_text())
+    assert steps["threads"] == 1 and "TRL's GRPOTrainer on one CPU thread" in text
