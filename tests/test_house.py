@@ -154,3 +154,10 @@ def test_the_makefile_names_tests_that_exist() -> None:
     named = re.findall(r"tests/[-\w/.]+", (ROOT / "Makefile").read_text())
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_picture_has_the_floors() -> None:
+    """docs/architecture.svg: a band for each floor, the lowest at the bottom."""
+    picture = (ROOT / "docs/architecture.svg").read_text()
+    bands = re.findall(r'class="r">([^<]+)</text>', picture)
+    assert [set(band.split(" · ")) for band in reversed(bands)] == [set(f) for f in FLOORS[:-1]]
