@@ -41,7 +41,7 @@ def bench(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.name not in scripts:
         hint = suggest(arguments.name, list(scripts))
-        raise ConfigError(f"bench: there is no '{arguments.name}'{hint}")
+        raise ConfigError(f"bench: there is no '{arguments.name}'{hint}; without a name: a list")
     command = [sys.executable, str(scripts[arguments.name]), *arguments.words]
     return subprocess.run(command).returncode
 

@@ -23,7 +23,9 @@ def show_plan(
     from exgrpo_fast.build.pretrained import cached_folder
     from exgrpo_fast.memory.fit import NoShapes, machine_of, plan_run
 
-    name = cached_folder(require(config.model.name, "model.name", "a folder, a hub name, a GGUF"))
+    name = cached_folder(
+        require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
+    )
     if name is None:
         print(f"{prefix}no memory plan before model.name {config.model.name} is converted once")
         return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command
+from exgrpo_fast.config import ConfigError
 
 
 def add_verify_checkpoint(commands: Any) -> None:
@@ -18,6 +19,8 @@ def add_verify_checkpoint(commands: Any) -> None:
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.run.checkpoint.format import CheckpointError, verify
 
+    if (Path(arguments.folder) / "checkpoints").is_dir():
+        raise ConfigError(f"{arguments.folder} is a run; its checkpoints are in checkpoints/step_N")
     try:
         verify(Path(arguments.folder))
     except CheckpointError as error:

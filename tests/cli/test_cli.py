@@ -515,7 +515,7 @@ def test_a_misspelt_task_is_found_before_the_warm_start(refused, tmp_path: Path)
 # --- looking at a checkpoint ----------------------------------------------------------------------
 
 
-def test_verify_checkpoint(run, finished: Path, tmp_path: Path) -> None:
+def test_verify_checkpoint(run, refused, finished: Path, tmp_path: Path) -> None:
     good = finished / "checkpoints" / "step_3"
     assert run("verify-checkpoint", good).code == 0
     bad = tmp_path / "step_3"
@@ -524,6 +524,7 @@ def test_verify_checkpoint(run, finished: Path, tmp_path: Path) -> None:
     result = run("verify-checkpoint", bad)
     assert result.code == 1 and str(bad / "hf" / "config.json") in result.out
     assert run("verify-checkpoint", tmp_path / "nowhere").code == 1
+    assert "is a run; its checkpoints are in" in refused("verify-checkpoint", finished)
 
 
 def test_eval_and_sample_read_a_checkpoint(run, refused, finished: Path, tmp_path: Path) -> None:

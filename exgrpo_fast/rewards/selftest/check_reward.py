@@ -147,7 +147,7 @@ class Trial:
             *_listed(self.golds_failed),
             f"other rows' golds {others['rejected_percent']:.1f} % of {self.num_others} rejected",
             *_listed(self.others_accepted),
-            f"adversarial       {in_time} of {self.num_adversarial} returned in time, "
+            f"adversarial       {in_time} of {self.num_adversarial} scored or stopped in time, "
             f"{wrong} verdicts wrong",
             *_listed([f"late: {name}" for name in self.adversarial_late]),
             *_listed([f"accepted: {name}" for name in self.adversarial_accepted]),
