@@ -23,7 +23,7 @@ def test_the_container_copies_what_is_there_and_not_ignored() -> None:
     kept = {line.removeprefix("!") for line in (ROOT / ".containerignore").read_text().split()}
     assert set(copied) <= kept
 
-    extras = {e for line in re.findall(r"EXTRAS=(\S+)", text) for e in line.split(",")}
+    extras = {e for line in re.findall(r"extras=(\S+)", text) for e in line.split(",")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "train" in extras and extras <= project["optional-dependencies"].keys()
 

@@ -40,8 +40,8 @@ def bench(arguments: argparse.Namespace) -> int:
             print(f"{name:{width}}  {first_line(path)}")
         return 0
     if arguments.name not in scripts:
-        hint = suggest(arguments.name, list(scripts))
-        raise ConfigError(f"bench: there is no '{arguments.name}'{hint}; without a name: a list")
+        hint = suggest(arguments.name, list(scripts)) or "; without a name: a list"
+        raise ConfigError(f"bench: there is no '{arguments.name}'{hint}")
     command = [sys.executable, str(scripts[arguments.name]), *arguments.words]
     return subprocess.run(command).returncode
 
