@@ -35,7 +35,7 @@ trap stop_and_requeue USR1
 srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m exgrpo_fast train exgrpo --out "$RUN" --resume auto --deadline 1800 \
+    -m exgrpo_fast train exgrpo --out "$RUN" --resume auto \
     --model.name /shared/models/mine --data.train /shared/data/train.jsonl \
     --rollout.engine vllm_server --rollout.server.urls "$SERVERS" \
     --rollout.server.weights broadcast --rollout.server.host "$HEAD" &

@@ -80,6 +80,7 @@ def add_train(commands: Any) -> None:
     c.add_argument(
         "--deadline",
         type=positive,
+        default=DEADLINE_SECONDS,
         metavar="SECONDS",
         help="silence after which a run is stopped and restarted (300, more for slow phases)",
     )
@@ -138,7 +139,7 @@ def train(arguments: argparse.Namespace) -> int:
             deterministic=arguments.deterministic,
             supervised=supervised is not None,
             rank=rank,
-            deadline=arguments.deadline if rank.count > 1 else None,
+            deadline=arguments.deadline,
         )
 
 
@@ -209,7 +210,7 @@ def supervise(arguments: argparse.Namespace, folder: RunFolder) -> int:
             words += ["--stop-after", str(max(arguments.stop_after - done, 1))]
         return words
 
-    return Supervisor(command, folder, deadline=arguments.deadline or DEADLINE_SECONDS).run()
+    return Supervisor(command, folder, deadline=arguments.deadline).run()
 
 
 def derived_numbers(config: Config) -> str:

@@ -15,7 +15,13 @@ from exgrpo_fast.build.run import open_run
 from exgrpo_fast.cli.machine import collect
 from exgrpo_fast.config import Config, ConfigError, dump_yaml, with_values
 from exgrpo_fast.core.errors import NumericalStop
-from exgrpo_fast.core.process_group import MainRankFailed, RankLost, RanksDiverged, joined
+from exgrpo_fast.core.process_group import (
+    COLLECTIVE_SECONDS,
+    MainRankFailed,
+    RankLost,
+    RanksDiverged,
+    joined,
+)
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 from exgrpo_fast.model.oom import OutOfMemory
@@ -25,8 +31,10 @@ from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import NullScreen, Screen
 from exgrpo_fast.run.display.live import make_screen
+from exgrpo_fast.run.rank_watch import watched_ranks
 from exgrpo_fast.run.report import write_report
 from exgrpo_fast.run.sinks import peak_memory_gib
+from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, PATIENCE
 from exgrpo_fast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -53,11 +61,11 @@ def train_run(
     deterministic: bool = False,
     supervised: bool = False,
     rank: RankInfo = SINGLE,
-    deadline: float | None = None,
+    deadline: float = DEADLINE_SECONDS,
 ) -> int:
     """Train into the run directory; returns the exit code. The caller closes `folder`.
 
-    `deadline`: of a collective, in seconds.
+    `deadline`: seconds of silence after which a rank of several hangs.
     """
     started = time.perf_counter()
     folder.start_log()
@@ -68,7 +76,11 @@ def train_run(
     try:
         if deterministic:
             use_deterministic_algorithms()
-        with joined(rank, device, deadline=deadline) as processes:
+        patience = max(COLLECTIVE_SECONDS, PATIENCE["start"] * deadline)
+        with (
+            joined(rank, device, deadline=patience) as processes,
+            watched_ranks(processes, deadline=deadline, log=folder.append_to_log),
+        ):
             found = processes.run_on_rank0(
                 lambda: find_checkpoint(folder, resume, screen),
                 pack=lambda path: path and str(path),

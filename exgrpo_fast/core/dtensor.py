@@ -20,12 +20,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
+
 FILE_BYTES = 2**30  # a rank begins its next file at about this size
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The gathered tensor on every rank; a plain tensor as it is. A collective: all ranks call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with HEARTBEAT.waiting():
+        return tensor.full_tensor()
 
 
 def replicated(tensor: Tensor) -> Tensor:

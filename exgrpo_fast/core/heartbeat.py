@@ -1,8 +1,9 @@
-"""Signs of life from a worker to its supervisor, through a pipe: one line a beat, naming the phase.
+"""Signs of progress of this process: counted, and written to its supervisor, a line each.
 
 The code that does the work calls `HEARTBEAT`: the trainer at each phase, the policy at each forward
-pass, observers during generation, the reward pool at each verdict. The screen has no part in it.
-Calls from other threads than the main one write nothing: they would go on while that one hangs.
+pass, observers during generation, the reward pool at each verdict, collectives around their wait.
+The screen has no part in it. A line, through a pipe, names the phase. Calls from other threads than
+the main one count for nothing: they would go on while that one hangs.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ class Failure:
 class Heartbeat:
     """Writes the innermost phase; outside of all it is 'start', from the second step on 'between'.
 
-    Without a descriptor, where nobody supervises, nothing is written.
+    Without a descriptor, where no other process supervises, nothing is written.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
+        self.num_beats = 0
+        self.is_waiting = False  # the main thread, for another rank
         self._phases = ["start"]
         self._last = 0.0
         self._step: int | None = None
@@ -72,6 +75,10 @@ class Heartbeat:
             os.set_blocking(descriptor, False)
             self._write()
 
+    @property
+    def innermost_phase(self) -> str:
+        return self._phases[-1]
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._phases.append(name)
@@ -81,6 +88,19 @@ class Heartbeat:
         finally:
             self._phases.pop()
             self._write()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective: silence inside is that of another rank."""
+        if not _in_main_thread():
+            yield
+            return
+        before, self.is_waiting = self.is_waiting, True
+        try:
+            yield
+        finally:
+            self.is_waiting = before
+            self.beat()
 
     def begin_step(self, step: int) -> None:
         if self._step is not None:
@@ -111,12 +131,19 @@ class Heartbeat:
             raise SystemExit(1) from None
 
     def _write(self, line: str | None = None) -> None:
-        if self._descriptor is None or threading.current_thread() is not threading.main_thread():
+        if not _in_main_thread():
             return
         self._last = time.monotonic()
+        self.num_beats += 1
+        if self._descriptor is None:
+            return
         # A full pipe means that the supervisor has beats to read yet, a broken one that it is gone.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._descriptor, f"{line or self._phases[-1]}\n".encode())
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 HEARTBEAT = Heartbeat()  # of this process

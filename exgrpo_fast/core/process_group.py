@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,14 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 
 T = TypeVar("T")
 
 # A collective that waits longer than this ends its process. It has to outlast a whole rollout, for
-# which all but the first process wait.
-DEADLINE_SECONDS = 1800.0
+# which all but the first process wait. Ranks that hang are found sooner (run/rank_watch.py).
+COLLECTIVE_SECONDS = 1800.0
 BESIDE_SECONDS = 7200.0  # the same, of what is done beside training: a checkpoint that is written
+SECONDS_BETWEEN_ASKING = 0.05
 GLOO_SECONDS = 0.2  # its threads have this long to let go at the end
 
 
@@ -50,11 +53,14 @@ class Processes:
         place: RankInfo = SINGLE,
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
+        store: dist.Store | None = None,
     ) -> None:
-        """`group`: the process group of the collectives; None: the default one."""
+        """`group`: the process group of the collectives; None: the default one. `store`: the one
+        the ranks have met in."""
         self.place = place
         self.device = torch.device(device)
         self.group = group
+        self.store = store
 
     def background_group(self) -> Processes:
         """The same ranks with a gloo group of their own, for collectives on the host from another
@@ -82,12 +88,13 @@ class Processes:
         if self.is_main:
             content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
             size = torch.tensor([len(content)])
-            dist.broadcast(size, 0, self.group)
         else:
-            size = torch.zeros(1, dtype=torch.int64)
+            content, size = None, torch.zeros(1, dtype=torch.int64)
+        with HEARTBEAT.waiting():
             dist.broadcast(size, 0, self.group)
-            content = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(content, 0, self.group)
+            if content is None:
+                content = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(content, 0, self.group)
         return json.loads(content.numpy().tobytes())
 
     def run_on_rank0(
@@ -133,14 +140,16 @@ class Processes:
     def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place; `values` on the device or the CPU."""
         if self.count > 1:
-            dist.all_reduce(values, group=self.group)
+            with HEARTBEAT.waiting():
+                dist.all_reduce(values, group=self.group)
         return values
 
     def all_reduce_max(self, value: float) -> float:
         if self.count == 1:
             return value
         found = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
+        with HEARTBEAT.waiting():
+            dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
         return float(found)
 
     def any(self, value: bool) -> bool:
@@ -155,7 +164,8 @@ class Processes:
         sent = torch.full((longest,), ord(" "), dtype=torch.uint8)
         sent[: len(content)] = content
         received = [torch.empty_like(sent) for _ in range(self.count)]
-        dist.all_gather(received, sent, self.group)
+        with HEARTBEAT.waiting():
+            dist.all_gather(received, sent, self.group)
         return [json.loads(part.numpy().tobytes()) for part in received]
 
     def require_same(self, what: str, figures: Mapping[str, Any]) -> None:
@@ -181,9 +191,10 @@ def any_differs(values: Sequence[Any]) -> bool:
 
 @contextlib.contextmanager
 def joined(
-    place: RankInfo, device: str, *, deadline: float | None = None, store: str = "env://"
+    place: RankInfo, device: str, *, deadline: float = COLLECTIVE_SECONDS, store: str = "env://"
 ) -> Iterator[Processes]:
     """Join the process group; destroy it at the end. `store`: an init_method of torch.distributed.
+    `deadline`: seconds that a collective may wait.
 
     RankLost where a collective of the block fails. Tensors on the CPU travel by gloo, those on GPUs by NCCL.
     """
@@ -192,15 +203,19 @@ def joined(
         return
     if device == "cuda":
         torch.cuda.set_device(place.local)
+    patience = timedelta(seconds=deadline)
+    shared, _, _ = next(dist.rendezvous(store, place.rank, place.count, timeout=patience))
+    shared.set_timeout(patience)
+    meeting = store_of_this_attempt(shared, place, deadline)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=store,
+        store=meeting,
         rank=place.rank,
         world_size=place.count,
-        timeout=timedelta(seconds=deadline or DEADLINE_SECONDS),
+        timeout=patience,
     )
     try:
-        yield Processes(place, device)
+        yield Processes(place, device, store=meeting)
     except RuntimeError as error:
         if any(word in str(error) for word in LOST):
             raise RankLost(str(error).splitlines()[0]) from error
@@ -210,6 +225,34 @@ def joined(
         # A thread of gloo's that still holds a tensor of the last collective needs the interpreter
         # to drop it, and aborts the process where that is being torn down (pytorch/pytorch#179291).
         time.sleep(GLOO_SECONDS)
+
+
+def store_of_this_attempt(store: dist.Store, place: RankInfo, deadline: float) -> dist.Store:
+    """`store` under a prefix that is new and the same on all ranks. All ranks call it.
+
+    torchrun keeps one store when it restarts the ranks, and the addresses of those before still lie
+    there: a rank that joins sooner than another would connect to a process that is gone. So rank 0
+    makes up a name for this attempt, and tells each rank under a key that this rank has made up.
+    RankLost where a rank has not asked before the deadline, in seconds.
+    """
+    if not place.is_main:
+        own = uuid.uuid4().hex
+        store.set(f"asks/{place.rank}", own)
+        attempt = store.get(f"answer/{own}").decode()
+        store.set(f"{attempt}/knows/{place.rank}", "")
+        return dist.PrefixStore(attempt, store)
+    attempt, end = uuid.uuid4().hex, time.monotonic() + deadline
+    missing = set(range(1, place.count))
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"asks/{rank}"]):  # perhaps a rank of an earlier attempt
+                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", attempt)
+            if store.check([f"{attempt}/knows/{rank}"]):
+                missing.remove(rank)
+        if missing and time.monotonic() > end:
+            raise RankLost(f"ranks {sorted(missing)} have not joined after {deadline:.0f} s")
+        time.sleep(SECONDS_BETWEEN_ASKING)
+    return dist.PrefixStore(attempt, store)
 
 
 def mesh_of(processes: Processes) -> DeviceMesh:

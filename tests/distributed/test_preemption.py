@@ -1,4 +1,7 @@
-"""What clusters do to a run under torchrun: SIGTERM with a grace, and a rank that hangs."""
+"""What clusters do to a run under torchrun: SIGTERM with a grace, and a rank that hangs.
+
+What the heartbeat of each rank finds is tested in tests/run/test_rank_watch.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from several_processes import environment, is_alive, workers_of
 from toy_runs import SECONDS, command, make_inputs, run, steps
 
@@ -81,10 +85,9 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on_bit_for_bit(folder: Path)
     assert_unbroken(folder, "preempted", step + 2)
 
 
-@pytest.mark.slow
-def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:
-    """Its peer's collective runs into the deadline; torchrun kills the stopped one after 30 s."""
-    with two_ranks(folder, "hung", "--resume", "auto", "--deadline", "10") as torchrun:
+def test_a_rank_that_is_frozen_is_found_and_all_start_again(folder: Path) -> None:
+    """By the other one, in two fifths of the deadline; collectives have 1800 s."""
+    with two_ranks(folder, "hung", "--resume", "auto", "--deadline", "15") as torchrun:
         hanging = workers_of(torchrun.pid)[1]
         os.kill(hanging, signal.SIGSTOP)
         stopped_at = steps(folder / "hung")[-1]["step"]
@@ -96,4 +99,21 @@ def test_a_rank_that_hangs_is_found_and_all_start_again(folder: Path) -> None:
         torchrun.wait(60)
     log = (folder / "hung.log").read_text()
     assert log.count("resumed after step") == 1
+    assert log.count("rank 1 is frozen: no sign of life for 6 s; all ranks end") == 1
+    assert "frozen" in (folder / "hung" / "run.log").read_text()
     assert_unbroken(folder, "hung", newest_step(folder / "hung"))
+
+
+def test_a_main_thread_that_hangs_ends_its_rank_with_its_stacks(tmp_path: Path) -> None:
+    """Its other threads run, so it does not look frozen; its peer waits in a collective."""
+    worker = str(Path(__file__).with_name("hanging_worker.py"))
+    waiting, hanging = run_forked(
+        [[worker, str(rank), "2", f"{tmp_path}/store"] for rank in range(2)],
+        folder=tmp_path,
+        environments=[environment()] * 2,
+        seconds=SECONDS,
+    )
+    assert hanging.returncode == 1
+    assert "rank 1 hangs: no progress for 4 s in phase update; all ranks end" in hanging.stderr
+    assert "in hang\n" in hanging.stderr, "the stack of the main thread"
+    assert waiting.stdout.splitlines()[-1] == "RankLost"

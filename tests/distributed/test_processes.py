@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from several_processes import run_processes
+from forked import run_forked
+from several_processes import SECONDS, environment, run_processes
+from torch.distributed import TCPStore
 
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, refuse_world_size, validate
@@ -27,6 +29,27 @@ def test_what_they_tell_each_other() -> None:
         assert report["calls"] == ([0] if rank == 0 else [])
         assert report["failed"] == ("KeyError" if rank == 0 else "MainRankFailed")
         assert report["strayed"].startswith("step 3: the processes differ in loss: 0.0, 0.5;")
+
+
+def test_a_restart_does_not_meet_the_ranks_of_the_attempt_before(tmp_path: Path) -> None:
+    """torchrun keeps the store; rank 0, late, has yet to replace its address of the first attempt."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+    }
+    worker = str(Path(__file__).with_name("meeting_worker.py"))
+    for late in ("0", "2"):
+        ranks = [{"RANK": str(rank)} for rank in range(2)]
+        ended = run_forked(
+            [[worker, late if rank == 0 else "0"] for rank in range(2)],
+            folder=tmp_path,
+            environments=[environment() | meeting | rank for rank in ranks],
+            seconds=SECONDS,
+        )
+        assert [process.stdout for process in ended] == ["[0, 1]\n"] * 2, ended[1].stderr[-2000:]
 
 
 def test_one_alone_talks_to_nobody() -> None:
