@@ -80,6 +80,8 @@ def servers(world: World, steps: int, *, is_real: bool = False) -> dict[str, Any
         kills += 1
         life.alive_for(ABSENT_SECONDS)
         server.start()
+        if is_real:  # it takes longer to start than KILL_SECONDS
+            server.wait_until_ready()
     code = life.wait()
     for server in both:
         server.kill()

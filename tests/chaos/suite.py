@@ -1,6 +1,7 @@
 """make chaos: everything is done to tiny runs that a machine, a disk or a person may do to a run.
 
     python tests/chaos/suite.py [--short] [--seed N] [--out FILE]
+    python tests/chaos/suite.py --vllm    two servers of vLLM, in an environment that has it
     python tests/chaos/suite.py --markdown    the table of docs/reliability.md, from FILE
 
 Prints a table (number in the catalogue of docs/reliability.md, what, figure, goal) and writes the
@@ -35,6 +36,7 @@ from lives import World  # noqa: E402
 from exgrpo_fast.build.environment import package_versions  # noqa: E402
 
 Figures = dict[str, Any]
+VLLM_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,25 @@ def of_folders(f: Figures) -> list[Entry]:
     ]
 
 
+def of_vllm_servers(f: Figures) -> list[Entry]:
+    """What vLLM draws depends on what else is in its batch, so curves are not compared."""
+    asked = "equal" if f["steps_whose_questions_differ"] == 0 else "DIFFER"
+    return [
+        Entry(
+            "F29",
+            f"one of two vLLM servers killed every 20 s, {f['kills']} times",
+            f"exit {f['exit']}, {f['steps']} steps, {f['requests_resent']} requests asked again, "
+            f"{f['steps_with_one_server']} steps with one server, questions {asked}",
+            "exit 0, all steps, equal",
+            f["exit"] == f["exit_undisturbed"] == f["tracebacks"] == f["staleness_max"] == 0
+            and f["steps"] == VLLM_STEPS
+            and f["kills"] >= 3
+            and f["requests_resent"] > 0
+            and asked == "equal",
+        )
+    ]
+
+
 def of_servers(f: Figures) -> list[Entry]:
     nothing_lost = not f["steps_whose_questions_differ"] + f["steps_whose_tokens_differ"]
     same = not f["losses_that_differ"] and f["final_state_equal"]
@@ -258,7 +279,10 @@ def of_offline(f: Figures) -> list[Entry]:
 Scenario = tuple[str, Callable[[World], Figures], Callable[[Figures], list[Entry]]]
 
 
-def plan(short: bool, rng: random.Random) -> list[Scenario]:
+def plan(short: bool, vllm: bool, rng: random.Random) -> list[Scenario]:
+    if vllm:
+        real = lambda w: rollout_servers.servers(w, VLLM_STEPS, is_real=True)  # noqa: E731
+        return [("vllm_servers", real, of_vllm_servers)]
     n = (lambda few, many: few) if short else (lambda few, many: many)
     chosen: list[Scenario] = [
         ("kills", lambda w: scenarios.kills(w, n(4, 200), rng), of_kills),
@@ -284,6 +308,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a minute instead of many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="these scenarios; in --out the others stay as they are")
+    parser.add_argument(
+        "--vllm", action="store_true", help="two servers of vLLM alone; the others stay as they are"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu/chaos.json")
     parser.add_argument("--markdown", action="store_true", help="run nothing, print the table")
     arguments = parser.parse_args()
@@ -292,11 +319,11 @@ def main() -> int:
         return 0
     rng = random.Random(arguments.seed)
     found: dict[str, Figures] = {}
-    if arguments.only:
+    if arguments.only or arguments.vllm:
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="exgrpo-chaos-") as folder:
         world = World(Path(folder))
-        for name, scenario, read in plan(arguments.short, rng):
+        for name, scenario, read in plan(arguments.short, arguments.vllm, rng):
             if arguments.only and name not in arguments.only.split(","):
                 continue
             start = time.monotonic()
