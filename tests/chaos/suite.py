@@ -36,7 +36,7 @@ from lives import World  # noqa: E402
 from exgrpo_fast.build.environment import package_versions  # noqa: E402
 
 Figures = dict[str, Any]
-VLLM_STEPS = 40
+VLLM_STEPS = 120
 
 
 @dataclass(frozen=True)
