@@ -7,6 +7,8 @@
     group size      the passes of an update on one question with so many completions of 64 tokens
     stored, asked   of a replay buffer with so many trajectories: draw 64 questions, read 1,024 trajectories
     stored, added   1,024 trajectories more
+    ranks           the passes of an update on 32 completions by so many processes that talk by gloo: CPU
+                    seconds of one of them
 
 Sizes take turns, the fastest of the repeats counts: CPU seconds depend little on what else the machine
 does, but not at all on nothing. `exponent` is the slope of log time over log size, by least squares: 1 is
@@ -18,7 +20,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +37,10 @@ from exgrpo_fast.build.assembly import make_learner, make_objective
 from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.config import validate
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, joined, mesh_of
+from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.model.policy import Policy
+from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.training.preflight import worst_groups
 from exgrpo_kernels import linear_policy_loss
 
@@ -44,6 +51,7 @@ SIZES = {
     "group size": (4, 8, 16, 32, 64),
     "stored, asked": (4000, 8000, 16000, 32000, 64000),
     "stored, added": (4000, 8000, 16000, 32000, 64000),
+    "ranks": (1, 2),
 }
 
 
@@ -68,7 +76,8 @@ def loss_work(tokens: int, vocabulary: int) -> Callable[[], object]:
     return work
 
 
-def group_work(group_size: int) -> Callable[[], object]:
+def group_work(group_size: int, processes: Processes = SINGLE_PROCESS) -> Callable[[], object]:
+    """`processes`: over which the policy is sharded."""
     tokenizer = make_tokenizer(["What is 1 + 2? It is 3.\n"] * 3, vocab_size=512)
     config = validate(
         {
@@ -79,13 +88,19 @@ def group_work(group_size: int) -> Callable[[], object]:
         }
     )
     model: Any = make_model(tokenizer, seed=0, layers=2, width=WIDTH)
-    learner = make_learner(config, Policy(model, max_tokens_per_microbatch=1024), None)
+    vocabulary = len(model.get_output_embeddings().weight)
+    limit = {"max_tokens_per_microbatch": 1024}
+    policy = Policy(model, **limit)
+    if processes.count > 1:
+        mesh = mesh_of(processes)
+        policy = ShardedPolicy(model, mesh=mesh, processes=processes, **limit)
+    learner = make_learner(config, policy, None)
     groups = worst_groups(
         1,
         group_size,
         prompt_tokens=32,
         completion_tokens=TOKENS_OF_A_COMPLETION,
-        vocabulary=len(learner.policy.head.weight),
+        vocabulary=vocabulary,
     )
     objective = make_objective(config)
     return lambda: learner.rehearse(groups, objective)
@@ -145,12 +160,35 @@ def add_work(trajectories: int) -> Callable[[], object]:
     return work
 
 
+def ranks_work(count: int) -> Callable[[], float]:
+    """Returns its seconds itself: they pass in processes of their own."""
+
+    def work() -> float:
+        context = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as folder, context.Pool(count) as pool:
+            store = f"file://{folder}/store"
+            jobs = [(rank, count, store) for rank in range(count)]
+            return max(pool.starmap(rank_seconds, jobs, chunksize=1))
+
+    return work
+
+
+def rank_seconds(rank: int, count: int, store: str) -> float:
+    """The fastest of some updates, on one rank."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    with joined(RankInfo(rank, count, rank), "cpu", store=store) as processes:
+        work = group_work(32, processes)
+        return min([cpu_seconds(work) for _ in range(6)][1:])
+
+
 WORK: dict[str, Callable[[int], Callable[[], object]]] = {
     "tokens": lambda size: loss_work(size, 4096),
     "vocabulary": lambda size: loss_work(512, size),
     "group size": group_work,
     "stored, asked": ask_work,
     "stored, added": add_work,
+    "ranks": ranks_work,
 }
 
 
@@ -158,9 +196,10 @@ WORK: dict[str, Callable[[int], Callable[[], object]]] = {
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
+    """Of this process, or of another where `work` says them."""
     began = time.process_time()
-    work()
-    return time.process_time() - began
+    elsewhere = work()
+    return elsewhere if isinstance(elsewhere, float) else time.process_time() - began
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
@@ -207,6 +246,12 @@ def main() -> None:
     results["load_average"] = round(os.getloadavg()[0], 2)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "growth.json"
+    if set(arguments.only) != set(WORK) and path.exists():  # the other rows stay
+        before = json.loads(path.read_text())
+        kept = [row for row in before["rows"] if row["grows"] not in arguments.only]
+        results["rows"] = sorted(
+            [*kept, *results["rows"]], key=lambda row: list(WORK).index(row["grows"])
+        )
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(path)
 

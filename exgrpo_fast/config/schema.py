@@ -327,7 +327,6 @@ def refuse_world_size(config: Config, count: int) -> None:
     prior = config.prior_resampling
     refused = {
         "model.quantization": config.model.quantization is not None,
-        "model.lora.dropout": config.model.lora is not None and config.model.lora.dropout > 0,
         "rollout.top_k": config.rollout.top_k > 0,
         "train.gradient_release": config.train.gradient_release,
         f"prior_resampling.trigger {prior.trigger}": prior.enabled

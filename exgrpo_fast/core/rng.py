@@ -1,22 +1,33 @@
-"""The process-wide random states, as JSON and tensors: dropout and user code may draw from them.
+"""The process-wide random states, as JSON and tensors: user code may draw from them.
 
 Everything of this package draws from generators and seeds of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)  # the GPUs' generators, too
+
+
+@contextlib.contextmanager
+def seeded_by(*numbers: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators of the CPU and of `device` start from a hash of `numbers`; outside
+    they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(xxhash.xxh3_64_intdigest(repr(numbers).encode()))
+        yield
 
 
 def random_state() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from exgrpo_fast.core.rng import seeded_by
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.model.oom import retry_smaller_on_oom
 from exgrpo_fast.model.policy import Policy
@@ -131,10 +132,16 @@ class Learner:
                 yield
 
     def _loss(self, part: TrainingPack, objective: PolicyObjective) -> PolicyLoss:
-        """Hidden states and head are not kept here: the backward pass does without them."""
+        """Hidden states and head are not kept here: the backward pass does without them.
+
+        Dropout is drawn from the seed of the run, the update and the pack: any rank that has the
+        pack, and a run that is resumed, drop the same.
+        """
         columns, distillation = part.columns, self.distillation
         teacher_hidden_NE = distillation.hidden_states(part.pack) if distillation else None
-        hidden_ND = self.policy.hidden_states(part.pack)
+        of_pack = (torch.initial_seed(), self.optimiser.num_updates, part.pack.index[0])
+        with seeded_by(*of_pack, device=self.policy.device):
+            hidden_ND = self.policy.hidden_states(part.pack)
         weight, bias, softcap = self.policy.head_for(hidden_ND)
         with self.policy.head_gradient() as head_gradient_VD:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_slope(objective)):

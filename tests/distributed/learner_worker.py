@@ -42,7 +42,7 @@ UPDATES = 3
 FULL_IN = ("forward", "loss", "backward", "recomputation", "scoring")
 
 
-def make_model(*, tied: bool, seed: int = 0, lora_rank: int = 0) -> Any:
+def make_model(*, tied: bool, seed: int = 0, lora_rank: int = 0, lora_dropout: float = 0.0) -> Any:
     """`lora_rank`: of adapters that have learned something already; 0: none."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
@@ -58,7 +58,7 @@ def make_model(*, tied: bool, seed: int = 0, lora_rank: int = 0) -> Any:
         )
     )
     if lora_rank:
-        add_adapter(model, rank=lora_rank, alpha=2.0 * lora_rank)
+        add_adapter(model, rank=lora_rank, alpha=2.0 * lora_rank, dropout=lora_dropout)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter, std=0.05)
@@ -154,6 +154,7 @@ def compare(
     clip_high: float | None = 0.28,
     updates: int = UPDATES,
     lora_rank: int = 0,
+    lora_dropout: float = 0.0,
     weights: torch.dtype = torch.float32,
     of_one: Mapping[str, Any] = MappingProxyType({}),
     distils: bool = False,
@@ -165,7 +166,7 @@ def compare(
     """
     objective = PolicyObjective(clip_low, clip_high, entropy_coef=0.01, kl_coef=kl)
     settings = {"max_tokens_per_microbatch": 60, "compute_dtype": dtype, "temperature": 0.9, **more}
-    model = make_model(tied=tied, lora_rank=lora_rank).to(weights)
+    model = make_model(tied=tied, lora_rank=lora_rank, lora_dropout=lora_dropout).to(weights)
     adapters_in_float32(model)
     minibatches = settings.pop("minibatches", 1)
     alone = Policy(copy.deepcopy(model), **{**settings, **of_one})
@@ -408,6 +409,15 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
         ),
         "distillation and adapters": compare(
             processes, tied=False, dtype=torch.float32, lora_rank=4, distils=True
+        ),
+        "adapters with dropout": compare(
+            processes,
+            tied=True,
+            dtype=torch.float32,
+            lora_rank=4,
+            lora_dropout=0.3,
+            minibatches=2,
+            gradient_checkpointing=True,
         ),
         "bfloat16 adapters": compare(
             processes,

@@ -23,6 +23,7 @@ FLOAT32 = (
     "adapters and tiles",
     "distillation",
     "distillation and adapters",
+    "adapters with dropout",
 )
 
 

@@ -89,7 +89,6 @@ def test_nothing_to_deal() -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "model.quantization": {"model": {"lora": {}, "quantization": "nf4"}},
-    "model.lora.dropout": {"model": {"lora": {"dropout": 0.1}}},
     "rollout.engine vllm": {"rollout": {"engine": "vllm"}},
     "prior_resampling.trigger kl": {"prior_resampling": {"enabled": True, "trigger": "kl"}},
 }
@@ -108,6 +107,7 @@ def test_what_several_processes_cannot_do_is_refused_by_its_key(key: str) -> Non
     [
         {"model": {"tile_tokens": 4096}},
         {"model": {"lora": {}, "weights": "bfloat16"}},
+        {"model": {"lora": {"dropout": 0.1}}},
         {"model": {"weights": "bfloat16"}},
         {"train": {"optimizer": "adamw_8bit"}},
         {"rollout": {"generate_ahead": True, "engine": "vllm_server"}},
