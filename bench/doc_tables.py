@@ -297,7 +297,7 @@ COMMANDS = {
     "aot/triton-3.6.0.json": "python bench/aot.py",
     "aot/triton-3.7.1.json": "python bench/aot.py",
     "cpu/adapters.json": ".venv-adapters/bin/python bench/adapters.py",
-    "cpu/chaos.json": "make chaos",
+    "cpu/chaos.json": "make chaos; .venv-vllm/bin/python tests/chaos/suite.py --vllm",
     "cpu/checkpoint.json": "python bench/checkpoint.py",
     "cpu/cpu_memory.json": "python bench/cpu_memory.py",
     "cpu/density.json": "python bench/density.py RUN",
