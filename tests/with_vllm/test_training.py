@@ -15,7 +15,7 @@ import pytest
 from conftest import small_config  # pyright: ignore[reportAttributeAccessIssue]
 from several_processes import TORCHRUN, environment
 
-from exgrpo_fast.config import dump_yaml, load_config
+from exgrpo_fast.config import dump_yaml, engine_kind, load_config
 
 STEPS = 4
 
@@ -48,6 +48,14 @@ def assert_in_step(rows: list[dict[str, Any]]) -> None:
     assert all(row["sync_gap"] < 1e-5 for row in rows)
     assert all(row["mismatch_corrected_frac"] == 0.0 for row in rows)
     assert all(row["grad_norm"] > 0 for row in rows), "nothing was learned, nothing is shown"
+
+
+def test_auto_leaves_a_cpu_to_transformers() -> None:
+    """There vLLM draws no faster, and its completions have to be scored as well."""
+    config = small_config(Path("nowhere"), "right", {})
+    assert config.rollout.engine == "auto"
+    assert engine_kind(config, "cpu") == "transformers"
+    assert engine_kind(config, "cuda") == "vllm"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
