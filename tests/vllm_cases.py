@@ -12,4 +12,5 @@ ARGUMENTS: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 64,
     "kv_cache_bytes": 64 << 20,
+    "top_k": 50,
 }

@@ -116,6 +116,7 @@ def reserve_vllm(
         "kv_cache_bytes": plan.kv_cache_bytes,
         "seed": config.train.seed,
         "can_sleep": plan.sleeps,
+        "top_k": config.rollout.top_k,
     }
     if kind == "vllm_server":
         # httpx2 is needed for servers alone.

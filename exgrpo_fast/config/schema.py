@@ -327,7 +327,6 @@ def refuse_world_size(config: Config, count: int) -> None:
     prior = config.prior_resampling
     refused = {
         "model.quantization": config.model.quantization is not None,
-        "rollout.top_k": config.rollout.top_k > 0,
         "train.gradient_release": config.train.gradient_release,
         f"prior_resampling.trigger {prior.trigger}": prior.enabled
         and prior.trigger in ("entropy", "kl", "tv", "js"),
@@ -355,8 +354,7 @@ def engine_kind(config: Config, device: str) -> str:
     require_engine(config)
     if config.rollout.engine != "auto":
         return config.rollout.engine
-    can_use_vllm = _has_vllm() and device == "cuda" and config.rollout.top_k == 0
-    return "vllm" if can_use_vllm else "transformers"
+    return "vllm" if _has_vllm() and device == "cuda" else "transformers"
 
 
 def require_engine(config: Config) -> None:

@@ -304,11 +304,6 @@ class RolloutConfig(Section):
                     f"rollout.{name} needs rollout.top_k, which bounds what is kept of each token; "
                     "try 512"
                 )
-        if self.top_k > 0 and self.engine in ("vllm", "vllm_server"):
-            raise ValueError(
-                f"rollout.top_k: rollout.engine {self.engine} does not say which tokens were left "
-                "to draw from; set rollout.engine to transformers, or top_k to 0"
-            )
         if self.generate_ahead and self.engine != "vllm_server":
             raise ValueError("rollout.generate_ahead needs rollout.engine vllm_server")
         return self

@@ -119,10 +119,10 @@ class AnnouncedPolicy(Policy):
         kept: Ragged | None = None,
         on_poll: Callable[[], None] = lambda: None,
     ) -> Scores:
-        assert kept is None, "truncated sampling is for one process"
-        parts = [prompts.values, prompts.lengths, completions.values, completions.lengths]
-        self.processes.broadcast({"do": "score", "of": [part.tolist() for part in parts]})
-        return self.policy.score(prompts, completions, on_poll=on_poll)
+        sequences = [prompts, completions, *([kept] if kept is not None else [])]
+        parts = [part.tolist() for each in sequences for part in (each.values, each.lengths)]
+        self.processes.broadcast({"do": "score", "of": parts})
+        return self.policy.score(prompts, completions, kept=kept, on_poll=on_poll)
 
 
 def follow_rank0(policy: Policy, processes: Processes) -> dict[str, Any]:
@@ -136,7 +136,8 @@ def follow_rank0(policy: Policy, processes: Processes) -> dict[str, Any]:
                 pass
         elif command["do"] == "score":
             parts = [torch.tensor(part, dtype=torch.int64) for part in command["of"]]
-            policy.score(Ragged(parts[0], parts[1]), Ragged(parts[2], parts[3]))
+            prompts, completions, *kept = map(Ragged, parts[::2], parts[1::2])
+            policy.score(prompts, completions, kept=kept[0] if kept else None)
         else:
             raise MainRankFailed
 

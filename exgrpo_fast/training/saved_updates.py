@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
+from exgrpo_fast.core.types import Group, KeptTokens, Question, Trajectory, Verdict
 from exgrpo_kernels import PolicyObjective
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,10 @@ def _write(folder: Path, step: int, groups: Sequence[Group], objective: PolicyOb
     """The .json last: where it is, the tensors are whole."""
     trajectories = [t for group in groups for t in group.trajectories]
     columns = {name: _join(trajectories, name) for name in (*COLUMNS, *OPTIONAL)}
+    kept = [t.kept for t in trajectories if t.kept is not None]
+    if kept:
+        columns["kept_ids"] = torch.cat([k.ids for k in kept])
+        columns["kept_counts"] = torch.cat([k.counts for k in kept])
     rows = [
         {
             "group": number,
@@ -73,6 +77,7 @@ def _write(folder: Path, step: int, groups: Sequence[Group], objective: PolicyOb
             "reward": t.reward - t.penalty - t.bonus if t.verdict is None else t.verdict.reward,
             "correct": t.successful,
             "has": [name for name in OPTIONAL if getattr(t, name) is not None],
+            "num_kept": None if t.kept is None else len(t.kept.ids),
             **{name: getattr(t, name) for name in SCALARS},
         }
         for number, group in enumerate(groups)
@@ -123,12 +128,24 @@ def _trajectories(rows: Sequence[dict[str, Any]], columns: dict[str, Tensor]) ->
     for name in (*COLUMNS, *OPTIONAL):
         lengths = [row["num_tokens"] for row in rows if name in COLUMNS or name in row["has"]]
         parts[name] = iter(columns[name].split(lengths) if lengths else ())
+    kept = _kept(rows, columns)
     return [
         Trajectory(
             question=Question(row["question_id"], tuple(row["prompt_ids"]), "", ""),
             verdict=Verdict(row["reward"], "stored", correct=row["correct"]),
             **{name: next(parts[name]) for name in (*COLUMNS, *row["has"])},
+            kept=None if row.get("num_kept") is None else next(kept),
             **{name: row[name] for name in SCALARS},
         )
         for row in rows
     ]
+
+
+def _kept(rows: Sequence[dict[str, Any]], columns: dict[str, Tensor]) -> Iterator[KeptTokens]:
+    """Of the trajectories that have it, in their order."""
+    found = [row for row in rows if row.get("num_kept") is not None]
+    if not found:
+        return iter(())
+    ids = columns["kept_ids"].split([row["num_kept"] for row in found])
+    counts = columns["kept_counts"].split([row["num_tokens"] for row in found])
+    return map(KeptTokens, ids, counts)

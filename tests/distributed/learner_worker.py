@@ -19,9 +19,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from exgrpo_fast.core.dtensor import full_tensor
 from exgrpo_fast.core.process_group import Processes, mesh_of
-from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
+from exgrpo_fast.core.types import Group, KeptTokens, Question, Trajectory, Verdict
 from exgrpo_fast.model.lora import add_adapter
-from exgrpo_fast.model.packing import Pack, Ragged
+from exgrpo_fast.model.packing import Pack, Ragged, kept_sets
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.rollout.engine import Request, Sampling
@@ -71,8 +71,11 @@ def adapters_in_float32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def make_groups(step: int, count: int = 5) -> list[Group]:
-    """Groups of four responses of different lengths, one of each replayed."""
+def make_groups(step: int, count: int = 5, *, truncated: bool = False) -> list[Group]:
+    """Groups of four responses of different lengths, one of each replayed.
+
+    `truncated`: each token was drawn from a few, and the log-probs are over those.
+    """
     generator = torch.Generator().manual_seed(step)
 
     def draw(high: int, size: int) -> Tensor:
@@ -86,11 +89,14 @@ def make_groups(step: int, count: int = 5) -> list[Group]:
         members = []
         for place in range(4):
             length = 1 + int(draw(14, 1))
+            tokens = draw(VOCABULARY, length)
+            mean = -1.2 if truncated else -5.0
             members.append(
                 Trajectory(
                     question,
-                    token_ids=draw(VOCABULARY, length),
-                    behaviour_logprobs=-5.0 + 0.2 * torch.rand(length, generator=generator),
+                    token_ids=tokens,
+                    behaviour_logprobs=mean + 0.2 * torch.rand(length, generator=generator),
+                    kept=kept_around(tokens) if truncated else None,
                     entropies=torch.ones(length),
                     truncated=False,
                     source="replay" if place == 0 else "fresh",
@@ -100,6 +106,16 @@ def make_groups(step: int, count: int = 5) -> list[Group]:
             )
         groups.append(AdvantageRule().apply(Group(question, tuple(members))))
     return groups
+
+
+def kept_around(tokens: Tensor) -> KeptTokens:
+    """Each token and those behind it: one to four."""
+    counts = 1 + tokens % 4
+    ids = [
+        (token + torch.arange(count)) % VOCABULARY
+        for token, count in zip(tokens, counts, strict=True)
+    ]
+    return KeptTokens(torch.cat(ids).int(), counts)
 
 
 class Recording(Optimiser):
@@ -158,6 +174,7 @@ def compare(
     weights: torch.dtype = torch.float32,
     of_one: Mapping[str, Any] = MappingProxyType({}),
     distils: bool = False,
+    truncated: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """`of_one`: settings of the one process that are not those of the several, `more`.
@@ -188,7 +205,7 @@ def compare(
     ]
     report: dict[str, Any] = {"losses": [], "norms": [], "metrics": 0.0, "clipped": True}
     for step in range(updates):
-        groups = make_groups(step)
+        groups = make_groups(step, truncated=truncated)
         ours, expected = (learner.update(groups, objective) for learner, _ in learners)
         assert ours.tokens_trained == expected.tokens_trained > 0
         report["losses"] += [abs(a - b) for a, b in zip(ours.losses, expected.losses, strict=True)]
@@ -277,11 +294,17 @@ def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     figures = shared.sync(1)
     requests = [Request((5, 6, 7), seed) for seed in range(3)]
     drawn = shared.generate(requests, Sampling(6))
+    cut = shared.generate(requests, Sampling(6, top_k=3, top_p=0.9))
+    ids = [Ragged.of(of) for of in ([r.prompt_ids for r in requests], [c.token_ids for c in cut])]
+    over_sets = policy.score(*ids, kept=kept_sets(cut)).logprobs
+    cut_gap = (over_sets - torch.cat([c.logprobs for c in cut])).abs().max()
     weights = dict(policy.named_weights())
     same = all(torch.equal(weights[n], w) for n, w in copied.named_weights())
     return {
         "gap": figures["sync_gap"],
         "tokens": [completion.token_ids.tolist() for completion in drawn],
+        "cut gap": float(cut_gap),
+        "kept": [[c.kept.ids.tolist(), c.kept.counts.tolist()] for c in cut if c.kept],
         "same": same or not processes.is_main,
     }
 
@@ -403,6 +426,9 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
         ),
         "adapters and tiles": compare(
             processes, tied=False, dtype=torch.float32, lora_rank=3, tile_tokens=7
+        ),
+        "kept sets": compare(
+            processes, tied=True, dtype=torch.float32, truncated=True, kl=0.1, minibatches=2
         ),
         "distillation": compare(
             processes, tied=True, dtype=torch.float32, distils=True, gradient_checkpointing=True

@@ -21,6 +21,7 @@ FLOAT32 = (
     "adapters",
     "adapters and checkpointing",
     "adapters and tiles",
+    "kept sets",
     "distillation",
     "distillation and adapters",
     "adapters with dropout",
@@ -91,3 +92,7 @@ def test_the_engine_of_the_first_process_follows_the_weights_in_parts(reports, c
     first, second = (report[case] for report in reports)
     assert first["same"] and 0.0 < first["gap"] == second["gap"] < 1e-4
     assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 3
+    assert first["kept"] == second["kept"] and len(first["kept"]) == 3
+    assert 1 <= min(min(counts) for _, counts in first["kept"])
+    assert max(max(counts) for _, counts in first["kept"]) <= 3
+    assert max(first["cut gap"], second["cut gap"]) < 1e-5

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +15,15 @@ from torch import Tensor
 
 from exgrpo_fast.config import ConfigError, engine_kind
 from exgrpo_fast.config.schema import refuse_world_size
+from exgrpo_fast.core.types import Completion, KeptTokens
 from exgrpo_fast.model.packing import Ragged, kept_sets, padded_ids
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.hf.drawing import draw
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.rollout.server.wire import pack_completion, unpack_completion
+from exgrpo_fast.rollout.vllm.model import kept_tokens
+from exgrpo_fast.training.saved_updates import UpdateLog, read_update
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14)]
 REQUESTS = [Request(p, request_seed(0, 1, str(p), i)) for i in range(4) for p in PROMPTS]
@@ -137,7 +145,6 @@ def test_a_reference_is_over_the_same_set(make_test_trainer, tokenizer) -> None:
     [
         ({"rollout": {"top_p": 0.9}}, "rollout.top_p needs rollout.top_k"),
         ({"rollout": {"min_p": 0.1}}, "rollout.min_p needs rollout.top_k"),
-        ({"rollout": {"top_k": 5, "engine": "vllm"}}, "does not say which tokens were left"),
         ({"rollout": {"top_k": 5}, "replay": {"enabled": True}}, "go with replay.enabled"),
         ({"rollout": {"top_k": 5}, "hindsight": {"enabled": True}}, "go with hindsight.enabled"),
     ],
@@ -147,11 +154,45 @@ def test_what_does_not_go_with_it_is_named(model_folder, sections, said: str) ->
         small_config(model_folder, "right", sections)
 
 
-def test_it_is_for_one_process_and_one_engine(model_folder, monkeypatch) -> None:
+def test_several_processes_and_vllm_take_it(model_folder, monkeypatch) -> None:
     config = small_config(model_folder, "right", {"rollout": {"top_k": 5}})
-    with pytest.raises(ConfigError, match=r"rollout\.top_k does not go with 2 processes"):
-        refuse_world_size(config, 2)
+    refuse_world_size(config, 2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert engine_kind(config, "cuda") == "transformers"
-    whole = small_config(model_folder, "right", {})
-    assert engine_kind(whole, "cuda") == "vllm"
+    assert engine_kind(config, "cuda") == "vllm"
+
+
+def test_completions_travel_with_their_sets() -> None:
+    kept = KeptTokens(torch.tensor([4, 7, 2, 150_000], dtype=torch.int32), torch.tensor([3, 1]))
+    sent = Completion(torch.tensor([7, 150_000]), torch.tensor([-0.5, 0.0]), False, kept=kept)
+    place, found = unpack_completion(json.loads(json.dumps(pack_completion(3, sent))))
+    assert place == 3 and found.kept is not None
+    assert torch.equal(found.kept.ids, kept.ids) and torch.equal(found.kept.counts, kept.counts)
+    plain = unpack_completion(pack_completion(0, replace(sent, kept=None)))[1]
+    assert plain.kept is None
+
+
+def test_what_vllm_keeps_is_what_is_not_minus_infinity() -> None:
+    """Of each position the sampled token, then the highest ones."""
+    low = -math.inf
+    flat = SimpleNamespace(
+        start_indices=[0, 4, 8],
+        end_indices=[4, 8, 12],
+        token_ids=[5, 9, 5, 3, 8, 8, 0, 1, 6, 2, 4, 9],
+        logprobs=[-1.0, -0.5, -1.0, low, 0.0, 0.0, low, low, -1.4, -1.0, -1.1, -1.3],
+    )
+    kept = kept_tokens(flat)
+    assert kept.ids.tolist() == [5, 9, 8, 6, 2, 4, 9]
+    assert kept.counts.tolist() == [2, 1, 4]
+
+
+def test_a_saved_update_has_its_sets(make_test_trainer, tokenizer, tmp_path) -> None:
+    trainer, batch, _ = step_of(make_test_trainer, tokenizer, train={"lr": 1e-9})
+    UpdateLog(tmp_path).write(1, batch.groups, trainer.objective)
+    groups, objective = read_update(tmp_path, 1)
+    metrics = trainer.learner.update(groups, objective).kernel_metrics
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    for ours, theirs in zip(groups, batch.groups, strict=True):
+        for a, b in zip(ours.trajectories, theirs.trajectories, strict=True):
+            assert a.kept is not None and b.kept is not None
+            assert torch.equal(a.kept.ids, b.kept.ids)
+            assert torch.equal(a.kept.counts, b.kept.counts)

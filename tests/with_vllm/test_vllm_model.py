@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from exgrpo_fast.model.lora import add_adapter, trainable
-from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.packing import Ragged, kept_sets, padded_ids
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling, request_seed
 from exgrpo_fast.rollout.sync_check import VerifiedEngine, WeightsOutOfSync
 from exgrpo_fast.rollout.vllm.engine import VllmEngine
+from exgrpo_fast.rollout.vllm.model import MAX_TIES
 
 EOS = 1
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), tuple(5 + 7 * i % 200 for i in range(270))]
@@ -57,6 +59,45 @@ def test_logprobs_are_the_trainers_before_and_after_three_updates(engine, temper
         assert largest_gap(engine, temperature) > 1e-2, "the update changed nothing to be seen"
         engine.sync(version)
         assert largest_gap(engine, temperature) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 4}, {"top_k": 50, "top_p": 0.6}, {"top_k": 9, "top_p": 0.9, "min_p": 0.05}],
+)
+def test_logprobs_over_the_kept_sets_are_the_trainers(engine, settings) -> None:
+    """Both sides over what vLLM says was left to draw from; over the whole vocabulary they are apart."""
+    engine.policy.temperature = 0.7
+    completions = engine.generate(REQUESTS, Sampling(24, 0.7, **settings))
+    prompts = Ragged.of([r.prompt_ids for r in REQUESTS])
+    responses = Ragged.of([c.token_ids for c in completions])
+    kept = kept_sets(completions)
+    assert kept is not None and len(kept) == len(responses.values)
+    ids = padded_ids(kept)
+    assert bool((ids == responses.values[:, None]).any(1).all())
+    assert int(kept.lengths.max()) <= settings["top_k"]
+    over_sets = engine.policy.score(prompts, responses, kept=kept).logprobs
+    theirs = torch.cat([c.logprobs for c in completions])
+    assert float((over_sets - theirs).abs().max()) < 1e-4
+    over_all = engine.policy.score(prompts, responses).logprobs
+    assert float((over_all - theirs).abs().mean()) > 0.1
+    smaller = Ragged(kept.values[kept.starts], torch.ones_like(kept.lengths))
+    alone = engine.policy.score(prompts, responses, kept=smaller).logprobs
+    assert float((alone - theirs).abs().max()) > 0.1, "the rest of the sets changes nothing"
+
+
+def test_of_many_equal_logits_sixteen_more_than_top_k_are_known(engine) -> None:
+    """vLLM's CPU build keeps all of them, here the whole vocabulary."""
+    with torch.no_grad():
+        engine.policy.head.weight.zero_()
+    engine.sync(1)
+    vocabulary = len(engine.policy.head.weight)
+    for completion in engine.generate(REQUESTS[:3], Sampling(8, top_k=4)):
+        assert completion.kept is not None
+        assert set(completion.kept.counts.tolist()) <= {4 + MAX_TIES, 5 + MAX_TIES}
+        torch.testing.assert_close(
+            completion.logprobs, torch.full_like(completion.logprobs, -math.log(vocabulary))
+        )
 
 
 def test_an_adapter_arrives_merged(folders, vllm_models) -> None:

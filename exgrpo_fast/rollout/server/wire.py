@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from exgrpo_fast.core.types import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion, KeptTokens, WeightSpan
 from exgrpo_fast.rollout.engine import Request, Sampling
 
 
@@ -28,13 +28,17 @@ def unpack_requests(body: Mapping[str, Any]) -> tuple[list[Request], Sampling]:
 
 
 def pack_completion(place: int, completion: Completion) -> dict[str, Any]:
-    return {
+    packed = {
         "place": place,
         "token_ids": _encode(completion.token_ids.numpy().astype("<i4")),
         "logprobs": _encode(completion.logprobs.numpy().astype("<f4")),
         "truncated": completion.truncated,
         "weight_spans": [list(span) for span in completion.weight_spans],
     }
+    if completion.kept is not None:
+        packed["kept_ids"] = _encode(completion.kept.ids.numpy().astype("<i4"))
+        packed["kept_counts"] = _encode(completion.kept.counts.numpy().astype("<i4"))
+    return packed
 
 
 def unpack_completion(entry: Mapping[str, Any]) -> tuple[int, Completion]:
@@ -43,6 +47,14 @@ def unpack_completion(entry: Mapping[str, Any]) -> tuple[int, Completion]:
         logprobs=torch.from_numpy(_decode(entry["logprobs"], "<f4").astype(np.float32)),
         truncated=entry["truncated"],
         weight_spans=tuple(WeightSpan(*span) for span in entry["weight_spans"]),
+        kept=_unpack_kept(entry) if "kept_ids" in entry else None,
+    )
+
+
+def _unpack_kept(entry: Mapping[str, Any]) -> KeptTokens:
+    ids, counts = (_decode(entry[name], "<i4") for name in ("kept_ids", "kept_counts"))
+    return KeptTokens(
+        torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(counts.astype(np.int64))
     )
 
 

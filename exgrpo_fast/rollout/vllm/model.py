@@ -21,8 +21,12 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.types import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion, KeptTokens, WeightSpan
 from exgrpo_fast.rollout.engine import EngineLost, Request, Sampling
+
+# Log-probs asked for beyond top_k: where several logits equal the last one that is kept, vLLM's CPU
+# build keeps all of them.
+MAX_TIES = 16
 
 
 class VllmError(UserError):
@@ -45,9 +49,11 @@ class VllmModel:
         seed: int = 0,
         can_sleep: bool = False,
         tensor_parallel: int = 1,
+        top_k: int = 0,
     ) -> None:
         """`folder`: a Hugging Face folder; its tokenizer is never loaded. `kv_cache_bytes`: of one
-        GPU. `can_sleep`: memory can be handed back between two generations (CUDA only)."""
+        GPU. `can_sleep`: memory can be handed back between two generations (CUDA only). `top_k`: the
+        largest of any request."""
         self.vllm = _import_vllm()
         machine: dict[str, Any] = {}
         if device == "cpu":
@@ -72,6 +78,7 @@ class VllmModel:
                 max_num_seqs=max_num_seqs,
                 kv_cache_memory_bytes=kv_cache_bytes,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+                max_logprobs=max(20, top_k + MAX_TIES),  # 20: vLLM's own default
                 enable_prefix_caching=True,
                 enable_sleep_mode=can_sleep,
                 tensor_parallel_size=tensor_parallel,
@@ -111,15 +118,24 @@ class VllmModel:
         params = self.vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=limit,
             seed=request.seed & (2**63 - 1),  # vLLM takes signed 64 bits
             stop_token_ids=self.eos_token_ids,
-            logprobs=0,  # of the sampled token alone
+            logprobs=self._num_logprobs(sampling),
             flat_logprobs=True,
             detokenize=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         return self._queue(request.prompt_ids, params)
+
+    def _num_logprobs(self, sampling: Sampling) -> int:
+        """The highest ones, beside that of the sampled token: all that are not -inf."""
+        if sampling.top_k == 0:
+            return 0
+        vocabulary = self.engine.vllm_config.model_config.get_vocab_size()
+        return min(sampling.top_k + MAX_TIES, vocabulary)
 
     def add_scoring(self, ids: Sequence[int], first: int, *, read_cache: bool = True) -> str:
         """Queue the log-probabilities, at temperature 1, of `ids[first:]` behind what precedes them.
@@ -190,14 +206,17 @@ class VllmModel:
         return torch.tensor([flat.logprobs[i] for i in wanted], dtype=torch.float32)
 
     def _completion(self, output: Any) -> Completion:
-        logprobs = torch.tensor(output.logprobs.logprobs, dtype=torch.float32)
+        flat = output.logprobs
+        all_logprobs = torch.tensor(flat.logprobs, dtype=torch.float32)
+        logprobs = all_logprobs[torch.tensor(flat.start_indices, dtype=torch.int64)]
         token_ids = torch.tensor(list(output.token_ids), dtype=torch.int64)
-        assert len(logprobs) == len(token_ids), "one log-prob a token"
+        assert len(logprobs) == len(token_ids), "the log-prob of each token"
         return Completion(
             token_ids=token_ids,
             logprobs=logprobs,
             truncated=output.finish_reason == "length",
             weight_spans=self._spans(output, len(token_ids)),
+            kept=kept_tokens(flat) if len(all_logprobs) > len(logprobs) else None,
         )
 
     def _spans(self, output: Any, num_tokens: int) -> tuple[WeightSpan, ...]:
@@ -257,6 +276,19 @@ class VllmModel:
         """End the engine; in one process all engines have to end together."""
         with untouched_random_state():
             self.engine.engine_core.shutdown()
+
+
+def kept_tokens(flat: Any) -> KeptTokens:
+    """vLLM's FlatLogprobs, at each position the sampled token and then the highest ones, it maybe among
+    them -> the tokens that could be drawn, whose log-prob is not -inf."""
+    starts = torch.tensor(flat.start_indices, dtype=torch.int64)
+    ids = torch.tensor(flat.token_ids, dtype=torch.int32)
+    lengths = torch.tensor(flat.end_indices, dtype=torch.int64) - starts
+    owner = torch.arange(len(starts)).repeat_interleave(lengths)
+    is_again = ids == ids[starts][owner]
+    is_again[starts] = False
+    is_kept = (torch.tensor(flat.logprobs) > -torch.inf) & ~is_again
+    return KeptTokens(ids[is_kept], owner[is_kept].bincount(minlength=len(starts)))
 
 
 @contextmanager
