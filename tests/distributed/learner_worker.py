@@ -428,7 +428,7 @@ def every_comparison(processes: Processes) -> dict[str, Any]:
             processes, tied=False, dtype=torch.float32, lora_rank=3, tile_tokens=7
         ),
         "kept sets": compare(
-            processes, tied=True, dtype=torch.float32, truncated=True, kl=0.1, minibatches=2
+            processes, tied=True, dtype=torch.float32, truncated=True, kl=0.1, updates=2
         ),
         "distillation": compare(
             processes, tied=True, dtype=torch.float32, distils=True, gradient_checkpointing=True

@@ -79,6 +79,31 @@ def test_servers_follow_two_processes(folders, tmp_path, model: str, weights: st
     assert_in_step(metrics_of(out))
 
 
+TRUNCATED = {"top_k": 20, "top_p": 0.8, "min_p": 0.01, "temperature": 0.8}
+
+
+def assert_truncated_in_step(rows: list[dict[str, Any]]) -> None:
+    """The ratio of an update over the kept sets is 1, as that over the whole vocabulary is not."""
+    assert_in_step(rows)
+    assert all(row["ratio_max"] < 1.001 and row["ratio_mean"] > 0.999 for row in rows)
+
+
+def test_a_truncated_run_stays_in_step(folders, tmp_path) -> None:
+    config = write_inputs(tmp_path, folders["untied"], rollout={"engine": "vllm", **TRUNCATED})
+    assert train(config, tmp_path / "run").wait(300) == 0
+    assert_truncated_in_step(metrics_of(tmp_path / "run"))
+
+
+def test_kept_sets_travel_from_servers_to_two_processes(folders, tmp_path) -> None:
+    rollout = {"engine": "vllm_server", **TRUNCATED}
+    config = write_inputs(tmp_path, folders["tied"], rollout=rollout)
+    command = [*TORCHRUN, "-m", "exgrpo_fast", "train", str(config), "--device", "cpu"]
+    out = tmp_path / "run"
+    ended = subprocess.run([*command, "--out", str(out)], env=environment(), timeout=400)
+    assert ended.returncode == 0
+    assert_truncated_in_step(metrics_of(out))
+
+
 RECIPES = """
 import sys
 from exgrpo_fast.cli import main
