@@ -96,7 +96,7 @@ def test_a_truncated_run_stays_in_step(folders, tmp_path) -> None:
 
 def test_kept_sets_travel_from_servers_to_two_processes(folders, tmp_path) -> None:
     rollout = {"engine": "vllm_server", **TRUNCATED}
-    config = write_inputs(tmp_path, folders["tied"], rollout=rollout)
+    config = write_inputs(tmp_path, folders["untied"], rollout=rollout)
     command = [*TORCHRUN, "-m", "exgrpo_fast", "train", str(config), "--device", "cpu"]
     out = tmp_path / "run"
     ended = subprocess.run([*command, "--out", str(out)], env=environment(), timeout=400)
