@@ -89,11 +89,11 @@ def group_work(group_size: int, processes: Processes = SINGLE_PROCESS) -> Callab
     )
     model: Any = make_model(tokenizer, seed=0, layers=2, width=WIDTH)
     vocabulary = len(model.get_output_embeddings().weight)
-    limit = {"max_tokens_per_microbatch": 1024}
-    policy = Policy(model, **limit)
-    if processes.count > 1:
-        mesh = mesh_of(processes)
-        policy = ShardedPolicy(model, mesh=mesh, processes=processes, **limit)
+    limit: dict[str, Any] = {"max_tokens_per_microbatch": 1024}
+    if processes.count == 1:
+        policy = Policy(model, **limit)
+    else:
+        policy = ShardedPolicy(model, mesh=mesh_of(processes), processes=processes, **limit)
     learner = make_learner(config, policy, None)
     groups = worst_groups(
         1,

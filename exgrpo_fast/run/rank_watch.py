@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -119,7 +119,8 @@ def watched_ranks(
         yield
         return
     assert processes.store is not None
-    store = processes.store.clone()  # for another thread
+    shared: Any = processes.store  # torch's stubs lack `clone`
+    store = shared.clone()  # for another thread
     store.set_timeout(timedelta(seconds=deadline))
     watch = RankWatch(
         processes.place,
