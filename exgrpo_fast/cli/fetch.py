@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command
+from exgrpo_fast.core.errors import UserError
 
 
 def add_fetch(commands: Any) -> None:
@@ -19,7 +20,6 @@ def add_fetch(commands: Any) -> None:
 
 def fetch(arguments: argparse.Namespace) -> int:
     from exgrpo_fast.build.pretrained import fetch_model
-    from exgrpo_fast.core.errors import UserError
 
     folder = fetch_model(arguments.model)
     if not Path(folder).is_dir():

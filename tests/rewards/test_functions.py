@@ -195,7 +195,8 @@ def test_reward_hacks_earn_nothing(completion: str, gold: str, reason: str) -> N
 
 @pytest.mark.parametrize(
     "answer",
-    ["\\sum_{i=1}^{42} 1", "6\\cdot 7", "4\\text{}2", "42+0x", "42\\%", "\\frac{84}{2}", "42e0"],
+    ["\\sum_{i=1}^{42} 1", "6\\cdot 7", "4\\text{}2", "42+0x", "42\\%", "\\frac{84}{2}", "42e0"]
+    + ["42 = 42", "6 \\cdot 7 = 42", "42 = 6 \\cdot 7", "\\frac{84}{2} = 6 \\cdot 7 = 42"],
 )
 def test_roundabout_answers_are_right(answer: str) -> None:
     """What math-verify accepts and nobody is harmed by."""
@@ -213,7 +214,8 @@ def test_roundabout_answers_are_right(answer: str) -> None:
         (boxed("42 \\text{ and } 41"), "refused:words"),
         (boxed("42 \\text{ or maybe not}"), "refused:words"),
         (boxed("x = 42 = 42"), "refused:equals"),
-        (boxed("42 = 42"), "refused:equals"),
+        (boxed("6 \\cdot 7 = 42 = 41"), "refused:equals"),
+        (boxed("42 = 6 \\cdot 7 = 42.1"), "refused:equals"),
     ],
 )
 def test_several_answers_are_none(completion: str, reason: str) -> None:

@@ -20,7 +20,7 @@ from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
 from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
 from exgrpo_fast.rewards.verifiers.quantities import quantity, units_differ
-from exgrpo_fast.rewards.verifiers.refusals import says_several_things, too_large
+from exgrpo_fast.rewards.verifiers.refusals import numeric_sides, says_several_things, too_large
 
 
 def math_verify(
@@ -57,6 +57,7 @@ def _math_verify(completion: str, gold: str) -> Judgement:
         _fast_verdict(found, gold)
         or _refused(too_large(found))
         or _by_value(found, gold)
+        or _by_sides(found, gold)
         or _refused(says_several_things(found, gold))
         or _by_mathematics(found, gold)
     )
@@ -79,6 +80,15 @@ def _by_value(found: str, gold: str) -> Judgement | None:
         return CORRECT
     as_share = of_found.unit == "%" != of_gold.unit and of_found.value / 100 == of_gold.value
     return CORRECT if as_share else WRONG
+
+
+def _by_sides(found: str, gold: str) -> Judgement | None:
+    """A calculation with its result, where every side of it is the answer; None for anything else."""
+    sides = numeric_sides(found)
+    if not sides or numeric_sides(gold):
+        return None
+    verdicts = (_by_value(side, gold) or _by_mathematics(side, gold) for side in sides)
+    return CORRECT if all(verdict == CORRECT for verdict in verdicts) else None
 
 
 def _by_mathematics(found: str, gold: str) -> Judgement:

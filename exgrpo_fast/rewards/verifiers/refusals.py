@@ -86,6 +86,12 @@ def says_several_things(found: str, gold: str) -> str | None:
     return None
 
 
+def numeric_sides(text: str) -> list[str]:
+    """`3 \\cdot 4 = 12` -> its sides, where each is a number and there are two or three; else none."""
+    sides = [] if _SEPARATOR.search(text) else _RELATION.split(text)
+    return sides if len(sides) in (2, 3) and all(map(_is_numeric, sides)) else []
+
+
 def _chained(text: str) -> bool:
     """Whether a part is `a = b = c`, or `41 = 42` with numbers on its left."""
     for part in _SEPARATOR.split(text):
