@@ -58,16 +58,17 @@ def test_what_one_process_finds_broken_is_refused_by_all(reports) -> None:
         assert report["broken"] == {"skipped": {"update_not_finite": 1}, "same": True}
 
 
+CAN_LEAVE = pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot leave a pass"
+)
+
+
+@CAN_LEAVE
 def test_a_device_that_is_too_small_ends_the_rehearsal_of_all() -> None:
     first, second = run_processes(2, WORKER, "too little memory")
     said = "DoesNotFit: preflight: 24 completions of 16 tokens do not fit "
     assert second.startswith(f"{said}(CUDA out of memory")
     assert first.startswith(f"{said}(out of memory on another rank")
-
-
-CAN_LEAVE = pytest.mark.skipif(
-    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot leave a pass"
-)
 
 
 @CAN_LEAVE
