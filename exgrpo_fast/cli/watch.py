@@ -28,7 +28,10 @@ def watch(arguments: argparse.Namespace) -> int:
         contextlib.suppress(KeyboardInterrupt),
         contextlib.ExitStack() as stack,
     ):
-        print(f"{server.url}\nfor your eyes alone; Ctrl-C ends it", flush=True)
+        print(
+            f"{server.url}\nthe key in the address keeps other users out; Ctrl-C ends it",
+            flush=True,
+        )
         if has_browser() and not arguments.no_browser:
             stack.enter_context(opened_in_browser(server.url))
         server.wait()
