@@ -71,7 +71,7 @@ def table(runs: list[dict]) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Does replay help a pretrained chat model?")
     parser.add_argument("--runs", type=Path, default=Path("runs/study_smollm2"))
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()

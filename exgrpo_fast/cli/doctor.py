@@ -56,9 +56,12 @@ def render(report: dict[str, Any], *, columns: int = UNWRAPPED) -> str:
         mark = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}[check["status"]]
         text = "; ".join(part for part in (check["detail"], check["advice"]) if part)
         text = clean_line(f"{mark}  {check['name']:<{width}}  {text}")
-        options = {"break_long_words": False, "break_on_hyphens": False}
         lines += textwrap.wrap(
-            text, max(columns, len(indent) + 30), subsequent_indent=indent, **options
+            text,
+            max(columns, len(indent) + 30),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
     counts = {s: sum(c["status"] == s for c in report["checks"]) for s in ("ok", "warn", "fail")}
     verdict = "ready to train" if report["ok"] else "not ready: see FAIL above"

@@ -369,7 +369,7 @@ def load_model(
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
     generation = read_generation_config(name)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             **({"generation_config": generation} if generation else {}),
@@ -381,6 +381,7 @@ def load_model(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
+    model, loading = loaded
     _refuse_other_weights(loading, name, layers=model.config.get_text_config().num_hidden_layers)
     return model
 

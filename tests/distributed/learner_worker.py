@@ -113,7 +113,7 @@ def kept_around(tokens: Tensor) -> KeptTokens:
     counts = 1 + tokens % 4
     ids = [
         (token + torch.arange(count)) % VOCABULARY
-        for token, count in zip(tokens, counts, strict=True)
+        for token, count in zip(tokens, counts.tolist(), strict=True)
     ]
     return KeptTokens(torch.cat(ids).int(), counts)
 
