@@ -231,6 +231,23 @@ def mismatch(results: Results) -> Rows:
     return rows
 
 
+def smollm2_study(results: Results) -> Rows:
+    rows = [["", "held out, by seed", "mean", "minus on-policy", "tokens generated", "trained"]]
+    for arm, row in results["table"].items():
+        is_base = arm == "on-policy"
+        rows.append(
+            [
+                arm,
+                ", ".join(f"{100 * value:.1f}" for value in row["after"]["values"]),
+                spanned(row["after"]),
+                "" if is_base else spanned(row["minus_on_policy"], sign=True),
+                f"{row['tokens_generated']:,.0f}",
+                f"{row['tokens_trained']:,.0f}",
+            ]
+        )
+    return rows
+
+
 def what_fits(results: Results) -> Rows:
     cards = [key for key in results["rows"][0] if key != "kind"]
     rows = [["trained", *cards]]
@@ -286,6 +303,7 @@ TABLES = {
     "cpu/packing.json": Table("docs/memory.md", packing),
     "cpu/growth.json": Table("docs/scale.md", growth),
     "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
+    "cpu/smollm2_study.json": Table("docs/smollm2.md", smollm2_study),
     "cpu/mismatch.json": Table("docs/rollouts.md", mismatch),
     "cpu/policy_sparsity-smollm2.json": Table("docs/kernels.md", policy_sparsity),
 }
@@ -325,6 +343,7 @@ COMMANDS = {
     "cpu/smollm2.json": "exgrpo-fast train smollm2",
     "cpu/smollm2_gsm8k.json": "exgrpo-fast eval --model smollm2 --data FILE --reward last_number -n 4 "
     "--max-completion-tokens 256",
+    "cpu/smollm2_study.json": "python bench/study_smollm2.py",
     "cpu/sparse_training.json": "exgrpo-fast train quickstart --train.sparsity 1e-4",
     "cpu/sparsity.json": "python bench/sparsity.py",
     "cpu/step.json": "python bench/step.py",

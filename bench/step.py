@@ -8,7 +8,7 @@ learning rate, loss, dtype (float32), micro-batch, gradient checkpointing and nu
 optimiser update a step. Both generate with transformers. Where completions are to have their full
 length, the only end token has a probability of 0; in the cases called `varied` every so many
 tokens of the vocabulary end one, which leads to the same distribution of lengths on both sides.
-The reward is a hash of the text, so hardly a group is without a gradient. What the two do by default they do: TRL a log line every ten steps, ours a
+The case `smollm2` is that chat model as it is, 8 questions x 8 completions, each of at most 32 tokens. The reward is a hash of the text, so hardly a group is without a gradient. What the two do by default they do: TRL a log line every ten steps, ours a
 line of metrics every step and rewards in worker processes, whose CPU time counts. Saving and
 evaluation are off. TRL takes its completions' log-probabilities from the update itself, since they
 are on-policy; ours are scored, with their entropies, before it.
@@ -31,6 +31,7 @@ import datetime
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,8 @@ from loss import installed, machine
 from step_sides import Case
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from exgrpo_fast.build.pretrained import fetch_model
 
 CASES = {
     "small-64": Case(vocab=512, completion_tokens=64),
@@ -63,6 +66,16 @@ CASES = {
         microbatch_sequences=16,
         checkpointing=False,
     ),
+    "smollm2": Case(
+        model="smollm2",
+        vocab=49152,
+        layers=30,
+        width=576,
+        completion_tokens=32,
+        prompts=8,
+        prompt_tokens=64,
+        checkpointing=False,
+    ),
 }
 ROWS = 256
 REWARD = '''"""A reward that means nothing, costs nothing and differs from text to text."""
@@ -71,7 +84,8 @@ import zlib
 
 
 def pseudo_random(prompts, completions, **columns):
-    return [zlib.crc32(completion.encode()) % 1000 / 1000 for completion in completions]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [zlib.crc32(text.encode()) % 1000 / 1000 for text in texts]
 '''
 
 
@@ -79,7 +93,20 @@ def pseudo_random(prompts, completions, **columns):
 
 
 def make_folder(case: Case, folder: Path) -> None:
-    """Model, tokenizer, rows and reward. A word a token; the end token is never drawn."""
+    """Model, tokenizer, rows and reward."""
+    if case.model is None:
+        prompts = make_model(case, folder)
+    else:
+        shutil.copytree(fetch_model(case.model), folder, dirs_exist_ok=True)
+        sums = [(a, b) for a in range(1, 17) for b in range(1, 17)]
+        prompts = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in sums]
+    rows = [{"prompt": prompt, "answer": "0"} for prompt in prompts]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+
+
+def make_model(case: Case, folder: Path) -> list[str]:
+    """A random one, and prompts of it. A word a token; the end token is never drawn."""
     words = ["<unknown>", "<pad>", *(f"w{i}" for i in range(2, case.vocab - 1)), "<end>"]
     numbered = {word: i for i, word in enumerate(words)}
     raw = tokenizers.Tokenizer(models.WordLevel(numbered, unk_token="<unknown>"))
@@ -114,9 +141,7 @@ def make_folder(case: Case, folder: Path) -> None:
         model.lm_head.weight[-1, 0] = -100.0
     model.save_pretrained(folder)
     drawn = torch.randint(2, case.vocab - 1, (ROWS, case.prompt_tokens)).tolist()
-    rows = [{"prompt": " ".join(f"w{i}" for i in ids), "answer": "0"} for ids in drawn]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reward.py").write_text(REWARD)
+    return [" ".join(f"w{i}" for i in ids) for ids in drawn]
 
 
 def run_side(
@@ -189,7 +214,7 @@ def row_of(
 def check_same_work(case: Case, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         wanted, found = case.sequences * case.completion_tokens, row["tokens"]
-        if case.mean_tokens is None:
+        if case.mean_tokens is None and case.model is None:
             assert found == wanted, f"{row['side']}: {found} tokens a step, not {wanted}"
 
 

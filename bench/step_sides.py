@@ -41,6 +41,7 @@ class Case:
     width: int = 128
     microbatch_sequences: int = 8
     checkpointing: bool = True
+    model: str | None = None  # a pretrained one, which asks sums; its vocabulary, layers and width
 
     @property
     def sequences(self) -> int:

@@ -4,7 +4,7 @@
 
 The recipe smollm2 as it is (ExGRPO), with its replayed questions alone, and on-policy. Where a stored
 trajectory takes the place of a completion fewer are generated, so ExGRPO gets one step more: each
-arm ends after 1,472 to 1,479 fresh completions. Seed 0 of every arm comes first. A finished run is not
+arm ends after 1,444 to 1,472 fresh completions. Seed 0 of every arm comes first. A finished run is not
 done again, and its record is written at once: bench/results/cpu/smollm2_study.json.
 """
 
