@@ -29,7 +29,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "questions only from step 1": {**FROM_STEP_1, "replay.mixer": "question_only"},
 }
 ABLATION_RATES = (0.01, 0.03, 0.10)
+# And which of its choices that makes: one changed at a time.
+CHOICES: dict[str, dict[str, Any]] = {
+    "ExGRPO, sigma 1 (as printed)": {"replay.bucket_sigma": 1.0},
+    "ExGRPO without retirement": {"replay.retire": False},
+    "ExGRPO, at most 10 steps old": {"replay.max_age": 10},
+    "ExGRPO, highest entropy": {"replay.select": "highest_entropy"},
+}
+CHOICE_RATES = (0.03, 0.10, 0.25)
 # As many completions a step in groups of another size, where few groups carry a gradient.
 CORNER = 0.03
 GROUP_SIZES: dict[str, dict[str, Any]] = {
@@ -116,7 +124,7 @@ TOY = {
     "reward.functions": ["exact"],  # reasoning_gym gives a wrong 86 half a point where 8 is right
     "reward.workers": 1,
 }
-EVERY_ARM = ARMS | ABLATIONS | GROUP_SIZES
+EVERY_ARM = ARMS | ABLATIONS | CHOICES | GROUP_SIZES
 # Completions of a run: four times as many where no method moves in the first 4,096.
 BUDGETS = {0.01: 16_384, 0.03: 16_384, 0.10: 4096, 0.25: 4096, 0.50: 4096}
 POINTS = 4  # held-out evaluations along a run, the last one with all questions and 8 completions
@@ -334,7 +342,8 @@ def cells(seeds: int) -> Iterator[tuple[float, str, int]]:
 
 def arms_of(rate: float) -> list[str]:
     ablations = ABLATIONS if rate in ABLATION_RATES else {}
-    return [*ARMS, *ablations, *(GROUP_SIZES if rate == CORNER else {})]
+    choices = CHOICES if rate in CHOICE_RATES else {}
+    return [*ARMS, *ablations, *choices, *(GROUP_SIZES if rate == CORNER else {})]
 
 
 def load_runs(path: Path) -> list[dict]:
@@ -381,13 +390,27 @@ def held_out_at(run: dict, tokens: float) -> float:
     return points[-1]["held_out"]
 
 
-def reached(run: dict, target: float) -> float | None:
-    """Completions until the curve crosses a held-out accuracy; None where it never does."""
+def completions(point: dict[str, float]) -> float:
+    return point["completions"]
+
+
+def reached(
+    run: dict, target: float, cost: Callable[[dict[str, float]], float] = completions
+) -> float | None:
+    """What it cost until the curve crosses a held-out accuracy; None where it never does."""
     for before, after in itertools.pairwise(run["curve"]):
         if after["held_out"] >= target > before["held_out"]:
             share = (target - before["held_out"]) / (after["held_out"] - before["held_out"])
-            return before["completions"] + share * (after["completions"] - before["completions"])
+            return cost(before) + share * (cost(after) - cost(before))
     return None
+
+
+def tokens_to_match(run: dict, base: dict) -> float | None:
+    """Tokens to get nine tenths of what the baseline gains, as a share of the baseline's own."""
+    best = max(point["held_out"] for point in base["curve"])
+    target = base["start"] + 0.9 * (best - base["start"])
+    own, theirs = reached(run, target, compute), reached(base, target, compute)
+    return own / theirs if own and theirs else None
 
 
 def is_collapsed(run: dict) -> bool:
@@ -408,7 +431,8 @@ def table_of(runs: list[dict]) -> list[dict]:
             tokens = min(compute(run["curve"][-1]), compute(base["curve"][-1]))
             at_equal_tokens.append(held_out_at(run, tokens) - held_out_at(base, tokens))
         halfway = [reached(run, (1 + run["start"]) / 2) for run in mine]
-        found = [completions for completions in halfway if completions is not None]
+        found = [cost for cost in halfway if cost is not None]
+        matched = [cost for pair in paired if (cost := tokens_to_match(*pair)) is not None]
         rows.append(
             {
                 "rate": rate,
@@ -423,6 +447,8 @@ def table_of(runs: list[dict]) -> list[dict]:
                 "cpu_seconds": statistics.fmean(r["curve"][-1]["cpu_seconds"] for r in mine),
                 "completions_to_halfway": statistics.median(found) if found else None,
                 "reached_halfway": len(found),
+                "tokens_to_match": statistics.median(matched) if matched else None,
+                "matched": len(matched),
                 "pass_at_8": statistics.fmean(run["pass_at_8"] for run in mine),
                 "entropy": statistics.fmean(run["entropy"] for run in mine),
                 "collapsed": sum(map(is_collapsed, mine)),
