@@ -74,11 +74,13 @@ def bounds(found: dict) -> str:
 def save(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     """The record with date, device and version, which is returned, too."""
     import torch
+    import transformers
 
     record = {
         "date": datetime.date.today().isoformat(),
         "device": f"cpu ({platform.machine()}), 1 thread a run",
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
