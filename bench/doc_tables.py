@@ -347,6 +347,7 @@ COMMANDS = {
     "cpu/sparse_training.json": "exgrpo-fast train quickstart --train.sparsity 1e-4",
     "cpu/sparsity.json": "python bench/sparsity.py",
     "cpu/step.json": "python bench/step.py",
+    "cpu/step-smollm2.json": "python bench/step.py --cases smollm2 --repeats 1 --steps 1 --out DIR",
     "cpu/when_experience_pays.json": "python bench/study_when.py",
 }
 
