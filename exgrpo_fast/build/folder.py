@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import AutoConfig
-
-from exgrpo_fast.build.models import end_of_sequence_ids
+from exgrpo_fast.build.models import end_of_sequence_ids, model_config
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.model.folder_settings import (
     Positions,
@@ -18,7 +14,7 @@ from exgrpo_fast.model.folder_settings import (
     refuse_small_embedding,
     unlisted_turn_end,
 )
-from exgrpo_fast.model.policy import PolicyError, Tokenizer
+from exgrpo_fast.model.policy import Tokenizer
 
 
 def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
@@ -73,11 +69,3 @@ def positions_of(config: Config, name: str) -> Positions | None:
     """None: there is no limit, or train.allow_mismatch lifts it."""
     found = positions(model_config(name).get_text_config())
     return None if found and found.is_rotary and config.train.allow_mismatch else found
-
-
-def model_config(name: str) -> Any:
-    """PolicyError where the folder's config cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None

@@ -51,6 +51,14 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
     return str(path)
 
 
+def model_config(name: str) -> Any:
+    """PolicyError where the folder's config cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
+
+
 def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
     """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
     if Path(name).is_absolute() and not Path(name).exists():
@@ -256,8 +264,7 @@ def check_teacher(config: Config, start: str, tokenizer: Tokenizer) -> None:
 
 def head_size(name: str) -> int:
     """Rows of the language-model head of a folder or hub name, padding included."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return config.get_text_config().vocab_size
+    return model_config(name).get_text_config().vocab_size
 
 
 def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:

@@ -163,6 +163,8 @@ class Planner:
             "weights": weights,
             "compute": self._compute(config),
             "device": device,
+            "tokens": tokens,
+            "chunk_rows": config.tile_tokens or None,
         }
         passes = tracer(tokens)
         is_trained = config.model.lora is None
@@ -180,17 +182,14 @@ class Planner:
         if self.machine.processes > 1:
             held, gathered_bytes, passes = self._sharded(held, passes, head, config)
             head = head._replace(is_trained=False)  # its gradient is among what is gathered
-        chunk_rows = config.tile_tokens or None
-        of_update = update(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
+        of_update = update(passes, head, **same)
         if config.algorithm.distillation.is_over_vocabulary:
-            of_update = beside_a_teacher(
-                of_update, head, tokens=tokens, chunk_rows=chunk_rows, **same
-            )
+            of_update = beside_a_teacher(of_update, head, **same)
             if gathered_bytes:
                 gathered_bytes["update"] += gathered_bytes["scoring"]
         if config.model.offload_activations:
             of_update = self._offloaded(of_update, tokens, weights)
-        of_scoring = scoring(passes, head, tokens=tokens, chunk_rows=chunk_rows, **same)
+        of_scoring = scoring(passes, head, **same)
         store = store_plan(config, num_questions=0).num_bytes if config.replay.enabled else 0
         rows: dict[str, Bytes] = {
             f"weights ({kept_as(config)})": everywhere(held.weights),

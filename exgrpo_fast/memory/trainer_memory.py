@@ -101,6 +101,15 @@ class Update:
         return max(self.forward, self.loss, self.backward)
 
 
+def _rows_and_cast(
+    head: Head, tokens: int, weights: torch.dtype, compute: torch.dtype
+) -> tuple[int, int]:
+    """Bytes of the hidden states that the loss takes, and of the head cast to the compute dtype."""
+    rows = tokens * head.width * compute.itemsize
+    cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
+    return rows, cast
+
+
 def update(
     passes: Passes,
     head: Head,
@@ -113,8 +122,7 @@ def update(
 ) -> Update:
     """Of a pack of `tokens`, all of them completion tokens; `chunk_rows`: as the loss takes it."""
     size = head.vocabulary * head.width
-    cast = size * compute.itemsize if weights != compute else 0
-    rows = tokens * head.width * compute.itemsize
+    rows, cast = _rows_and_cast(head, tokens, weights, compute)
     # dW is summed in float32: in the gradient itself where that is float32
     total = 4 * size if head.is_trained and weights.itemsize < 4 else 0
     rows_at_once = min(tokens, chunk_rows or tokens)
@@ -141,8 +149,7 @@ def scoring(
 ) -> float:
     """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many,
     `chunk_rows` as for an update."""
-    cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
-    rows = tokens * head.width * compute.itemsize
+    rows, cast = _rows_and_cast(head, tokens, weights, compute)
     chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
     return BYTES_PER_ROW * tokens + max(passes.scoring, rows + cast + chunk)
 
@@ -162,8 +169,7 @@ def beside_a_teacher(
     There are its hidden states, its head in the compute dtype, a second gradient of the hidden states,
     and after the chunk of logits one of both distributions. `head`: the policy's, for the teacher's too.
     """
-    rows = tokens * head.width * compute.itemsize
-    cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
+    rows, cast = _rows_and_cast(head, tokens, weights, compute)
     row_bytes = BUFFERS * 4 * head.vocabulary
     count = runtime.chunk_rows(min(tokens, chunk_rows or tokens), row_bytes, torch.device(device))
     chunk = max(made.chunk, count * row_bytes)

@@ -1,4 +1,4 @@
-"""Finds a rank that hangs, where torchrun supervises: it starts all ranks anew when one ends.
+"""Detects ranks that hang under torchrun, which restarts all ranks when one ends.
 
 Each rank has a thread that counts upwards in the store that the ranks have met in, and follows the
 count of the next rank, the last one that of the first.
@@ -49,7 +49,7 @@ class RankWatch:
         heartbeat: Heartbeat = HEARTBEAT,
         agent: str | None = None,
     ) -> None:
-        """`deadline`: seconds of silence of the main thread, in a phase without patience of its own.
+        """`deadline`: seconds without progress of the main thread, in a phase without a limit of its own.
         `agent`: names the torchrun that has started this process; None: nothing has."""
         self.place = place
         self.store = store

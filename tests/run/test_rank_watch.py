@@ -1,4 +1,4 @@
-"""A rank that is frozen is found by the one before it, one whose main thread hangs by itself."""
+"""A frozen rank is detected by the previous rank, a hung main thread by its own rank."""
 
 from __future__ import annotations
 
