@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -382,13 +382,13 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
     model, loading = loaded
-    _refuse_other_weights(loading, name, layers=model.config.get_text_config().num_hidden_layers)
+    _refuse_other_weights(loading, name, model.state_dict())
     return model
 
 
-def _refuse_other_weights(loading: Mapping[str, Any], name: str, *, layers: int) -> None:
+def _refuse_other_weights(loading: Mapping[str, Any], name: str, own: Iterable[str]) -> None:
     """PolicyError where the files are not those of the config: transformers gives random values to
-    what they lack, and drops layers beyond the config's number."""
+    what they lack, and drops layers beyond the config's number. `own`: names of the model's weights."""
     for weight, found, expected in sorted(loading["mismatched_keys"]):
         raise PolicyError(
             f"model.name {name}: {weight} is {list(found)} in its files, and {list(expected)} by its "
@@ -399,15 +399,19 @@ def _refuse_other_weights(loading: Mapping[str, Any], name: str, *, layers: int)
             f"model.name {name}: its files lack {len(missing)} weights of its config.json, such as "
             f"{missing[0]}"
         )
+    layers: dict[str, set[str]] = {}
+    for stack, number in (found.groups() for weight in own if (found := _LAYER.match(weight))):
+        layers.setdefault(stack, set()).add(number)
     for weight in sorted(loading["unexpected_keys"]):
         found = _LAYER.match(weight)
-        if found and int(found[1]) >= layers:
+        if found and found[2] not in layers.get(found[1], {found[2]}):
             raise PolicyError(
-                f"model.name {name}: its files hold {weight}, and its config.json {layers} layers"
+                f"model.name {name}: its files hold {weight}, and its config.json "
+                f"{len(layers[found[1]])} layers"
             )
 
 
-_LAYER = re.compile(r"(?:model|transformer|gpt_neox)\.(?:layers|h)\.(\d+)\.")
+_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the names of a stack of layers and of one in it
 
 
 def _own_attention(model: Any) -> str:

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+)
 
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import check_model
@@ -213,6 +220,23 @@ def test_files_that_are_not_those_of_the_config_are_refused(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PolicyError, match=said):
         load_model(str(folder))
+
+
+def test_a_layer_too_many_is_refused_whatever_the_family_calls_it(tmp_path: Path) -> None:
+    config = OPTConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_attention_heads=2,
+        vocab_size=64,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    config.num_hidden_layers = 1
+    config.save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match=r"hold model.decoder.layers.1.* config.json 1 layers"):
+        load_model(str(tmp_path))
 
 
 def test_a_truncated_file_of_weights_is_one_line(edited: Edit) -> None:
