@@ -42,8 +42,8 @@ LIGHT = [
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
 LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor", "run.live_page"]
 LIGHT += ["memory.budgets", "experience.replay.plan", "rollout.vllm.versions"]
-# The body of `train`, which its arguments import inside a function.
-HEAVY = ["cli.train_run"]
+# The bodies of `train`, which its arguments import inside a function.
+HEAVY = ["cli.train_run", "cli.train_again"]
 
 
 def room_of(path: Path) -> str:

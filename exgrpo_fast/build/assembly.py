@@ -75,29 +75,12 @@ def make_trainer(
 
     `rewards`: None on all ranks but 0, which scores and writes for them.
     """
-    rollout, algorithm, seed = config.rollout, config.algorithm, config.train.seed
-    processes = policy.processes
-    stream = QuestionStream(train, seed=seed, min_live=2 * rollout.prompts_per_step)
+    rollout, processes = config.rollout, policy.processes
+    dynamic = rollout.dynamic_sampling
+    stream = QuestionStream(train, seed=config.train.seed, min_live=2 * rollout.prompts_per_step)
     replay = make_replay(config, policy, train, stream, tokenizer)
-    sampling = Sampling(
-        rollout.max_completion_tokens,
-        rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-    )
-    if sampling.top_k > 0 and policy.head.softcap is not None:
-        raise UserError("rollout.top_k does not go with a model that caps its logits; set it to 0")
-    extra_batches = rollout.dynamic_sampling.max_extra_batches
-    fresh = FreshSource(
-        engine,
-        policy,
-        sampling=sampling,
-        seed=seed,
-        mismatch=mismatch_rule(config, policy.device.type),
-        engine_scores=engine_scores(config, policy),
-    )
     verifier = make_verifier(config, rewards, tokenizer, screen, processes)
+    fresh = make_fresh(config, policy, engine)
     collector = Collector(
         stream=stream,
         fresh=fresh,
@@ -108,22 +91,20 @@ def make_trainer(
         screen=screen,
         advantages=make_advantages(config),
         overlong=OverlongRule(
-            rollout.max_completion_tokens, algorithm.overlong.soft_penalty_tokens
+            rollout.max_completion_tokens, config.algorithm.overlong.soft_penalty_tokens
         ),
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
-        max_extra_batches=extra_batches if rollout.dynamic_sampling.enabled else None,
+        max_extra_batches=dynamic.max_extra_batches if dynamic.enabled else None,
     )
-    learner = make_learner(config, policy, reference)
-    evaluator = make_evaluator(config, engine, verifier, screen)
     return Trainer(
         stream=stream,
         replay=replay,
         collector=collector,
-        learner=learner,
+        learner=make_learner(config, policy, reference),
         engine=engine,
         objective=make_objective(config),
-        evaluator=evaluator,
+        evaluator=make_evaluator(config, engine, verifier, screen),
         eval_questions=held_out,
         writer=make_writer(config, policy, tokenizer, folder, screen, engine),
         bad_batches=BadBatches(folder.bad_batches) if processes.is_main else NoBadBatches(),
@@ -141,6 +122,28 @@ def make_trainer(
         completions_every=config.log.completions_every,
         generate_ahead=rollout.generate_ahead,
         processes=processes,
+    )
+
+
+def make_fresh(config: Config, policy: Policy, engine: RolloutEngine) -> FreshSource:
+    """UserError where the model's logits do not go with the way of drawing."""
+    rollout = config.rollout
+    sampling = Sampling(
+        rollout.max_completion_tokens,
+        rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+    )
+    if sampling.top_k > 0 and policy.head.softcap is not None:
+        raise UserError("rollout.top_k does not go with a model that caps its logits; set it to 0")
+    return FreshSource(
+        engine,
+        policy,
+        sampling=sampling,
+        seed=config.train.seed,
+        mismatch=mismatch_rule(config, policy.device.type),
+        engine_scores=engine_scores(config, policy),
     )
 
 

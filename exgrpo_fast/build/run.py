@@ -5,7 +5,7 @@ weights are loaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,12 @@ from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
 from exgrpo_fast.core.rng import seed_everything
+from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.budgets import store_note
 from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
+from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
@@ -58,20 +61,10 @@ def open_run(
     """
     prepare_process(device)
     refuse_impossible_attention(config, device)
-    start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
-    tokenizer = load_tokenizer(start)
-    for line in processes.run_on_rank0(lambda: check_folder(config, start, tokenizer)):
-        screen.note(line)
-    check_prior(config, start, tokenizer)
-    check_teacher(config, start, tokenizer)
+    start, tokenizer = open_model_folder(config, folder, screen, device=device, processes=processes)
     with make_rewards(config) if processes.is_main else contextlib.nullcontext() as rewards:
         train, held_out = load_data(config, tokenizer, screen)
-        longest = max(len(question.prompt_ids) for question in [*train, *held_out])
-        refuse_too_long(config, start, longest_prompt=longest)
-        processes.run_on_rank0(lambda: check_rewards(config, rewards, train[0]))
-        if config.data.check_answers:
-            questions = [*train, *held_out]
-            processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
+        check_questions(config, start, train, held_out, rewards, screen, processes)
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
@@ -128,20 +121,40 @@ def open_run(
                 )
                 if resume_from:
                     restore_run(trainer, state)
-                    trainer.writer.committed = state["num_steps"]
-                if expected is not None and wants_preflight(config, device):
-                    screen.note(run_preflight(config, trainer, expected))
-                if device == "cuda" and config.optimizer != "adamw":
-                    screen.note(
-                        f"the first update tunes or compiles {config.optimizer}: it is slow"
-                    )
-                engine.sync(state["num_steps"])
-                with screen.phase("check the forward pass"):
-                    found = prove_forward(config, policy, engine, tokenizer, train[0].prompt_ids)
-                screen.note(found)
-                if isinstance(trainer.replay, ReplaySource):
-                    screen.note(store_note(trainer.replay.store.plan, device))
+                    trainer.writer.committed = trainer.num_steps
+                rehearse_and_check(config, trainer, tokenizer, train[0], expected)
                 yield trainer
+
+
+def open_model_folder(
+    config: Config, folder: RunFolder, screen: Screen, *, device: str, processes: Processes
+) -> tuple[str, Tokenizer]:
+    """(folder of the model that the run starts from, its tokenizer); UserError where the folder,
+    the prior or the teacher do not go with the config."""
+    start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
+    tokenizer = load_tokenizer(start)
+    for line in processes.run_on_rank0(lambda: check_folder(config, start, tokenizer)):
+        screen.note(line)
+    check_prior(config, start, tokenizer)
+    check_teacher(config, start, tokenizer)
+    return start, tokenizer
+
+
+def check_questions(
+    config: Config,
+    start: str,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    rewards: RewardPool | None,
+    screen: Screen,
+    processes: Processes,
+) -> None:
+    """UserError where prompts are too long, a reward fails, or a gold answer is not accepted."""
+    questions = [*train, *held_out]
+    refuse_too_long(config, start, longest_prompt=max(len(q.prompt_ids) for q in questions))
+    processes.run_on_rank0(lambda: check_rewards(config, rewards, train[0]))
+    if config.data.check_answers:
+        processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
 
 
 def open_sink(
@@ -153,6 +166,28 @@ def open_sink(
         return NullSink()
     clean_journal_after(num_steps, folder, screen)
     return make_sink(config, folder, screen, resumed_from=num_steps)
+
+
+def rehearse_and_check(
+    config: Config,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    question: Question,
+    expected: Expected | None,
+) -> None:
+    """Before the first step: the preflight, the engine's weights, and the check of every forward pass."""
+    policy, engine, screen = trainer.learner.policy, trainer.engine, trainer.screen
+    device = policy.device.type
+    if expected is not None and wants_preflight(config, device):
+        screen.note(run_preflight(config, trainer, expected))
+    if device == "cuda" and config.optimizer != "adamw":
+        screen.note(f"the first update tunes or compiles {config.optimizer}: it is slow")
+    engine.sync(trainer.num_steps)
+    with screen.phase("check the forward pass"):
+        found = prove_forward(config, policy, engine, tokenizer, question.prompt_ids)
+    screen.note(found)
+    if isinstance(trainer.replay, ReplaySource):
+        screen.note(store_note(trainer.replay.store.plan, device))
 
 
 def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:

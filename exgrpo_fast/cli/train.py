@@ -1,4 +1,7 @@
-"""`exgrpo-fast train`: arguments, dry run and supervisor; the run itself is `train_run.py`."""
+"""`exgrpo-fast train`: arguments, dry run and supervisor.
+
+The run itself is `train_run.py`, with --from-rollouts `train_again.py`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,6 @@ from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
 from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
-from exgrpo_fast.run.report.reading import flat
 from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 
 
@@ -154,28 +156,17 @@ def train_from_rollouts(arguments: argparse.Namespace, overrides: Sequence[tuple
     before = load_config(str(run / "config.yaml"))
     config = load_config(str(run / "config.yaml"), overrides)
     device = choose_device(arguments.device)
-    from exgrpo_fast.build.past_updates import PastRun, refuse_fixed, train_again
-    from exgrpo_fast.run.sinks import JsonlSink
+    from exgrpo_fast.cli.train_again import train_on_saved  # seconds of imports
 
-    refuse_fixed(dict(flat(before.model_dump())), dict(flat(config.model_dump())), config)
-    past = PastRun(run, before, *steps)
-    past.check()
-    out = Path(arguments.out or f"runs/from_{run.name}")
-    with contextlib.closing(RunFolder(out, resume=False)) as folder:
-        folder.write_text("config.yaml", dump_yaml(config))
-        sink = JsonlSink(folder.metrics)
-        for metrics in train_again(
-            past, config, out, device=device, deterministic=arguments.deterministic
-        ):
-            sink.log(metrics["step"], metrics)
-            same = metrics["loss_hex"] == metrics["run_loss_hex"]
-            print(
-                f"step {metrics['step']}  loss {metrics['loss']:.6g}  "
-                f"{'the same as in the run' if same else 'other than in the run'}  "
-                f"grad norm {metrics['grad_norm']}",
-                flush=True,
-            )
-    return 0
+    return train_on_saved(
+        run,
+        steps,
+        before,
+        config,
+        out=Path(arguments.out or f"runs/from_{run.name}"),
+        device=device,
+        deterministic=arguments.deterministic,
+    )
 
 
 def step_range(text: str) -> tuple[int, int]:

@@ -33,8 +33,8 @@ from exgrpo_fast.run.display import NullScreen, Screen
 from exgrpo_fast.run.display.live import make_screen
 from exgrpo_fast.run.rank_watch import watched_ranks
 from exgrpo_fast.run.report import write_report
-from exgrpo_fast.run.sinks import peak_memory_gib
 from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, PATIENCE
+from exgrpo_fast.training.step_metrics import peak_memory_gib
 from exgrpo_fast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -145,17 +145,22 @@ def _skip_spaces(text: str, at: int) -> int:
     return at
 
 
-def _parquet(path: Path) -> Rows:
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """A row a time; DataError for what is no parquet file, OSError where it cannot be read."""
     import pyarrow.parquet
 
     try:
         # Memory mapping would keep the file open for as long as a row lives.
         file = pyarrow.parquet.ParquetFile(path, memory_map=False)
-        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield _plain_row(f"{path}:{number}", row)
+        for batch in file.iter_batches(1024):
+            yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"data file {path}: {first_line(error)}") from None
+
+
+def _parquet(path: Path) -> Rows:
+    for number, row in enumerate(parquet_rows(path), start=1):
+        yield _plain_row(f"{path}:{number}", row)
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {
@@ -229,6 +234,15 @@ def _gym_rows(task: Any) -> Rows:
     name, options = _of(task, "gym"), dict(_of(task, "options") or {})
     if not isinstance(name, str):
         raise DataError(f"data: expected a file, a dataset's name or a gym task, got {task!r}")
+    size, seed = _of(task, "size") or 500, _of(task, "seed") or 0
+    for number, item in enumerate(gym_items(name, size, seed, options), start=1):
+        yield Row(f"reasoning-gym {name}:{number}", _gym_fields(name, options, item))
+
+
+def gym_items(
+    name: str, size: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """question, answer and metadata of each, as reasoning-gym makes them."""
     try:
         import reasoning_gym.factory
     except ImportError:
@@ -238,11 +252,8 @@ def _gym_rows(task: Any) -> Rows:
         near = difflib.get_close_matches(name, tasks, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise DataError(f"unknown reasoning-gym task '{name}'{hint}")
-    size, seed = _of(task, "size") or 500, _of(task, "seed") or 0
     try:
-        items = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
-        for number, item in enumerate(items, start=1):
-            yield Row(f"reasoning-gym {name}:{number}", _gym_fields(name, options, item))
+        yield from reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
         raise DataError(f"reasoning-gym task '{name}': {first_line(error)}") from None
 

@@ -55,9 +55,9 @@ def add_adapter(
     `targets`: names of layers, such as q_proj, or all-linear: all but the head. `name`: of the
     model, for the adapter's own config. LoraError where a target is missing or no linear layer.
     """
-    LoraConfig, inject = _import_peft()
+    peft = _import_peft()
     everything = tuple(targets) == ("all-linear",)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
@@ -70,7 +70,7 @@ def add_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            inject(config, model)
+            peft.inject_adapter_in_model(config, model)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise LoraError(f"model.lora.targets: {model.config.model_type}: {reason}") from None
@@ -135,12 +135,12 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
             raise LoraError(f"model.lora.targets: {target} is not a linear layer")
 
 
-def _import_peft() -> tuple[Any, Any]:
+def _import_peft() -> Any:
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        import peft
     except ImportError:
         raise LoraError("model.lora needs peft: pip install 'exgrpo-fast[train]'") from None
-    return LoraConfig, inject_adapter_in_model
+    return peft
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -168,9 +168,8 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def _adapted_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapted = _import_peft().tuners.tuners_utils.BaseTunerLayer
+    return [module for module in model.modules() if isinstance(module, adapted)]
 
 
 # --- plain weights --------------------------------------------------------------------------------

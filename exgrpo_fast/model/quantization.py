@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from exgrpo_fast.core.errors import UserError
 
@@ -21,8 +22,6 @@ def nf4(compute_dtype: torch.dtype, *, device: str) -> Any:
         raise UserError(
             "model.quantization nf4 needs bitsandbytes: pip install 'exgrpo-fast[quant]'"
         )
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -14,8 +14,6 @@ import logging
 import math
 import os
 import queue
-import resource
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +26,7 @@ from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.run.metrics import Metrics
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -321,19 +319,6 @@ def _cell(value: Any, kind: str) -> Any:
         # The text stays as the policy wrote it; only what UTF-8 cannot hold is escaped.
         return str(value).encode("utf-8", "backslashreplace").decode()
     return strict(value) if hasattr(value, "tolist") else value
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-def peak_memory_gib(device: torch.device | str) -> float:
-    """GiB: the most the CUDA allocator has held at once, elsewhere the process's resident peak."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
 
 
 class NoCompletionLog(CompletionLog):

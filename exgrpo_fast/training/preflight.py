@@ -15,8 +15,8 @@ import torch
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.model.packing import sequences_of
-from exgrpo_fast.run.sinks import peak_memory_gib
 from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.step_metrics import peak_memory_gib
 from exgrpo_kernels import PolicyObjective
 
 

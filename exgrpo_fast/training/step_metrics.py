@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -67,6 +69,14 @@ def step_metrics(
         "tokens_per_second_rollout": tokens_generated / max(seconds.get("rollout", 0.0), 1e-9),
         "tokens_per_second_train": update.tokens_trained / max(seconds.get("update", 0.0), 1e-9),
     }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """GiB: the most the CUDA allocator has held at once, elsewhere the process's resident peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
 
 
 def float32_hex(value: float) -> str:

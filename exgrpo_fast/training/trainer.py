@@ -20,13 +20,13 @@ from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.run.sinks import CompletionLog, MetricSink, peak_memory_gib
+from exgrpo_fast.run.sinks import CompletionLog, MetricSink
 from exgrpo_fast.training.bad_batches import BadBatches
 from exgrpo_fast.training.collector import Batch, Collector, PhaseTimer
 from exgrpo_fast.training.evaluate import Evaluation, Evaluator
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.saved_updates import UpdateLog
-from exgrpo_fast.training.step_metrics import completion_rows, step_metrics
+from exgrpo_fast.training.step_metrics import completion_rows, peak_memory_gib, step_metrics
 from exgrpo_kernels import PolicyObjective
 
 # Every rank computes these on its own, so a rank that has diverged differs in them.

@@ -21,10 +21,10 @@ from exgrpo_fast.rewards.rubrics import judge as judge_module
 from exgrpo_fast.rewards.rubrics.judge import (
     Judge,
     JudgeError,
-    JudgeRequest,
     make_messages,
     read_answer,
 )
+from exgrpo_fast.rewards.rubrics.rubrics import JudgeRequest
 
 KEY = "sk-very-secret-0123"
 RUBRICS = (("is right", 8.0), ("is short", 1.0))

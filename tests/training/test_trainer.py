@@ -12,6 +12,7 @@ from conftest import make_questions
 
 from exgrpo_fast.run.checkpoint.format import load_state, verify
 from exgrpo_fast.run.sinks import NullSink
+from exgrpo_fast.training.step_metrics import peak_memory_gib
 from exgrpo_fast.training.trainer import MAX_BAD_UPDATES, NumericalStop
 
 
@@ -133,3 +134,13 @@ def test_an_on_policy_run_may_go_on_with_replay(make) -> None:
     assert trainer.num_steps == 2 and len(trainer.replay.store) == 0
     trainer.train()
     assert trainer.num_steps == 3
+
+
+def test_peak_memory_counts_what_was_touched():
+    before = peak_memory_gib(torch.device("cpu"))
+    block = torch.ones(2**26, dtype=torch.float64)  # 0.5 GiB, written
+    after = peak_memory_gib(torch.device("cpu"))
+    del block
+    assert 0.01 < before <= after < 64
+    assert after >= 0.5
+    assert peak_memory_gib(torch.device("cpu")) >= after  # a peak never falls

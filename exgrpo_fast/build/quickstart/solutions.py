@@ -17,6 +17,7 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 
 from exgrpo_fast.config import GymTask
+from exgrpo_fast.data.sources import gym_items
 from exgrpo_fast.experience.hindsight.prompt import hindsight_text
 from exgrpo_fast.rewards.rubrics.rubrics import SUMS_RUBRICS
 
@@ -54,12 +55,8 @@ def solved_examples(
 
     Where a solution is a revision, the question holds the wrong one and what it missed.
     """
-    import reasoning_gym
-
     rng = np.random.default_rng(seed)
-    for row in reasoning_gym.create_dataset(
-        task.gym, size=task.size, seed=task.seed, **task.options
-    ):
+    for row in gym_items(task.gym, task.size, task.seed, task.options):
         question, solution = row["question"], worked_solution(row["metadata"]["expression"])
         pair = question, solution
         if revision_share and rng.random() < revision_share:

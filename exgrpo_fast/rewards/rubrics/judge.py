@@ -20,10 +20,11 @@ import secrets
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.http_client import Endpoint, EndpointError
+from exgrpo_fast.rewards.rubrics.rubrics import JudgeRequest
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,6 @@ ADVICE = {400: "check the model's name, and whether it takes temperature and max
 
 Answer = list[bool]  # one for each rubric
 T = TypeVar("T")
-
-
-class JudgeRequest(NamedTuple):
-    """What the judge is asked about one completion."""
-
-    prompt: str
-    response: str
-    rubrics: tuple[tuple[str, float], ...]  # what is asked for, and its weight
 
 
 class JudgeError(UserError):

@@ -77,6 +77,14 @@ class RubricText(NamedTuple):
         return self.applies_to == "all" or columns.get("draft") is not None
 
 
+class JudgeRequest(NamedTuple):
+    """What the judge is asked about one completion."""
+
+    prompt: str
+    response: str
+    rubrics: tuple[tuple[str, float], ...]  # what is asked for, and its weight
+
+
 def _is_finite(weight: Any) -> bool:
     return isinstance(weight, int | float) and math.isfinite(weight)
 

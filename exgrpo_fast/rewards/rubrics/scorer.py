@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from exgrpo_fast.core.types import RewardSample, Verdict
 from exgrpo_fast.rewards.judgement import RewardError
 from exgrpo_fast.rewards.pool.pool import RewardPool
-from exgrpo_fast.rewards.rubrics.rubrics import RubricText, summarise
+from exgrpo_fast.rewards.rubrics.rubrics import JudgeRequest, RubricText, summarise
 
 if TYPE_CHECKING:  # it needs an HTTP client
-    from exgrpo_fast.rewards.rubrics.judge import Judge, JudgeRequest
+    from exgrpo_fast.rewards.rubrics.judge import Judge
 
 
 class RubricScorer:
@@ -72,8 +72,6 @@ class RubricScorer:
         return judged if complete else []
 
     def _request(self, sample: RewardSample, names: Sequence[str]) -> JudgeRequest:
-        from exgrpo_fast.rewards.rubrics.judge import JudgeRequest
-
         texts = [self.rubrics[name] for name in names]
         return JudgeRequest(
             sample.prompt, sample.completion, tuple((t.public_text, t.weight) for t in texts)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.data.sources import DataError, parquet_rows
 from exgrpo_fast.run.directory import is_written
 from exgrpo_fast.run.display import Row
 from exgrpo_fast.run.display.formatting import number_of
@@ -158,9 +159,7 @@ def _first_readable(tables: Iterable[Path]) -> list[Row]:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    import pyarrow.parquet
-
     try:
-        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (OSError, pyarrow.ArrowException):
+        return list(parquet_rows(path))
+    except (OSError, DataError):
         return []
