@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BENCH = Path(__file__).parent
+UNWRAPPED = 10_000  # columns of a pipe or a file
 Results = Mapping[str, Any]
 Rows = list[list[str]]
 
@@ -361,19 +364,43 @@ def markdown(rows: Rows) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def overview() -> str:
-    """A line for each file: when it was measured, which table it is, and how it is made again."""
+def overview(width: int) -> str:
+    """Two lines for each file: its name, its date and its page, then what writes it anew."""
     lines = []
     for name, command in COMMANDS.items():
-        table = TABLES.get(name)
-        where = f"table in {table.page}" if table else "numbers in the text"
-        lines.append(f"{name:32} {load(name).get('date', ''):12} {where:38} {command}")
+        page = TABLES[name].page if name in TABLES else ""
+        lines.append(f"{Path(name).stem:23} {load(name).get('date', ''):10} {page}".rstrip())
+        lines.append(shell_lines(command, width, indent="    "))
     return "\n".join(lines)
 
 
+def shell_lines(command: str, width: int, *, indent: str) -> str:
+    """The command in lines of at most `width` columns, joined as a shell reads them."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(command, width - len(indent) - 2, **options)
+    return indent + f" \\\n{indent}  ".join(lines)
+
+
+def show(rows: Rows, width: int) -> None:
+    """Markdown for a pipe or a file; on a terminal columns that fit into it."""
+    if width == UNWRAPPED:
+        print(markdown(rows))
+        return
+    from rich.console import Console  # a pipe needs no rich
+    from rich.table import Table as Columns
+
+    columns = Columns(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for title in rows[0]:
+        columns.add_column(title, overflow="fold")
+    for row in rows[1:]:
+        columns.add_row(*row)
+    Console(width=width, highlight=False, markup=False).print(columns)
+
+
 def main(words: list[str]) -> int:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNWRAPPED
     if not words:
-        print(overview())
+        print(overview(width))
         return 0
     by_stem = {Path(name).stem: name for name in COMMANDS}
     for word in words:
@@ -382,11 +409,14 @@ def main(words: list[str]) -> int:
             return 2
         name = by_stem[word]
         results = load(name)
-        print(f"bench/results/{name}, {results.get('date', 'no date')}; again: {COMMANDS[name]}")
+        print(f"bench/results/{name}, {results.get('date', 'no date')}")
+        print(f"again: {shell_lines(COMMANDS[name], width - 7, indent='')}")
         if name in TABLES:
-            print(f"{TABLES[name].page}\n\n{markdown(TABLES[name].rows(results))}\n")
+            print(f"{TABLES[name].page}\n")
+            show(TABLES[name].rows(results), width)
+            print()
         else:
-            print("no table of the docs: its numbers stand in the text\n")
+            print("no table of the docs: its numbers are in the text\n")
     return 0
 
 

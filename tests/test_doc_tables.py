@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +58,23 @@ def test_the_command_prints_one_table_or_a_list(capfd) -> None:
     assert code == 0 and "again: python bench/packing.py" in out
     assert "| 64 | 64 | 0.49 | 0.59 |" in out.splitlines()
     code, out, _ = printed()
-    assert code == 0 and len(out.splitlines()) == len(doc_tables.COMMANDS)
+    assert code == 0 and len(out.splitlines()) == 2 * len(doc_tables.COMMANDS)
+    assert out.splitlines()[1].strip() == doc_tables.COMMANDS["scale_model.json"]
     code, out, err = printed("pack")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert sys.modules.get("doc_tables") is None  # the script is no part of the package
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_list_and_the_tables_fit_a_terminal(width: int, capsys) -> None:
+    listed = doc_tables.overview(width)
+    assert max(map(len, listed.splitlines())) <= width
+    for command in doc_tables.COMMANDS.values():  # as a shell joins the lines
+        assert command in re.sub(r" \\\n +", " ", listed)
+    for name, table in doc_tables.TABLES.items():
+        rows = table.rows(doc_tables.load(name))
+        doc_tables.show(rows, width)
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= width
+        cells = "".join(cell for row in rows for cell in row)
+        assert sorted("".join(shown.split())) == sorted("".join(cells.split())), name  # none is cut
