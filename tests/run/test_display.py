@@ -306,6 +306,27 @@ def test_a_narrow_terminal_keeps_what_matters():
     assert len(fitting_columns(200)) == len(COLUMNS)
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_live_region_fits_the_terminal(width):
+    screen, stream = rich_screen(width)
+    for step in (11, 12):
+        screen.step({**FULL, "step": step}, total_steps=200)
+    clock = screen._progress.get_time = Ticking()
+    with screen.phase("rollout", total=512) as advance:
+        for clock.now in (1.0, 2.0):
+            advance(64)
+        drawn = screen.console.render_lines(screen, pad=False)
+    lines = ["".join(segment.text for segment in line).rstrip() for line in drawn]
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)  # nothing is cut
+    run, phase, header, *rows = lines
+    assert run.startswith("step 12/200 ━") and " 6 % · eta " in run
+    assert ("reward" in run) == (width >= 80)
+    assert "rollout" in phase and "128/512" in phase and phase.endswith("left")
+    assert header.split()[:2] == ["step", "reward"] and len(rows) == 2
+    screen.close()
+
+
 def test_a_skipped_update_is_marked():
     screen, stream = rich_screen()
     screen.step({**FULL, "skipped": 1}, total_steps=200)

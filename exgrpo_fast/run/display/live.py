@@ -50,6 +50,10 @@ def make_screen(stream: TextIO | None = None) -> Screen:
     return RichScreen(Console(file=stream, highlight=False, no_color=no_color))
 
 
+BAR_WIDTH = 28  # of the run and of a phase, on a terminal that has room
+REWARD_TITLE = "   reward "
+
+
 class RichScreen:
     """A live region (run, phases, latest steps); what leaves it scrolls, so that nothing is lost.
 
@@ -69,10 +73,11 @@ class RichScreen:
         self._rewards: deque[float] = deque(maxlen=24)
         self._num_scrolled = 0
         self._known: set[str] = set()
+        self._bar = BarColumn(BAR_WIDTH)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(28),
+            self._bar,
             _Count(),
             _Elapsed(),
             console=self.console,
@@ -136,8 +141,10 @@ class RichScreen:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = []
         if self._rows:
-            parts.append(_run_text(self._rows[-1], self._rewards))
+            parts.append(_run_text(self._rows[-1], self._rewards, width=self.console.width))
         if self._progress.tasks:
+            # 46 columns are enough for the name, the count and the times of a phase.
+            self._bar.bar_width = max(1, min(BAR_WIDTH, self.console.width - 46))
             parts.append(self._progress)
         if self._rows:
             columns = fitting_columns(self.console.width)
@@ -196,18 +203,20 @@ class _Elapsed(ProgressColumn):
         return Text(duration(task.elapsed or 0.0) + tail, "dim")
 
 
-def _run_text(last: StepLine, rewards: Sequence[float]) -> Text:
-    """How far the run is, when it ends, and where its reward goes."""
+def _run_text(last: StepLine, rewards: Sequence[float], *, width: int) -> Text:
+    """How far the run is, when it ends and, where there is room, the curve of its reward."""
     share = min(last.step / last.total_steps, 1.0) if last.total_steps else 1.0
-    full = round(28 * share)
-    text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(f"step {last.step}/{last.total_steps} ", "bold")
-    text.append("━" * full, "cyan").append("━" * (28 - full), "bright_black")
-    text.append(f" {percent(share)}")
-    if last.eta is not None:
-        text.append(f" · eta {last.show_eta()}")
-    if len(rewards) > 1:
-        text.append("   reward ", "dim").append(sparkline(rewards), "cyan")
+    name = f"step {last.step}/{last.total_steps} "
+    figures = f" {percent(share)}" + ("" if last.eta is None else f" · eta {last.show_eta()}")
+    bar = max(0, min(BAR_WIDTH, width - len(name) - len(figures)))
+    full = round(bar * share)
+    text = Text(no_wrap=True, overflow="ellipsis").append(name, "bold")
+    text.append("━" * full, "cyan").append("━" * (bar - full), "bright_black")
+    text.append(figures)
+    room = width - len(text) - len(REWARD_TITLE)
+    if len(rewards) > 1 and room >= 8:
+        text.append(REWARD_TITLE, "dim")
+        text.append(sparkline(rewards, min(24, room)), "cyan")
     return text
 
 
