@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command, add_memory, require_file
 from exgrpo_fast.cli.machine import collect
 from exgrpo_fast.cli.memory_plan import show_plan
+from exgrpo_fast.cli.output import UNWRAPPED, terminal_width, wrapped
 from exgrpo_fast.config import load_config
 from exgrpo_fast.core.text import clean_line
-
-UNWRAPPED = 10_000  # columns of a pipe or a file
 
 
 def add_doctor(commands: Any) -> None:
@@ -40,8 +36,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     if arguments.model:
         require_file(arguments.model, "--model")
     report = collect(model=Path(arguments.model) if arguments.model else None)
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNWRAPPED
-    print(json.dumps(report, indent=2) if arguments.json else render(report, columns=columns))
+    text = json.dumps(report, indent=2)
+    print(text if arguments.json else render(report, columns=terminal_width()))
     if config is not None:
         return show_plan(config, None, arguments.device_memory_gib)
     return 0
@@ -56,13 +52,7 @@ def render(report: dict[str, Any], *, columns: int = UNWRAPPED) -> str:
         mark = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}[check["status"]]
         text = "; ".join(part for part in (check["detail"], check["advice"]) if part)
         text = clean_line(f"{mark}  {check['name']:<{width}}  {text}")
-        lines += textwrap.wrap(
-            text,
-            max(columns, len(indent) + 30),
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += wrapped(text, columns, indent=indent).splitlines()
     counts = {s: sum(c["status"] == s for c in report["checks"]) for s in ("ok", "warn", "fail")}
     verdict = "ready to train" if report["ok"] else "not ready: see FAIL above"
     lines += ["", f"{verdict} ({counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail)"]
