@@ -56,7 +56,7 @@ if __name__ == "__main__":
         lr=1e-5,
         prompts_per_step=8,
         group_size=8,
-        replay={"start_success_rate": None},
+        replay={"start_success_rate": None},  # from the first correct completion on
         **columns,
         **lengths,
     )

@@ -48,7 +48,7 @@ if __name__ == "__main__":
         group_size=8,
         max_completion_tokens=24,
         system_prompt="Answer with the number alone.",
-        replay={"start_success_rate": None},  # from the first success on
+        replay={"start_success_rate": None},  # from the first correct completion on
     )
     for step in run.metrics:
         print(step["step"], f"reward {step['reward_mean']:.2f}", step["reasons"])
