@@ -11,7 +11,7 @@ from typing import Any
 
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
-_BARE_BOX = re.compile(r"\\boxed[ ~]+([^\s{}$.,]+)")
+_BARE_BOX = re.compile(r"\\boxed[ ~]+((?:[^\s{}$.,]|[.,](?=\d))+)")
 
 
 def gold_answer(solution: str) -> str:
@@ -19,7 +19,7 @@ def gold_answer(solution: str) -> str:
     hashes = last_hashes(solution)
     if hashes is not None:
         return hashes.strip()
-    box = last_box(_BARE_BOX.sub(r"\\boxed{\1}", solution))
+    box = last_box(solution)
     return solution.strip() if box is None else box.strip()
 
 
@@ -34,6 +34,7 @@ def answer_text(value: Any) -> str:
 
 def last_box(text: str) -> str | None:
     r"""The content of the balanced `\boxed{...}` or `\fbox{...}` that opens last, if any."""
+    text = _BARE_BOX.sub(r"\\boxed{\1}", text)
     spans = box_spans(text)
     return text[slice(*spans[-1])] if spans else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from exgrpo_fast.rewards.verifiers.mathematics import math_verify
 from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
 from exgrpo_fast.rewards.verifiers.number_words import in_digits
-from exgrpo_fast.rewards.verifiers.quantities import quantity, rational, units_differ
+from exgrpo_fast.rewards.verifiers.quantities import in_unit_of, quantity, rational
 
 PAIRS = [
     json.loads(line)
@@ -151,10 +152,40 @@ def test_what_is_no_unit(text: str) -> None:
     assert quantity(latex(text)) is None
 
 
-def test_units_differ_only_where_both_are_known() -> None:
-    assert units_differ("cm", "km") and units_differ("minutes", "hours")
-    assert not units_differ("inches", "in") and not units_differ("", "cm")
-    assert not units_differ("apples", "pears")
+@pytest.mark.parametrize(
+    ("gold", "found", "value"),
+    [
+        ("2 kg", "500 g", None),
+        ("330 min", "5 hours 30 minutes", "330"),
+        ("5 hours 30 minutes", "330 min", "11/2"),
+        ("12 in", "12 inches", "12"),
+        ("7", "7 cm", "7"),
+        ("7 apples", "7 pears", "7"),
+        ("7 cm", "7 hours", None),
+        ("7 cm", "7 in", None),
+    ],
+)
+def test_a_quantity_in_the_gold_unit(gold: str, found: str, value: str | None) -> None:
+    of_gold, of_found = quantity(latex(gold)), quantity(latex(found))
+    assert of_gold and of_found
+    assert in_unit_of(of_gold, of_found) == (value and Fraction(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("5 \\text{ hours and } 30 \\text{ minutes}", "11/2", "hours minutes"),
+        ("6 ft, 3 in", "25/4", "ft in"),
+        ("1 day 2 hours 3 min", "1563/1440", "day hours min"),
+    ],
+)
+def test_quantities_in_several_units(text: str, value: str, unit: str) -> None:
+    assert quantity(latex(text)) == (Fraction(value), unit)
+
+
+@pytest.mark.parametrize("text", ["5 minutes 3 hours", "5 hours 3 cm", "5 h 3 h", "5 cats 3 dogs"])
+def test_what_is_no_quantity_in_several_units(text: str) -> None:
+    assert quantity(latex(text)) is None
 
 
 def test_alternatives_of_half_lines_are_a_union() -> None:

@@ -91,6 +91,18 @@ def letters_in(statement: str) -> set[str]:
     return {option[1] or option[2]} | others
 
 
+_LETTER = re.compile(r"\(?([A-J])\)?")
+_SAID_TO_BE_ONE = re.compile(r"(?:option|choice)\s+", re.IGNORECASE)
+
+
+def chooses(found: str, gold: str) -> bool:
+    """Whether the gold answer is a letter and `found` that option, with or without its text."""
+    letter = _LETTER.fullmatch(_plain(gold))
+    if letter is None:
+        return False
+    return letters_in(_SAID_TO_BE_ONE.sub("", _plain(found), count=1)) == {letter[1]}
+
+
 _WRAPPED = re.compile(r"\\(?:text\w*|math\w*|mbox)\s*\{([^{}]*)\}")
 
 

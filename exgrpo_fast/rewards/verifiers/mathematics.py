@@ -16,10 +16,11 @@ from typing import Any
 
 from exgrpo_fast.rewards.judgement import CORRECT, NO_ANSWER, WRONG, Judgement, RewardError
 from exgrpo_fast.rewards.verifiers import extraction
+from exgrpo_fast.rewards.verifiers.choices import chooses
 from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
 from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
-from exgrpo_fast.rewards.verifiers.quantities import quantity, units_differ
+from exgrpo_fast.rewards.verifiers.quantities import in_unit_of, quantity
 from exgrpo_fast.rewards.verifiers.refusals import numeric_sides, says_several_things, too_large
 
 
@@ -47,7 +48,7 @@ def _math_verify(completion: str, gold: str) -> Judgement:
     found = extraction.final_answer(completion)
     if found is None:
         return NO_ANSWER
-    if found == gold or plain_form(found) == plain_form(gold):
+    if found == gold or plain_form(found) == plain_form(gold) or chooses(found, gold):
         return CORRECT
     found, gold = latex(found), latex(gold)
     found = in_form_of(gold, found)
@@ -74,9 +75,10 @@ def _by_value(found: str, gold: str) -> Judgement | None:
         return None
     if of_gold.unit == "%" != of_found.unit:  # `0.25` is 25 %, `25` is not
         return CORRECT if of_found.value == of_gold.value / 100 else (0.0, "unit")
-    if units_differ(of_found.unit, of_gold.unit):
+    value = in_unit_of(of_gold, of_found)
+    if value is None:
         return WRONG
-    if _same_number(of_found.value, of_gold.value):
+    if _same_number(value, of_gold.value):
         return CORRECT
     as_share = of_found.unit == "%" != of_gold.unit and of_found.value / 100 == of_gold.value
     return CORRECT if as_share else WRONG

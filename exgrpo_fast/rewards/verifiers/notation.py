@@ -93,6 +93,12 @@ def _base(match: re.Match[str]) -> str:
     return f"{match[1]}_{{{base}}}" if base.isdecimal() else match[0]
 
 
+def _column(match: re.Match[str]) -> str:
+    """`(1, 2)^T`."""
+    rows = r" \\ ".join(match[1].split(","))
+    return rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
+
+
 def _half_open(match: re.Match[str]) -> str:
     """`[1, 4[`, as half-open intervals are written in France, as `[1, 4)`."""
     opening, closing = "(" if match[1] == "]" else "[", ")" if match[4] == "[" else "]"
@@ -121,7 +127,31 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
     ),
     (re.compile(r"\\cfrac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile(r"(?:\^\s*)?\\degree(?:s)?(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"(?:\^\s*)?\\deg(?:rees?)?(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\\num\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\text\s*\{\s*:\s*\}|:(?==)"), lambda m: ":" if m[0] != ":" else ""),
+    (re.compile(r"\\checkmark(?![a-zA-Z])|\\[hv]space\*?\s*\{[^{}]*\}"), " "),
+    (re.compile(r"^([^*]*[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])(?!.*\*\*)"), r"\1^{\2}"),
+    (re.compile(r"^([^=<>]*\d[^=<>]*?)\s*=\s*([a-zA-Z])$"), r"\2 = \1"),
+    (
+        re.compile(r"^[(\[]([^][()]*,[^][()]*)[)\]]\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$"),
+        lambda m: _column(m),
+    ),
+    (re.compile(r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$"), r"\\text{ \1}"),
+    (
+        re.compile(r"^(\d{1,9})\s*(?:\\text\s*\{\s*)?(?:in|out of)(?:\s*\})?\s*(\d{1,9})$"),
+        r"\\frac{\1}{\2}",
+    ),
+    (  # 21st, 3^{\text{rd}}
+        re.compile(
+            r"^(\d{1,9})\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\s*\}{0,2}$"
+        ),
+        r"\1",
+    ),
+    (
+        re.compile(r"^\d{1,3}(?:\.\d{3}){2,}$|^\d{1,3}(?:_\d{3})+$"),
+        lambda m: re.sub("[._]", "", m[0]),
+    ),
     (re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle(?![a-zA-Z])"), r"(\1)"),
     (re.compile(r"\\leqslant(?![a-zA-Z])"), r"\\leq"),
     (re.compile(r"\\geqslant(?![a-zA-Z])"), r"\\geq"),
@@ -182,7 +212,7 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
     (re.compile(r"^\s*(?:\\(?:approx|simeq|approxeq|sim)(?![a-zA-Z])|~)\s*"), ""),
     (
         re.compile(
-            r"^\s*(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|roughly)\s*\}?\s+(?=[-\d\\.])"
+            r"^\s*(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|roughly)(?:\s*\}\s*|\s+)(?=[-\d\\.])"
         ),
         "",
     ),
@@ -211,7 +241,18 @@ def latex(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = text.strip()
     whole = _WHOLE.fullmatch(text)
-    return in_digits((whole[1] if whole else text).strip().strip('"').strip())
+    text = in_digits((whole[1] if whole else text).strip().strip('"').strip())
+    return _PHRASES.get(text.casefold().rstrip("."), text)
+
+
+_PHRASES = {
+    "all real numbers": r"\mathbb{R}",
+    "all reals": r"\mathbb{R}",
+    "the empty set": r"\emptyset",
+    "empty set": r"\emptyset",
+    "infinity": r"\infty",
+    "dne": "does not exist",
+}
 
 
 # --- comparisons of text --------------------------------------------------------------------------
@@ -219,6 +260,10 @@ def latex(text: str) -> str:
 _TEXT = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}\\]*)\}")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|[Nn]o")
+
+_ARTICLE = re.compile(r"^(?:the|an?) ")
+_YES_OR_NO = re.compile(r"(yes|no)[.,;:!] ")
+_TAKEN_BACK = re.compile(r"\b(?:yes|no|not|but|or|maybe|perhaps)\b|n't\b")
 
 
 def same_text(found: str, gold: str) -> bool:
@@ -233,7 +278,9 @@ def same_text(found: str, gold: str) -> bool:
     found = found.rstrip(".")
     if _WORDS.fullmatch(gold) is None:
         return False
-    found, gold = found.casefold(), gold.casefold()
+    found, gold = (_ARTICLE.sub("", text.casefold()) for text in (found, gold))
+    if gold in ("yes", "no") and (said := _YES_OR_NO.match(found)):
+        return said[1] == gold and not _TAKEN_BACK.search(found[said.end() :])
     return found.removesuffix("s") == gold.removesuffix("s")  # `no solutions`
 
 

@@ -34,6 +34,8 @@ def in_digits(text: str) -> str:
     if not words or not re.fullmatch(r"[A-Za-z]+(?:[ -]+[A-Za-z]+)*\.?", text):
         return text
     value, count = _number(words)
+    if not count and words[0] in ("a", "an") and words[1:2] and words[1] in _PARTS:
+        value, count = 1, 1  # `a third`
     if not count:
         return text
     rest = words[count:]

@@ -12,7 +12,7 @@ from functools import lru_cache
 from exgrpo_fast.rewards.verifiers import extraction
 
 _TEXT_ONLY = re.compile(r"\\(?:text|mbox|textbf|mathrm)\s*\{([^{}\\]*)\}")
-_DROPPED = re.compile(r"(?<!\\)\\!|\\left(?![a-z])|\\right(?![a-z])|\\?\$")
+_DROPPED = re.compile(r"(?<!\\)\\!|\\left(?![a-z])|\\right(?![a-z])|\\?\$|(?<!\\)\\$")
 _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)\\,(?=\d{3})")
 _SPACES = re.compile(r"(?:\s|~|(?<!\\)\\[ ,;:]|\\q?quad(?![a-zA-Z]))+")
 

@@ -31,6 +31,8 @@ def quantity(text: str) -> Quantity | None:
     value = rational(text)
     if value is not None:
         return Quantity(value)
+    if (several := _of_several_units(text)) is not None:
+        return several
     percent = _PERCENT.fullmatch(text)
     if percent is not None and (value := rational(percent[1])) is not None:
         return Quantity(value, "%")
@@ -84,34 +86,84 @@ def _plain_unit(text: str) -> str:
     return " ".join(re.sub(r"[{}~.^]|\\[ ,;]", " ", text).split()).lower()
 
 
-_SPELLINGS = {
-    "mm": "mm|millimeters?|millimetres?",
-    "cm": "cm|centimeters?|centimetres?",
-    "m": "m|meters?|metres?",
-    "km": "km|kilometers?|kilometres?",
-    "in": "in|inch|inches",
-    "ft": "ft|foot|feet",
-    "yd": "yd|yards?",
-    "mi": "mi|miles?",
-    "g": "g|grams?",
-    "kg": "kg|kilograms?",
-    "s": "s|sec|seconds?",
-    "min": "min|minutes?",
-    "h": "h|hrs?|hours?",
-    "days": "days?",
-    "cents": "cents?",
-    "dollars": "dollars?|usd",
+# Spellings, and how many of the first of its kind one is.
+_KINDS: dict[str, list[tuple[str, int]]] = {
+    "length": [
+        ("mm|millimeters?|millimetres?", 1),
+        ("cm|centimeters?|centimetres?", 10),
+        ("m|meters?|metres?", 1000),
+        ("km|kilometers?|kilometres?", 1_000_000),
+    ],
+    "imperial length": [
+        ("in|inch|inches", 1),
+        ("ft|foot|feet", 12),
+        ("yd|yards?", 36),
+        ("mi|miles?", 63_360),
+    ],
+    "mass": [("mg|milligrams?", 1), ("g|grams?", 1000), ("kg|kilograms?", 1_000_000)],
+    "weight": [("oz|ounces?", 1), ("lbs?|pounds?", 16)],
+    "volume": [("ml|milliliters?|millilitres?", 1), ("l|liters?|litres?", 1000)],
+    "time": [
+        ("s|sec|secs|seconds?", 1),
+        ("min|mins|minutes?", 60),
+        ("h|hrs?|hours?", 3600),
+        ("days?", 86_400),
+        ("weeks?", 604_800),
+    ],
+    "money": [("cents?", 1), ("dollars?|usd", 100)],
 }
-_SAME_UNIT = {name: re.compile(spellings) for name, spellings in _SPELLINGS.items()}
+_KNOWN_UNITS = [
+    (re.compile(spellings), kind, size)
+    for kind, units in _KINDS.items()
+    for spellings, size in units
+]
 
 
-def units_differ(found: str, gold: str) -> bool:
-    """Whether both are well known and not the same; a unit that is missing differs from none."""
-    names = [
-        next((name for name, known in _SAME_UNIT.items() if known.fullmatch(unit)), None)
-        for unit in (found, gold)
+def _kinds_and_sizes(unit: str) -> list[tuple[str, int]] | None:
+    """Of each word of a unit; None where one is not known."""
+    found = [
+        next(((kind, size) for known, kind, size in _KNOWN_UNITS if known.fullmatch(word)), None)
+        for word in unit.lower().split()
     ]
-    return None not in names and names[0] != names[1]
+    return [each for each in found if each] if found and None not in found else None
+
+
+def in_unit_of(gold: Quantity, found: Quantity) -> Fraction | None:
+    """The value of `found` in the gold answer's unit; None where its unit is another one.
+
+    A unit that is missing or not well known is that of the other. Only what is in several units is
+    converted: to give `5000 g` for `5 kg` is another answer.
+    """
+    of_found, of_gold = _kinds_and_sizes(found.unit), _kinds_and_sizes(gold.unit)
+    if of_found is None or of_gold is None or of_found == of_gold:
+        return found.value
+    (kind, size), (gold_kind, gold_size) = of_found[0], of_gold[0]
+    if kind != gold_kind or len(of_found) == len(of_gold) == 1:
+        return None
+    return found.value * size / gold_size
+
+
+_SEVERAL_UNITS = re.compile(
+    r"(?:\d+(?:\.\d+)? ?[A-Za-z]+\.?(?: ?, ?and | ?, ?| and | )?){2,4}", re.ASCII
+)
+_ONE_OF_THEM = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", re.ASCII)
+
+
+def _of_several_units(text: str) -> Quantity | None:
+    """`5 hours and 30 minutes`, its value in hours; None unless all are of one kind, the largest first."""
+    text = re.sub(r"\\(?:text|mathrm|mbox|textrm|textbf)\s*", "", text)
+    text = " ".join(re.sub(r"[{}~]|\\[ ,;]", " ", text).split())
+    if not _SEVERAL_UNITS.fullmatch(text):
+        return None
+    numbers, units = zip(*_ONE_OF_THEM.findall(text), strict=True)
+    known = _kinds_and_sizes(" ".join(units))
+    if known is None or len({kind for kind, _ in known}) > 1:
+        return None
+    sizes = [size for _, size in known]
+    if sizes != sorted(set(sizes), reverse=True):
+        return None
+    total = sum(Fraction(n) * size for n, size in zip(numbers, sizes, strict=True))
+    return Quantity(Fraction(total, sizes[0]), " ".join(units).lower())
 
 
 # --- rational expressions -------------------------------------------------------------------------
