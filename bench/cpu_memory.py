@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from loss import machine
 
-from exgrpo_fast.build.environment import quiet_libraries
-from exgrpo_fast.build.models import load_tokenizer
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.quickstart.warm_start import Example, imitate
 from exgrpo_fast.core.allocator import keep_freed_memory
+from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.hf.engine import TransformersEngine

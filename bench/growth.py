@@ -34,11 +34,11 @@ from experience_sides import ASKED, EVERY, PER_STEP, Ours, Step, Workload
 from loss import machine
 
 from exgrpo_fast.build.assembly import make_learner, make_objective
-from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.config import validate
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, joined, mesh_of
 from exgrpo_fast.core.torchrun import RankInfo
+from exgrpo_fast.model.folder_reading import quiet_libraries
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.training.preflight import worst_groups

@@ -27,11 +27,11 @@ from loss import machine
 from torch import Tensor
 
 from exgrpo_fast.build.engines import build_engine, reserve_engine
-from exgrpo_fast.build.environment import quiet_libraries
-from exgrpo_fast.build.models import load_tokenizer, make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.pretrained import fetch_model
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.vllm.versions import find_vllm

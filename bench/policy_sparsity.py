@@ -18,9 +18,10 @@ from loss import machine
 
 from exgrpo_fast.build.data import load_data
 from exgrpo_fast.build.engines import make_transformers_engine
-from exgrpo_fast.build.models import load_tokenizer, make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config, load_config
+from exgrpo_fast.model.folder_reading import load_tokenizer
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.run.display import NullScreen

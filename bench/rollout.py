@@ -36,11 +36,11 @@ from typing import Any
 from loss import machine
 
 from exgrpo_fast.build.engines import build_engine, reserve_engine
-from exgrpo_fast.build.environment import quiet_libraries
-from exgrpo_fast.build.models import load_tokenizer, make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
 from exgrpo_fast.rollout.server.engine import ServerEngine
 from exgrpo_fast.rollout.sync_check import VerifiedEngine

@@ -50,7 +50,8 @@ from exgrpo_fast.build.rewards import make_evaluator, make_rewards, make_verifie
 from exgrpo_fast.config import Config, GymTask, load_config
 from exgrpo_fast.core.rng import seed_everything
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import NullScreen

@@ -245,8 +245,8 @@ def test_deleting_follows_no_link(tmp_path: Path) -> None:
 def test_code_in_a_model_folder_is_not_run(tmp_path: Path, model_folder: Path) -> None:
     import shutil
 
-    from exgrpo_fast.build.models import load_tokenizer
     from exgrpo_fast.core.errors import UserError
+    from exgrpo_fast.model.folder_reading import load_tokenizer
     from exgrpo_fast.model.policy import load_model
 
     model = tmp_path / "model"

@@ -6,4 +6,5 @@ rewards      reward pool, verifier, evaluator   experience   replay, prior polic
 data         questions of a run                 evaluation   a model outside a run
 saved_store  the replay buffer of a checkpoint  environment  versions and fingerprints
 quickstart/  a toy task and model               pretrained/  GGUF files and packaged models
+before_torch folder and rows, at once           folder       what a model's folder says
 """

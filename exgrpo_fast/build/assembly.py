@@ -16,8 +16,9 @@ from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.experience.question_stream import QuestionStream
+from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.rollout.journal import JournalledEngine

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import LoadedQuestions, load_questions
-from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.rewards import RewardPool, check_golds
 from exgrpo_fast.run.display import Screen
 

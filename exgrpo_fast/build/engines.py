@@ -18,14 +18,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exgrpo_fast.build.environment import config_digest
-from exgrpo_fast.build.models import end_of_sequence_ids, make_plain_policy
+from exgrpo_fast.build.models import make_plain_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_world_size
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.memory.budgets import EnginePlan, engine_plan
 from exgrpo_fast.memory.planner import Machine, Planner
-from exgrpo_fast.model.folder_settings import read_generation_config
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, read_generation_config
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.endpoint_engine import EndpointEngine
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.hf.engine import TransformersEngine

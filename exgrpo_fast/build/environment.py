@@ -7,18 +7,12 @@ import os
 import platform
 
 import torch
-import transformers
 import xxhash
 
 from exgrpo_fast import __version__
 from exgrpo_fast.config import Config, dump_yaml
 from exgrpo_fast.core.allocator import keep_freed_memory
-
-
-def quiet_libraries() -> None:
-    """No progress bars and advice of transformers on the screen."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+from exgrpo_fast.model.folder_reading import quiet_libraries
 
 
 def prepare_process(device: str) -> None:

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exgrpo_fast.build.engines import find_layer
-from exgrpo_fast.build.models import (
-    end_of_sequence_ids,
-    load_tokenizer,
-    make_encode,
-    make_policy,
-    vocabulary_of,
-)
+from exgrpo_fast.build.models import make_encode, make_policy, vocabulary_of
 from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
@@ -40,7 +34,8 @@ from exgrpo_fast.experience.replay.starting_pool import load_pool, solutions_of
 from exgrpo_fast.experience.replay.store import ExperienceStore
 from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.memory.budgets import store_plan
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, load_tokenizer
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.vllm.engine import VllmEngine

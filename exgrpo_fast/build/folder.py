@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from exgrpo_fast.build.models import end_of_sequence_ids, model_config
+from typing import Any
+
 from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.model.folder_reading import (
+    Tokenizer,
+    end_of_sequence_ids,
+    model_config,
+    read_generation_config,
+)
 from exgrpo_fast.model.folder_settings import (
     Positions,
     overridden_settings,
     positions,
-    read_generation_config,
+    refuse_broken_template,
     refuse_foreign_end_tokens,
+    refuse_other_kinds,
     refuse_quantised,
     refuse_small_embedding,
+    refuse_unsupported,
     unlisted_turn_end,
 )
-from exgrpo_fast.model.policy import Tokenizer
 
 
 def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
-    """Lines on what the run does otherwise than the folder says. UserError for quantised weights, an
-    embedding smaller than the tokenizer, or an end token beyond it."""
+    """Lines on what the run does otherwise than the folder says. PolicyError for another kind of
+    model, and as `check_settings`."""
     model = model_config(name)
+    refuse_other_kinds(model, name)
+    return check_settings(config, name, model, tokenizer)
+
+
+def check_settings(config: Config, name: str, model: Any, tokenizer: Tokenizer) -> list[str]:
+    """As `check_folder`, of a config that was read already. PolicyError for quantised weights,
+    unsupported layers, an embedding smaller than the tokenizer, an end token beyond it, or a chat
+    template that cannot be read."""
     refuse_quantised(model, name)
+    refuse_unsupported(model)
+    refuse_broken_template(tokenizer, name)
     text = model.get_text_config()
     refuse_small_embedding(text, tokenizer, name)
     generation = read_generation_config(name)
@@ -44,7 +62,13 @@ def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
 
 def refuse_too_long(config: Config, name: str, *, longest_prompt: int) -> None:
     """ConfigError where a sequence of the run can be longer than the model has positions for."""
-    limit = positions_of(config, name)
+    refuse_longer_than(positions_of(config, model_config(name)), config, name, longest_prompt)
+
+
+def refuse_longer_than(
+    limit: Positions | None, config: Config, name: str, longest_prompt: int
+) -> None:
+    """As `refuse_too_long`, of positions that are known already."""
     completion, hindsight = config.rollout.max_completion_tokens, config.hindsight
     prompts = {f"a prompt of {longest_prompt} tokens": longest_prompt}
     if hindsight.enabled:
@@ -61,11 +85,12 @@ def refuse_too_long(config: Config, name: str, *, longest_prompt: int) -> None:
 
 def completion_room(config: Config, name: str, *, longest_prompt: int) -> int:
     """The most tokens that a completion can have: at most rollout.max_completion_tokens."""
-    limit, asked = positions_of(config, name), config.rollout.max_completion_tokens
+    limit = positions_of(config, model_config(name))
+    asked = config.rollout.max_completion_tokens
     return asked if limit is None else max(1, min(asked, limit.limit - longest_prompt))
 
 
-def positions_of(config: Config, name: str) -> Positions | None:
+def positions_of(config: Config, model: Any) -> Positions | None:
     """None: there is no limit, or train.allow_mismatch lifts it."""
-    found = positions(model_config(name).get_text_config())
+    found = positions(model.get_text_config())
     return None if found and found.is_rotary and config.train.allow_mismatch else found

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.folder import check_folder
-from exgrpo_fast.build.models import end_of_sequence_ids, load_tokenizer, make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.config import Config, ConfigError, engine_kind, validate
+from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, load_tokenizer
 from exgrpo_fast.model.folder_settings import positions
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, check_forward
 from exgrpo_fast.rollout.journal import JournalledEngine

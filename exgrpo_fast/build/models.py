@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
@@ -22,9 +21,15 @@ from exgrpo_fast.data import read_rows
 from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.scoring import Decode
 from exgrpo_fast.model.attention.backends import choose, refusal
-from exgrpo_fast.model.folder_settings import read_generation_config
+from exgrpo_fast.model.folder_reading import (
+    Tokenizer,
+    end_of_sequence_ids,
+    load_tokenizer,
+    model_config,
+    read_generation_config,
+)
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
-from exgrpo_fast.model.policy import Policy, PolicyError, Tokenizer, load_model
+from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.model.quantization import nf4
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.run.checkpoint.format import read_manifest
@@ -51,27 +56,6 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
     return str(path)
 
 
-def model_config(name: str) -> Any:
-    """PolicyError where the folder's config cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
-
-
-def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
-    """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
-    if Path(name).is_absolute() and not Path(name).exists():
-        raise PolicyError(f"{key}: {name} does not exist")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{key} {name}: no tokenizer: {str(error).splitlines()[0]}") from None
-    if tokenizer.eos_token_id is None:
-        raise PolicyError(f"{key} {name}: its tokenizer has no eos_token; set one and save it")
-    return tokenizer
-
-
 def make_decode(tokenizer: Tokenizer) -> Decode:
     """Token ids -> the text as the policy wrote it, without the end and padding tokens behind it.
 
@@ -87,13 +71,6 @@ def make_decode(tokenizer: Tokenizer) -> Decode:
         return str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
 
     return decode
-
-
-def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
-    """The tokenizer's own end token first, then those of the model's generation config."""
-    listed: Any = generation.eos_token_id if generation else None
-    others = listed if isinstance(listed, list) else [listed]
-    return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
 
 
 def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.environment import prepare_process
-from exgrpo_fast.build.models import load_tokenizer, make_encode, make_policy, vocabulary_of
+from exgrpo_fast.build.models import make_encode, make_policy, vocabulary_of
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
@@ -24,8 +24,8 @@ from exgrpo_fast.experience.replay.past_logs import (
     prompt_keys,
 )
 from exgrpo_fast.experience.replay.starting_pool import pool_vocabulary, write_pool
+from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer
 from exgrpo_fast.model.packing import Ragged
-from exgrpo_fast.model.policy import Tokenizer
 from exgrpo_fast.run.display import NullScreen
 
 SCORED_AT_ONCE = 512

@@ -14,19 +14,14 @@ from typing import Any
 
 from exgrpo_fast.build.assembly import make_advantages, make_learner, make_objective
 from exgrpo_fast.build.environment import prepare_process, use_deterministic_algorithms
-from exgrpo_fast.build.models import (
-    adapter_of,
-    check_teacher,
-    load_tokenizer,
-    make_policy,
-    make_reference,
-)
+from exgrpo_fast.build.models import adapter_of, check_teacher, make_policy, make_reference
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.rng import restore_random_state, seed_everything
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.fit import resolve_auto
+from exgrpo_fast.model.folder_reading import load_tokenizer
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.run.checkpoint.format import load_state, verify
 from exgrpo_fast.run.display import NullScreen

@@ -8,7 +8,7 @@ from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.scoring import Scorer, Verifier
-from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.rewards import RewardPool, RewardSample, RubricScorer
 from exgrpo_fast.rewards.rubrics.judge import Judge
 from exgrpo_fast.rollout.engine import RolloutEngine, Sampling

@@ -19,7 +19,6 @@ from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import (
     adapter_of,
     check_teacher,
-    load_tokenizer,
     make_policy,
     make_reference,
     refuse_broken_weights,
@@ -35,7 +34,7 @@ from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.budgets import store_note
 from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
-from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder

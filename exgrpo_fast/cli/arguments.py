@@ -6,7 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,11 +94,10 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
     """
     name = require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
     require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
-    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}:
-            require_file(source, key)
-            fields = config.data.model_dump(include={"prompt_field", "answer_field", "id_field"})
-            check_first_rows(source, **fields)
+    for key, source in data_files(config).items():
+        require_file(source, key)
+        fields = config.data.model_dump(include={"prompt_field", "answer_field", "id_field"})
+        check_first_rows(source, **fields)
     if not for_another_machine:
         require_engine(config)
         require_servers(config)
@@ -109,6 +108,23 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
     for package in config.log.to:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"log.to: {package} is not installed: pip install {package}")
+
+
+def data_files(config: Config) -> dict[str, str]:
+    """Key -> file of rows, of the sources that are files."""
+    sources = {"data.train": config.data.train, "data.eval": config.data.eval}
+    return {
+        key: source
+        for key, source in sources.items()
+        if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}
+    }
+
+
+def check_model_and_rows(config: Config, sources: Iterable[str], **options: Any) -> None:
+    """As `build.before_torch` says, whose import takes a second."""
+    from exgrpo_fast.build.before_torch import check_model_and_rows as check
+
+    check(config, list(sources), **options)
 
 
 def require_servers(config: Config) -> None:
@@ -130,12 +146,14 @@ def require_model(name: str, key: str) -> None:
     folder = Path(name)
     if folder.is_file() and folder.suffix != ".gguf":
         raise ConfigError(f"{key}: {name} is a file; give a model's folder or a .gguf file")
-    if not folder.is_dir() or list(folder.glob("*.gguf")) or (folder / "config.json").exists():
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{key}: {name} is an adapter; merge it into its model first")
+    if list(folder.glob("*.gguf")) or (folder / "config.json").exists():
         return
     if (folder / "checkpoints").is_dir():
         raise ConfigError(f"{key}: {name} is a run; its models are in checkpoints/step_N/hf")
-    if (folder / "adapter_config.json").exists():
-        raise ConfigError(f"{key}: {name} is an adapter; merge it into its model first")
     require_file(f"{name}/config.json", key)
 
 
@@ -148,7 +166,7 @@ def require_tokenizer(name: str, key: str) -> None:
         raise ConfigError(f"{key} {name}: no tokenizer: the folder has no tokenizer.json")
 
 
-_OF_TOKENIZER = re.compile(r"tokenizer|vocab|tekken|.*\.(?:model|tiktoken)$")
+_OF_TOKENIZER = re.compile(r"tokenizer(?!_config)|vocab|tekken|.*\.(?:model|tiktoken)$")
 
 
 def looks_local(name: str) -> bool:

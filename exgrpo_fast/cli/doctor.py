@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exgrpo_fast.cli.arguments import add_command, add_memory, require_file
+from exgrpo_fast.cli.arguments import add_command, add_memory, require_file, require_model
 from exgrpo_fast.cli.machine import collect
 from exgrpo_fast.cli.memory_plan import show_plan
 from exgrpo_fast.cli.output import UNWRAPPED, terminal_width, wrapped
@@ -35,6 +35,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config) if arguments.config else None
     if arguments.model:
         require_file(arguments.model, "--model")
+        require_model(arguments.model, "--model")
     report = collect(model=Path(arguments.model) if arguments.model else None)
     text = json.dumps(report, indent=2)
     print(text if arguments.json else render(report, columns=terminal_width()))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
     add_command,
+    check_model_and_rows,
     choose_device,
     positive,
     positives,
@@ -104,7 +106,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 def evaluate(arguments: argparse.Namespace) -> int:
     for path in arguments.data:
         require_file(path, "--data")
-    model = evaluated_model(arguments)
+    model = evaluated_model(arguments, arguments.data)
     questions = {file: model.read(file) for file in arguments.data}
     first = next(iter(questions.values()))[0]
     with model.evaluator(first, revisions=arguments.revise) as evaluator:
@@ -113,19 +115,24 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def evaluated_model(arguments: argparse.Namespace) -> EvaluatedModel:
-    """The model of the options, without its weights."""
+def evaluated_model(
+    arguments: argparse.Namespace, sources: Sequence[str], *, prompt: str | None = None
+) -> EvaluatedModel:
+    """The model of the options, without its weights; `sources` or `prompt`: what it is asked."""
     config, endpoint = model_config(arguments), endpoint_of(arguments)
     if not endpoint:  # beside one the folder may hold a tokenizer alone
         require_model(str(config.model.name), "--model")
     require_tokenizer(str(config.model.name), "--model")
+    shortens = vars(arguments)["rollout.max_completion_tokens"] is None
+    served = endpoint is not None
+    check_model_and_rows(config, sources, prompt=prompt, tokenizer_only=served, shortens=shortens)
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
     return EvaluatedModel(
         config,
         device=choose_device(arguments.device),
         endpoint=endpoint,
-        shorten=vars(arguments)["rollout.max_completion_tokens"] is None,
+        shorten=shortens,
     )
 
 

@@ -26,8 +26,8 @@ def sample(arguments: argparse.Namespace) -> int:
         require_file(arguments.data, "--data")
     elif not arguments.prompt:
         raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
-    model = evaluated_model(arguments)
     if arguments.data:
+        model = evaluated_model(arguments, [arguments.data])
         questions, row = model.read(arguments.data), arguments.row
         if not 0 <= row < len(questions):
             raise ConfigError(
@@ -35,6 +35,7 @@ def sample(arguments: argparse.Namespace) -> int:
             )
         question = questions[row]
     else:
+        model = evaluated_model(arguments, [], prompt=arguments.prompt)
         question = model.question(arguments.prompt)
     with model.evaluator(question) as evaluator:
         samples = evaluator.sample([question])

@@ -17,7 +17,9 @@ from exgrpo_fast.cli.arguments import (
     add_command,
     add_memory,
     check_inputs,
+    check_model_and_rows,
     choose_device,
+    data_files,
     positive,
     require_file,
     require_tokenizer,
@@ -129,6 +131,8 @@ def train(arguments: argparse.Namespace) -> int:
         # With several ranks torchrun is the supervisor.
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
+        if rank.is_main:
+            check_model_and_rows(config, data_files(config).values(), weights=not resumes)
         device = choose_device(arguments.device)
         from exgrpo_fast.cli.train_run import train_run  # seconds of imports
 

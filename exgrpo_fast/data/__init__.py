@@ -20,7 +20,12 @@ from exgrpo_fast.data.checking import (
     content_id,
 )
 from exgrpo_fast.data.parsing import parse_row
-from exgrpo_fast.data.questions import LoadedQuestions, load_questions, question_from_text
+from exgrpo_fast.data.questions import (
+    LoadedQuestions,
+    first_questions,
+    load_questions,
+    question_from_text,
+)
 from exgrpo_fast.data.sources import BadRow, DataError, Row, Source, read_rows
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "check_data",
     "check_first_rows",
     "content_id",
+    "first_questions",
     "load_questions",
     "parse_row",
     "question_from_text",

@@ -98,15 +98,21 @@ def check_first_rows(
     prompt_field: str | None = None,
     answer_field: str | None = None,
     id_field: str | None = None,
-) -> None:
-    """DataError where a source has no rows or fields, or none of its first rows is usable."""
+) -> list[CheckedRow]:
+    """The usable ones of the first rows. DataError where a source has no rows or fields, or none of
+    its first rows is usable."""
     first = list(itertools.islice(read_rows(source), FIRST_ROWS))
     name = source_name(source)
     checker = _checker_of(name, first, prompt_field, answer_field, id_field)
     checked = [row if isinstance(row, BadRow) else checker.check(row) for row in first]
     bad = [row for row in checked if isinstance(row, BadRow)]
     if len(bad) == len(first):
-        raise DataError(f"data {name}: none of the first {len(bad)} rows is usable: {bad[0]}")
+        raise none_usable(name, bad)
+    return [row for row in checked if isinstance(row, CheckedRow)]
+
+
+def none_usable(name: str, bad: Sequence[BadRow]) -> DataError:
+    return DataError(f"data {name}: none of the first {len(bad)} rows is usable: {bad[0]}")
 
 
 # --- fields of the config -------------------------------------------------------------------------

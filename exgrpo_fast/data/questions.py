@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data.checking import CheckedRow, DataReport, check_data, content_id
+from exgrpo_fast.data.checking import (
+    CheckedRow,
+    DataReport,
+    check_data,
+    check_first_rows,
+    content_id,
+    none_usable,
+)
 from exgrpo_fast.data.sources import BadRow, DataError, Source, first_line
 
 TOKENIZER_BATCH = 1024
@@ -71,6 +78,26 @@ def load_questions(
             f"malformed, {num_overlong} longer than data.max_prompt_tokens {max_prompt_tokens}"
         )
     return LoadedQuestions(questions[:wanted], bad_rows, num_overlong, report.notes)
+
+
+def first_questions(
+    source: str,
+    *,
+    tokenizer: Any,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    id_field: str | None = None,
+    system_prompt: str | None = None,
+) -> list[Question]:
+    """The questions of a source's first rows. DataError where none of these rows is usable."""
+    rows = check_first_rows(
+        source, prompt_field=prompt_field, answer_field=answer_field, id_field=id_field
+    )
+    made = _Renderer(tokenizer, system_prompt)(rows)
+    bad = [question for question in made if isinstance(question, BadRow)]
+    if len(bad) == len(made):
+        raise none_usable(source, bad)
+    return [question for question in made if isinstance(question, Question)]
 
 
 def _overlong(row: CheckedRow, question: Question, limit: int) -> str:

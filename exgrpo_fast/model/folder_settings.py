@@ -2,22 +2,24 @@
 
 Three things can follow from a setting: it is taken (end tokens), it is overridden and named in one
 line (sampling defaults, dropout, `use_cache`), or the folder is refused (quantised weights, too few
-positions, a tokenizer that is larger than the embedding).
+positions, a tokenizer that is larger than the embedding). Loads no torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
-from transformers.utils import cached_file
+import jinja2
+import transformers
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
-from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.model.folder_reading import (
+    GENERATION,
+    PolicyError,
+    generation_settings,
+)
 
-GENERATION = "generation_config.json"
 # Rotary embeddings whose frequencies follow the longest sequence that is read with them.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Of a generation config: what changes which tokens are drawn, with the values that change nothing.
@@ -51,10 +53,6 @@ SAMPLING: dict[str, Any] = {
     "forced_eos_token_id": (),
     "stop_strings": (),
 }
-
-
-class FolderError(UserError):
-    """A folder whose settings this trainer cannot honour, as one line to the user."""
 
 
 class Positions(NamedTuple):
@@ -100,14 +98,62 @@ def _ropes(parameters: Any) -> Iterable[Mapping[str, Any]]:
 # --- refused --------------------------------------------------------------------------------------
 
 
+_KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a sequence's end
+
+
+def refuse_unknown_type(config: Any, name: str) -> None:
+    """PolicyError for a type of model that the installed transformers does not know."""
+    kind = getattr(config, "model_type", None)
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise PolicyError(
+            f"model.name {name}: transformers {transformers.__version__} knows no model_type "
+            f"{kind} (config.json)"
+        )
+
+
+def refuse_other_kinds(config: Any, name: str) -> None:
+    """PolicyError for a model that transformers has no causal language model of."""
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise PolicyError(
+            f"model.name {name}: transformers has no causal language model of type "
+            f"{config.model_type}"
+        )
+
+
+def refuse_unsupported(config: Any) -> None:
+    """PolicyError for a model whose log-probs the passes over packs would get wrong."""
+    if getattr(config, "attn_logit_softcapping", None):
+        raise PolicyError(f"{config.model_type}: soft-capped attention is not supported")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
+    for kind in sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS):
+        raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
+
+
+def refuse_broken_template(tokenizer: Any, name: str) -> None:
+    """PolicyError for a chat template that is no Jinja. One that raises may only refuse some
+    conversations: reading the data shows it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "6 x 7?"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise PolicyError(
+            f"model.name {name}: line {error.lineno} of its chat template: {error.message}"
+        ) from None
+    except Exception:
+        return
+
+
 def refuse_quantised(config: Any, name: str) -> None:
-    """FolderError for weights that are quantised in the files, of any kind (bnb, GPTQ, AWQ, fp8)."""
+    """PolicyError for weights that are quantised in the files, of any kind (bnb, GPTQ, AWQ, fp8)."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return
     values = found if isinstance(found, Mapping) else vars(found)
     kind = values.get("quant_method") or "an unknown method"
-    raise FolderError(
+    raise PolicyError(
         f"model.name {name}: its weights are quantised already ({getattr(kind, 'value', kind)}), and "
         f"cannot be trained or merged; take the folder of the plain weights "
         f"(model.quantization nf4 quantises them while they load)"
@@ -115,7 +161,7 @@ def refuse_quantised(config: Any, name: str) -> None:
 
 
 def refuse_small_embedding(config: Any, tokenizer: Any, name: str) -> None:
-    """FolderError where the tokenizer can make an id that the embedding has no row for.
+    """PolicyError where the tokenizer can make an id that the embedding has no row for.
 
     Special tokens that no text of ours contains, such as those of images, may lie beyond.
     """
@@ -129,7 +175,7 @@ def refuse_small_embedding(config: Any, tokenizer: Any, name: str) -> None:
     beyond = [id for id in tokenizer.get_vocab().values() if id >= rows]
     used = [id for id in beyond if id not in special or id in own]
     if used:
-        raise FolderError(
+        raise PolicyError(
             f"model.name {name}: the tokenizer has {len(tokenizer)} tokens (ids up to "
             f"{max(used)}), and the embedding {rows} rows; resize the model's embedding or take the "
             f"tokenizer that belongs to it"
@@ -137,47 +183,20 @@ def refuse_small_embedding(config: Any, tokenizer: Any, name: str) -> None:
 
 
 def refuse_foreign_end_tokens(config: Any, eos_token_ids: Iterable[int], name: str) -> None:
-    """FolderError for an end token that the embedding has no row for: it could never be drawn."""
-    rows = getattr(config, "vocab_size", None)
-    if beyond := [id for id in eos_token_ids if rows is not None and id >= rows]:
-        raise FolderError(
+    """PolicyError for an end token that the embedding has no row for: it could never be drawn."""
+    rows, ids = getattr(config, "vocab_size", None), list(eos_token_ids)
+    if words := [id for id in ids if not isinstance(id, int)]:
+        raise PolicyError(
+            f"model.name {name}: {GENERATION}: eos_token_id {words[0]!r} is no number"
+        )
+    if beyond := [id for id in ids if rows is not None and id >= rows]:
+        raise PolicyError(
             f"model.name {name}: {GENERATION} names the end token {beyond[0]}, and the embedding has "
             f"{rows} rows"
         )
 
 
 # --- overridden -----------------------------------------------------------------------------------
-
-
-def read_generation_config(name: str) -> GenerationConfig | None:
-    """Of a folder or hub name; None where there is none. FolderError for a file that is no JSON.
-
-    Settings that contradict each other (greedy decoding with a temperature, say) are none that a run
-    follows, but transformers reads or saves no file with them. Then those of sampling are kept, or,
-    where even these do not go together, the token ids alone.
-    """
-    values = _generation_settings(name)
-    if not values:
-        return None
-    for change in ({}, {"do_sample": True, "num_return_sequences": 1, "num_beams": 1}):
-        try:
-            found = GenerationConfig.from_pretrained(name, trust_remote_code=False, **change)
-            found.validate(strict=True)
-            return found
-        except (TypeError, ValueError):
-            pass
-    return GenerationConfig(**{k: value for k, value in values.items() if k.endswith("_token_id")})
-
-
-def _generation_settings(name: str) -> dict[str, Any]:
-    """What generation_config.json says; nothing where there is none."""
-    try:
-        path = cached_file(name, GENERATION)
-        return json.loads(Path(path).read_text()) if path else {}
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise FolderError(f"model.name {name}: {GENERATION}: {error}") from None
 
 
 def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
@@ -195,7 +214,7 @@ def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
 
 def sampling_defaults(name: str) -> dict[str, Any]:
     """Of generation_config.json, those that would change what is drawn."""
-    values = _generation_settings(name)
+    values = generation_settings(name)
     return {
         key: values[key]
         for key, neutral in SAMPLING.items()

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
 from exgrpo_fast.model.agreement import PassCheck
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError
 
 
 def shard(model: Any, mesh: DeviceMesh, check: PassCheck, *, compute_dtype: torch.dtype) -> None:

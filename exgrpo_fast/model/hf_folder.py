@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.model.lora import (
     PEFT_PREFIX,
     adapter_weights,
@@ -15,7 +16,7 @@ from exgrpo_fast.model.lora import (
     save_adapter,
     save_plain,
 )
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy
 
 
 class HuggingFaceFolder:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
-from exgrpo_fast.model.folder_settings import positions, read_generation_config
+from exgrpo_fast.model.folder_reading import PolicyError, read_generation_config
+from exgrpo_fast.model.folder_settings import positions, refuse_unsupported
 from exgrpo_fast.model.frozen import hold_linear_layers_in
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights
@@ -31,15 +31,10 @@ from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
 from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack, padded_ids
 from exgrpo_fast.model.renamed import checkpointing_enable
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
+from exgrpo_fast.model.weight_files import refuse_damaged_weights
 from exgrpo_kernels import linear_logprob, runtime
 
 T = TypeVar("T")
-# A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
-Tokenizer = Any
-
-
-class PolicyError(UserError):
-    """A model that this trainer cannot use, as one line to the user."""
 
 
 class Head(NamedTuple):
@@ -121,7 +116,9 @@ class Policy:
         self.attention_calls = 0  # of the layers, in the last packed forward
         if not dropout:
             switch_off_dropout(model)
-        _check_supported(model)
+        refuse_unsupported(model.config)
+        if model.get_output_embeddings() is None:
+            raise PolicyError(f"{model.config.model_type}: the model has no language-model head")
         self.attention: BackendName = self._choose_attention(attention)
         self.own_attention: str = _own_attention(model)
         model.set_attn_implementation(ATTENTION)
@@ -367,6 +364,7 @@ def load_model(
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
+    refuse_damaged_weights(name)
     generation = read_generation_config(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -418,22 +416,6 @@ def _own_attention(model: Any) -> str:
     """The implementation that transformers has chosen for it."""
     own = str(model.config._attn_implementation)
     return "eager" if own == ATTENTION else own  # it has been a policy's before
-
-
-_KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a sequence's end
-
-
-def _check_supported(model: PreTrainedModel) -> None:
-    config = model.config
-    if getattr(config, "attn_logit_softcapping", None):
-        raise PolicyError(f"{config.model_type}: soft-capped attention is not supported")
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
-    for kind in sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS):
-        raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
-    if model.get_output_embeddings() is None:
-        raise PolicyError(f"{config.model_type}: the model has no language-model head")
 
 
 def _check_tileable(model: PreTrainedModel) -> None:

@@ -19,23 +19,19 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
+    T5Config,
 )
 
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import check_model
-from exgrpo_fast.build.models import load_tokenizer
 from exgrpo_fast.cli import main
 from exgrpo_fast.cli.machine import check_forward_pass
 from exgrpo_fast.config import Config, ConfigError, validate
-from exgrpo_fast.model.folder_settings import (
-    FolderError,
-    positions,
-    read_generation_config,
-    refuse_quantised,
-)
+from exgrpo_fast.model.folder_reading import PolicyError, load_tokenizer, read_generation_config
+from exgrpo_fast.model.folder_settings import positions, refuse_quantised
 from exgrpo_fast.model.lora import save_plain
 from exgrpo_fast.model.packing import Ragged
-from exgrpo_fast.model.policy import Policy, PolicyError, load_model
+from exgrpo_fast.model.policy import Policy, load_model
 
 Edit = Callable[..., Path]
 
@@ -128,17 +124,30 @@ def test_a_turn_end_that_is_no_end_token_is_said(edited: Edit) -> None:
 def test_quantised_weights_are_refused(method: str, edited: Edit) -> None:
     folder = edited("config.json", quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(
-        FolderError, match=rf"quantised already \({method}\), and cannot be trained"
+        PolicyError, match=rf"quantised already \({method}\), and cannot be trained"
     ):
         lines_of(folder)
-    with pytest.raises(FolderError, match="unknown method"):
+    with pytest.raises(PolicyError, match="unknown method"):
         refuse_quantised(SimpleNamespace(quantization_config={"bits": 4}), "x")
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(edited: Edit) -> None:
+    folder = edited("config.json")
+    T5Config().save_pretrained(folder)
+    with pytest.raises(PolicyError, match="no causal language model of type t5"):
+        lines_of(folder)
+
+
+def test_layers_that_packs_cannot_hold_are_refused_before_the_weights(edited: Edit) -> None:
+    folder = edited("config.json", layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(PolicyError, match="layers of linear_attention are not supported"):
+        lines_of(folder)
 
 
 def test_an_embedding_smaller_than_the_tokenizer_is_refused(edited: Edit) -> None:
     folder = edited("config.json", vocab_size=200)
     with pytest.raises(
-        FolderError, match=r"has 284 tokens \(ids up to 283\), and the embedding 200"
+        PolicyError, match=r"has 284 tokens \(ids up to 283\), and the embedding 200"
     ):
         lines_of(folder)
 
@@ -179,13 +188,13 @@ def test_of_generation_settings_that_contradict_each_other_the_token_ids_stay(
 def test_a_generation_config_that_is_no_json_is_refused(edited: Edit) -> None:
     folder = edited("config.json")
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(FolderError, match=r"generation_config.json: "):
+    with pytest.raises(PolicyError, match=r"generation_config.json: "):
         lines_of(folder)
 
 
 def test_an_end_token_beyond_the_embedding_is_refused(edited: Edit) -> None:
     folder = edited("generation_config.json", eos_token_id=[1, 99_999])
-    with pytest.raises(FolderError, match=r"names the end token 99999, and the embedding has"):
+    with pytest.raises(PolicyError, match=r"names the end token 99999, and the embedding has"):
         lines_of(folder)
 
 
@@ -242,7 +251,9 @@ def test_a_layer_too_many_is_refused_whatever_the_family_calls_it(tmp_path: Path
 def test_a_truncated_file_of_weights_is_one_line(edited: Edit) -> None:
     weights = edited("config.json") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(PolicyError, match=r"^model.name .*: Error while deserializing header"):
+    with pytest.raises(
+        PolicyError, match=r"^model.name .*: model.safetensors is damaged: .* header"
+    ):
         load_model(str(weights.parent))
 
 

@@ -22,7 +22,7 @@ from exgrpo_fast.build.pretrained import cache, cached_folder, model_folder, smo
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once
 from exgrpo_fast.build.pretrained.gguf import READS_MERGES
 from exgrpo_fast.cli import main
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError
 from exgrpo_fast.run.display import NullScreen
 
 gguf = pytest.importorskip("gguf")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import make_questions, terms_of
 
-from exgrpo_fast.build.models import load_tokenizer
 from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, validate
@@ -24,6 +23,7 @@ from exgrpo_fast.experience.prior.compatibility import (
 )
 from exgrpo_fast.experience.prior.importance import columns_of
 from exgrpo_fast.experience.prior.source import PriorSource
+from exgrpo_fast.model.folder_reading import load_tokenizer
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import UNOBSERVED
 from exgrpo_fast.run.checkpoint.format import load_state

@@ -13,7 +13,6 @@ from test_learner import GradientRecorder, collect, with_rewards
 
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.models import (
-    load_tokenizer,
     make_policy,
     refuse_broken_weights,
     refuse_other_tokenizer,
@@ -21,7 +20,7 @@ from exgrpo_fast.build.models import (
 )
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.core.errors import NumericalStop
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError, load_tokenizer
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 

@@ -14,7 +14,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError
 from exgrpo_fast.run.display import Screen
 
 DIGESTS = "digests.json"  # file name -> xxh3-128; written last

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from exgrpo_fast.core.text import clean_line
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError
 
 READS_MERGES = Version("5.18")  # before, transformers fails on the tokenizer of a GGUF file
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import xxhash
 
-from exgrpo_fast.build.environment import quiet_libraries
 from exgrpo_fast.build.pretrained import smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once, is_whole
 from exgrpo_fast.build.pretrained.gguf import convert_gguf
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError, quiet_libraries
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.display.live import make_screen
 

@@ -18,7 +18,7 @@ from exgrpo_fast.build.pretrained.cache import cache_root
 from exgrpo_fast.build.pretrained.gguf import convert_gguf
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.text import clean_line
-from exgrpo_fast.model.policy import PolicyError
+from exgrpo_fast.model.folder_reading import PolicyError
 from exgrpo_fast.run.display import Screen
 
 NAME = "smollm2"

@@ -9,7 +9,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer
 
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
 

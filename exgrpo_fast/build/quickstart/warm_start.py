@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.model.packing import Ragged, pack
-from exgrpo_fast.model.policy import Policy, Tokenizer
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.optim.optimiser import Optimiser, warmup_then_decay
 from exgrpo_kernels import PolicyObjective, linear_policy_loss

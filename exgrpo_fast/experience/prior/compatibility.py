@@ -15,7 +15,7 @@ import xxhash
 from transformers import AutoConfig, GenerationConfig
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.model.policy import Tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer
 
 
 class PriorError(UserError):

@@ -1,0 +1,148 @@
+"""Config, tokenizer and generation settings of a model's folder.
+
+Loading this module loads no torch, nor do `plain_config` and `plain_tokenizer`, which read the small
+files as they are. `model_config` and `load_tokenizer` do: transformers' classes for a config need it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import NoneType, SimpleNamespace
+from typing import Any
+
+import transformers  # whose own modules are loaded where they are used
+from transformers import GenerationConfig, PreTrainedTokenizerFast, logging
+from transformers.utils import cached_file
+
+from exgrpo_fast.core.errors import UserError
+
+GENERATION = "generation_config.json"
+# A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
+Tokenizer = Any
+_SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"}
+# Of tokenizers that have no tokens but those that the files name.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+class PolicyError(UserError):
+    """A model that this trainer cannot use, as one line to the user."""
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of transformers on the screen."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def model_config(name: str) -> Any:
+    """PolicyError where the folder's config cannot be read."""
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise PolicyError(f"model.name {name}: {_first_line(error)}") from None
+
+
+class PlainConfig(SimpleNamespace):
+    """What config.json says, without the defaults of the model's class."""
+
+    def get_text_config(self) -> PlainConfig:
+        nested = getattr(self, "text_config", None)
+        return PlainConfig(**nested) if isinstance(nested, dict) else self
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def plain_config(folder: Path) -> PlainConfig:
+    """PolicyError for a file that is no JSON object, and for a size that is no number."""
+    try:
+        found = PlainConfig(**json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise PolicyError(f"model.name {folder}: config.json: {_first_line(error)}") from None
+    for size, value in vars(found.get_text_config()).items():
+        if size in _SIZES and type(value) not in (int, NoneType):
+            raise PolicyError(f"model.name {folder}: config.json: {size} {value!r} is no number")
+    return found
+
+
+def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
+    """PolicyError when the tokenizer has no end-of-sequence token: nothing could ever stop."""
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise PolicyError(f"{key}: {name} does not exist")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the Rust reader of tokenizer.json raises nothing narrower
+        raise PolicyError(f"{key} {name}: no tokenizer: {_first_line(error)}") from None
+    _refuse_endless(tokenizer, f"{key} {name}")
+    return tokenizer
+
+
+def plain_tokenizer(folder: Path) -> Tokenizer | None:
+    """What tokenizer.json, tokenizer_config.json and the chat template say.
+
+    None without tokenizer.json, and where the end token may be one that the tokenizer's class
+    brings. PolicyError for files that cannot be read, and as `load_tokenizer`.
+    """
+    if not all((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+    except Exception as error:
+        raise PolicyError(f"model.name {folder}: no tokenizer: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None and settings.get("tokenizer_class") not in _PLAIN_CLASSES:
+        return None
+    _refuse_endless(tokenizer, f"model.name {folder}")
+    return tokenizer
+
+
+def _refuse_endless(tokenizer: Tokenizer, subject: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(f"{subject}: its tokenizer has no eos_token; set one and save it")
+
+
+def _first_line(error: Exception) -> str:
+    """Of its message; with the second one, where the first only announces it."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        repr(error)
+    ]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
+
+
+def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
+    """The tokenizer's own end token first, then those of the model's generation config."""
+    listed: Any = generation.eos_token_id if generation else None
+    others = listed if isinstance(listed, list) else [listed]
+    return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
+
+
+def read_generation_config(name: str) -> GenerationConfig | None:
+    """Of a folder or hub name; None where there is none. PolicyError for a file that is no JSON.
+
+    Settings that contradict each other (greedy decoding with a temperature, say) are none that a run
+    follows, but transformers reads or saves no file with them. Then those of sampling are kept, or,
+    where even these do not go together, the token ids alone.
+    """
+    values = generation_settings(name)
+    if not values:
+        return None
+    for change in ({}, {"do_sample": True, "num_return_sequences": 1, "num_beams": 1}):
+        try:
+            found = GenerationConfig.from_pretrained(name, trust_remote_code=False, **change)
+            found.validate(strict=True)
+            return found
+        except (TypeError, ValueError):
+            pass
+    return GenerationConfig(**{k: value for k, value in values.items() if k.endswith("_token_id")})
+
+
+def generation_settings(name: str) -> dict[str, Any]:
+    """What generation_config.json says; nothing where there is none."""
+    try:
+        path = cached_file(name, GENERATION)
+        return json.loads(Path(path).read_text()) if path else {}
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise PolicyError(f"model.name {name}: {GENERATION}: {error}") from None

@@ -1,0 +1,226 @@
+"""Mistakes in a model's folder and its data: one line and exit code 2, before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file, save_file
+from several_processes import environment
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
+
+Damage = Callable[[Path], object]
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+class Case(NamedTuple):
+    name: str
+    damage: Damage
+    said: str
+    command: str = "train"
+    more: tuple[str, ...] = ()
+
+
+class Outcome(NamedTuple):
+    code: int
+    has_torch: bool
+    said: str
+
+
+def nothing(folder: Path) -> None: ...
+
+
+def setting(file: str, **values: Any) -> Damage:
+    """Values of one JSON file changed; None takes them out."""
+
+    def change(folder: Path) -> None:
+        path = folder / file
+        found = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+    return change
+
+
+def text(file: str, content: str) -> Damage:
+    return lambda folder: (folder / file).write_text(content)
+
+
+def without(file: str) -> Damage:
+    return lambda folder: (folder / file).unlink()
+
+
+def template(content: str) -> Damage:
+    return text("chat_template.jinja", content)
+
+
+def config(made: PreTrainedConfig) -> Damage:
+    return lambda folder: made.save_pretrained(folder)
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def sharded(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    half = len(weights) // 2
+    parts = [dict(list(weights.items())[:half]), dict(list(weights.items())[half:])]
+    for file, part in zip(SHARDS, parts, strict=True):
+        save_file(part, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in zip(SHARDS, parts, strict=True) for name in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def one_shard_lost(folder: Path) -> None:
+    sharded(folder)
+    (folder / SHARDS[1]).unlink()
+
+
+def one_shard_of_another_model(folder: Path) -> None:
+    sharded(folder)
+    part = load_file(folder / SHARDS[1])
+    part.pop("model.norm.weight")
+    save_file(part, folder / SHARDS[1], metadata={"format": "pt"})
+
+
+MESSAGES = ("--data.train", "messages.jsonl")
+CASES = [
+    Case("template", template("{% for m in messages %}{{ m."), "line 1 of its chat template: "),
+    Case("template", template("{% if %}"), "line 1 of its chat template: ", "sample"),
+    Case(
+        "raises",
+        template("{{ raise_exception('no such role') }}"),
+        "none of the first 3 rows is usable: rows.jsonl:1: the chat template refuses it: no such",
+    ),
+    Case("raises", template("{{ a.b.c }}"), "rows.jsonl:1: the chat template refuses it:", "eval"),
+    Case("raises", template("{{ a.b.c }}"), "--prompt: the chat template refuses it:", "sample"),
+    Case(
+        "system prompt",
+        template("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"),
+        "the chat template refuses it: no",
+        more=("--data.system_prompt", "Be brief."),
+    ),
+    Case("no template", no_template, "the tokenizer has no chat template", more=MESSAGES),
+    Case("no tokenizer", without("tokenizer.json"), "no tokenizer"),
+    Case("broken tokenizer", text("tokenizer.json", "{"), "no tokenizer: "),
+    Case("broken tokenizer", text("tokenizer_config.json", "{"), "no tokenizer: ", "eval"),
+    Case("no end", setting("tokenizer_config.json", eos_token=None), "has no eos_token"),
+    Case("config", text("config.json", "{"), "model.name model"),
+    Case("config", text("config.json", "[]"), "model.name model", "eval"),
+    Case("config", setting("config.json", hidden_size="wide"), "'wide' is no number", "sample"),
+    Case("unknown type", setting("config.json", model_type="grokk"), "model.name model"),
+    Case("soft caps", config(Gemma2Config()), "gemma2: soft-capped attention is not supported"),
+    Case("scaled logits", config(CohereConfig()), "cohere: scaled logits (logit_scale)", "eval"),
+    Case("layers", config(Qwen3NextConfig()), "layers of linear_attention are not", "sample"),
+    Case(
+        "quantised",
+        setting("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised already (gptq)",
+    ),
+    Case("embedding", setting("config.json", vocab_size=200), "and the embedding 200 rows", "eval"),
+    Case(
+        "end token",
+        setting("generation_config.json", eos_token_id=[1, 99_999]),
+        "names the end token 99999",
+    ),
+    Case("a word", setting("generation_config.json", eos_token_id="<e>"), "'<e>' is no number"),
+    Case("generation", text("generation_config.json", "{"), "generation_config.json: "),
+    Case("positions", setting("config.json", max_position_embeddings=20), "than the 20 positions"),
+    Case("no weights", without("model.safetensors"), "the folder holds no model.safetensors"),
+    Case("a pickle", pickled, "pytorch_model.bin is a pickle", "eval"),
+    Case("truncated", truncated, "model.safetensors is damaged: ", "sample"),
+    Case("a shard lost", one_shard_lost, f"{SHARDS[1]} is missing, which {INDEX} names"),
+    Case("another shard", one_shard_of_another_model, "does not hold model.norm.weight"),
+    Case("an index", lambda f: (sharded(f), (f / INDEX).write_text("{}")), f"{INDEX}: ", "eval"),
+    Case("an adapter", text("adapter_config.json", "{}"), "merge it into its model first"),
+]
+PROGRAM = """
+import json, os, sys
+from exgrpo_fast.build import before_torch
+from exgrpo_fast.cli import main
+for folder, words in json.load(sys.stdin):
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    os.chdir(folder)
+    sys.stderr = open("said", "w")
+    try:
+        main(words)
+    except SystemExit as ended:
+        json.dump([ended.code, "torch" in sys.modules], open("ended", "w"))
+    sys.stderr.flush()
+    os._exit(0)
+"""
+
+
+def words_of(case: Case) -> list[str]:
+    model, rows = ["--model", "model"], ["--data", "rows.jsonl"]
+    tokens = ["--max-completion-tokens", "16", "--device", "cpu"]
+    if case.command == "eval":
+        return ["eval", *model, *rows, *tokens, *case.more]
+    if case.command == "sample":
+        return ["sample", *model, "--prompt", "1 + 2?", *tokens, *case.more]
+    run = ["--out", "run", "--device", "cpu", "--no-supervise", "--data.train", "rows.jsonl"]
+    sizes = ["--rollout.max_completion_tokens", "16", "--rollout.prompts_per_step", "2"]
+    return ["train", "grpo", "--model.name", "model", *run, *sizes, *case.more]
+
+
+@pytest.fixture(scope="module")
+def outcomes(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """Of all cases, in forks of an interpreter without torch."""
+    calls = []
+    for case in CASES:
+        place = tmp_path_factory.mktemp("case")
+        shutil.copytree(model_folder, place / "model")
+        case.damage(place / "model")
+        rows = [{"prompt": f"What is {i} + 2?", "answer": "3"} for i in range(3)]
+        chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        for name, lines in (("rows", rows), ("messages", chats)):
+            (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        calls.append((str(place), words_of(case)))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(calls),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for place in (Path(folder) for folder, _ in calls):
+        code, has_torch = json.loads((place / "ended").read_text())
+        found.append(Outcome(code, has_torch, (place / "said").read_text()))
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{CASES[n].name}")
+def test_a_folder_that_cannot_be_used_is_said_in_one_line(
+    number: int, outcomes: list[Outcome]
+) -> None:
+    found, case = outcomes[number], CASES[number]
+    assert found.code == 2
+    assert found.said.startswith("exgrpo-fast: ") and found.said.count("\n") == 1
+    assert case.said in found.said
+    assert not found.has_torch
