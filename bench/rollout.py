@@ -7,7 +7,9 @@ the same requests in turns: prompts of random tokens, several samples of each, a
 different tokens, so rates are per token generated, and ratios are taken round by round. On a CPU rates
 are also given per CPU-second of all processes, which hardly depends on what else the machine does.
 
-    transformers    `generate` with the trainer's own weights; a batch ends with its longest row
+    generate        transformers' own `generate` with the trainer's weights and its own attention,
+                    sampling from all of the vocabulary; a batch ends with its longest row
+    transformers    the engine of that name: the same weights, drawn from by the trainer's loop
     vllm            vLLM in this process
     vllm_server     vLLM in processes of their own, one and as many as --servers says
 
@@ -29,19 +31,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from loss import machine
+from torch import Tensor
 
 from exgrpo_fast.build.engines import build_engine, reserve_engine
-from exgrpo_fast.build.models import make_policy
+from exgrpo_fast.build.models import end_of_sequence_ids, make_policy
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
-from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
+from exgrpo_fast.model.policy import Policy, inference
+from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.server.engine import ServerEngine
 from exgrpo_fast.rollout.sync_check import VerifiedEngine
 from exgrpo_fast.rollout.vllm.versions import find_vllm
@@ -98,12 +105,12 @@ def make_config(arguments: argparse.Namespace, folder: Path, engine: str, server
 
 def start_engines(
     arguments: argparse.Namespace, folder: Path, prompt: tuple[int, ...], stack: ExitStack
-) -> tuple[dict[str, RolloutEngine], dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, float], dict[str, str]]:
     """Engines by name, seconds until each had its first sync, and why others are absent."""
-    wanted = {"vllm": ("vllm", 1), "transformers": ("transformers", 1)}  # vLLM takes memory first
+    wanted = {name: (name, 1) for name in arguments.engines}  # vLLM takes memory first
     wanted |= {f"vllm_server_{n}": ("vllm_server", n) for n in arguments.servers}
     engines, start, absent, tokenizer = {}, {}, {}, load_tokenizer(str(folder))
-    policy = None
+    policy: Policy | None = None
     for name, (kind, servers) in wanted.items():
         config, began = make_config(arguments, folder, kind, servers), time.perf_counter()
         try:
@@ -119,14 +126,49 @@ def start_engines(
             absent[name] = str(error)
             continue
         start[name] = waited + time.perf_counter() - began  # the policy is the trainer's
+    if policy is not None and arguments.own_loop:
+        engines["generate"], start["generate"] = OwnLoop(policy, tokenizer), 0.0
     return dict(sorted(engines.items())), start, absent
+
+
+class OwnLoop:
+    """transformers' `generate` for prompts of one length."""
+
+    def __init__(self, policy: Policy, tokenizer: Any) -> None:
+        self.policy = policy
+        self.options: dict[str, Any] = {
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 1.0,
+            "eos_token_id": end_of_sequence_ids(policy.model.generation_config, tokenizer),
+        }
+        self.options["pad_token_id"] = self.options["eos_token_id"][0]
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+        ids = torch.tensor([request.prompt_ids for request in requests])
+        torch.manual_seed(requests[0].seed % 2**31)
+        self.options |= {"temperature": sampling.temperature}
+        with inference(self.policy.model), self.policy.as_loaded():
+            drawn: Any = self.policy.model.generate(  # pyright: ignore[reportCallIssue]
+                ids.to(self.policy.device),
+                attention_mask=torch.ones_like(ids).to(self.policy.device),
+                max_new_tokens=sampling.max_completion_tokens,
+                **self.options,
+            )
+        return [self._completion(row) for row in drawn[:, ids.shape[1] :].cpu()]
+
+    def _completion(self, tokens: Tensor) -> Any:
+        """Up to and with the first end token."""
+        ends = torch.isin(tokens, torch.tensor(self.options["eos_token_id"])).nonzero()
+        return SimpleNamespace(token_ids=tokens[: int(ends[0]) + 1] if len(ends) else tokens)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 
 
 def measure_generation(
-    engines: dict[str, RolloutEngine], requests: list[Request], arguments: argparse.Namespace
+    engines: dict[str, Any], requests: list[Request], arguments: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
     """For each engine and round: seconds, CPU-seconds, tokens."""
     sampling = Sampling(arguments.tokens, arguments.temperature)
@@ -147,7 +189,7 @@ def measure_generation(
     return rounds
 
 
-def cpu_seconds(engine: RolloutEngine) -> float:
+def cpu_seconds(engine: Any) -> float:
     """Used so far by this process and the engine's servers."""
     inner = engine.engine if isinstance(engine, VerifiedEngine) else engine
     servers = inner.fleet.servers if isinstance(inner, ServerEngine) else []
@@ -158,9 +200,7 @@ def cpu_seconds(engine: RolloutEngine) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure_sync(
-    engines: dict[str, RolloutEngine], repeats: int
-) -> dict[str, dict[str, list[float]]]:
+def measure_sync(engines: dict[str, Any], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of the update alone and of the whole sync, and the gap the canary found."""
     found: dict[str, dict[str, list[float]]] = {}
     for version in range(1, repeats + 1):
@@ -329,6 +369,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="longest completion")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"])
+    parser.add_argument(
+        "--own-loop", action="store_true", help="transformers' `generate` beside it"
+    )
     parser.add_argument("--servers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=12, help="of the training runs; 0: none")

@@ -21,7 +21,9 @@ EOS = 1
 
 
 @pytest.fixture
-def policy(model_folder) -> Policy:
+def policy(model_folder, monkeypatch) -> Policy:
+    """Of a family that is decoded by the model's own forward pass."""
+    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda model: False)
     return Policy(load_model(str(model_folder)))
 
 

@@ -11,14 +11,23 @@ from torch import nn
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling
 from exgrpo_fast.rollout.hf import engine as engine_module
+from exgrpo_fast.rollout.hf import packed_weights as packed_weights_module
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.hf.packed_weights import LEAST_TOKENS, packed_weights
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_packed(monkeypatch) -> None:
+    monkeypatch.setattr(packed_weights_module, "LEAST_ELEMENTS", 0)
+
 
 REQUESTS = [Request((5, 6, 7, 8 + i % 3), i) for i in range(12)]
 
 
 @pytest.fixture
-def policy(model_folder) -> Policy:
+def policy(model_folder, monkeypatch) -> Policy:
+    """Of a family that is decoded by the model's own forward pass."""
+    monkeypatch.setattr(engine_module, "can_be_decoded", lambda model: False)
     policy = Policy(load_model(str(model_folder)))
     with torch.no_grad():
         policy.head.weight.mul_(20)
@@ -105,6 +114,13 @@ def test_completions_are_those_of_plain_weights_to_1e_5(policy, monkeypatch) -> 
         torch.testing.assert_close(mine.logprobs, other.logprobs, atol=1e-5, rtol=0)
         assert mine.entropies is not None
         torch.testing.assert_close(mine.entropies, other.entropies, atol=1e-5, rtol=0)
+
+
+def test_a_small_weight_stays_as_it_is(monkeypatch) -> None:
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 5)])
+    monkeypatch.setattr(packed_weights_module, "LEAST_ELEMENTS", 20)
+    with packed_weights(layers, rows=1):
+        assert ["forward" in vars(layer) for layer in layers] == [False, True]
 
 
 def test_a_policy_that_computes_in_bfloat16_packs_nothing(model_folder) -> None:

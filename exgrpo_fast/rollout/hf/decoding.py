@@ -6,9 +6,10 @@ of every sample, keeps ended rows until the longest one ends, and copies the cac
 token.
 
 The loop uses transformers' public interfaces alone: the model's `forward`, a `Cache`, and masks and
-position ids that are made here. What `generate` keeps for itself changes between releases.
+position ids that are made here. What `generate` keeps for itself changes between releases. On a CPU
+`packed_decoder.py` takes over behind the prompts for the families that it knows.
 
-Legend: R requests, B rows that go on, U different prompts, P prompt width, T completion tokens,
+Legend: R requests, B rows that go on, N branches, U different prompts, P prompt width, T completion tokens,
 V vocabulary.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.renamed import cache_argument
 from exgrpo_fast.rollout.engine import Sampling
 from exgrpo_fast.rollout.hf.drawing import draw, signed
+from exgrpo_fast.rollout.hf.packed_decoder import Branches, PackedDecoder
 
 GROWTH = 64  # tokens that the cache grows by
 LEAVING_SHARE = 8  # rows leave once they are one in so many: moving the others costs a copy
@@ -67,13 +69,22 @@ class Decoding:
         self.on_poll = on_poll
         self.looks_every = 1 if device.type == "cpu" else TOKENS_UNSEEN
 
-    def run(self, model: Any, prompts_UP: Tensor, mask_UP: Tensor) -> None:
+    def run(
+        self,
+        model: Any,
+        prompts_UP: Tensor,
+        mask_UP: Tensor,
+        decoder: PackedDecoder | None = None,
+    ) -> None:
         """Fill `tokens_RT` and `logprobs_RT`. `prompts_UP` are padded at the left; `mask_UP`, int64,
-        is 0 on padding."""
-        forward = _Forward(model, mask_UP, self.num_tokens)
-        logits_BV = forward(prompts_UP)
-        forward.select(self.prompt_of)
-        logits_BV = logits_BV.index_select(0, self.prompt_of)
+        is 0 on padding. `decoder`: goes on from the prompts in place of the model."""
+        read = _Forward(model, mask_UP, self.num_tokens)
+        logits_BV = read(prompts_UP).index_select(0, self.prompt_of)
+        rows = (
+            ModelRows(read, self.prompt_of)
+            if decoder is None
+            else BranchedRows(decoder, read.cache, mask_UP, self.prompt_of, self.num_tokens - 1)
+        )
         for position in range(self.num_tokens):
             self.on_poll()
             drawn_B = self._draw(logits_BV, position)
@@ -81,13 +92,19 @@ class Decoding:
             if kept is not None and not len(kept):
                 break
             if kept is not None:
-                forward.select(kept)
-                drawn_B, self.rows_B, self.seeds_B, self.limits_B, self.going_B = (
-                    of_row.index_select(0, kept)
-                    for of_row in (drawn_B, self.rows_B, self.seeds_B, self.limits_B, self.going_B)
-                )
+                rows.select(kept)
+                drawn_B = drawn_B.index_select(0, kept)
+                self._take(kept)
             if position + 1 < self.num_tokens:
-                logits_BV = forward(drawn_B[:, None])
+                logits_BV, order_B = rows(drawn_B)
+                if order_B is not None:
+                    self._take(order_B)
+
+    def _take(self, index_B: Tensor) -> None:
+        self.rows_B, self.seeds_B, self.limits_B, self.going_B = (
+            of_row.index_select(0, index_B)
+            for of_row in (self.rows_B, self.seeds_B, self.limits_B, self.going_B)
+        )
 
     def _draw(self, logits_BV: Tensor, position: int) -> Tensor:
         drawn = draw(logits_BV, self.seeds_B, position, self.sampling)
@@ -123,6 +140,81 @@ class Decoding:
         num_ended = len(self.going_B) - len(kept)
         stay = num_ended * LEAVING_SHARE < len(self.going_B)
         return None if stay else kept
+
+
+class Rows(Protocol):
+    """What each row has read."""
+
+    def __call__(self, ids_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """int64 [B], the next token of each row -> (logits [B, V], the order that the rows have from
+        now on, as places in the one before; None: the same)."""
+        ...
+
+    def select(self, rows_B: Tensor) -> None:
+        """Go on with these rows alone."""
+        ...
+
+
+class ModelRows:
+    """By the model, each row for itself."""
+
+    def __init__(self, read: _Forward, prompt_of: Tensor) -> None:
+        self.read = read
+        self.select(prompt_of)
+
+    def __call__(self, ids_B: Tensor) -> tuple[Tensor, None]:
+        return self.read(ids_B[:, None]), None
+
+    def select(self, rows_B: Tensor) -> None:
+        self.read.select(rows_B)
+
+
+class BranchedRows:
+    """By a packed decoder, once for all rows that have read the same: the lower the entropy, the longer
+    completions of one prompt stay together."""
+
+    def __init__(
+        self,
+        decoder: PackedDecoder,
+        cache: Cache,
+        mask_UP: Tensor,
+        prompt_of: Tensor,
+        num_tokens: int,
+    ) -> None:
+        self.branches = Branches(
+            decoder, cache, mask_UP, num_rows=len(prompt_of), num_tokens=num_tokens
+        )
+        self.branch_of_B: Tensor | None = prompt_of  # None: the rows are the branches, in order
+
+    def __call__(self, ids_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.branch_of_B is None:  # none of them will have read the same again
+            return self.branches(ids_B), None
+        ids_N, self.branch_of_B = self._part(ids_B, self.branch_of_B)
+        logits_NV = self.branches(ids_N)
+        if len(self.branches) < len(ids_B):
+            return logits_NV.index_select(0, self.branch_of_B), None
+        order_B, self.branch_of_B = self.branch_of_B.argsort(), None
+        return logits_NV, order_B
+
+    def _part(self, ids_B: Tensor, branch_of_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(the next token of each branch, the branch of each row). Of the tokens drawn behind one, the
+        first goes on in its place, and the others begin new ones."""
+        base = int(ids_B.max()) + 1
+        pairs, pair_of_B = (branch_of_B * base + ids_B).unique(return_inverse=True)
+        parents = pairs // base
+        is_new = torch.zeros_like(parents, dtype=torch.bool)
+        is_new[1:] = parents[1:] == parents[:-1]
+        places = torch.where(is_new, len(self.branches) - 1 + is_new.cumsum(0), parents)
+        self.branches.part(parents[is_new])
+        ids_N = torch.empty_like(pairs).index_copy_(0, places, pairs % base)
+        return ids_N, places.index_select(0, pair_of_B)
+
+    def select(self, rows_B: Tensor) -> None:
+        kept = rows_B
+        if self.branch_of_B is not None:
+            branch_of_B = self.branch_of_B.index_select(0, rows_B)
+            kept, self.branch_of_B = branch_of_B.unique(return_inverse=True)
+        self.branches.select(kept, num_rows=len(rows_B))
 
 
 class _Forward:

@@ -9,8 +9,8 @@ that the device has no memory for be generated in halves.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from exgrpo_fast.model.oom import not_even_one, nothing_smaller, until_it_fits
 from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.rollout.hf.decoding import Decoding
+from exgrpo_fast.rollout.hf.packed_decoder import PackedDecoder, can_be_decoded
 from exgrpo_fast.rollout.hf.packed_weights import LEAST_TOKENS, packed_weights
 
 KEYS = "rollout.max_completion_tokens or data.max_prompt_tokens"
@@ -63,32 +64,46 @@ class TransformersEngine(LocalEngine):
         completions: list[Completion | None] = [None] * len(requests)
         # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
-        with inference(self.policy.model), self.policy.autocast(), self._packed(requests, sampling):
+        packed = self._packed(requests, sampling)
+        with inference(self.policy.model), self.policy.autocast(), packed as decoder:
             while order:
-                batch = self._first_batch([requests[i] for i in order], sampling, observer.on_poll)
+                waiting = [requests[i] for i in order]
+                batch = self._first_batch(waiting, sampling, decoder, observer.on_poll)
                 members, order = order[: len(batch)], order[len(batch) :]
                 for i, completion in zip(members, batch, strict=True):
                     completions[i] = completion
                 observer.finished(members, batch)
         return [completion for completion in completions if completion is not None]
 
+    @contextmanager
     def _packed(
         self, requests: Sequence[Request], sampling: Sampling
-    ) -> contextlib.AbstractContextManager[None]:
-        """Around batches that are long enough to pay for a copy of the weights."""
+    ) -> Iterator[PackedDecoder | None]:
+        """Around batches that are long enough to pay for a copy of the weights: what draws all tokens
+        but the first of each completion; None: the model itself."""
         longest = max((self._limit(request, sampling) for request in requests), default=0)
         if self.policy.compute_dtype != torch.float32 or longest < LEAST_TOKENS:
-            return contextlib.nullcontext()
-        rows = min(len(requests), self.max_batch_sequences)
-        return packed_weights(self.policy.model, rows=rows)
+            yield None
+            return
+        model, rows = self.policy.model, min(len(requests), self.max_batch_sequences)
+        if can_be_decoded(model):
+            yield PackedDecoder(model, rows=rows)
+            return
+        with packed_weights(model, rows=rows):
+            yield None
 
     def _first_batch(
-        self, requests: Sequence[Request], sampling: Sampling, on_poll: Callable[[], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        decoder: PackedDecoder | None,
+        on_poll: Callable[[], None],
     ) -> list[Completion]:
         """Of as many of the first requests as fit side by side."""
 
         def generate() -> list[Completion]:
-            return self._generate_batch(requests[: self.max_batch_sequences], sampling, on_poll)
+            first = requests[: self.max_batch_sequences]
+            return self._generate_batch(first, sampling, decoder, on_poll)
 
         def shrink(cause: str) -> None:
             count = min(self.max_batch_sequences, len(requests))
@@ -112,7 +127,11 @@ class TransformersEngine(LocalEngine):
         return request.max_completion_tokens or sampling.max_completion_tokens
 
     def _generate_batch(
-        self, requests: Sequence[Request], sampling: Sampling, on_poll: Callable[[], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        decoder: PackedDecoder | None,
+        on_poll: Callable[[], None],
     ) -> list[Completion]:
         device = self.policy.device
         prompts = {request.prompt_ids: None for request in requests}
@@ -133,7 +152,7 @@ class TransformersEngine(LocalEngine):
             device=device,
             on_poll=on_poll,
         )
-        decoding.run(self.policy.model, *to_device([ids, mask], device))
+        decoding.run(self.policy.model, *to_device([ids, mask], device), decoder)
         logprobs = decoding.logprobs_RT.to("cpu", non_blocking=True)
         entropies: Sequence[Tensor | None] = [None] * len(requests)
         if decoding.entropies_RT is not None:

@@ -1,0 +1,247 @@
+"""Decoders of one shape, a token for each row at a time, in few and large operations on a CPU.
+
+Llama, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped attention, a gated MLP. Where a product has a few
+dozen rows, most of what transformers' forward pass does beside the products is calling: here projections
+that read the same rows are one product, activations and residual sums happen inside the product before
+them, and heads of queries and keys are rotated together. The prompts are read by the model itself.
+
+Legend: B branches, D width, H heads, K key heads, h head size, S tokens that a branch has read, U prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exgrpo_fast.rollout.hf import packed_weights
+
+FAMILIES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+# Others turn by angles that depend on the longest sequence so far.
+ROTATIONS = {"default", "linear", "llama3", "yarn"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def can_be_decoded(model: Any) -> bool:
+    """Whether it is one of these families, every layer sees all tokens, and no linear layer is more
+    than plain: none with an adapter, a quantised weight, another dtype or device."""
+    if type(model).__name__ not in FAMILIES or not _is_transformers(model):
+        return False
+    linears = [getattr(x.self_attn, name) for x in model.model.layers for name in PROJECTIONS]
+    linears += [getattr(x.mlp, name) for x in model.model.layers for name in MLP]
+    return (
+        model.config.hidden_act == "silu"
+        and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}
+        and model.model.rotary_emb.rope_type in ROTATIONS
+        and all(map(packed_weights.can_be_packed, [*linears, model.lm_head]))
+    )
+
+
+def _is_transformers(model: Any) -> bool:
+    return type(model).__module__.startswith("transformers.models.")
+
+
+class PackedDecoder:
+    """Packed copies of a model's weights: as large as they are, and right until one changes."""
+
+    def __init__(self, model: Any, *, rows: int) -> None:
+        """`rows`: of most products, a hint."""
+        self.model = model
+        self.layers = [_Layer(layer, rows) for layer in model.model.layers]
+        self.head = _Linear([model.lm_head], rows)
+
+
+class Branches:
+    """What has been read, once for all rows that have read the same: the next token of each branch ->
+    logits. At first there is one for each prompt; rows whose tokens differ part."""
+
+    def __init__(
+        self,
+        decoder: PackedDecoder,
+        cache: Any,
+        mask_UP: Tensor,
+        *,
+        num_rows: int,
+        num_tokens: int,
+    ) -> None:
+        """`cache`: what the model has made of the prompts; `num_rows`: branches there may be at most;
+        `num_tokens`: how many each may add."""
+        self.decoder = decoder
+        self.num_rows, self.num_read = num_rows, mask_UP.shape[1]
+        self.longest = self.num_read + num_tokens
+        prompts = [torch.cat([layer.keys, layer.values], dim=1) for layer in cache.layers]
+        self.caches = [self._with_room(held) for held in prompts]
+        self.positions_B = mask_UP.sum(dim=1)
+        self.mask_B11S = None
+        if not mask_UP.all():
+            seen_US = F.pad(mask_UP, (0, num_tokens), value=1)
+            mask_US = torch.zeros(seen_US.shape).masked_fill_(seen_US == 0, -torch.inf)
+            self.mask_B11S = mask_US[:, None, None]
+        self.rotation = _Rotation.of(decoder.model.model.rotary_emb, self.longest)
+
+    def __len__(self) -> int:
+        return len(self.positions_B)
+
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """int64 [B], one for each branch -> the logits [B, V] behind it."""
+        model = self.decoder.model.model
+        hidden_BD = model.embed_tokens(ids_B)
+        rotation = self.rotation.at(self.positions_B)
+        start, self.num_read = self.num_read, self.num_read + 1
+        mask = None if self.mask_B11S is None else self.mask_B11S[..., : self.num_read]
+        for layer, cache in zip(self.decoder.layers, self.caches, strict=True):
+            hidden_BD = layer(hidden_BD, rotation, cache[: len(self)], start, mask)
+        self.positions_B = self.positions_B + 1
+        return self.decoder.head(model.norm(hidden_BD))
+
+    def part(self, parents_A: Tensor) -> None:
+        """Add a branch that has read the same as each of these."""
+        stop = len(self) + len(parents_A)
+        for cache in self.caches:
+            read = cache[:, :, : self.num_read]
+            read[len(self) : stop] = read.index_select(0, parents_A)
+        self.positions_B, self.mask_B11S = (
+            x if x is None else torch.cat([x, x.index_select(0, parents_A)])
+            for x in (self.positions_B, self.mask_B11S)
+        )
+
+    def select(self, branches_B: Tensor, *, num_rows: int) -> None:
+        """Go on with these alone; `num_rows`: as when this was made."""
+        self.num_rows = num_rows
+        for i, cache in enumerate(self.caches):
+            self.caches[i] = self._with_room(
+                cache[:, :, : self.num_read].index_select(0, branches_B)
+            )
+        self.positions_B, self.mask_B11S = (
+            x if x is None else x.index_select(0, branches_B)
+            for x in (self.positions_B, self.mask_B11S)
+        )
+
+    def _with_room(self, held: Tensor) -> Tensor:
+        """[B, 2 K, S, h] -> [num_rows, 2 K, longest, h]: keys of all heads, then values."""
+        room = held.new_empty(self.num_rows, held.shape[1], self.longest, held.shape[3])
+        room[: len(held), :, : held.shape[2]] = held
+        return room
+
+
+class _Rotation(NamedTuple):
+    """Cosines and sines of positions [S, 1, h], the sines of the first half negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def of(rotary: Any, length: int) -> _Rotation:
+        positions = torch.arange(length)[None]
+        cos, sin = (x[0, :, None] for x in rotary(torch.empty(0), positions))
+        half = sin.shape[-1] // 2
+        return _Rotation(cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1))
+
+    def at(self, positions_B: Tensor) -> _Rotation:
+        return _Rotation(*(x.index_select(0, positions_B) for x in self))
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """[B, heads, h]. The half that `rotate_half` of transformers negates is that of `sin`."""
+        swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+        return (heads * self.cos).addcmul_(swapped, self.sin)
+
+
+class _Layer:
+    def __init__(self, layer: Any, rows: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_size, self.scaling = attention.head_dim, attention.scaling
+        self.num_keys = attention.k_proj.out_features // self.head_size
+        self.num_heads = attention.q_proj.out_features // self.head_size
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.head_weights, self.head_epsilon = None, 0.0
+        if hasattr(attention, "q_norm"):
+            of_queries = attention.q_norm.weight.detach().expand(self.num_heads, -1)
+            of_keys = attention.k_norm.weight.detach().expand(self.num_keys, -1)
+            self.head_weights = torch.cat([of_queries, of_keys])
+            self.head_epsilon = attention.q_norm.variance_epsilon
+        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], rows)
+        self.out = _Linear([attention.o_proj], rows)
+        self.gate, self.up, self.down = (_Linear([getattr(mlp, name)], rows) for name in MLP)
+
+    def __call__(
+        self,
+        hidden_BD: Tensor,
+        rotation: _Rotation,
+        cache: Tensor,
+        start: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """[B, D]. `cache` [B, 2 K, longest, h] gets the token's keys and values at `start`."""
+        before_attention, before_mlp = self.norms
+        heads = self.qkv(normed(hidden_BD, before_attention)).view(
+            len(hidden_BD), -1, self.head_size
+        )
+        rotated = rotation(self._normed_heads(heads[:, : self.num_heads + self.num_keys]))
+        cache[:, : self.num_keys, start] = rotated[:, self.num_heads :]
+        cache[:, self.num_keys :, start] = heads[:, -self.num_keys :]
+        found = F.scaled_dot_product_attention(
+            rotated[:, : self.num_heads].unflatten(1, (self.num_keys, -1)),
+            cache[:, : self.num_keys, : start + 1],
+            cache[:, self.num_keys :, : start + 1],
+            attn_mask=mask,
+            scale=self.scaling,
+        )
+        hidden_BD = self.out.plus(found.reshape(len(hidden_BD), -1), hidden_BD)
+        rows_BD = normed(hidden_BD, before_mlp)
+        gated = self.up.times(rows_BD, self.gate.silu(rows_BD))
+        return self.down.plus(gated, hidden_BD)
+
+    def _normed_heads(self, heads: Tensor) -> Tensor:
+        if self.head_weights is None:
+            return heads
+        return F.rms_norm(heads, heads.shape[-1:], None, self.head_epsilon) * self.head_weights
+
+
+def normed(rows: Tensor, norm: Any) -> Tensor:
+    """RMSNorm of the last dimension."""
+    return F.rms_norm(rows, rows.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+class _Linear:
+    """Linear layers that read the same rows, as one; large weights in oneDNN's layout."""
+
+    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+        weights = [layer.weight.detach() for layer in layers]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.is_packed = weight.numel() >= packed_weights.LEAST_ELEMENTS
+        self.weight = packed_weights.pack(weight, rows) if self.is_packed else weight
+        self.bias = None
+        if any(layer.bias is not None for layer in layers):
+            biases = [
+                torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                for layer in layers
+            ]
+            self.bias = torch.cat(biases)
+
+    def __call__(self, rows_BD: Tensor) -> Tensor:
+        if not self.is_packed:
+            return F.linear(rows_BD, self.weight, self.bias)
+        return packed_weights.linear(self.weight, self.bias, rows_BD)
+
+    def silu(self, rows_BD: Tensor) -> Tensor:
+        """Of the product, inside it."""
+        if not self.is_packed:
+            return F.silu(self(rows_BD), inplace=True)
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(rows_BD, self.weight, self.bias, "swish", [], "")
+
+    def plus(self, rows_BD: Tensor, other: Tensor) -> Tensor:
+        """The product + `other`, added inside it."""
+        return self._binary(rows_BD, other, "add") if self.is_packed else self(rows_BD).add_(other)
+
+    def times(self, rows_BD: Tensor, other: Tensor) -> Tensor:
+        """The product * `other`, multiplied inside it."""
+        return self._binary(rows_BD, other, "mul") if self.is_packed else self(rows_BD).mul_(other)
+
+    def _binary(self, rows_BD: Tensor, other: Tensor, kind: str) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise.binary
+        return product(rows_BD, other, self.weight, self.bias, kind)
