@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -27,15 +29,16 @@ from transformers.cache_utils import DynamicLayer
 from exgrpo_fast.model.renamed import cache_argument, checkpointing_enable
 from exgrpo_kernels.policy_loss import keeps_graph
 
-SMALL = Qwen3Config(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+SMALL = Qwen3Config(**SHAPE)
 
 
 def test_rollout_decoding_extends_a_cache_layer() -> None:
@@ -166,11 +169,35 @@ def test_a_sharded_pass_is_checked_before_each_collective() -> None:
 
 
 def test_rollout_multiplies_by_weights_in_onednns_layout() -> None:
-    """packed_weights: the operators that torch.compile uses for linear layers on a CPU."""
+    """packed_weights, packed_decoder: the operators that torch.compile uses for linear layers on a CPU."""
     weight, rows = torch.randn(5, 3), torch.randn(2, 7, 3)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
-    found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
-    torch.testing.assert_close(found, rows @ weight.T)
+    product = torch.ops.mkldnn._linear_pointwise
+    plain, other = rows @ weight.T, torch.randn(2, 7, 5)
+    torch.testing.assert_close(product(rows, packed, None, "none", [], ""), plain)
+    torch.testing.assert_close(product(rows, packed, None, "swish", [], ""), F.silu(plain))
+    torch.testing.assert_close(product.binary(rows, other, packed, None, "add"), plain + other)
+    torch.testing.assert_close(product.binary(rows, other, packed, None, "mul"), plain * other)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_packed_decoder_knows_the_parts_of_a_decoder(family: str) -> None:
+    config = getattr(transformers, f"{family}Config")(**SHAPE)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    assert {name for name, _ in model.model.named_children()} == {
+        "embed_tokens",
+        "layers",
+        "norm",
+        "rotary_emb",
+    }
+    layer = model.model.layers[0]
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    assert {name for name, _ in layer.named_children()} == {"self_attn", "mlp", *norms}
+    of_attention = {name for name, _ in layer.self_attn.named_children()}
+    of_heads = {"q_norm", "k_norm"} if family == "Qwen3" else set()
+    assert of_attention == {"q_proj", "k_proj", "v_proj", "o_proj", *of_heads}
+    assert layer.self_attn.scaling == layer.self_attn.head_dim**-0.5
+    assert model.model.norm.variance_epsilon == config.rms_norm_eps
 
 
 def test_broadcast_sets_the_device_and_time_limit_of_a_gloo_group() -> None:

@@ -65,6 +65,12 @@ def test_a_completion_depends_on_its_own_seed_only(policy) -> None:
 # --- out of memory --------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def rows_apart(monkeypatch) -> None:
+    """The model's own forward pass draws, which sees every row."""
+    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda model: False)
+
+
 def out_of_memory_above(policy: Policy, limit: int) -> list[int]:
     """Filled with the rows of every refused forward pass of a generation from now on."""
     refused: list[int] = []
@@ -79,6 +85,7 @@ def out_of_memory_above(policy: Policy, limit: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("limit", "fitting", "refused"), [(10, 10, 1), (9, 5, 2), (1, 1, 4)])
+@pytest.mark.usefixtures("rows_apart")
 def test_a_batch_that_does_not_fit_is_generated_in_halves(
     policy, limit: int, fitting: int, refused: int
 ) -> None:
@@ -100,6 +107,7 @@ def test_a_batch_that_does_not_fit_is_generated_in_halves(
     assert policy.model.training
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_where_not_one_sequence_can_be_generated_the_keys_are_named(policy) -> None:
     refused = out_of_memory_above(policy, 0)
     with pytest.raises(OutOfMemory) as caught:
@@ -112,6 +120,7 @@ def test_where_not_one_sequence_can_be_generated_the_keys_are_named(policy) -> N
     assert len(refused) == 3  # of 4, 2, 1 sequences
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_the_copy_of_rank_0_generates_in_smaller_batches(policy, tokenizer, monkeypatch) -> None:
     """The other ranks wait for the completions alone."""
     monkeypatch.setattr(engines, "make_plain_policy", lambda *arguments, **options: policy)
