@@ -152,7 +152,8 @@ class TransformersEngine(LocalEngine):
             device=device,
             on_poll=on_poll,
         )
-        decoding.run(self.policy.model, *to_device([ids, mask], device), decoder)
+        ids, mask = to_device([ids, mask], device)
+        decoding.run(self.policy.model, ids, mask, decoder)
         logprobs = decoding.logprobs_RT.to("cpu", non_blocking=True)
         entropies: Sequence[Tensor | None] = [None] * len(requests)
         if decoding.entropies_RT is not None:

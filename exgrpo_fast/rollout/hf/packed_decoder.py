@@ -104,10 +104,7 @@ class Branches:
         for cache in self.caches:
             read = cache[:, :, : self.num_read]
             read[len(self) : stop] = read.index_select(0, parents_A)
-        self.positions_B, self.mask_B11S = (
-            x if x is None else torch.cat([x, x.index_select(0, parents_A)])
-            for x in (self.positions_B, self.mask_B11S)
-        )
+        self._take(torch.cat([torch.arange(len(self)), parents_A]))
 
     def select(self, branches_B: Tensor, *, num_rows: int) -> None:
         """Go on with these alone; `num_rows`: as when this was made."""
@@ -116,10 +113,12 @@ class Branches:
             self.caches[i] = self._with_room(
                 cache[:, :, : self.num_read].index_select(0, branches_B)
             )
-        self.positions_B, self.mask_B11S = (
-            x if x is None else x.index_select(0, branches_B)
-            for x in (self.positions_B, self.mask_B11S)
-        )
+        self._take(branches_B)
+
+    def _take(self, index_B: Tensor) -> None:
+        self.positions_B = self.positions_B.index_select(0, index_B)
+        if self.mask_B11S is not None:
+            self.mask_B11S = self.mask_B11S.index_select(0, index_B)
 
     def _with_room(self, held: Tensor) -> Tensor:
         """[B, 2 K, S, h] -> [num_rows, 2 K, longest, h]: keys of all heads, then values."""

@@ -28,11 +28,8 @@ def packed_weights(model: nn.Module, *, rows: int) -> Iterator[None]:
     `rows`: of most products, a hint. Nothing may require a gradient, and no weight may change inside.
     The copies are as large as the weights, and are freed at the end.
     """
-    layers: list[Any] = [
-        module
-        for module in model.modules()
-        if can_be_packed(module) and module.weight.numel() >= LEAST_ELEMENTS
-    ]
+    layers: list[Any] = [module for module in model.modules() if can_be_packed(module)]
+    layers = [layer for layer in layers if layer.weight.numel() >= LEAST_ELEMENTS]
     try:
         for layer in layers:
             layer.forward = partial(linear, pack(layer.weight.detach(), rows), layer.bias)
@@ -56,7 +53,8 @@ def can_be_packed(module: Any) -> bool:
 
 def pack(weight: Tensor, rows: int) -> Tensor:
     """A copy in oneDNN's layout. `rows`: of most products, a hint."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    reorder: Any = torch.ops.mkldnn._reorder_linear_weight
+    return reorder(weight, rows)
 
 
 def linear(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
