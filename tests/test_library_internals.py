@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -166,6 +169,25 @@ def test_a_sharded_pass_is_checked_before_each_collective() -> None:
         kind = getattr(collectives, name)
         assert {"allocate", "__call__"} <= set(dir(kind)), name
         assert kind().allocate((3,), dtype=torch.float32, device=torch.device("cpu")).shape == (3,)
+
+
+def test_fsdp_calls_the_hooks_of_a_sharded_parameter_and_goes_back_twice() -> None:
+    """gradient_release: with the shard of each gradient, in both passes over one graph. fsdp.py: a
+    module knows whether a pass has begun."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        module: Any = fully_shard(torch.nn.Linear(2, 3))
+        assert module._get_fsdp_state()._is_root is None
+        seen: list[torch.Tensor] = []
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.to_local()))
+        loss = module(torch.ones(1, 2)).sum()
+        assert module._get_fsdp_state()._is_root
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert [tuple(gradient.shape) for gradient in seen] == 2 * [(3, 2), (3,)]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_rollout_multiplies_by_weights_in_onednns_layout() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from exgrpo_fast.build.engines import engine_scores, find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
@@ -220,17 +221,19 @@ def make_objective(config: Config) -> PolicyObjective:
 
 def make_optimiser(config: Config, policy: Policy) -> Optimiser:
     train = config.train
-    kind = ReleasingOptimiser if train.gradient_release else Optimiser
-    return kind(
-        policy.trainable_parameters,
-        lr=train.lr,
-        kind=config.optimizer,
-        weight_decay=train.weight_decay,
-        betas=train.betas,
-        schedule=linear_warmup(train.warmup_steps),
-        max_grad_norm=train.max_grad_norm,
-        skip_grad_norm=train.skip_grad_norm,
-    )
+    settings: dict[str, Any] = {
+        "lr": train.lr,
+        "kind": config.optimizer,
+        "weight_decay": train.weight_decay,
+        "betas": train.betas,
+        "schedule": linear_warmup(train.warmup_steps),
+        "max_grad_norm": train.max_grad_norm,
+        "skip_grad_norm": train.skip_grad_norm,
+    }
+    parameters = policy.trainable_parameters
+    if train.gradient_release:
+        return ReleasingOptimiser(parameters, all_or_none=policy.all_or_none, **settings)
+    return Optimiser(parameters, **settings)
 
 
 def make_writer(

@@ -30,6 +30,7 @@ from exgrpo_fast.config.schema import (
     Config,
     engine_kind,
     refuse_engine_world_size,
+    refuse_small_packs,
     refuse_world_size,
     require_engine,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "recipe_names",
     "refuse_other_config",
     "refuse_engine_world_size",
+    "refuse_small_packs",
     "refuse_world_size",
     "require",
     "suggest",

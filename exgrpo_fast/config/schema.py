@@ -26,6 +26,7 @@ from exgrpo_fast.config.sections import (
     TrainConfig,
     WarmStartConfig,
 )
+from exgrpo_fast.core.torchrun import tokens_of_share
 
 
 class Config(Section):
@@ -101,7 +102,7 @@ class Config(Section):
                 f"{name}.max_prompt_tokens + rollout.max_completion_tokens = "
                 f"{self.longest_sequence}"
             )
-        self._one_pack_holds_an_update()
+        self._release_fits()
         return self
 
     def _truncation_fits(self) -> None:
@@ -193,10 +194,9 @@ class Config(Section):
                 "use dr_grpo or grpo"
             )
 
-    def _one_pack_holds_an_update(self) -> None:
+    def _release_fits(self) -> None:
         """Where gradients are released, nothing is left to sum over packs."""
-        train, tokens = self.train, self.train.max_tokens_per_microbatch
-        if not train.gradient_release:
+        if not self.train.gradient_release:
             return
         if self.model.lora is not None:
             raise ValueError(
@@ -207,12 +207,6 @@ class Config(Section):
             raise ValueError(
                 "train.gradient_release needs a bound on what an update reads, and replay.select "
                 "all has none; give replay.count with another choice"
-            )
-        if tokens != "auto" and tokens < self.update_tokens:
-            raise ValueError(
-                f"train.max_tokens_per_microbatch ({tokens}) is below the {self.update_tokens} "
-                f"tokens that an update can read, and train.gradient_release wants them in one "
-                f"pack; raise it or train.minibatches ({train.minibatches})"
             )
 
     def _fifo_fits(self) -> None:
@@ -275,13 +269,22 @@ class Config(Section):
         of_group = self.data.max_prompt_tokens + completions + revision
         return rollout.prompts_per_step // self.train.minibatches * of_group
 
+    def released_tokens(self, ranks: int) -> int:
+        """The least tokens of a pack with which any update is at most one pack a rank."""
+        return tokens_of_share(self.update_tokens, self.longest_sequence, ranks)
+
     @property
     def microbatch_tokens(self) -> int:
         """`train.max_tokens_per_microbatch`; what `auto` is where no memory plan is made."""
+        return self.preferred_tokens(ranks=1)
+
+    def preferred_tokens(self, ranks: int) -> int:
+        """The same, of each of `ranks`."""
         tokens = self.train.max_tokens_per_microbatch
         if tokens != "auto":
             return tokens
-        preferred = self.update_tokens if self.train.gradient_release else PREFERRED_TOKENS
+        released = self.train.gradient_release
+        preferred = self.released_tokens(ranks) if released else PREFERRED_TOKENS
         return max(preferred, self.longest_sequence)
 
     @property
@@ -321,19 +324,35 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 def refuse_world_size(config: Config, count: int) -> None:
     """ConfigError naming the first key that does not go with `count` ranks."""
+    refuse_small_packs(config, count)
     if count == 1:
         return
     refuse_engine_world_size(config, config.rollout.engine, count)
     prior = config.prior_resampling
     refused = {
         "model.quantization": config.model.quantization is not None,
-        "train.gradient_release": config.train.gradient_release,
         f"prior_resampling.trigger {prior.trigger}": prior.enabled
         and prior.trigger in ("entropy", "kl", "tv", "js"),
     }
     for name, is_refused in refused.items():
         if is_refused:
             raise ConfigError(f"{name} does not go with {count} processes; one process can do it")
+
+
+def refuse_small_packs(config: Config, count: int) -> None:
+    """ConfigError where an update with train.gradient_release may be more than one pack a rank."""
+    train, tokens = config.train, config.train.max_tokens_per_microbatch
+    if not train.gradient_release or tokens == "auto":
+        return
+    least = config.released_tokens(count)
+    if tokens < least:
+        why = "that an update can read, and train.gradient_release wants them in one pack"
+        if count > 1:
+            why = f"with which any update is at most {count} packs, as train.gradient_release needs"
+        raise ConfigError(
+            f"train.max_tokens_per_microbatch ({tokens}) is below the {least} tokens {why}; raise "
+            f"it or train.minibatches ({train.minibatches})"
+        )
 
 
 def refuse_engine_world_size(config: Config, kind: str, count: int) -> None:

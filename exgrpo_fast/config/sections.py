@@ -670,7 +670,7 @@ class TrainConfig(Section):
     )
     gradient_release: bool = Field(
         default=False,
-        description="free each gradient once it is applied: one pack an update, two backward passes",
+        description="free each gradient once applied: one pack an update on each rank, two backward passes",
     )
     preflight: Literal["auto", "always", "never"] = Field(
         default="auto", description="rehearse the largest step first; auto = on CUDA"

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    empty,
+)
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 
@@ -43,6 +50,17 @@ def replicated(tensor: Tensor) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """The shard that this rank holds; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_over_ranks(norm: Tensor, like: Tensor) -> Tensor:
+    """The 2-norm of tensors that are sharded as `like` is, from `norm`, that of this rank's shards.
+
+    A collective where `like` is sharded; otherwise `norm` as it is.
+    """
+    if not isinstance(like, DTensor):
+        return norm
+    squares = DTensor.from_local(norm.double().square(), like.device_mesh, [Partial()])
+    return full_tensor(squares).sqrt().to(norm.dtype)
 
 
 def from_local_shard(tensor: DTensor, part: Tensor, mesh: DeviceMesh) -> DTensor:

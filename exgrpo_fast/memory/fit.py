@@ -9,7 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from exgrpo_fast.config import Config, ConfigError, engine_kind, refuse_engine_world_size
+from exgrpo_fast.config import (
+    Config,
+    ConfigError,
+    engine_kind,
+    refuse_engine_world_size,
+    refuse_small_packs,
+)
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.planner import Machine, MemoryPlan, Planner, table, with_sizes
@@ -83,6 +89,7 @@ def machine_of(
         num_bytes, engine = int(memory_gib * 2**30), config.rollout.engine
         engine = "vllm" if engine == "auto" else engine
     refuse_engine_world_size(config, engine, processes)
+    refuse_small_packs(config, processes)
     return Machine(kind, num_bytes, engine, processes)
 
 

@@ -17,7 +17,14 @@ from exgrpo_fast.memory.budgets import (
     max_model_len,
     store_plan,
 )
-from exgrpo_fast.memory.sharded import gathered, share, with_layers
+from exgrpo_fast.memory.sharded import (
+    Gathered,
+    gathered,
+    share,
+    with_layers,
+    with_released,
+    with_scattered_head,
+)
 from exgrpo_fast.memory.tracing import Passes, Setting, Tracer
 from exgrpo_fast.memory.trainer_memory import (
     Head,
@@ -148,7 +155,7 @@ class Planner:
         """Without `auto` in the pack and the tiles, the fastest first."""
         is_auto = config.model.tile_tokens == "auto" and self.tracer(config).can_tile
         tokens = config.microbatch_tokens
-        for tokens in pack_sizes(config):
+        for tokens in pack_sizes(config, self.machine.processes):
             yield with_sizes(config, tokens, config.tile_tokens)
             if is_auto and tokens > TILE_TOKENS:
                 yield with_sizes(config, tokens, TILE_TOKENS)
@@ -176,13 +183,21 @@ class Planner:
             references=num_references(config) * self._frozen_copy(config, passes),
             is_nf4=config.model.quantization is not None,
         )
-        if config.train.gradient_release:
-            held = released(held, head, weights)
+        releases, whole = config.train.gradient_release, None
         gathered_bytes: Bytes = {}
+        if releases:
+            held = released(held, head, getattr(torch, config.model.weights))
         if self.machine.processes > 1:
-            held, gathered_bytes, passes = self._sharded(held, passes, head, config)
+            whole = self._gathered(passes, head, config)
+            held, passes = share(held, self.machine.processes), with_layers(passes, whole)
+            gathered_bytes = {"scoring": whole.for_scoring, "update": whole.for_update}
             head = head._replace(is_trained=False)  # its gradient is among what is gathered
+        if whole is not None and releases:
+            gathered_bytes["update"] -= whole.head_gradient
+            passes = with_released(passes, whole)
         of_update = update(passes, head, **same)
+        if whole is not None and releases:
+            of_update = with_scattered_head(of_update, whole)
         if config.algorithm.distillation.is_over_vocabulary:
             of_update = beside_a_teacher(of_update, head, **same)
             if gathered_bytes:
@@ -220,20 +235,18 @@ class Planner:
         )
         return self._with_engine(made, passes)
 
-    def _sharded(
-        self, held: States, passes: Passes, head: Head, config: Config
-    ) -> tuple[States, Bytes, Passes]:
-        """Of one rank: its shards, what all passes keep gathered, the passes with their layers."""
-        whole = gathered(
+    def _gathered(self, passes: Passes, head: Head, config: Config) -> Gathered:
+        """What one rank holds beside its shards."""
+        return gathered(
             passes,
             head,
             layers=self.model.num_hidden_layers,
             is_tied=getattr(self.model, "tie_word_embeddings", False),
             compute=self._compute(config),
+            count=self.machine.processes,
+            weights=getattr(torch, config.model.weights),
             device=self.machine.device,
         )
-        standing = {"scoring": whole.for_scoring, "update": whole.for_update}
-        return share(held, self.machine.processes), standing, with_layers(passes, whole)
 
     def _offloaded(self, made: Update, tokens: int, weights: torch.dtype) -> Update:
         """Without the checkpoints of the layers, which have the embedding's dtype."""
@@ -330,10 +343,10 @@ def kept_as(config: Config) -> str:
     return f"{kept} + adapter" if config.model.lora else kept
 
 
-def pack_sizes(config: Config) -> Iterator[int]:
+def pack_sizes(config: Config, ranks: int) -> Iterator[int]:
     """Tokens of a pack: halved as long as one sequence of full length goes in, if left to `auto`,
-    and an update need not be one pack."""
-    tokens = config.microbatch_tokens
+    and an update need not be one pack a rank."""
+    tokens = config.preferred_tokens(ranks)
     yield tokens
     train = config.train
     if train.max_tokens_per_microbatch == "auto" and not train.gradient_release:
@@ -395,9 +408,8 @@ def _resolved(made: MemoryPlan, asked: Config) -> list[str]:
         f"{made.update.chunk / 2**20:.0f} MiB"
     )
     if config.train.gradient_release:
-        lines.append(
-            "train.gradient_release: one pack an update, each gradient freed when it is made"
-        )
+        each = "an update" if made.machine.processes == 1 else "an update on each process"
+        lines.append(f"train.gradient_release: one pack {each}, gradients freed as they are made")
     tiles = "MLPs, norms and logits in tiles" if config.tile_tokens else "no tiles"
     lines.append(f"model.tile_tokens {config.tile_tokens}{_how(asked.model.tile_tokens)}: {tiles}")
     if made.engine is not None:

@@ -65,11 +65,12 @@ class GatheredHead:
             self.gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
 
     def scatter(self) -> None:
-        """Add the gradient, summed over the processes, to that of the parameter's parts."""
+        """Move the gradient, summed over the ranks, to that of the parameter's shards."""
         parameter = self.layer.weight
         if self.gradient_VD is None:
             return
         summed = DTensor.from_local(self.gradient_VD, parameter.device_mesh, [Partial()])
+        self.gradient_VD = None
         parted = summed.redistribute(placements=parameter.placements).to(parameter.dtype)
         parameter.grad = parted if parameter.grad is None else parameter.grad + parted
 
@@ -93,6 +94,7 @@ def forget_pass(module: nn.Module) -> None:
         parameter.grad = None
     if CAN_FORGET:
         assert isinstance(module, FSDPModule)
-        module.reset_iter_state()
+        if module._get_fsdp_state()._is_root is not None:  # else no pass has begun
+            module.reset_iter_state()
     else:
         reshard(module)

@@ -64,7 +64,7 @@ class BatchLimits:
         self.asked_microbatch = self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.asked_chunk_rows = self.chunk_rows = chunk_rows
         self.chunk_halvings = self.microbatch_halvings = 0
-        self.halves_packs = True  # unless an update has to be one
+        self.one_pack = False  # an update is at most one pack on each rank
         self.are_fixed = False
 
     def shrink(self, extent: Extent, *, rows_at_once: int) -> bool:
@@ -73,7 +73,7 @@ class BatchLimits:
             self.chunk_rows = rows_at_once // 2
             self.chunk_halvings += 1
             return True
-        if self.halves_packs and self.max_tokens_per_microbatch > extent.longest:
+        if not self.one_pack and self.max_tokens_per_microbatch > extent.longest:
             half = min(self.max_tokens_per_microbatch, extent.total) // 2
             self.max_tokens_per_microbatch = max(half, extent.longest)
             self.microbatch_halvings += 1
@@ -106,7 +106,7 @@ class BatchLimits:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """A size whose key the user has changed since is ignored."""
         asked, fitting = state["microbatch"]
-        if asked == self.asked_microbatch and self.halves_packs:
+        if asked == self.asked_microbatch and not self.one_pack:
             self.max_tokens_per_microbatch = fitting
         asked, fitting = state["chunk_rows"]
         if asked == self.asked_chunk_rows:
@@ -152,13 +152,13 @@ def retry_smaller_on_oom(
         asked, sizes = of(), policy.sizes
         if sizes.shrink(asked, rows_at_once=policy.chunk_rows()):
             return
-        if sizes.halves_packs:
+        if sizes.one_pack:
+            why = ONE_PACK
+        else:
             why = not_even_one(
                 asked.longest, "rollout.max_completion_tokens or replay.store.max_gib"
             )
-        else:
-            why = ONE_PACK
-        held = "none" if not has_gradients else "all" if sizes.halves_packs else "head"
+        held = "none" if not has_gradients else "head" if sizes.one_pack else "all"
         raise nothing_smaller(
             policy.model,
             during=during,

@@ -90,8 +90,13 @@ class ShardedPolicy(Policy):
         assert gathered.weight_VD is not None, "a pass outside of `passes`"
         return Head(gathered.weight_VD, None, softcap)
 
-    def head_gradient(self) -> contextlib.AbstractContextManager[Tensor | None]:
-        return contextlib.nullcontext(self._gathered.gradient_VD)
+    @contextlib.contextmanager
+    def head_gradient(self) -> Iterator[Tensor | None]:
+        """Where an update is one pack, the sum is reduced and scattered before the backward pass."""
+        yield self._gathered.gradient_VD
+        if self.sizes.one_pack:
+            self._check()
+            self._gathered.scatter()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Gathered one after the other, on every rank."""

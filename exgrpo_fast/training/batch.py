@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.torchrun import tokens_of_share
 from exgrpo_fast.core.transfer import on_host, to_device
 from exgrpo_fast.core.types import Group, TokenColumns, Trajectory
 from exgrpo_fast.experience.replay.weighting import moved_clip
@@ -153,13 +154,16 @@ class UpdateBatch:
     def packs(self, policy: Policy, *, at_most_one: bool = False) -> Iterator[TrainingPack]:
         """This rank's packs; the columns of each go to the device when it is its turn.
 
-        SeveralPacks where there would be more than `at_most_one`.
+        `at_most_one`: as even as they come; SeveralPacks where there would be more than one a rank.
         """
-        limit = policy.max_tokens_per_microbatch
+        limit, ranks = policy.max_tokens_per_microbatch, policy.processes.count
         sequences = sequences_of([term.trajectory for term in self.terms])
+        if at_most_one:
+            longest, total = extent(*sequences)
+            limit = min(limit, tokens_of_share(total, longest, ranks))
         packs = pack(*sequences, max_tokens=limit, device=policy.device)
         if at_most_one:
-            require_one_pack(len(packs), limit)
+            require_one_pack(len(packs), limit, ranks)
         for packed, counts in policy.assign_packs(packs):
             terms = [self.terms[i] for i in packed.index]
             yield TrainingPack(packed, terms, self._columns(packed, terms, counts), counts)

@@ -45,7 +45,7 @@ class Learner:
         `sparsity`, `tail`: those of `linear_policy_loss`.
         """
         self.policy = policy
-        self.policy.sizes.halves_packs = optimiser.sums_packs
+        self.policy.sizes.one_pack = not optimiser.sums_packs
         self.optimiser = optimiser
         self.weights = weights
         self.token_rules = token_rules

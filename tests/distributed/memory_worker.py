@@ -24,6 +24,7 @@ from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
+from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.preflight import worst_groups
 from exgrpo_kernels import PolicyObjective
@@ -42,12 +43,12 @@ TOKENS = 2 * (PROMPT + 2 * (RESPONSE - 1))  # a pack: two pairs behind one promp
 ADAPTER = {"rank": 8, "alpha": 16.0}
 
 
-def measure(**keys: Any) -> dict[str, list[float]]:
-    """[planned, measured] bytes."""
+def measure(*, releases: bool = False, **keys: Any) -> dict[str, list[float]]:
+    """[planned, measured] bytes. `releases`: the gradients, in an update of one pack a rank."""
     config = validate(
         {
             "model": keys,
-            "train": {"max_tokens_per_microbatch": TOKENS},
+            "train": {"max_tokens_per_microbatch": TOKENS, "gradient_release": releases},
             "data": {"max_prompt_tokens": PROMPT},
             "rollout": {"max_completion_tokens": RESPONSE},
             "replay": {"enabled": False},
@@ -66,13 +67,14 @@ def measure(**keys: Any) -> dict[str, list[float]]:
         tile_tokens=config.tile_tokens,
         max_tokens_per_microbatch=TOKENS,
     )
+    kind = ReleasingOptimiser if releases else Optimiser
     learner = Learner(
         policy,
-        Optimiser(policy.trainable_parameters, lr=1e-6),
+        kind(policy.trainable_parameters, lr=1e-6),
         weights=WeightRule("constant", RESPONSE),
     )
     groups = worst_groups(
-        8 * COUNT,
+        2 * COUNT if releases else 8 * COUNT,
         2,
         prompt_tokens=PROMPT,
         completion_tokens=RESPONSE,
@@ -99,6 +101,8 @@ def every_case() -> dict[str, Any]:
         "all kept": measure(gradient_checkpointing=False),
         "tiles": measure(tile_tokens=128),
         "adapters": measure(lora=ADAPTER),
+        "released": measure(releases=True),
+        "released tiles": measure(releases=True, tile_tokens=128),
     }
     dist.destroy_process_group()
     return found

@@ -71,18 +71,47 @@ def test_states_are_shared_and_what_a_pass_needs_is_not(planner_for, processes: 
 
 def test_two_layers_and_their_gradients_are_ten_bytes_a_weight(planner_for) -> None:
     passes = planner_for(8).tracer(exgrpo())(4096)
-    same: dict[str, Any] = {"layers": 28, "is_tied": False, "compute": torch.bfloat16}
+    same: dict[str, Any] = {
+        "layers": 28,
+        "is_tied": False,
+        "compute": torch.bfloat16,
+        "count": 8,
+    }
     whole = gathered(passes, Head(152064, 3584, is_trained=True), **same)
     found = whole.two_layers + whole.layer_gradients + whole.reduced_gradients
     assert found == pytest.approx(10 * LAYER, rel=1e-4)
     on_cpu = gathered(passes, Head(152064, 3584, is_trained=True), **same, device="cpu")
     assert on_cpu.reduced_gradients == pytest.approx(6 * LAYER, rel=1e-4)  # by a copy in bfloat16
     assert on_cpu.embedding_gradient == 6 * MATRIX
+    assert whole.shards_of_layer == pytest.approx(4 * LAYER / 8, rel=1e-4)
+    assert (whole.shard_of_head, whole.padded_head) == (4 * MATRIX / 8, 0)
+    low = Head(152064, 3584, is_trained=True), same | {"count": 5, "weights": torch.bfloat16}
+    uneven = gathered(passes, low[0], **low[1])
+    assert (uneven.shard_of_head, uneven.padded_head) == (6 * MATRIX / 5, 4 * MATRIX)
     frozen = planner_for(8).tracer(exgrpo(model__lora__rank="32"))(4096)
     adapter = gathered(frozen, Head(152064, 3584, is_trained=False), **same)
     assert adapter.head_gradient == adapter.embedding_gradient == 0
     assert adapter.reduced_gradients == 2 * adapter.layer_gradients == 4 * frozen.trained / 28
     assert adapter.two_layers == pytest.approx(4 * (LAYER + frozen.trained / 28), rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_released_gradients_leave_the_shard_of_the_head(planner_for, weights: str) -> None:
+    """Of the update of one process each of eight reads a part, so that packs are smaller as well."""
+    keys = {"train__gradient_release": "true", "model__weights": weights}
+    small = {"rollout__prompts_per_step": "8", "rollout__max_completion_tokens": "2048"}
+    found = [planner_for(count).plan(exgrpo(**keys, **small)) for count in (1, 8)]
+    config = found[0].config
+    longest, total = config.longest_sequence, config.update_tokens
+    assert found[0].config.microbatch_tokens == total
+    made = found[1]
+    assert made.config.microbatch_tokens == -(-(total + 7 * longest) // 8) + longest < total / 4
+    size = 4 if weights == "float32" else 2
+    assert made.rows["gradient of the head"]["update"] == size * MATRIX / 8
+    assert made.rows["gathered head and embedding"]["update"] == (2 + 2) * MATRIX
+    usual = planner_for(8).plan(exgrpo(model__weights=weights, **small))
+    gone = size * (PARAMETERS - MATRIX) / 8
+    assert usual.states.gradients - made.states.gradients == pytest.approx(gone)
 
 
 def test_with_more_processes_a_run_fits_and_then_without_tiles(planner_for) -> None:
@@ -117,7 +146,10 @@ def found() -> dict[str, dict[str, list[float]]]:
     Version(torch.__version__) < Version("2.12"),
     reason="this torch's fake processes leave the gradients they hand out uninitialised",
 )
-@pytest.mark.parametrize("case", ["checkpointing", "all kept", "tiles", "adapters"])
+@pytest.mark.parametrize(
+    "case",
+    ["checkpointing", "all kept", "tiles", "adapters", "released", "released tiles"],
+)
 def test_a_process_takes_what_was_planned(found, case: str) -> None:
     planned, kept = found[case]["kept"]
     assert planned == pytest.approx(kept, rel=5e-3)

@@ -101,6 +101,18 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_same_course(folder / out, folder / "one")
 
 
+def test_released_gradients_make_the_run_of_one(folder: Path) -> None:
+    """Two processes, rehearsed, then three from the checkpoint of two."""
+    words = ["--train.gradient_release", "true", "--train.max_tokens_per_microbatch", "auto"]
+    ended = run(folder, 2, "released", *words, "--max-steps", "2", "--train.preflight", "always")
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "preflight:" in ended.stdout
+    ended = run(folder, 3, "released", *words, "--max-steps", "4", "--resume", "auto")
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "resumed after step 2" in ended.stdout
+    assert_same_course(folder / "released", folder / "one")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     """And the newest checkpoint, perhaps one before the one being written, goes on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from exgrpo_fast.config import Config, ConfigError, refuse_world_size
+from exgrpo_fast.core.torchrun import tokens_of_share
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.trainer_memory import Head, released, states, update
 from exgrpo_fast.model.oom import OutOfMemory
+from exgrpo_fast.model.packing import fill
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
@@ -447,10 +450,6 @@ def test_auto_is_a_pack_that_holds_any_update() -> None:
 @pytest.mark.parametrize(
     ("sections", "why"),
     [
-        (
-            {"train": {"max_tokens_per_microbatch": 319}},
-            r"train.max_tokens_per_microbatch \(319\) is below the 320 tokens .*one pack; raise",
-        ),
         ({"model": {"lora": {}}}, "train.gradient_release is for runs that train all weights"),
         (
             {"replay": {"enabled": True, "mixer": "append", "select": "all"}},
@@ -463,6 +462,35 @@ def test_what_does_not_go_with_it(sections: dict[str, Any], why: str) -> None:
         config_with(**sections)
 
 
-def test_several_processes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="train.gradient_release does not go with 2 processes"):
-        refuse_world_size(config_with(), 2)
+def test_a_pack_is_as_large_as_the_share_of_a_rank() -> None:
+    """Two ranks: half of 320 tokens, and what the last sequence and a prompt that is read twice add."""
+    whole = config_with()
+    least = 160 + 22 + 44
+    assert [whole.released_tokens(ranks) for ranks in (1, 2, 100)] == [320, least, 91]
+    assert whole.preferred_tokens(2) == least and whole.microbatch_tokens == 320
+    for ranks, tokens, fits in ((1, 320, True), (1, 319, False), (2, least, True), (2, 225, False)):
+        config = config_with(train={"max_tokens_per_microbatch": tokens})
+        if fits:
+            refuse_world_size(config, ranks)
+            continue
+        with pytest.raises(ConfigError, match=rf"\({tokens}\) is below the (320|{least}) tokens"):
+            refuse_world_size(config, ranks)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_update_is_never_more_packs_than_ranks(seed: int) -> None:
+    """Sequences of random lengths, in packs as large as the share of a rank."""
+    draw = random.Random(seed)
+    ranks, lengths, prompts, prompt_of = draw.randint(1, 9), [], [], []
+    for number in range(draw.randint(1, 12)):
+        prompt = draw.randint(1, 60)
+        for _ in range(draw.randint(1, 9)):
+            prompts.append(prompt)
+            prompt_of.append(number)
+            lengths.append(draw.randint(1, 200))
+    once = dict(zip(prompt_of, prompts, strict=True))
+    total = sum(once.values()) + sum(lengths)
+    longest = max(map(sum, zip(prompts, lengths, strict=True)))
+    sizes = map(torch.tensor, (prompts, lengths, prompt_of))
+    packs = fill(*sizes, max_tokens=tokens_of_share(total, longest, ranks))
+    assert 1 <= len(packs) <= ranks
