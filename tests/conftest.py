@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from exgrpo_fast.build.rewards import make_rewards
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.types import Completion, Group, Question
 from exgrpo_fast.memory import tracing
+from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import NullScreen
@@ -41,6 +43,14 @@ from exgrpo_fast.training.batch import LossTerm
 from exgrpo_fast.training.trainer import Trainer
 
 REWARDS = Path(__file__).parent / "reward_functions.py"
+# Of these a pool serves many tests: it knows nothing of the calls before.
+STATELESS = ("right", "even_length")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the imports made stays: the collector need not look at it again in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -162,9 +172,21 @@ class ScriptedEngine(OwnEngine):
         return found
 
 
+@pytest.fixture(scope="session")
+def reward_pools() -> Iterator[dict[str, RewardPool]]:
+    """By the settings of the rewards; a pool is two processes, which start as often as pools do."""
+    pools: dict[str, RewardPool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
 @pytest.fixture
 def make_test_trainer(
-    tokenizer: PreTrainedTokenizerFast, model_folder: Path, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast,
+    model_folder: Path,
+    tmp_path: Path,
+    reward_pools: dict[str, RewardPool],
 ) -> Iterator[Callable[..., Trainer]]:
     """make(questions, engine=None, **sections) -> Trainer; sections update a small config."""
     pools, count = [], 0
@@ -181,8 +203,13 @@ def make_test_trainer(
         count += 1
         config = small_config(model_folder, function, sections)
         policy = make_policy(config, str(model_folder), device="cpu")
-        rewards = make_rewards(config)
-        pools.append(rewards)
+        key = config.reward.model_dump_json()
+        if not (rewards := reward_pools.get(key)):
+            rewards = make_rewards(config)
+            if function in STATELESS:
+                reward_pools[key] = rewards
+            else:
+                pools.append(rewards)
         engine = engine or make_transformers_engine(config, policy, tokenizer)
         return make_trainer(
             config,

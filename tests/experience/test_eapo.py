@@ -558,6 +558,7 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"prompt": "What is 1 + 2?", "answer": "3"}) + "\n")
     options = ["--model.name", str(model_folder), "--data.train", str(data)]
+    options += ["--rollout.max_completion_tokens", "64"]
     cases = {
         folder: "they end responses by different tokens",
         str(tmp_path / "missing"): "prior_resampling.model: ",

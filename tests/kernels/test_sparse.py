@@ -304,7 +304,7 @@ def test_what_was_skipped_is_what_was_skipped():
 
 @pytest.mark.parametrize(
     ("backend", "examples"),
-    [(backend, 50) for backend in BACKENDS]
+    [(backend, 15) for backend in BACKENDS]
     + [pytest.param(backend, 150, marks=pytest.mark.slow) for backend in BACKENDS],
 )
 def test_any_case_is_dense_where_nothing_was_skipped(backend, examples):
