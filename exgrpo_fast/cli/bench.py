@@ -12,6 +12,7 @@ from typing import Any
 
 import exgrpo_fast
 from exgrpo_fast.cli.arguments import add_command
+from exgrpo_fast.cli.output import print_lines
 from exgrpo_fast.config import ConfigError, suggest
 
 
@@ -37,7 +38,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         width = max(map(len, scripts))
         for name, path in scripts.items():
-            print(f"{name:{width}}  {first_line(path)}")
+            print_lines(f"{name:{width}}  {first_line(path)}", indent=" " * (width + 2))
         return 0
     if arguments.name not in scripts:
         hint = suggest(arguments.name, list(scripts)) or "; without a name: a list"

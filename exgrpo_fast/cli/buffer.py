@@ -53,7 +53,11 @@ def add_buffer(commands: Any) -> None:
     a = action("stats", buffer_stats, "how much is stored, how old and how hard it is")
     a.add_argument("--json", action="store_true", help="the same as JSON")
 
-    a = action("ls", buffer_ls, "the stored questions, one a line")
+    text = (
+        "the stored questions, one a line: last = step of the last visit, stored = trajectories, "
+    )
+    text += "entropy = the lowest of them, born = step of the newest"
+    a = action("ls", buffer_ls, text)
     a.add_argument(
         "--sort", metavar="KEY", choices=SORT_KEYS, default="bucket", help=" | ".join(SORT_KEYS)
     )
@@ -251,7 +255,9 @@ def histogram(title: str, counts: Mapping[str, int]) -> str:
 
 
 def questions_text(found: Sequence[StoredQuestion], group_size: int) -> str:
-    header = "question|bucket|visits|last visit|trajectories|lowest entropy|newest birth".split("|")
+    """A row a question: bucket, visits, step of the last visit, stored trajectories, the lowest
+    entropy and the newest step of birth among them."""
+    header = "question bucket visits last stored entropy born".split()
     rows = [
         (
             clean_line(question.id),

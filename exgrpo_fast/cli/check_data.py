@@ -7,6 +7,7 @@ from typing import Any
 
 from exgrpo_fast import data
 from exgrpo_fast.cli.arguments import add_command, require_file
+from exgrpo_fast.cli.output import print_lines
 
 
 def add_check_data(commands: Any) -> None:
@@ -24,8 +25,8 @@ def check_data(arguments: argparse.Namespace) -> int:
         arguments.file, prompt_field=arguments.prompt_field, answer_field=arguments.answer_field
     )
     for note in report.notes:
-        print(note)
+        print_lines(note)
     for row in report.bad_rows:
-        print(f"{row.where}: {row.reason}")
+        print_lines(f"{row.where}: {row.reason}")
     print(f"{report.num_good} good rows, {len(report.bad_rows)} bad ones")
     return 1 if report.bad_rows else 0

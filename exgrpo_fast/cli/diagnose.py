@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command
-from exgrpo_fast.cli.output import terminal_width, wrapped
+from exgrpo_fast.cli.output import print_lines
 from exgrpo_fast.run.diagnosis.checks import diagnose as find
 from exgrpo_fast.run.diagnosis.logs import read_log
 
@@ -33,7 +33,7 @@ def diagnose(arguments: argparse.Namespace) -> int:
     else:
         print(f"{log.trainer}, {log.num_steps} steps")
         for finding in findings:
-            print(wrapped(finding.line(), terminal_width(), indent=" " * 7))
+            print_lines(finding.line(), indent=" " * 7)
         if not findings:
             print("nothing to report")
     return int(any(finding.is_wrong for finding in findings))

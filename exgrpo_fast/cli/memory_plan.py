@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exgrpo_fast.cli.output import print_lines
 from exgrpo_fast.config import Config, require
 from exgrpo_fast.core.text import clean_line
 
@@ -37,6 +38,9 @@ def show_plan(
         print(f"{prefix}no memory plan without the model's config.json here ({cause})")
         return 0
     planned.accepted(
-        lambda text: print("\n".join(f"{prefix}{line}".rstrip() for line in text.splitlines()))
+        lambda text: print_lines(
+            "\n".join(f"{prefix}{line}".rstrip() for line in text.splitlines()),
+            indent=f"{prefix}    ",
+        )
     )
     return 0

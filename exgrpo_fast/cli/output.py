@@ -14,6 +14,13 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNWRAPPED
 
 
+def print_lines(text: str, *, indent: str = "    ") -> None:
+    """Print each line of the text, wrapped as below where the terminal is narrower."""
+    width = terminal_width()
+    for line in text.splitlines():
+        print(wrapped(line, width, indent=indent))
+
+
 def wrapped(line: str, width: int, *, indent: str = "    ") -> str:
     """The line in as many as it needs, broken between words, all but the first indented."""
     return textwrap.fill(

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command, require_file, require_rewards
+from exgrpo_fast.cli.output import print_lines
 from exgrpo_fast.rewards.selftest.check_reward import built_in_golds, check_reward, golds_of
 
 
@@ -29,5 +30,8 @@ def reward_test(arguments: argparse.Namespace) -> int:
     fields = {"prompt_field": arguments.prompt_field, "answer_field": arguments.answer_field}
     golds = golds_of(arguments.data, **fields) or built_in_golds(functions)
     trial = check_reward(functions, golds)
-    print(json.dumps(trial.as_dict(), indent=2) if arguments.json else trial)
+    if arguments.json:
+        print(json.dumps(trial.as_dict(), indent=2))
+    else:
+        print_lines(str(trial), indent=" " * 18)
     return 0 if trial.passed else 1

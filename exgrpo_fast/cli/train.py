@@ -26,6 +26,7 @@ from exgrpo_fast.cli.arguments import (
     resume_point,
 )
 from exgrpo_fast.cli.memory_plan import show_plan
+from exgrpo_fast.cli.output import print_lines
 from exgrpo_fast.config import (
     Config,
     ConfigError,
@@ -183,10 +184,11 @@ def step_range(text: str) -> tuple[int, int]:
 
 def show_dry_run(arguments: argparse.Namespace, config: Config, *, processes: int) -> int:
     print(dump_yaml(config), end="")
-    print(derived_numbers(config))
+    print_lines(derived_numbers(config), indent="#     ")
     if config.replay.enabled:
         device = arguments.device or "the training device"
-        print(f"# {store_note(store_plan(config, num_questions=0), device)}")
+        note = store_note(store_plan(config, num_questions=0), device)
+        print_lines(f"# {note}", indent="#     ")
     gib = arguments.device_memory_gib
     return show_plan(config, arguments.device, gib, prefix="# ", processes=processes)
 

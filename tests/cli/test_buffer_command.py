@@ -146,7 +146,7 @@ def listed(text: str) -> list[list[str]]:
 def test_ls_has_a_line_for_each_question(run, trained: Path, stored) -> None:
     shown = run("buffer", "ls", trained)
     assert shown.out.splitlines()[0].split() == (
-        "question bucket visits last visit trajectories lowest entropy newest birth".split()
+        "question bucket visits last stored entropy born".split()
     )
     assert listed(shown.out) == [
         [
