@@ -94,6 +94,4 @@ def row_text(line: StepLine, columns: Sequence[Column]) -> Text:
         value = column.text(line)
         style = column.style(line) if value else "dim"
         row.append("  " if number else "").append((value or "–").rjust(column.width), style)
-    if line.skipped:
-        row.append("  update skipped", "yellow")
     return row

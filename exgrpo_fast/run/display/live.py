@@ -52,6 +52,7 @@ def make_screen(stream: TextIO | None = None) -> Screen:
 
 BAR_WIDTH = 28  # of the run and of a phase, on a terminal that has room
 REWARD_TITLE = "   reward "
+SKIPPED = "! update skipped"  # once; the mark is in the step's row
 
 
 class RichScreen:
@@ -117,6 +118,9 @@ class RichScreen:
             self._rows = (*self._rows, line)
             if reward is not None:
                 self._rewards.append(reward)
+            if line.skipped and SKIPPED not in self._known:
+                self._known.add(SKIPPED)
+                self._scroll(Text(SKIPPED, "yellow"), keep=1)
             if evaluation:
                 self._scroll(Text(f"step {line.step} · {evaluation}", "bold cyan"))
             else:
