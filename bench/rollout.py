@@ -42,11 +42,15 @@ from loss import machine
 from torch import Tensor
 
 from exgrpo_fast.build.engines import build_engine, reserve_engine
-from exgrpo_fast.build.models import end_of_sequence_ids, make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
+from exgrpo_fast.model.folder_reading import (
+    end_of_sequence_ids,
+    load_tokenizer,
+    quiet_libraries,
+)
 from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.server.engine import ServerEngine
