@@ -342,6 +342,9 @@ COMMANDS = {
     "cpu/rollout-512.json": "python bench/rollout.py --layers 8 --width 512 --name rollout-512",
     "cpu/rollout-smollm2.json": "python bench/rollout.py --model FOLDER --dtype float32 "
     "--prompt-tokens 36 --tokens 64 --repeats 3 --servers --steps 0 --name rollout-smollm2",
+    "cpu/rollout-smollm2-loop.json": "python bench/rollout.py --model FOLDER --dtype float32 "
+    "--prompt-tokens 36 --tokens 64 --repeats 2 --engines transformers --own-loop --servers --steps 0 "
+    "--name rollout-smollm2-loop",
     "cpu/rollout.json": "python bench/rollout.py",
     "cpu/smollm2.json": "exgrpo-fast train smollm2",
     "cpu/smollm2_gsm8k.json": "exgrpo-fast eval --model smollm2 --data FILE --reward last_number -n 4 "
