@@ -379,8 +379,9 @@ def overview(width: int) -> str:
 
 def shell_lines(command: str, width: int, *, indent: str) -> str:
     """The command in lines of at most `width` columns, joined as a shell reads them."""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(command, width - len(indent) - 2, **options)
+    lines = textwrap.wrap(
+        command, width - len(indent) - 2, break_long_words=False, break_on_hyphens=False
+    )
     return indent + f" \\\n{indent}  ".join(lines)
 
 
