@@ -3,8 +3,8 @@
 #
 #   SERVERS='["http://node4:8100", "http://node4:8101"]' EXGRPO_FAST_KEY=... sbatch slurm.sh
 #
-# A worker that fails, or hangs until the others' collectives time out: torchrun ends all workers and
-# starts them again from the newest checkpoint, three times. A pre-emption, a time limit, a node that
+# A worker that fails, or hangs for `--deadline` seconds (300): torchrun ends all workers and starts
+# them again from the newest checkpoint, three times. A pre-emption, a time limit, a node that
 # is lost: Slurm puts the job back into the queue, and it goes on from there.
 
 #SBATCH --job-name=exgrpo
