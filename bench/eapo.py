@@ -1,6 +1,6 @@
 """What does guiding by a prior cost: rounds, waste and tokens per round, and seconds of a step?
 
-    python bench/eapo.py [--responses 16] [--tokens 400]
+    python bench/eapo.py [--completions 16] [--tokens 400]
 
 With K tokens drafted a round and a share R of the drafts rejected, a round emits
 E(K, R) = (1 - (1 - R)^K) / R tokens on average and throws K / E drafts away for each kept one. The
@@ -8,7 +8,7 @@ driver with the transformers lanes runs a small policy and a prior of the same s
 and thresholds; R is measured, not set: redrawn tokens over all tokens. Responses have no end but
 the limit, and each round is compared with E of what it drafted: the last ones have less room.
 
-Seconds: guided responses against as many fresh ones from the transformers engine, in turns in one
+Seconds: guided completions against as many fresh ones from the transformers engine, in turns in one
 process, medians. Writes eapo.json.
 """
 
@@ -55,7 +55,7 @@ def make_pair(vocabulary: int, noise: float) -> tuple[Policy, Policy]:
 
 
 class CountingDrafter(TransformersDrafter):
-    """Notes how many tokens each round of each response drafts."""
+    """Notes how many tokens each round of each completion drafts."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -90,16 +90,16 @@ def measure(pair, requests, arguments, *, block_tokens: int, threshold: float) -
     settings = {"block_tokens": block_tokens, "threshold": threshold}
     session, lengths = guide(pair, requests, arguments, **settings)
     seconds = time.perf_counter() - start
-    tokens = sum(len(response.token_ids) for response in session.responses)
-    rounds = sum(response.rounds for response in session.responses)
-    drafted = sum(response.drafted for response in session.responses)
-    rate = sum(sum(response.redrawn) for response in session.responses) / tokens
+    tokens = sum(len(completion.token_ids) for completion in session.completions)
+    rounds = sum(completion.rounds for completion in session.completions)
+    drafted = sum(completion.drafted for completion in session.completions)
+    rate = sum(sum(completion.redrawn) for completion in session.completions) / tokens
     expected = statistics.fmean(expected_tokens(length, rate) for length in lengths)
     waste = statistics.fmean(lengths) / expected
     return {
         **settings,
         "rate": rate,
-        "rounds_of_the_batch": max(response.rounds for response in session.responses),
+        "rounds_of_the_batch": max(completion.rounds for completion in session.completions),
         "tokens_per_round": tokens / rounds,
         "tokens_per_round_expected": expected,
         "tokens_per_round_off": tokens / rounds / expected - 1,
@@ -119,8 +119,8 @@ def fresh_seconds(policy: Policy, requests: list[Request], arguments) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rounds, waste and seconds of guided responses.")
-    parser.add_argument("--responses", type=int, default=16)
+    parser = argparse.ArgumentParser(description="Rounds, waste and seconds of guided completions.")
+    parser.add_argument("--completions", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--noise", type=float, default=0.03)
@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     pair = make_pair(arguments.vocabulary, arguments.noise)
-    requests = [Request(tuple(range(5, 25 + i % 17)), i) for i in range(arguments.responses)]
+    requests = [Request(tuple(range(5, 25 + i % 17)), i) for i in range(arguments.completions)]
     rows = []
     for threshold in arguments.thresholds:
         for block_tokens in arguments.blocks:
@@ -153,7 +153,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         **machine("cpu"),
         "threads": torch.get_num_threads(),
-        "responses": arguments.responses,
+        "completions": arguments.completions,
         "tokens": arguments.tokens,
         "rows": rows,
         "largest_gap_to_E": max(

@@ -42,7 +42,7 @@ def result(folder: Path, arm: str, seed: int) -> dict:
     curve = {0: found["eval_before"]["avg_at_n"]}
     curve |= {s["step"]: s["eval_avg_at_n"] for s in steps if "eval_avg_at_n" in s}
     curve[len(steps)] = found["eval_after"]["avg_at_n"]
-    guided = [s for s in steps if "prior_responses" in s]
+    guided = [s for s in steps if "prior_completions" in s]
     return {
         "arm": arm,
         "seed": seed,

@@ -131,7 +131,7 @@ def train_step(step):
     past = store.read(rows)
     if again:
         scores = policy.score(ragged_prompts.pick(past.question), past.tokens)
-        past = past.pick(choose(owner, scores.per_response(scores.entropies), count=1))
+        past = past.pick(choose(owner, scores.per_completion(scores.entropies), count=1))
 
     # Rollout: K completions of a question, of which a replayed one takes a slot.
     fresh = torch.tensor(again * (K - 1) + drawn * K, dtype=torch.int64)
@@ -174,7 +174,7 @@ def train_step(step):
             reward=rewards[kept],
             success=ones.bool(),
             truncated=~ones.bool(),
-            entropy=scores.per_response(scores.entropies)[kept],
+            entropy=scores.per_completion(scores.entropies)[kept],
             # For other ways to choose what is replayed:
             group=step * len(SUMS) + fresh[kept],
             score=0.0 * ones,

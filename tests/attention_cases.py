@@ -1,4 +1,4 @@
-"""Packs of every shape, and what attention over them must be: each response alone behind its
+"""Packs of every shape, and what attention over them must be: each completion alone behind its
 prompt, by a dense matrix of scores."""
 
 from __future__ import annotations
@@ -8,22 +8,22 @@ from torch import Tensor
 
 from exgrpo_fast.model.attention.layout import AttentionLayout
 
-# prompt lengths, and for each the lengths of its responses as they are read
+# prompt lengths, and for each the lengths of its completions as they are read
 SHAPES: dict[str, list[tuple[int, list[int]]]] = {
-    "one response": [(5, [7])],
+    "one completion": [(5, [7])],
     "nothing shared": [(4, [3]), (1, [6]), (9, [1])],
     "groups": [(6, [5, 3, 3, 1]), (2, [8, 7]), (3, [4])],
-    "responses of one token": [(4, [0, 3, 0]), (7, [0])],
+    "completions of one token": [(4, [0, 3, 0]), (7, [0])],
     "a long prompt": [(40, [3, 2, 1, 1, 2, 3, 1, 2])],
     "one long among short": [(2, [50, 1, 2, 3, 1]), (3, [2, 2, 2])],
 }
 
 
 def layout_of(shape: list[tuple[int, list[int]]]) -> AttentionLayout:
-    of = [g for g, (_, responses) in enumerate(shape) for _ in responses]
+    of = [g for g, (_, completions) in enumerate(shape) for _ in completions]
     return AttentionLayout(
         torch.tensor([prompt for prompt, _ in shape]),
-        torch.tensor([length for _, responses in shape for length in responses]),
+        torch.tensor([length for _, completions in shape for length in completions]),
         torch.tensor(of),
     )
 
@@ -67,15 +67,15 @@ def each_alone(
     window: int | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Each prompt alone, and each response alone behind its prompt."""
+    """Each prompt alone, and each completion alone behind its prompt."""
     left = -1 if window is None else window - 1
     out, start = [], 0
-    for prompt, responses in shape:
+    for prompt, completions in shape:
         of_prompt = torch.arange(start, start + prompt)
         sees = bottom_right(prompt, prompt, left)
         out.append(dense(query[of_prompt], key[of_prompt], value[of_prompt], scaling, sees, sinks))
         start += prompt
-        for length in responses:
+        for length in completions:
             rows = torch.cat([of_prompt, torch.arange(start, start + length)])
             sees = bottom_right(len(rows), len(rows), left)
             out.append(dense(query[rows], key[rows], value[rows], scaling, sees, sinks)[prompt:])

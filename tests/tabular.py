@@ -30,13 +30,13 @@ class Path(NamedTuple):
 
 
 class Tabular:
-    """`num_tokens` tokens, responses of `horizon` of them."""
+    """`num_tokens` tokens, completions of `horizon` of them."""
 
     def __init__(self, trigger: Trigger, num_tokens: int = 4, horizon: int = 3) -> None:
         tokens = range(num_tokens)
         prefixes = [s for t in range(horizon) for s in itertools.product(tokens, repeat=t)]
         self.index = {prefix: i for i, prefix in enumerate(prefixes)}
-        self.responses = list(itertools.product(tokens, repeat=horizon))
+        self.completions = list(itertools.product(tokens, repeat=horizon))
         i = torch.arange(len(prefixes), dtype=torch.float64)[:, None]
         a = torch.arange(num_tokens, dtype=torch.float64)
         logits = torch.sin(1.3 * i + 2.1 * a + 0.7)
@@ -52,7 +52,7 @@ class Tabular:
 
     def paths(self) -> Iterator[Path]:
         """Every response with every possible pattern of flags."""
-        for tokens in self.responses:
+        for tokens in self.completions:
             kept, redrawn, logp, logr, mu = (
                 self.along(table, tokens)
                 for table in (
@@ -89,9 +89,9 @@ class Tabular:
 
     def on_policy(self) -> tuple[Tensor, float]:
         """The same of REINFORCE under the policy's own law: the true gradient."""
-        ones = torch.ones(len(self.responses[0]), dtype=torch.float64)
+        ones = torch.ones(len(self.completions[0]), dtype=torch.float64)
         mean, square = torch.zeros(self.logp_SV.numel(), dtype=torch.float64), 0.0
-        for tokens in self.responses:
+        for tokens in self.completions:
             if (3 * tokens[0] + 5 * tokens[1] + 7 * tokens[2]) % 4 == 1:
                 gradient = self.score(tokens, ones)
                 probability = float(self.along(self.logp_SV, tokens).sum().exp())

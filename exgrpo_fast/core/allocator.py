@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what is freed. Loads no torch.
+"""Settings of glibc's allocator that keep what is freed. Loads no torch.
 
 By default glibc returns large blocks to the system as soon as they are freed, and every page of the next
 one is a page fault that the kernel answers with zeros. A loop that makes logits of a large batch at each

@@ -117,11 +117,11 @@ class Pack:
     lengths: tuple[int, ...]  # completion tokens of each sequence, sum N
     index: tuple[int, ...]
 
-    def places_in(self, responses: Ragged) -> Tensor:
+    def places_in(self, completions: Ragged) -> Tensor:
         """int64 [N], on the CPU: the place of each row among the caller's completions."""
         members, lengths = torch.tensor(self.index), torch.tensor(self.lengths)
         of_row, place = places(lengths, "cpu")
-        return responses.starts[members][of_row] + place
+        return completions.starts[members][of_row] + place
 
 
 class AssignedPack(NamedTuple):
@@ -133,7 +133,7 @@ class AssignedPack(NamedTuple):
 
 
 def pack(
-    prompts: Ragged, responses: Ragged, *, max_tokens: int, device: torch.device | str = "cpu"
+    prompts: Ragged, completions: Ragged, *, max_tokens: int, device: torch.device | str = "cpu"
 ) -> list[Pack]:
     """Fill packs of at most `max_tokens` read tokens, longest sequences first.
 
@@ -142,10 +142,10 @@ def pack(
     prompt again. A sequence longer than `max_tokens` gets a pack of its own.
     """
     prompt_of = same_prompts(prompts)
-    members = fill(prompts.lengths, responses.lengths, prompt_of, max_tokens=max_tokens)
-    prompts, responses = (Ragged(x.values.cpu(), x.lengths) for x in (prompts, responses))
-    tokens = torch.cat([prompts.values, responses.values]).long()
-    return [_join(prompts, responses, prompt_of, tokens, of_pack, device) for of_pack in members]
+    members = fill(prompts.lengths, completions.lengths, prompt_of, max_tokens=max_tokens)
+    prompts, completions = (Ragged(x.values.cpu(), x.lengths) for x in (prompts, completions))
+    tokens = torch.cat([prompts.values, completions.values]).long()
+    return [_join(prompts, completions, prompt_of, tokens, of_pack, device) for of_pack in members]
 
 
 def same_prompts(prompts: Ragged) -> Tensor:
@@ -155,12 +155,12 @@ def same_prompts(prompts: Ragged) -> Tensor:
     return torch.tensor([known.setdefault(t.numpy().tobytes(), len(known)) for t in tokens])
 
 
-def extent(prompts: Ragged, responses: Ragged) -> Extent:
+def extent(prompts: Ragged, completions: Ragged) -> Extent:
     """Of sequences, each a completion behind its prompt."""
     prompt_of = same_prompts(prompts).tolist()
     once = dict(zip(prompt_of, prompts.lengths.tolist(), strict=True))
-    longest = int((prompts.lengths + responses.lengths).max())
-    return Extent(longest, sum(once.values()) + int(responses.lengths.sum()))
+    longest = int((prompts.lengths + completions.lengths).max())
+    return Extent(longest, sum(once.values()) + int(completions.lengths.sum()))
 
 
 def fill(
@@ -191,14 +191,14 @@ def fill(
 
 def _join(
     prompts: Ragged,
-    responses: Ragged,
+    completions: Ragged,
     prompt_of: Tensor,
     tokens: Tensor,
     members: Tensor,
     device: torch.device | str,
 ) -> Pack:
     """`tokens`: all prompts and completions end to end. Made on the CPU, sent in one copy."""
-    lengths = responses.lengths[members]
+    lengths = completions.lengths[members]
     _, group_of, sizes = prompt_of[members].unique_consecutive(
         return_inverse=True, return_counts=True
     )
@@ -206,24 +206,24 @@ def _join(
     prompt_lengths = prompts.lengths[readers]
     layout = AttentionLayout(prompt_lengths, lengths - 1, group_of)
     prompt_sources = prompts.starts[readers]
-    response_sources = responses.starts[members] + len(prompts.values)
+    completion_sources = completions.starts[members] + len(prompts.values)
 
     # prompts and completions as segments, in reading order
-    order = torch.cat([layout.prompt_starts, layout.response_starts]).argsort(stable=True)
+    order = torch.cat([layout.prompt_starts, layout.completion_starts]).argsort(stable=True)
     segment_lengths = torch.cat([prompt_lengths, lengths - 1])[order]
-    sources = torch.cat([prompt_sources, response_sources])[order]
+    sources = torch.cat([prompt_sources, completion_sources])[order]
     positions = torch.cat([torch.zeros_like(prompt_lengths), prompt_lengths[group_of]])[order]
     of_segment, place = places(segment_lengths, "cpu")
 
     of_row, step = places(lengths, "cpu")
     prompt_ends = (layout.prompt_starts + prompt_lengths - 1)[group_of]
-    in_response = layout.response_starts.index_select(0, of_row) + step - 1
+    in_completion = layout.completion_starts.index_select(0, of_row) + step - 1
     input_ids, position_ids, rows, targets = to_device(
         [
             tokens.index_select(0, sources.index_select(0, of_segment) + place),
             positions.index_select(0, of_segment) + place,
-            torch.where(step == 0, prompt_ends.index_select(0, of_row), in_response),
-            tokens.index_select(0, response_sources.index_select(0, of_row) + step),
+            torch.where(step == 0, prompt_ends.index_select(0, of_row), in_completion),
+            tokens.index_select(0, completion_sources.index_select(0, of_row) + step),
         ],
         device,
     )

@@ -46,7 +46,7 @@ class Head(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Per-token figures of responses under the present weights, in the order they were given.
+    """Per-token figures of completions under the present weights, in the order they were given.
 
     float32 [N], joined end to end, on the policy's device.
     """
@@ -56,20 +56,20 @@ class Scores(NamedTuple):
     lengths: Tensor  # int64 [S], on the CPU
 
     def split(self) -> list[tuple[Tensor, Tensor]]:
-        """(log-probs [T], entropies [T]) of each response, on the CPU."""
+        """(log-probs [T], entropies [T]) of each completion, on the CPU."""
         lengths = self.lengths.tolist()
         logprobs, entropies = self.logprobs.cpu(), self.entropies.cpu()
         return list(zip(logprobs.split(lengths), entropies.split(lengths), strict=True))
 
     def pick(self, index: Tensor) -> Scores:
-        """Those of some responses, by an index on the CPU."""
+        """Those of some completions, by an index on the CPU."""
         logprobs, entropies = (
             Ragged(values, self.lengths).pick(index) for values in (self.logprobs, self.entropies)
         )
         return Scores(logprobs.values, entropies.values, entropies.lengths)
 
-    def per_response(self, values_N: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
-        """[N] -> [S], such as the mean entropy of each response."""
+    def per_completion(self, values_N: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
+        """[N] -> [S], such as the mean entropy of each completion."""
         lengths = self.lengths.to(values_N.device, non_blocking=True)
         return torch.segment_reduce(values_N, reduce, lengths=lengths, unsafe=True)
 
@@ -189,7 +189,7 @@ class Policy:
         return passes()
 
     def hidden_states(self, packed: Pack) -> Tensor:
-        """Pack -> [N, D] in the compute dtype: one row for every response token."""
+        """Pack -> [N, D] in the compute dtype: one row for every completion token."""
         HEARTBEAT.beat()
         if self.longest and int(packed.layout.sequence_lengths.max()) > self.longest:
             raise PolicyError(
@@ -229,7 +229,7 @@ class Policy:
     def score(
         self,
         prompts: Ragged,
-        responses: Ragged,
+        completions: Ragged,
         *,
         kept: Ragged | None = None,
         on_poll: Callable[[], None] = lambda: None,
@@ -242,38 +242,38 @@ class Policy:
         """
         return retry_smaller_on_oom(
             self,
-            lambda: self._score(prompts, responses, on_poll, kept=kept),
-            lambda: extent(prompts, responses),
+            lambda: self._score(prompts, completions, on_poll, kept=kept),
+            lambda: extent(prompts, completions),
             during="scoring",
         )
 
     @torch.no_grad()
-    def score_in_training_mode(self, prompts: Ragged, responses: Ragged) -> Scores:
+    def score_in_training_mode(self, prompts: Ragged, completions: Ragged) -> Scores:
         """As `score`, with whatever training switches on, such as dropout: what the update sees."""
-        return self._score(prompts, responses, lambda: None, training=True)
+        return self._score(prompts, completions, lambda: None, training=True)
 
     def _score(
         self,
         prompts: Ragged,
-        responses: Ragged,
+        completions: Ragged,
         on_poll: Callable[[], None],
         *,
         training: bool = False,
         kept: Ragged | None = None,
     ) -> Scores:
-        found = torch.zeros(2, len(responses.values), device=self.device)
+        found = torch.zeros(2, len(completions.values), device=self.device)
         logprobs, entropies = found
         mode = contextlib.nullcontext() if training else inference(self.model)
         with mode, self.passes():
             limit = self.max_tokens_per_microbatch
-            packs = pack(prompts, responses, max_tokens=limit, device=self.device)
+            packs = pack(prompts, completions, max_tokens=limit, device=self.device)
             for packed, counts in self.assign_packs(packs):
                 on_poll()
                 hidden_ND = self.hidden_states(packed)
                 if not counts:
                     continue
                 weight, bias, softcap = self.head_for(hidden_ND)
-                places = packed.places_in(responses)
+                places = packed.places_in(completions)
                 out = linear_logprob(
                     hidden_ND,
                     weight,
@@ -288,7 +288,7 @@ class Policy:
                 (rows,) = to_device([places], self.device)
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         self.processes.all_reduce_sum_(found)  # each is 0 in all processes but one
-        return Scores(logprobs, entropies, responses.lengths)
+        return Scores(logprobs, entropies, completions.lengths)
 
     def _kept_ids(self, kept: Ragged | None, places: Tensor) -> Tensor | None:
         """Those of some tokens, on the device."""

@@ -129,7 +129,7 @@ SECTIONS: dict[str, list[Metric]] = {
         Metric("replay_ratio_max", "", "its maximum"),
     ],
     "Prior resampling": [
-        Metric("prior_responses", "completions", "guided by the prior policy"),
+        Metric("prior_completions", "completions", "guided by the prior policy"),
         Metric("prior_redrawn_frac", "", "redrawn by the prior, of a completion's tokens"),
         Metric("prior_redrawn_p10", "", "its 10th percentile over completions"),
         Metric("prior_redrawn_p90", "", "its 90th percentile over completions"),

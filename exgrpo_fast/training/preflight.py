@@ -109,7 +109,7 @@ def worst_groups(
     groups = []
     for number in range(num_groups):
         question = Question(f"preflight {number}", tuple(draw(prompt_tokens).tolist()), "", "")
-        responses = tuple(
+        completions = tuple(
             Trajectory(
                 question,
                 token_ids=draw(completion_tokens),
@@ -121,5 +121,5 @@ def worst_groups(
             for place in range(group_size)
         )
         advantages = [0.5 if place % 2 == 0 else -0.5 for place in range(group_size)]
-        groups.append(Group(question, responses, tuple(advantages)))
+        groups.append(Group(question, completions, tuple(advantages)))
     return groups

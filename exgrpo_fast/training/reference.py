@@ -33,9 +33,9 @@ class AdapterOff:
 
     policy: Policy
 
-    def score(self, prompts: Ragged, responses: Ragged, *, kept: Ragged | None = None) -> Scores:
+    def score(self, prompts: Ragged, completions: Ragged, *, kept: Ragged | None = None) -> Scores:
         with switched_off(self.policy.model):
-            return self.policy.score(prompts, responses, kept=kept)
+            return self.policy.score(prompts, completions, kept=kept)
 
 
 class Reference:
@@ -71,13 +71,13 @@ class Reference:
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """float32 [T] of each, on the CPU; over the set that a token was drawn from, if any."""
-        prompts, responses = sequences_of(trajectories)
+        prompts, completions = sequences_of(trajectories)
         kept = kept_sets(trajectories)
-        mixed = self.base.score(prompts, responses, kept=kept).logprobs
+        mixed = self.base.score(prompts, completions, kept=kept).logprobs
         if self.previous is not None:
-            others = self.previous.score(prompts, responses, kept=kept).logprobs
+            others = self.previous.score(prompts, completions, kept=kept).logprobs
             mixed = mixed.lerp(others, self.previous_share)
-        return list(Ragged(mixed.cpu(), responses.lengths).split())
+        return list(Ragged(mixed.cpu(), completions.lengths).split())
 
     def follow(self, policy: Policy) -> None:
         """Before the weights of this step change: they are the previous ones of the next."""

@@ -50,7 +50,7 @@ class TokensRead:
 
     forwarded: int = 0  # input tokens, padding included
     prompts: int = 0  # of them prompt tokens
-    responses: int = 0  # and completion tokens
+    completions: int = 0  # and completion tokens
     prompts_shared: int = 0  # prompt tokens more, had every completion read its own
 
     @staticmethod
@@ -60,7 +60,7 @@ class TokensRead:
         return TokensRead(
             forwarded=packed.input_ids.numel(),
             prompts=prompts,
-            responses=int(layout.response_lengths.sum()),
+            completions=int(layout.completion_lengths.sum()),
             prompts_shared=int(layout.prompt_lengths[layout.prompt_of].sum()) - prompts,
         )
 
@@ -70,7 +70,7 @@ class TokensRead:
 
     def metrics(self) -> dict[str, float | None]:
         """None where nothing was read."""
-        padding = self.forwarded - self.prompts - self.responses
+        padding = self.forwarded - self.prompts - self.completions
         prompts = self.prompts + self.prompts_shared
         return {
             "padding_frac": padding / self.forwarded if self.forwarded else None,

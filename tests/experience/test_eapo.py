@@ -88,7 +88,7 @@ def guided_of(batch) -> list[Trajectory]:
 
 
 def plain_logprobs(model, trajectory: Trajectory) -> torch.Tensor:
-    """float64 [T, V] of the plain model, one response alone."""
+    """float64 [T, V] of the plain model, one completion alone."""
     prompt = trajectory.question.prompt_ids
     ids = torch.tensor([[*prompt, *trajectory.token_ids.tolist()]])
     logits = model(ids, use_cache=False).logits[0]
@@ -102,7 +102,7 @@ def test_one_slot_of_each_group_is_guided_and_stands_last(make_eapo) -> None:
     batch, metrics = make_eapo().step()
     for group in batch.groups:
         assert [t.source for t in group.trajectories] == ["fresh"] * 3 + ["prior"]
-    assert metrics["prior_responses"] == 4
+    assert metrics["prior_completions"] == 4
     assert metrics["prior_tokens"] == sum(t.num_tokens for t in guided_of(batch))
     assert metrics["pass_at_1"] == metrics["pass_at_1_fresh"]
 
@@ -119,7 +119,7 @@ def test_e7_the_hard_switch(make_eapo) -> None:
     source = source_of(make_eapo({"stop_after_steps": 60}))
     assert [source.counts(2, step=s) for s in (1, 60, 61)] == [[1, 1], [1, 1], [0, 0]]
     trainer = make_eapo({"stop_after_steps": 2})
-    found = [trainer.step()[1].get("prior_responses") for _ in range(4)]
+    found = [trainer.step()[1].get("prior_completions") for _ in range(4)]
     assert found == [4, 4, None, None]
 
 
@@ -164,7 +164,7 @@ def test_switched_off_it_is_the_plain_run_bit_for_bit(make_eapo) -> None:
     plain = make_eapo({"enabled": False})
     annealed = make_eapo({"annealing": "linear", "stop_after_steps": 1})
     guided = [annealed.step()[1] for _ in range(1)]
-    assert guided[0]["prior_responses"] == 4
+    assert guided[0]["prior_completions"] == 4
     annealed.num_steps, plain.num_steps = 10, 10  # behind T, with the same seeds
     plain.stream.load_state_dict(annealed.stream.state_dict())
     plain.learner.policy.model.load_state_dict(annealed.learner.policy.model.state_dict())
@@ -233,7 +233,7 @@ def reference(trainer: Trainer, groups, importance: str, cap: float) -> tuple[fl
 def start_weights(
     t: Trajectory, policy, prior, importance: str, cap: float, size: int, num_guided: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ratio, factor) of every token of one response before the first update, by the formulas."""
+    """(ratio, factor) of every token of one completion before the first update, by the formulas."""
     logp, logr = plain_logprobs(policy, t), plain_logprobs(prior, t)
     chosen = t.token_ids[:, None]
     old, r = (table.gather(1, chosen)[:, 0] for table in (logp, logr))
@@ -279,12 +279,12 @@ def test_what_is_trained_is_the_formula_of_its_mode(make_eapo, importance: str) 
         plain.append(reference(trainer, batch.groups, "none", 2.0)[1])
         has_law = importance in ("exact_token", "exact_traj", "mis")
         assert (metrics["prior_rate_mean"] is not None) == has_law
-    if importance != "none":  # the mode matters on these responses
+    if importance != "none":  # the mode matters on these completions
         assert norms != pytest.approx(plain, rel=2e-3)
 
 
 def test_e5_losses(make_eapo, tokenizer) -> None:
-    """The specification's three responses, the guided one being that of E3."""
+    """The specification's three completions, the guided one being that of E3."""
     trainer = make_eapo(rollout={"prompts_per_step": 1, "group_size": 3})
     (question,) = make_questions(tokenizer, ["a"])
     redrawn = torch.tensor([False, False, True, False, False, True])
@@ -430,16 +430,16 @@ def test_dynamic_sampling_guides_the_groups_it_adds(make_eapo) -> None:
     )
     batch, metrics = trainer.step()
     assert len(batch.generated) > 4
-    assert metrics["prior_responses"] == len(batch.generated)
+    assert metrics["prior_completions"] == len(batch.generated)
     assert metrics["prior_tokens"] == sum(
         t.num_tokens for group in batch.generated for t in group.from_source("prior")
     )
 
 
-def test_an_engine_that_is_stepped_guides_beside_the_fresh_responses(
+def test_an_engine_that_is_stepped_guides_beside_the_fresh_completions(
     make_eapo, monkeypatch
 ) -> None:
-    """The same responses, finished before the generation of the fresh ones is."""
+    """The same completions, finished before the generation of the fresh ones is."""
     plain = make_eapo()
     expected = [t.token_ids.tolist() for t in guided_of(plain.step()[0])]
     trainer = make_eapo()
@@ -560,7 +560,7 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
     options = ["--model.name", str(model_folder), "--data.train", str(data)]
     options += ["--rollout.max_completion_tokens", "64"]
     cases = {
-        folder: "they end responses by different tokens",
+        folder: "they end completions by different tokens",
         str(tmp_path / "missing"): "prior_resampling.model: ",
     }
     for model, words in cases.items():
@@ -638,9 +638,9 @@ def test_the_prior_is_made_first_and_both_stages_start_alike(
         for folder in (out / "prior", out)
     )
     assert [s["step"] for s in stage] == [1, 2, 3] and [s["step"] for s in own] == [1, 2]
-    assert not any("prior_responses" in s for s in stage)
-    assert all(s["prior_responses"] == 4 for s in own)
-    # Both begin with the same weights, hence with the same fresh responses.
+    assert not any("prior_completions" in s for s in stage)
+    assert all(s["prior_completions"] == 4 for s in own)
+    # Both begin with the same weights, hence with the same fresh completions.
     first = [
         completions(folder / "completions/step_000001.parquet") for folder in (out / "prior", out)
     ]

@@ -393,11 +393,11 @@ def test_o5_definitions_of_entropy_disagree(select: TrajectoryKey, chosen: str) 
         torch.cat([out.entropy for out in parts]),
         torch.tensor([3, 5]),
     )
-    means = scores.per_response(scores.entropies).tolist()
+    means = scores.per_completion(scores.entropies).tolist()
     assert means == pytest.approx([0.683175, 0.439740], abs=6e-7)
-    nll = (-scores.per_response(scores.logprobs)).tolist()
+    nll = (-scores.per_completion(scores.logprobs)).tolist()
     assert nll == pytest.approx([0.398821, 0.684699], abs=6e-7)
-    sums = scores.per_response(scores.entropies, "sum").tolist()
+    sums = scores.per_completion(scores.entropies, "sum").tolist()
     assert sums == pytest.approx([2.049524, 2.198702], abs=6e-7)
     keys = score_keys(select, scores)
     assert "XY"[int(choose(torch.tensor([0, 0]), keys, 1))] == chosen

@@ -17,7 +17,7 @@ from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.training.reference import Reference, copy_weights
 
-PROMPTS, RESPONSES = Ragged.of([(5, 6, 7), (8,)]), Ragged.of([(9, 10, 11, 12), (13, 14)])
+PROMPTS, COMPLETIONS = Ragged.of([(5, 6, 7), (8,)]), Ragged.of([(9, 10, 11, 12), (13, 14)])
 QUICK = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe"]
 
 
@@ -26,7 +26,7 @@ def policy_of(family: str) -> Policy:
 
 
 def scores(policy: Policy) -> Scores:
-    return policy.score(PROMPTS, RESPONSES)
+    return policy.score(PROMPTS, COMPLETIONS)
 
 
 def equal(one: Scores, other: Scores) -> bool:

@@ -11,15 +11,15 @@ from exgrpo_fast.model.policy import Policy, PolicyError, load_model
 from exgrpo_kernels import PolicyObjective, linear_policy_loss
 
 PROMPTS = [(5, 6, 7, 8, 9), (11,), (5, 6), tuple(range(20, 60))]
-RESPONSES = [torch.tensor(r) for r in ([10, 11, 12], [13], [14, 15, 16, 17, 18, 19, 2], [21, 22])]
+COMPLETIONS = [torch.tensor(r) for r in ([10, 11, 12], [13], [14, 15, 16, 17, 18, 19, 2], [21, 22])]
 
 
-def plain_scores(model, prompt, response):
+def plain_scores(model, prompt, completion):
     """Log-probs and entropies from the full logits of the untouched model."""
-    ids = torch.tensor([[*prompt, *response.tolist()]])
+    ids = torch.tensor([[*prompt, *completion.tolist()]])
     with torch.no_grad():
         log_p = model.eval()(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-    return log_p.gather(1, response[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, completion[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
 def sliding_window_model():
@@ -57,13 +57,13 @@ def grouped_query_model():
 @pytest.mark.parametrize("max_tokens", [16, 10_000])
 def test_scores_equal_the_plain_model(make, max_tokens: int) -> None:
     model = make()
-    expected = [plain_scores(model, p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    expected = [plain_scores(model, p, r) for p, r in zip(PROMPTS, COMPLETIONS, strict=True)]
     policy = Policy(model, max_tokens_per_microbatch=max_tokens)
-    scores = policy.score(Ragged.of(PROMPTS), Ragged.of(RESPONSES))
+    scores = policy.score(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS))
     for (ours, our_entropies), (logprobs, entropies) in zip(scores.split(), expected, strict=True):
         torch.testing.assert_close(ours.double(), logprobs, atol=2e-5, rtol=0)
         torch.testing.assert_close(our_entropies.double(), entropies, atol=2e-5, rtol=0)
-    means = scores.per_response(scores.entropies)
+    means = scores.per_completion(scores.entropies)
     assert means.tolist() == pytest.approx([float(e.mean()) for _, e in expected], abs=2e-5)
 
 
@@ -73,16 +73,16 @@ def test_gradients_equal_the_plain_model(model_folder, checkpointing: bool) -> N
     advantages, old = [0.5, -1.0, 2.0, -0.25], -4.0
     plain = load_model(str(model_folder))
     loss = torch.zeros(())
-    for prompt, response, advantage in zip(PROMPTS, RESPONSES, advantages, strict=True):
-        ids = torch.tensor([[*prompt, *response.tolist()]])
+    for prompt, completion, advantage in zip(PROMPTS, COMPLETIONS, advantages, strict=True):
+        ids = torch.tensor([[*prompt, *completion.tolist()]])
         log_p = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        ratio = (log_p.gather(1, response[:, None])[:, 0] - old).exp()
+        ratio = (log_p.gather(1, completion[:, None])[:, 0] - old).exp()
         loss = loss - (advantage * ratio).sum() / 13
     loss.backward()
 
     policy = Policy(load_model(str(model_folder)), gradient_checkpointing=checkpointing)
     total = 0.0
-    for packed in pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=45):
+    for packed in pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=45):
         hidden = policy.hidden_states(packed)
         spread = torch.tensor([advantages[i] for i in packed.index])
         result = linear_policy_loss(
@@ -105,11 +105,11 @@ def test_gradients_equal_the_plain_model(model_folder, checkpointing: bool) -> N
 
 
 def test_packs_hold_their_budget_and_every_sequence_once() -> None:
-    packs = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=12)
+    packs = pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=12)
     assert sorted(i for p in packs for i in p.index) == [0, 1, 2, 3]
     assert [len(p.input_ids) for p in packs] == [41, 8, 8]  # the first is too long for any pack
     for p in packs:
-        assert p.targets.tolist() == [t for i in p.index for t in RESPONSES[i].tolist()]
+        assert p.targets.tolist() == [t for i in p.index for t in COMPLETIONS[i].tolist()]
         for place, row in zip(p.rows.tolist(), p.targets.tolist(), strict=True):
             follower = place + 1  # what comes next in the pack, unless the sequence ends there
             if follower not in p.layout.prompt_starts.tolist() + [len(p.input_ids)]:

@@ -40,7 +40,7 @@ def stripped(model_folder: Path, target: Path, names: list[str]) -> Path:
 def test_padding_is_never_trained(
     tokenizer, make_test_trainer, model_folder: Path, tmp_path: Path, missing: list[str]
 ) -> None:
-    """Prompts and responses of different lengths; no gradient reaches the embedding of the pad."""
+    """Prompts and completions of different lengths; no gradient reaches the embedding of the pad."""
     folder = stripped(model_folder, tmp_path / "model", missing)
     loaded = load_tokenizer(str(folder))
     assert (loaded.pad_token_id is None) == bool(missing)

@@ -11,7 +11,7 @@ from exgrpo_fast.model.attention.layout import AttentionLayout
 
 LAYOUT = AttentionLayout(
     prompt_lengths=torch.tensor([3, 5]),
-    response_lengths=torch.tensor([4, 2, 6]),
+    completion_lengths=torch.tensor([4, 2, 6]),
     prompt_of=torch.tensor([0, 0, 1]),
 )
 

@@ -22,7 +22,7 @@ def test_rloo_leaves_the_sample_out_of_its_baseline() -> None:
 
 @pytest.mark.parametrize("successes", range(8))
 def test_o3_mixed_group(successes: int) -> None:
-    """Oracle O3 of the ExGRPO specification: K = 8, the replayed response is right."""
+    """Oracle O3 of the ExGRPO specification: K = 8, the replayed completion is right."""
     advantages = dr_grpo([1.0] + [1.0] * successes + [0.0] * (7 - successes))
     assert advantages[0] == pytest.approx(0.875 - 0.125 * successes)
     if successes < 7:

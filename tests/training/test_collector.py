@@ -1,4 +1,4 @@
-"""The way from a plan to judged groups: dynamic sampling, overlong responses, broken rewards."""
+"""The way from a plan to judged groups: dynamic sampling, overlong completions, broken rewards."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_constant_rewards_end_and_are_reported(tokenizer, make_test_trainer, fun
     assert metrics["reasons"]["update_without_gradient"] == metrics["skipped"] == 1
 
 
-# --- overlong responses ---------------------------------------------------------------------------
+# --- overlong completions ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_a_punished_success_is_still_one(tokenizer, make_test_trainer) -> None:
         algorithm={"overlong": {"soft_penalty_tokens": 12}},
     )
     batch, metrics = trainer.step()
-    responses = [t for group in batch.groups for t in group.trajectories]
-    assert [t.reward for t in responses] == [1.0 - t.num_tokens / 12 for t in responses]
-    assert min(t.reward for t in responses) == 0.0  # as long as allowed
-    assert all(t.successful for t in responses)
+    completions = [t for group in batch.groups for t in group.trajectories]
+    assert [t.reward for t in completions] == [1.0 - t.num_tokens / 12 for t in completions]
+    assert min(t.reward for t in completions) == 0.0  # as long as allowed
+    assert all(t.successful for t in completions)
     assert metrics["pass_at_1"] == 1.0 and metrics["reward_mean"] < 0.5
 
 

@@ -102,7 +102,7 @@ def questions_of(trainer: Trainer) -> list[str]:
 
 @pytest.mark.parametrize("replay", [{}, {"enabled": True, "start_success_rate": None}])
 def test_a_resumed_run_asks_what_was_begun(make, replay) -> None:
-    """The responses are drawn anew, by the weights of the checkpoint."""
+    """The completions are drawn anew, by the weights of the checkpoint."""
     whole, resumed = make(replay=replay), make(replay=replay)
     whole.step(), whole.step()
     state = whole.state_dict()

@@ -128,7 +128,7 @@ def test_packing_changes_neither_loss_nor_gradients(
                 assert torch.allclose(gradient, expected[name], atol=1e-5 * scale + 1e-9), name
 
 
-LENGTHS = [1, 2, 3, 4]  # tokens of the four responses below; max_completion_tokens is 12
+LENGTHS = [1, 2, 3, 4]  # tokens of the four completions below; max_completion_tokens is 12
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_loss_on_policy_is_minus_the_weighted_advantages(tokenizer, make_tes
     assert report.kernel_metrics["num_trained"] == report.tokens_trained
 
 
-def test_truncated_responses_are_not_trained_on(tokenizer, make_test_trainer) -> None:
+def test_truncated_completions_are_not_trained_on(tokenizer, make_test_trainer) -> None:
     trainer = make_test_trainer(
         questions_of(tokenizer),
         function="even_length",

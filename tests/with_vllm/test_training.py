@@ -235,7 +235,7 @@ def children_named(parent: int, name: str) -> list[int]:
     ]
 
 
-def test_guided_responses_of_a_run_are_vllms(folders, tmp_path) -> None:
+def test_guided_completions_of_a_run_are_vllms(folders, tmp_path) -> None:
     """EAPO through the command; the prior is another random policy, so much is rejected."""
     config = write_inputs(
         tmp_path,

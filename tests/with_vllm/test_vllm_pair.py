@@ -58,46 +58,46 @@ def make_resampler(
 
 
 def logprobs_of(
-    policy: Policy, responses: list[GuidedCompletion], extra: list[list[int]] | None = None
+    policy: Policy, completions: list[GuidedCompletion], extra: list[list[int]] | None = None
 ):
-    tokens = extra or [response.token_ids for response in responses]
-    prompts = Ragged.of([response.request.prompt_ids for response in responses])
+    tokens = extra or [completion.token_ids for completion in completions]
+    prompts = Ragged.of([completion.request.prompt_ids for completion in completions])
     return [logprobs for logprobs, _ in policy.score(prompts, Ragged.of(tokens)).split()]
 
 
 def test_every_stored_number_is_a_clean_recomputes(policies, vllm_models) -> None:
     resampler = make_resampler(policies, vllm_models)
-    responses = resampler.start(REQUESTS).finish()
-    policy = logprobs_of(policies["policy"], responses)
-    prior = logprobs_of(policies["prior"], responses)
+    completions = resampler.start(REQUESTS).finish()
+    policy = logprobs_of(policies["policy"], completions)
+    prior = logprobs_of(policies["prior"], completions)
     redrawn = 0
-    for response, p, r in zip(responses, policy, prior, strict=True):
-        stored = response.guidance()
+    for completion, p, r in zip(completions, policy, prior, strict=True):
+        stored = completion.guidance()
         torch.testing.assert_close(stored.prior_logprobs, r, atol=1e-4, rtol=0)
         kept = ~stored.redrawn
         torch.testing.assert_close(stored.draft_logprobs[kept], p[kept], atol=1e-4, rtol=0)
         torch.testing.assert_close(stored.tested[kept], (p - r)[kept], atol=2e-4, rtol=0)
         assert ((stored.tested > TAU) == stored.redrawn).all()
         redrawn += int(stored.redrawn.sum())
-        assert response.ended == (response.token_ids[-1] == EOS)
-        assert EOS not in response.token_ids[:-1] and len(response.token_ids) <= LIMIT
+        assert completion.ended == (completion.token_ids[-1] == EOS)
+        assert EOS not in completion.token_ids[:-1] and len(completion.token_ids) <= LIMIT
     assert redrawn > 100, "hardly anything was rejected: nothing was tested"
-    lengths = {len(response.token_ids) for response in responses}
-    assert len(lengths) > 20 and any(response.ended for response in responses)
+    lengths = {len(completion.token_ids) for completion in completions}
+    assert len(lengths) > 20 and any(completion.ended for completion in completions)
 
 
 def test_rejected_tokens_are_above_the_threshold(policies, vllm_models) -> None:
     """For each redrawn position, the draft's own token in its own context."""
     resampler = make_resampler(policies, vllm_models)
-    responses = [r for r in resampler.start(REQUESTS[:40]).finish() if any(r.redrawn)]
-    cut = [r.redrawn.index(True) for r in responses]
-    tried = [[*r.token_ids[:at], r.rejected[at]] for r, at in zip(responses, cut, strict=True)]
-    policy = logprobs_of(policies["policy"], responses, tried)
-    prior = logprobs_of(policies["prior"], responses, tried)
-    assert len(responses) > 20
-    for response, at, p, r in zip(responses, cut, policy, prior, strict=True):
-        assert float(p[-1] - r[-1]) == pytest.approx(response.tested[at], abs=2e-4)
-        assert response.tested[at] > TAU
+    completions = [r for r in resampler.start(REQUESTS[:40]).finish() if any(r.redrawn)]
+    cut = [r.redrawn.index(True) for r in completions]
+    tried = [[*r.token_ids[:at], r.rejected[at]] for r, at in zip(completions, cut, strict=True)]
+    policy = logprobs_of(policies["policy"], completions, tried)
+    prior = logprobs_of(policies["prior"], completions, tried)
+    assert len(completions) > 20
+    for completion, at, p, r in zip(completions, cut, policy, prior, strict=True):
+        assert float(p[-1] - r[-1]) == pytest.approx(completion.tested[at], abs=2e-4)
+        assert completion.tested[at] > TAU
 
 
 @pytest.mark.parametrize("block_tokens", [4, 8, 20])
@@ -109,18 +109,18 @@ def test_rounds_and_waste_follow_the_trigger_rate(policies, vllm_models, block_t
         policies["policy"].head.weight[EOS] = policies["prior"].head.weight[EOS] = 0.0
     vllm_models["untied"].load(policies["policy"].named_weights(), 2)
     vllm_models["prior"].load(policies["prior"].named_weights(), 2)
-    responses = resampler.start(REQUESTS[:60]).finish()
-    whole = [r for r in responses if not r.ended]
+    completions = resampler.start(REQUESTS[:60]).finish()
+    whole = [r for r in completions if not r.ended]
     tested = sum(len(r.token_ids) for r in whole)
     rate = sum(sum(r.redrawn) for r in whole) / tested
     rounds, emitted = sum(r.rounds for r in whole), tested
     expected = (1 - (1 - rate) ** block_tokens) / rate
-    # One last round of each response is cut by the limit, and one in 128 by the block rule.
+    # One last round of each completion is cut by the limit, and one in 128 by the block rule.
     assert emitted / rounds == pytest.approx(expected, rel=0.05)
     assert 0.02 < rate < 0.2
 
 
-def test_guided_responses_are_made_beside_fresh_ones(policies, vllm_models) -> None:
+def test_guided_completions_are_made_beside_fresh_ones(policies, vllm_models) -> None:
     resampler = make_resampler(policies, vllm_models)
     engine = engine_of(policies, vllm_models)
     session = resampler.start(REQUESTS[:20])
@@ -135,7 +135,7 @@ def test_guided_responses_are_made_beside_fresh_ones(policies, vllm_models) -> N
 
         def on_poll(self) -> None:
             session.advance()
-            self.guided_at.append(sum(len(r.token_ids) for r in session.responses))
+            self.guided_at.append(sum(len(r.token_ids) for r in session.completions))
 
     observer = Beside()
     fresh = engine.generate(REQUESTS[20:60], Sampling(LIMIT), observer)
@@ -149,5 +149,5 @@ def test_guided_responses_are_made_beside_fresh_ones(policies, vllm_models) -> N
 
 def test_the_prior_keeps_its_cache_and_seldom_asks_twice(policies, vllm_models) -> None:
     resampler = make_resampler(policies, vllm_models)
-    responses = resampler.start(REQUESTS).finish()
-    assert resampler.scorer.num_retries <= 0.01 * sum(r.rounds for r in responses)
+    completions = resampler.start(REQUESTS).finish()
+    assert resampler.scorer.num_retries <= 0.01 * sum(r.rounds for r in completions)

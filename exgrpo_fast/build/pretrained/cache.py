@@ -83,15 +83,15 @@ def _alone(folder: Path, screen: Screen) -> Iterator[None]:
     """Hold the folder's lock, which the system releases with the process that holds it."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     deadline = time.monotonic() + WAIT_SECONDS
-    told = False
+    noted = False
     with screen.phase("wait for another process"):
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=0.5)
             except Timeout:
-                if not told:
+                if not noted:
                     screen.note(f"another process is making {folder}: waiting for it")
-                told = True
+                noted = True
                 HEARTBEAT.beat()
                 if time.monotonic() > deadline:
                     raise PolicyError(

@@ -73,4 +73,4 @@ def refuse_other_vocabulary(policy: Vocabulary, prior: Vocabulary) -> None:
             )
     if policy.eos_token_ids != prior.eos_token_ids:
         ends = f"{sorted(prior.eos_token_ids)} and {sorted(policy.eos_token_ids)}"
-        raise PriorError(f"{both}: they end responses by different tokens ({ends})")
+        raise PriorError(f"{both}: they end completions by different tokens ({ends})")

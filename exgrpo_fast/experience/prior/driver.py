@@ -128,7 +128,7 @@ class Session:
 
     def __init__(self, resampler: Resampler, requests: Sequence[Request]) -> None:
         self.resampler = resampler
-        self.responses = [GuidedCompletion(request) for request in requests]
+        self.completions = [GuidedCompletion(request) for request in requests]
         self.seconds = {"draft": 0.0, "score": 0.0, "draw": 0.0}
         self._rounds = self._run()
 
@@ -139,11 +139,11 @@ class Session:
     def finish(self) -> list[GuidedCompletion]:
         while self.advance():
             pass
-        return self.responses
+        return self.completions
 
     def _run(self) -> Generator[bool, None, None]:
         """Yields True wherever somebody else may go on: after a round, or when a result is late."""
-        while places := [i for i, r in enumerate(self.responses) if not self._finished(r)]:
+        while places := [i for i, r in enumerate(self.completions) if not self._finished(r)]:
             yield from self._round(places)
             yield True
         self.resampler.drafter.forget()
@@ -151,13 +151,13 @@ class Session:
 
     def _round(self, places: Sequence[int]) -> Generator[bool, None, None]:
         resampler, trigger = self.resampler, self.resampler.trigger
-        prefixes = [Prefix(i, self.responses[i].prefix_ids) for i in places]
+        prefixes = [Prefix(i, self.completions[i].prefix_ids) for i in places]
         drafts = yield from self._wait(
             "draft",
             lambda: resampler.drafter.draft(
                 prefixes,
-                [self._draft_length(self.responses[i]) for i in places],
-                [self.responses[i].seed("draft") for i in places],
+                [self._draft_length(self.completions[i]) for i in places],
+                [self.completions[i].seed("draft") for i in places],
                 distributions=trigger.of_state,
             ),
         )
@@ -170,21 +170,21 @@ class Session:
         cuts: list[tuple[Prefix, int, float]] = []  # behind what was kept; the rejected token
         for prefix, draft, scored in zip(prefixes, drafts, scores, strict=True):
             if (rejected := self._cut(prefix, draft, scored)) is not None:
-                response = self.responses[prefix.place]
-                cuts.append((Prefix(prefix.place, response.prefix_ids), *rejected))
+                completion = self.completions[prefix.place]
+                cuts.append((Prefix(prefix.place, completion.prefix_ids), *rejected))
         if cuts:
             behind = [prefix for prefix, _, _ in cuts]
-            seeds = [self.responses[prefix.place].seed("draw") for prefix in behind]
+            seeds = [self.completions[prefix.place].seed("draw") for prefix in behind]
             drawn = yield from self._wait("draw", lambda: resampler.scorer.draw(behind, seeds))
             for (prefix, token, statistic), found in zip(cuts, drawn, strict=True):
-                self.responses[prefix.place].replace(token, statistic, *found)
+                self.completions[prefix.place].replace(token, statistic, *found)
         for i in places:
-            self.responses[i].rounds += 1
-            self.responses[i].ended = self.responses[i].token_ids[-1] in resampler.eos_token_ids
+            self.completions[i].rounds += 1
+            self.completions[i].ended = self.completions[i].token_ids[-1] in resampler.eos_token_ids
 
     def _cut(self, prefix: Prefix, draft: Draft, scores: DraftScores) -> tuple[int, float] | None:
         """Keeps the draft up to the first token that is rejected; that token and its statistic."""
-        response, trigger = self.responses[prefix.place], self.resampler.trigger
+        completion, trigger = self.completions[prefix.place], self.resampler.trigger
         if trigger.of_state:
             assert draft.distributions is not None and scores.distributions is not None
             statistic = trigger.statistic(draft.distributions, scores.distributions)[:, 0]
@@ -193,29 +193,29 @@ class Session:
         keep = trigger.keep_probability(statistic)
         lot = torch.full_like(keep, 0.5)
         if trigger.draws_lots:
-            seed = torch.tensor([signed(response.seed("test"))])
+            seed = torch.tensor([signed(completion.seed("test"))])
             lot = torch.cat([hash_uniform(seed, k) for k in range(len(keep))])
         values, rejected = statistic.tolist(), (lot >= keep).nonzero()[:, 0].tolist()
-        response.drafted += len(values)
+        completion.drafted += len(values)
         if not rejected:
-            response.keep(draft, scores, values, len(values))
+            completion.keep(draft, scores, values, len(values))
             return None
         first = rejected[0]
-        response.keep(draft, scores, values, first)
+        completion.keep(draft, scores, values, first)
         return draft.token_ids[first], values[first]
 
-    def _draft_length(self, response: GuidedCompletion) -> int:
+    def _draft_length(self, completion: GuidedCompletion) -> int:
         """K, but no more than there is room for. Where the prior's prefix cache would end in a full
         block just behind the draft, one less: the cache would hide the row of its last token."""
         resampler = self.resampler
-        room = resampler.max_completion_tokens - len(response.token_ids)
+        room = resampler.max_completion_tokens - len(completion.token_ids)
         length, block = min(resampler.block_tokens, room), resampler.scorer.prefix_block
-        if block and (len(response.prefix_ids) + length) % block == 0:
+        if block and (len(completion.prefix_ids) + length) % block == 0:
             length = max(length - 1, 1)
         return length
 
-    def _finished(self, response: GuidedCompletion) -> bool:
-        return response.ended or len(response.token_ids) >= self.resampler.max_completion_tokens
+    def _finished(self, completion: GuidedCompletion) -> bool:
+        return completion.ended or len(completion.token_ids) >= self.resampler.max_completion_tokens
 
     def _wait(self, phase: str, ask: Callable[[], PendingResult[T]]) -> Generator[bool, None, T]:
         """The answer; yields while it is late. The seconds of the phase run until it is there."""

@@ -42,7 +42,7 @@ def guidance_metrics(groups: Sequence[Group], cost: GuidanceCost) -> dict[str, A
         return {}
     shares = [float(t.guidance.redrawn.float().mean()) for t in guided if t.guidance]
     return {
-        "prior_responses": len(guided),
+        "prior_completions": len(guided),
         "prior_redrawn_frac": fmean(shares),
         "prior_redrawn_p10": float(np.quantile(shares, 0.1)),
         "prior_redrawn_p90": float(np.quantile(shares, 0.9)),

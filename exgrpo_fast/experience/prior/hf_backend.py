@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from exgrpo_fast.experience.prior.mixture import known_ids, pad_logprobs, response_logprobs
+from exgrpo_fast.experience.prior.mixture import completion_logprobs, known_ids, pad_logprobs
 from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, PolicyError, inference
@@ -251,11 +251,11 @@ class TransformersPrior(PrefixSession):
         pairs = zip(drawn_A.tolist(), chosen_A.tolist(), strict=True)
         return ReadyResult([Drawn(token, logprob) for token, logprob in pairs])
 
-    def whole_responses(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    def whole_completions(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]
     ) -> list[Tensor]:
-        return response_logprobs(
-            self.policy, Ragged.of(prompts), Ragged.of(responses), num_tokens=self.num_tokens
+        return completion_logprobs(
+            self.policy, Ragged.of(prompts), Ragged.of(completions), num_tokens=self.num_tokens
         )
 
     def forget(self) -> None:

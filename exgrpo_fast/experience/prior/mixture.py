@@ -33,21 +33,21 @@ def mixture_logprobs(
     prior: Policy,
     trigger: Trigger,
     prompts: Ragged,
-    responses: Ragged,
+    completions: Ragged,
     *,
     num_tokens: int,
 ) -> MixtureLogprobs:
     """`num_tokens`: ids that the prior has; what lies beyond them has probability 0 there."""
-    found = torch.zeros(2, len(responses.values))
+    found = torch.zeros(2, len(completions.values))
     with inference(policy.model), inference(prior.model), policy.passes(), prior.passes():
         limit = policy.max_tokens_per_microbatch
-        packs = pack(prompts, responses, max_tokens=limit, device=policy.device)
+        packs = pack(prompts, completions, max_tokens=limit, device=policy.device)
         for packed, counts in policy.assign_packs(packs):
             of_pack = _of_pack(policy, prior, trigger, packed, num_tokens).cpu()
             if counts:
-                found[:, packed.places_in(responses)] = of_pack
+                found[:, packed.places_in(completions)] = of_pack
     policy.processes.all_reduce_sum_(found)  # each is 0 on all ranks but one
-    mu, rates = (Ragged(values, responses.lengths) for values in found)
+    mu, rates = (Ragged(values, completions.lengths) for values in found)
     return MixtureLogprobs(mu, rates)
 
 
@@ -97,10 +97,10 @@ def pad_logprobs(logits: Tensor, num_tokens: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def response_logprobs(
+def completion_logprobs(
     prior: Policy,
     prompts: Ragged,
-    responses: Ragged,
+    completions: Ragged,
     *,
     num_tokens: int,
     on_read: Callable[[Pack, Tensor], None] = lambda packed, hidden_ND: None,
@@ -109,10 +109,10 @@ def response_logprobs(
 
     `on_read` is called with the hidden states [N, D] of each pack that this rank reads.
     """
-    found = torch.zeros(len(responses.values))
+    found = torch.zeros(len(completions.values))
     with inference(prior.model), prior.passes():
         limit = prior.max_tokens_per_microbatch
-        packs = pack(prompts, responses, max_tokens=limit, device=prior.device)
+        packs = pack(prompts, completions, max_tokens=limit, device=prior.device)
         for packed, counts in prior.assign_packs(packs):
             hidden_ND, values = hidden_states(prior, packed), []
             if not counts:
@@ -125,6 +125,6 @@ def response_logprobs(
                     prior, hidden_ND[rows], num_tokens=num_tokens, width=max(width, num_tokens)
                 )
                 values.append(logr.gather(1, targets)[:, 0])
-            found[packed.places_in(responses)] = torch.cat(values).cpu()
+            found[packed.places_in(completions)] = torch.cat(values).cpu()
     prior.processes.all_reduce_sum_(found)
-    return list(Ragged(found, responses.lengths).split())
+    return list(Ragged(found, completions.lengths).split())

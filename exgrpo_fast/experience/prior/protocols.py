@@ -115,8 +115,8 @@ class PriorScorer(Protocol):
         its draft appended."""
         ...
 
-    def whole_responses(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    def whole_completions(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]
     ) -> list[Tensor]:
         """float32 [T] of each: log-probabilities of completions that are not guided."""
         ...

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.experience.prior.hf_backend import draw_tokens
-from exgrpo_fast.experience.prior.mixture import logprobs, response_logprobs
+from exgrpo_fast.experience.prior.mixture import completion_logprobs, logprobs
 from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
 from exgrpo_fast.model.packing import Pack, Ragged
 from exgrpo_fast.model.policy import Policy
@@ -80,7 +80,7 @@ class PackedPrior:
             self.read |= {prefixes[i].place: h for i, h in zip(packed.index, parts, strict=True)}
 
         self.starts = {prefix.place: len(prefix.token_ids) for prefix in prefixes}
-        found = response_logprobs(
+        found = completion_logprobs(
             self.prior,
             Ragged.of([prefix.token_ids for prefix in prefixes]),
             Ragged.of([torch.tensor(draft) for draft in drafts]),
@@ -107,11 +107,11 @@ class PackedPrior:
     def _row(self, prefix: Prefix) -> Tensor:
         return self.read[prefix.place][len(prefix.token_ids) - self.starts[prefix.place]]
 
-    def whole_responses(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    def whole_completions(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]
     ) -> list[Tensor]:
-        return response_logprobs(
-            self.prior, Ragged.of(prompts), Ragged.of(responses), num_tokens=self.num_tokens
+        return completion_logprobs(
+            self.prior, Ragged.of(prompts), Ragged.of(completions), num_tokens=self.num_tokens
         )
 
     def forget(self) -> None:

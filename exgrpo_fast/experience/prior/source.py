@@ -62,7 +62,7 @@ class Guided:
         next((s for s in self.sessions if s.advance()), None)
 
     def finish(self) -> list[GuidedCompletion]:
-        return [response for session in self.sessions for response in session.finish()]
+        return [completion for session in self.sessions for completion in session.finish()]
 
 
 class PriorSource:
@@ -129,11 +129,11 @@ class PriorSource:
     ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
         """(guided trajectories, the fresh ones, what it took). The fresh ones change only under
         importance `mis`, which weighs every completion of a group."""
-        responses, questions = guided.finish(), guided.question_of
-        if not responses:
+        completions, questions = guided.finish(), guided.question_of
+        if not completions:
             return [], list(fresh), GuidanceCost()
-        cost = self._cost(guided, responses, fresh)
-        found = [self._trajectory(*pair, step) for pair in zip(questions, responses, strict=True)]
+        cost = self._cost(guided, completions, fresh)
+        found = [self._trajectory(*pair, step) for pair in zip(questions, completions, strict=True)]
         scored = self._scored(found)
         if self.recipe.importance not in NEEDS_LAW:
             return [self._weighed(t) for t in scored], list(fresh), cost
@@ -151,8 +151,8 @@ class PriorSource:
             return replace(trajectory, masked=True)
         return trajectory
 
-    def _trajectory(self, question: Question, response: GuidedCompletion, step: int) -> Trajectory:
-        completion = response.completion()
+    def _trajectory(self, question: Question, guided: GuidedCompletion, step: int) -> Trajectory:
+        completion = guided.completion()
         return Trajectory(
             question=question,
             token_ids=completion.token_ids,
@@ -161,7 +161,7 @@ class PriorSource:
             truncated=completion.truncated,
             source="prior",
             birth_step=step,
-            guidance=response.guidance(),
+            guidance=guided.guidance(),
         )
 
     def _scored(self, found: Sequence[Trajectory]) -> list[Trajectory]:
@@ -214,20 +214,20 @@ class PriorSource:
         return [weighed[id(t)] for t in guided], [weighed.get(id(t), t) for t in fresh]
 
     def _cost(
-        self, guided: Guided, responses: Sequence[GuidedCompletion], fresh: Sequence[Trajectory]
+        self, guided: Guided, completions: Sequence[GuidedCompletion], fresh: Sequence[Trajectory]
     ) -> GuidanceCost:
         """With KL(pi || r) of one fresh completion a question: a few per cent of the tokens."""
         seconds = [session.seconds for session in guided.sessions]
         firsts = list({t.question.id: t for t in fresh}.values())
         scorer = self.resampler.scorer
-        prior = scorer.whole_responses(
+        prior = scorer.whole_completions(
             [t.question.prompt_ids for t in firsts], [t.token_ids for t in firsts]
         )
         gaps = [t.behaviour_logprobs - r for t, r in zip(firsts, prior, strict=True)]
         return GuidanceCost(
-            rounds=sum(response.rounds for response in responses),
-            drafted=sum(response.drafted for response in responses),
-            tokens=sum(len(response.token_ids) for response in responses),
+            rounds=sum(completion.rounds for completion in completions),
+            drafted=sum(completion.drafted for completion in completions),
+            tokens=sum(len(completion.token_ids) for completion in completions),
             seconds_draft=sum(s["draft"] for s in seconds),
             seconds_score=sum(s["score"] for s in seconds),
             seconds_draw=sum(s["draw"] for s in seconds),

@@ -119,10 +119,10 @@ class VllmPrior:
             lambda found: [Drawn(int(c.token_ids[0]), float(c.logprobs[0])) for c in found],
         )
 
-    def whole_responses(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Tensor]
+    def whole_completions(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]
     ) -> list[Tensor]:
-        parts = [(list(p), r.tolist()) for p, r in zip(prompts, responses, strict=True)]
+        parts = [(list(p), r.tolist()) for p, r in zip(prompts, completions, strict=True)]
         return self._score(parts, list).result()
 
     def forget(self) -> None:

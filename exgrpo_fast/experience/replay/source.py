@@ -187,7 +187,7 @@ class ReplaySource:
         scores, entropy = None, None
         if self.recipe.select in SCORED:
             scores = self._score(candidates)
-            means = scores.per_response(scores.entropies)
+            means = scores.per_completion(scores.entropies)
             self._scored = rows, means
             entropy = float(means.mean())
             chosen = choose(owner, score_keys(self.recipe.select, scores), self.recipe.count)
@@ -515,10 +515,10 @@ def score_keys(by: TrajectoryKey, scores: Scores) -> Tensor:
     """float32 [C]: keys that need the present weights, smallest first (ExGRPO, section 3.2; the
     paper's other readings are options)."""
     if by == "nll":
-        return -scores.per_response(scores.logprobs)
+        return -scores.per_completion(scores.logprobs)
     if by == "entropy_sum":
-        return scores.per_response(scores.entropies, "sum")
-    means = scores.per_response(scores.entropies)
+        return scores.per_completion(scores.entropies, "sum")
+    means = scores.per_completion(scores.entropies)
     return -means if by == "highest_entropy" else means
 
 

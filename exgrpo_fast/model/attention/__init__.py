@@ -1,10 +1,10 @@
-"""Attention over a pack whose responses share their prompts.
+"""Attention over a pack whose completions share their prompts.
 
-A prompt token sees the prompt up to itself; a response token sees its whole prompt and its own
-response up to itself. Where a layer has a sliding window, no token sees one that lies `window` or
+A prompt token sees the prompt up to itself; a completion token sees its whole prompt and its own
+completion up to itself. Where a layer has a sliding window, no token sees one that lies `window` or
 more positions before it.
 
-    layout.py       where prompts and responses lie in a pack
+    layout.py       where prompts and completions lie in a pack
     backends.py     which back ends there are, and which can run here
     interface.py    the way in: what transformers' layers call
     sdpa.py  flash.py  varlen.py  flex.py      one back end each

@@ -88,11 +88,11 @@ def _flex_attention(device: str) -> Any:
 def segments(layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor]:
     """int64 [L], [L], [L]: the segment of each token, that of its prompt, its position.
 
-    Segment g is prompt g, segment G + s response s.
+    Segment g is prompt g, segment G + s completion s.
     """
     own, prompt, position = torch.empty(3, layout.num_tokens, dtype=torch.int64)
-    starts = torch.cat([layout.prompt_starts, layout.response_starts]).tolist()
-    lengths = torch.cat([layout.prompt_lengths, layout.response_lengths]).tolist()
+    starts = torch.cat([layout.prompt_starts, layout.completion_starts]).tolist()
+    lengths = torch.cat([layout.prompt_lengths, layout.completion_lengths]).tolist()
     prompts = torch.arange(len(layout.prompt_lengths))
     of_prompt = torch.cat([prompts, layout.prompt_of]).tolist()
     firsts = torch.cat([0 * prompts, layout.prompt_lengths[layout.prompt_of]]).tolist()

@@ -1,7 +1,7 @@
 """What kernels for sequences of varying length are given: queries that are shorter than their keys.
 
-A sequence is a response. Its keys and values are those of its prompt and its own; its queries are
-its own, and the first response of a prompt brings the prompt's along. So the queries of all
+A sequence is a completion. Its keys and values are those of its prompt and its own; its queries are
+its own, and the first completion of a prompt brings the prompt's along. So the queries of all
 sequences, one behind the other, are the pack as it stands, and keys and values alone are gathered.
 The last query stands beside the last key: causality is aligned to the bottom right.
 """
@@ -79,7 +79,7 @@ def query_runs(layout: AttentionLayout, device: torch.device) -> list[QueryRun]:
 
     Several gather half as many each: the pack's own keys and values are kept beside them.
     """
-    asking, own, whole = layout.asking, layout.response_lengths, layout.sequence_lengths
+    asking, own, whole = layout.asking, layout.completion_lengths, layout.sequence_lengths
     lengths_q = torch.where(layout.is_first, whole, own)[asking]
     lengths_k = whole[asking]
     most = GATHERED_KEYS * layout.num_tokens

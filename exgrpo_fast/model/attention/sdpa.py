@@ -1,8 +1,8 @@
 """Side by side: torch's scaled_dot_product_attention, on any device and in any dtype.
 
-Each response is laid behind a copy of its prompt's queries, keys and values, right-padded, so that
-plain causality hides the padding. Outputs are taken back from the responses and, once for each
-prompt, from its first response.
+Each completion is laid behind a copy of its prompt's queries, keys and values, right-padded, so that
+plain causality hides the padding. Outputs are taken back from the completions and, once for each
+prompt, from its first completion.
 
 Legend of shapes: that of layout.py, and
     B   sequences of a block
@@ -163,8 +163,8 @@ def lay_out(layout: AttentionLayout, members_B: Tensor, device: torch.device) ->
     ends = layout.sequence_lengths[members_B][:, None]
     columns = torch.arange(int(ends.max()))
     in_prompt = layout.prompt_starts[prompt_of][:, None] + columns
-    in_response = layout.response_starts[members_B][:, None] + columns - prompts
-    source_BC = torch.where(columns < prompts, in_prompt, in_response)
+    in_completion = layout.completion_starts[members_B][:, None] + columns - prompts
+    source_BC = torch.where(columns < prompts, in_prompt, in_completion)
     source_BC = torch.where(columns < ends, source_BC, 0)
     answers_BC = (columns < ends) & ((columns >= prompts) | layout.is_first[members_B][:, None])
     taken = answers_BC.flatten().nonzero()[:, 0]

@@ -25,9 +25,9 @@ def kernel() -> Callable[..., Tensor] | None:
     takes = inspect.signature(varlen_attn).parameters
     if not {"scale", "window_size"} <= takes.keys():
         return None
-    # torch 2.11 shares key heads without being told, later versions want to be told
-    told = {"enable_gqa": True} if "enable_gqa" in takes else {}
-    return partial(varlen_attn, **told)  # pyright: ignore[reportReturnType, reportCallIssue]
+    # torch 2.11 shares key heads by itself, later versions by an argument
+    grouped = {"enable_gqa": True} if "enable_gqa" in takes else {}
+    return partial(varlen_attn, **grouped)  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
 class Varlen(RunByRun):

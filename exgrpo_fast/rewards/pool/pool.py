@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02  # of work in one `poll`, which may start one more thing before it looks again
 JOBS_PER_MESSAGE = 8  # fewer round trips; a killed worker hands at most 7 jobs back
-CHARS_PER_MESSAGE = 1 << 18  # or fewer jobs, because a message is put together in one go
+CHARS_PER_MESSAGE = 1 << 18  # or fewer jobs, because a message is built in one go
 START_SECONDS = 60.0  # imports on a busy machine; 0.6 s when idle
 CRASHES_PER_JOB = 3  # others may kill a worker; a job that three have ended with is given up
 SOFT_SHARE = 0.8  # the timer inside fires first: it costs no new worker
@@ -84,7 +84,7 @@ class RewardPool:
 
     functions: names of built-in rewards, 'file.py:function', 'package.module:name', or functions
         that stand at the top level of a file. Several are added up with `weights` (default 1 each).
-    workers: how many work at the same time; one more stands by.
+    workers: how many work at the same time; one more is in reserve.
     timeout_seconds: for each function on each sample, before the worker is killed. A built-in
         reward may have a tighter limit: 2 s for `math_verify`.
     memory_bytes: address space of a worker; default 512 MiB for built-in rewards, 8 GiB for others.

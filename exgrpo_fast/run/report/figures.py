@@ -348,7 +348,7 @@ HEALTH = [
 EXPERIENCE_SECTIONS = (
     Section("Learning", LEARNING),
     Section("Experience replay", REPLAY, only_with="replay_active"),
-    Section("Resampling by a prior policy", PRIOR, only_with="prior_responses"),
+    Section("Resampling by a prior policy", PRIOR, only_with="prior_completions"),
     Section("Hindsight", HINDSIGHT, only_with="hindsight_revisions"),
 )
 MACHINE_SECTIONS = (Section("Time", TIME), Section("Health", HEALTH))

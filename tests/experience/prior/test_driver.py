@@ -84,7 +84,7 @@ class EnumeratedEngine:
         token = self.choices.choose(row.exp().tolist())
         return ReadyResult([Drawn(token, float(row[token]))])
 
-    def whole_responses(self, prompts, responses):
+    def whole_completions(self, prompts, completions):
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -94,7 +94,7 @@ class EnumeratedEngine:
 @pytest.mark.parametrize("block_tokens", [1, 2, 3, 4])
 @pytest.mark.parametrize(("rule", "threshold"), [("ratio", 0.5), ("tv", 0.26)])
 def test_blocks_change_nothing(rule, threshold: float, block_tokens: int) -> None:
-    """Proposition 2 of the very code that runs: the law of response and flags is the product of
+    """Proposition 2 of the very code that runs: the law of completion and flags is the product of
     the laws of its positions, whatever K is."""
     problem = Tabular(Trigger(rule, threshold), num_tokens=3, horizon=3)
     choices, found = Choices(), defaultdict(float)
@@ -109,8 +109,8 @@ def test_blocks_change_nothing(rule, threshold: float, block_tokens: int) -> Non
     )
     while True:
         choices.start()
-        (response,) = resampler.start([Request((), 1)]).finish()
-        found[tuple(response.token_ids), tuple(response.redrawn)] += choices.probability
+        (completion,) = resampler.start([Request((), 1)]).finish()
+        found[tuple(completion.token_ids), tuple(completion.redrawn)] += choices.probability
         if not choices.next():
             break
     expected = {(p.tokens, tuple(p.redrawn_T.tolist())): p.probability for p in problem.paths()}
@@ -123,7 +123,7 @@ def test_blocks_change_nothing(rule, threshold: float, block_tokens: int) -> Non
 
 
 class Script:
-    """Drafts, scores and draws as they are listed, one response; notes what it was asked."""
+    """Drafts, scores and draws as they are listed, one completion; notes what it was asked."""
 
     concurrent, num_retries = False, 0
 
@@ -154,7 +154,7 @@ class Script:
         self.seeds += seeds
         return self._result([Drawn(*self.draws.pop(0))])
 
-    def whole_responses(self, prompts, responses):
+    def whole_completions(self, prompts, completions):
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -187,9 +187,9 @@ def run(
         max_completion_tokens=limit,
         eos_token_ids=[EOS],
     )
-    (response,) = resampler.start([Request((100, 101), seed)]).finish()
+    (completion,) = resampler.start([Request((100, 101), seed)]).finish()
     assert script.forgot == 2 and not script.drafts and not script.draws
-    return response
+    return completion
 
 
 E2_DRAFT = ([1, 2, 3, 4, 5], [-0.10, -1.20, -0.40, -2.00, -0.05])
@@ -198,15 +198,15 @@ E2_SCORES = [-0.30, -0.60, -1.10, -3.50, -0.04]
 
 def test_e2_keep_two_redraw_the_third_drop_the_rest() -> None:
     script = Script([E2_DRAFT, ([EOS], [-0.1])], [E2_SCORES, [-0.1]], [(7, -0.9)])
-    response = run(script)
-    assert response.token_ids == [1, 2, 7, EOS]
-    assert response.redrawn == [False, False, True, False]
-    assert response.rejected == [-1, -1, 3, -1]
-    assert response.tested == pytest.approx([0.2, -0.6, 0.7, 0.0], abs=1e-6)
-    assert response.prior_logprobs == pytest.approx([-0.3, -0.6, -0.9, -0.1])
-    assert response.draft_logprobs[:2] == pytest.approx([-0.1, -1.2])
-    assert math.isnan(response.draft_logprobs[2])
-    assert (response.rounds, response.drafted, response.ended) == (2, 6, True)
+    completion = run(script)
+    assert completion.token_ids == [1, 2, 7, EOS]
+    assert completion.redrawn == [False, False, True, False]
+    assert completion.rejected == [-1, -1, 3, -1]
+    assert completion.tested == pytest.approx([0.2, -0.6, 0.7, 0.0], abs=1e-6)
+    assert completion.prior_logprobs == pytest.approx([-0.3, -0.6, -0.9, -0.1])
+    assert completion.draft_logprobs[:2] == pytest.approx([-0.1, -1.2])
+    assert math.isnan(completion.draft_logprobs[2])
+    assert (completion.rounds, completion.drafted, completion.ended) == (2, 6, True)
     assert script.asked == [
         ("draft", [100, 101, 5]),
         ("score", [100, 101, 1, 2, 3, 4, 5]),
@@ -220,8 +220,8 @@ def test_an_end_in_a_draft_that_is_rejected_is_no_end() -> None:
     script = Script(
         [([1, EOS], [-0.1, -0.1]), ([EOS], [-0.1])], [[-0.1, -3.0], [-0.1]], [(4, -0.5)]
     )
-    response = run(script)
-    assert response.token_ids == [1, 4, EOS] and response.rejected == [-1, EOS, -1]
+    completion = run(script)
+    assert completion.token_ids == [1, 4, EOS] and completion.rejected == [-1, EOS, -1]
 
 
 def test_an_end_behind_the_first_rejection_is_dropped() -> None:
@@ -232,22 +232,22 @@ def test_an_end_behind_the_first_rejection_is_dropped() -> None:
 
 
 def test_an_end_from_the_prior_ends() -> None:
-    response = run(Script([([1, 2], [-0.1, -0.1])], [[-0.1, -2.0]], [(EOS, -0.5)]))
-    assert response.token_ids == [1, EOS] and response.ended
-    assert not response.completion().truncated
+    completion = run(Script([([1, 2], [-0.1, -0.1])], [[-0.1, -2.0]], [(EOS, -0.5)]))
+    assert completion.token_ids == [1, EOS] and completion.ended
+    assert not completion.completion().truncated
 
 
 def test_the_replacement_may_be_the_rejected_token_and_is_not_tested_again() -> None:
     script = Script([([1], [-0.1]), ([EOS], [-0.1])], [[-3.0], [-0.1]], [(1, -3.0)])
-    response = run(script, block_tokens=1)
-    assert response.token_ids == [1, EOS]
-    assert (response.redrawn, response.rejected) == ([True, False], [1, -1])
+    completion = run(script, block_tokens=1)
+    assert completion.token_ids == [1, EOS]
+    assert (completion.redrawn, completion.rejected) == ([True, False], [1, -1])
 
 
 def test_the_limit_ends_and_drafts_never_pass_it() -> None:
     script = Script([([1, 2, 3], [-0.1] * 3), ([4], [-0.1])], [[-0.1] * 3, [-0.1]], [])
-    response = run(script, block_tokens=3, limit=4)
-    assert response.token_ids == [1, 2, 3, 4] and response.completion().truncated
+    completion = run(script, block_tokens=3, limit=4)
+    assert completion.token_ids == [1, 2, 3, 4] and completion.completion().truncated
     assert [ids[-1] for name, ids in script.asked if name == "draft"] == [3, 1]
 
 
@@ -306,7 +306,7 @@ def test_lots_are_drawn_at_the_keep_probability(rule, delta: float, keep: float)
         resampler = Resampler(
             script, script, trigger, block_tokens=1, max_completion_tokens=1, eos_token_ids=[EOS]
         )
-        (response,) = resampler.start([Request((5,), seed)]).finish()
-        kept += response.token_ids == [1]
+        (completion,) = resampler.start([Request((5,), seed)]).finish()
+        kept += completion.token_ids == [1]
     sigma = math.sqrt(keep * (1 - keep) / count)
     assert abs(kept / count - keep) < 4 * sigma

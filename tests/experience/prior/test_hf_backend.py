@@ -61,28 +61,28 @@ def requests(count: int) -> list[Request]:
     return [Request(tuple(range(50 + i, 52 + i + i % 9)), 7000 + i) for i in range(count)]
 
 
-def clean(policy: Policy, response: GuidedCompletion, num_tokens: int) -> torch.Tensor:
-    """float64 [T, ROWS]: one response alone, no cache, no padding."""
-    ids = torch.tensor([[*response.request.prompt_ids, *response.token_ids]])
+def clean(policy: Policy, completion: GuidedCompletion, num_tokens: int) -> torch.Tensor:
+    """float64 [T, ROWS]: one completion alone, no cache, no padding."""
+    ids = torch.tensor([[*completion.request.prompt_ids, *completion.token_ids]])
     with torch.no_grad():
         ids = ids.clamp(max=policy.head.weight.shape[0] - 1)
         logits = policy.model(ids, use_cache=False).logits[0].double()
-    start = len(response.request.prompt_ids) - 1
+    start = len(completion.request.prompt_ids) - 1
     known = logits[start:-1, :num_tokens].log_softmax(-1)
     return torch.nn.functional.pad(known, (0, ROWS - num_tokens), value=-torch.inf)
 
 
 def test_every_stored_number_is_that_of_a_clean_pass(pair) -> None:
-    """Hundreds of ragged responses; ends in kept drafts, in rejected ones, from the prior, and at
+    """Hundreds of ragged completions; ends in kept drafts, in rejected ones, from the prior, and at
     the limit all occur."""
     trigger = Trigger("ratio", 0.5)
-    responses = resampler(pair, trigger).start(requests(300)).finish()
+    completions = resampler(pair, trigger).start(requests(300)).finish()
     policy, prior = pair
     worst, ends = 0.0, dict.fromkeys(("drafted", "rejected", "prior", "limit"), 0)
-    for response in responses:
-        logp, logr = clean(policy, response, ROWS), clean(prior, response, TOKENS)
-        guidance = response.guidance()
-        tokens = torch.tensor(response.token_ids)[:, None]
+    for completion in completions:
+        logp, logr = clean(policy, completion, ROWS), clean(prior, completion, TOKENS)
+        guidance = completion.guidance()
+        tokens = torch.tensor(completion.token_ids)[:, None]
         kept = ~guidance.redrawn
         rejected = torch.where(kept, tokens[:, 0], guidance.rejected)[:, None]
         gaps = [
@@ -95,20 +95,20 @@ def test_every_stored_number_is_that_of_a_clean_pass(pair) -> None:
         assert torch.equal(guidance.tested.isfinite(), finite)
         worst = max(worst, *(float(gap.abs().max()) for gap in gaps if len(gap)))
         assert torch.equal(guidance.redrawn, guidance.tested > 0.5)
-        last = response.token_ids[-1] in EOS
-        assert response.ended == last and len(response.token_ids) <= 40
-        assert not set(response.token_ids[:-1]) & set(EOS)
+        last = completion.token_ids[-1] in EOS
+        assert completion.ended == last and len(completion.token_ids) <= 40
+        assert not set(completion.token_ids[:-1]) & set(EOS)
         ends["limit"] += not last
-        ends["prior" if response.redrawn[-1] else "drafted"] += last
-        ends["rejected"] += any(token in EOS for token in response.rejected)
+        ends["prior" if completion.redrawn[-1] else "drafted"] += last
+        ends["rejected"] += any(token in EOS for token in completion.rejected)
     assert worst < 1e-4
     assert min(ends.values()) >= 5, ends
-    assert len({len(response.token_ids) for response in responses}) > 20
-    redrawn = [flag for response in responses for flag in response.redrawn]
+    assert len({len(completion.token_ids) for completion in completions}) > 20
+    redrawn = [flag for completion in completions for flag in completion.redrawn]
     assert 0.02 < sum(redrawn) / len(redrawn) < 0.5
 
 
-def test_a_response_depends_on_its_seed_alone(pair) -> None:
+def test_a_completion_depends_on_its_seed_alone(pair) -> None:
     trigger, asked = Trigger("ratio", 0.5), requests(40)
     together = resampler(pair, trigger).start(asked).finish()
     for place in (0, 7, 31):
@@ -120,58 +120,58 @@ def test_a_response_depends_on_its_seed_alone(pair) -> None:
 @pytest.mark.parametrize(("rule", "threshold"), [("entropy", 1.0), ("tv", 0.3), ("js", 0.1)])
 def test_rules_of_states_test_the_clean_distributions(pair, rule, threshold: float) -> None:
     trigger = Trigger(rule, threshold)
-    responses = resampler(pair, trigger, limit=20).start(requests(30)).finish()
+    completions = resampler(pair, trigger, limit=20).start(requests(30)).finish()
     flags = []
-    for response in responses:
-        logp, logr = clean(pair[0], response, ROWS), clean(pair[1], response, TOKENS)
+    for completion in completions:
+        logp, logr = clean(pair[0], completion, ROWS), clean(pair[1], completion, TOKENS)
         statistic = trigger.statistic(logp, logr)[:, 0]
-        guidance = response.guidance()
+        guidance = completion.guidance()
         assert torch.allclose(guidance.tested.double(), statistic, atol=1e-4)
         assert torch.equal(guidance.redrawn, guidance.tested > threshold)
-        flags += response.redrawn
+        flags += completion.redrawn
     assert 0 < sum(flags) < len(flags)
 
 
 def test_what_the_prior_does_not_have_is_always_redrawn(pair) -> None:
-    responses = resampler(pair, Trigger("ratio", 50.0)).start(requests(200)).finish()
-    rejected = [t for response in responses for t in response.rejected if t >= 0]
+    completions = resampler(pair, Trigger("ratio", 50.0)).start(requests(200)).finish()
+    rejected = [t for completion in completions for t in completion.rejected if t >= 0]
     assert rejected and min(rejected) >= TOKENS
-    assert max(max(response.token_ids) for response in responses) < TOKENS
+    assert max(max(completion.token_ids) for completion in completions) < TOKENS
 
 
 def test_the_exact_law_of_the_emitted_tokens(pair) -> None:
     trigger = Trigger("ratio", 0.5)
-    responses = resampler(pair, trigger).start(requests(20)).finish()
+    completions = resampler(pair, trigger).start(requests(20)).finish()
     policy, prior = pair
     law = mixture_logprobs(
         policy,
         prior,
         trigger,
-        Ragged.of([response.request.prompt_ids for response in responses]),
-        Ragged.of([response.token_ids for response in responses]),
+        Ragged.of([completion.request.prompt_ids for completion in completions]),
+        Ragged.of([completion.token_ids for completion in completions]),
         num_tokens=TOKENS,
     )
-    parts = zip(responses, law.mu.split(), law.rates.split(), strict=True)
-    for response, mu_T, rates_T in parts:
-        p, r = clean(pair[0], response, ROWS).exp(), clean(pair[1], response, TOKENS).exp()
+    parts = zip(completions, law.mu.split(), law.rates.split(), strict=True)
+    for completion, mu_T, rates_T in parts:
+        p, r = clean(pair[0], completion, ROWS).exp(), clean(pair[1], completion, TOKENS).exp()
         rejected = torch.log(p) - torch.log(r) > 0.5
         rate = (p * rejected).sum(-1)
-        tokens = torch.tensor(response.token_ids)[:, None]
+        tokens = torch.tensor(completion.token_ids)[:, None]
         mu = (torch.where(rejected, 0.0, p) + rate[:, None] * r).gather(1, tokens)[:, 0]
         assert torch.allclose(rates_T.double(), rate, atol=1e-5)
         assert torch.allclose(mu_T.double(), mu.log(), atol=1e-4)
 
 
-def test_whole_responses_are_scored_as_they_are(pair) -> None:
-    responses = resampler(pair, Trigger("none")).start(requests(6)).finish()
+def test_whole_completions_are_scored_as_they_are(pair) -> None:
+    completions = resampler(pair, Trigger("none")).start(requests(6)).finish()
     prior = TransformersPrior(pair[1], num_tokens=TOKENS, vocabulary_size=ROWS)
-    found = prior.whole_responses(
-        [response.request.prompt_ids for response in responses],
-        [torch.tensor(response.token_ids) for response in responses],
+    found = prior.whole_completions(
+        [completion.request.prompt_ids for completion in completions],
+        [torch.tensor(completion.token_ids) for completion in completions],
     )
-    for response, logprobs in zip(responses, found, strict=True):
-        tokens = torch.tensor(response.token_ids)[:, None]
-        expected = clean(pair[1], response, TOKENS).gather(1, tokens)[:, 0]
+    for completion, logprobs in zip(completions, found, strict=True):
+        tokens = torch.tensor(completion.token_ids)[:, None]
+        expected = clean(pair[1], completion, TOKENS).gather(1, tokens)[:, 0]
         assert torch.allclose(logprobs.double(), expected, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What guided responses weigh: E3, E6, and E9 by enumeration of every response and flag."""
+"""What guided completions weigh: E3, E6, and E9 by enumeration of every completion and flag."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_e9_the_problem() -> None:
     success = {
         name: sum(
             float(E9.along(table, o).sum().exp())
-            for o in E9.responses
+            for o in E9.completions
             if (3 * o[0] + 5 * o[1] + 7 * o[2]) % 4 == 1
         )
         for name, table in (
@@ -166,10 +166,10 @@ def test_the_second_moment_of_the_soft_rule_is_far_smaller() -> None:
 
 
 def test_e9_balance_heuristic_over_a_group_is_unbiased() -> None:
-    """15 fresh responses and one guided one, all weighed by the same function."""
+    """15 fresh completions and one guided one, all weighed by the same function."""
     true, _ = E9.on_policy()
     mean, largest = torch.zeros_like(true), 0.0
-    for tokens in E9.responses:
+    for tokens in E9.completions:
         logp = E9.along(E9.logp_SV, tokens).sum()
         log_mu = E9.along(E9.law.emitted_NV.log(), tokens).sum()
         weight = balance_weight(log_mu - logp, group_size=16)

@@ -1,4 +1,4 @@
-"""Every back end against each response alone behind its prompt: outputs and gradients."""
+"""Every back end against each completion alone behind its prompt: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from exgrpo_fast.model.attention.blocks import greedy_blocks
 CPU, NAMES = torch.device("cpu"), list(BACKENDS)
 # flex_attention is slow where it is not compiled
 CASES = [(name, shape) for name in NAMES for shape in SHAPES if name != "flex"]
-CASES += [("flex", "groups"), ("flex", "responses of one token")]
+CASES += [("flex", "groups"), ("flex", "completions of one token")]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def outputs_and_gradients(attend: Any, inputs: list[torch.Tensor]) -> list[torch
 @pytest.mark.parametrize("heads, key_heads", [(2, 2), (4, 2)])
 @pytest.mark.parametrize("window, scaling", [(None, None), (3, 0.3), (1, None), (12, 0.3)])
 @pytest.mark.parametrize("name, shape", CASES)
-def test_outputs_and_gradients_are_those_of_each_response_alone(
+def test_outputs_and_gradients_are_those_of_each_completion_alone(
     name: BackendName,
     shape: str,
     window: int | None,
@@ -96,7 +96,7 @@ def test_attention_sinks_take_their_share_of_each_softmax(
 
 @pytest.mark.parametrize("name", ["flash", "varlen"])
 def test_prompts_are_gathered_within_bounds(name: BackendName, kernels: Any) -> None:
-    """A prompt of 40 behind 8 short responses would be 335 keys for 55 tokens."""
+    """A prompt of 40 behind 8 short completions would be 335 keys for 55 tokens."""
     shape = SHAPES["a long prompt"]
     layout = layout_of(shape)
     inputs = random_heads(layout.num_tokens, heads=2, key_heads=1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Shared prompts through whole models: against the plain model, each response alone."""
+"""Shared prompts through whole models: against the plain model, each completion alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODELS: dict[str, Any] = {
 ASKED = [(5, 6, 7, 8, 9, 3, 2), (11,), (20, 21, 22)]
 PROMPTS = [ASKED[0], ASKED[1], ASKED[0], ASKED[2], ASKED[0], ASKED[1], tuple(list(ASKED[0]))]
 LENGTHS = [4, 9, 1, 6, 7, 1, 2]
-RESPONSES = [torch.randint(80, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+COMPLETIONS = [torch.randint(80, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -76,10 +76,10 @@ def cotangent(index: int, width: int) -> torch.Tensor:
 
 
 def alone(model: PreTrainedModel) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The hidden states that predict each response, and the gradients of all of them."""
+    """The hidden states that predict each completion, and the gradients of all of them."""
     found = []
-    for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        ids = torch.tensor([[*prompt, *response.tolist()[:-1]]])
+    for index, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        ids = torch.tensor([[*prompt, *completion.tolist()[:-1]]])
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found.append(hidden[0, len(prompt) - 1 :])
         (found[-1] * cotangent(index, hidden.shape[-1])).sum().backward()
@@ -105,12 +105,12 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("max_tokens", [20, 10_000])
 @pytest.mark.parametrize("backend", ["sdpa", "flash", "varlen"])
 @pytest.mark.parametrize("name", MODELS)
-def test_hidden_states_and_gradients_are_those_of_each_response_alone(
+def test_hidden_states_and_gradients_are_those_of_each_completion_alone(
     name: str, backend: BackendName, max_tokens: int, checkpointing: bool
 ) -> None:
     expected, expected_gradients = alone(make_model(name))
     policy = Policy(make_model(name), attention=backend, gradient_checkpointing=checkpointing)
-    packs = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=max_tokens)
+    packs = pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=max_tokens)
     found, found_gradients = packed(policy, packs)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -130,7 +130,7 @@ def test_adapters_get_the_same_gradients(backend: BackendName) -> None:
                 torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(2))
     _, expected = alone(models[0])
     policy = Policy(models[1], attention=backend, gradient_checkpointing=True)
-    packs = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=10_000)
+    packs = pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=10_000)
     _, found = packed(policy, packs)
     assert found.keys() == expected.keys() and all("lora" in key for key in found)
     for key, theirs in expected.items():
@@ -144,7 +144,7 @@ def test_under_autocast_a_kernel_is_given_one_dtype(
 ) -> None:
     """Rotated queries and keys are float32 there, values bfloat16, and the kernels cast nothing."""
     policy = Policy(make_model("qwen3, grouped"), attention=backend, compute_dtype=torch.bfloat16)
-    (one,) = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=10_000)
+    (one,) = pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=10_000)
     seen: set[torch.dtype] = set()
     kernel = attention_cases.sequences
 
@@ -161,7 +161,7 @@ def test_under_autocast_a_kernel_is_given_one_dtype(
 
 
 def test_each_prompt_is_read_once_in_a_pack() -> None:
-    (one,) = pack(Ragged.of(PROMPTS), Ragged.of(RESPONSES), max_tokens=10_000)
+    (one,) = pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=10_000)
     prompts, read = sum(map(len, ASKED)), sum(LENGTHS) - len(LENGTHS)
     assert len(one.input_ids) == prompts + read == one.layout.num_tokens
     assert one.index == (4, 0, 6, 2, 1, 5, 3)  # by the longest of its prompt, then the longest
@@ -174,7 +174,7 @@ def test_each_prompt_is_read_once_in_a_pack() -> None:
     ):
         expected, places = list(prompt), list(range(len(prompt)))
         for member in members:
-            expected += RESPONSES[member].tolist()[:-1]
+            expected += COMPLETIONS[member].tolist()[:-1]
             places += range(len(prompt), len(prompt) + LENGTHS[member] - 1)
         assert ids[start : start + len(expected)] == expected
         assert positions[start : start + len(places)] == places
@@ -183,26 +183,26 @@ def test_each_prompt_is_read_once_in_a_pack() -> None:
     assert [int(r[0]) for r in rows] == [6, 6, 6, 6, 17, 17, 28]  # the last tokens of the prompts
     targets = one.targets.split(one.lengths)
     for member, of_member in zip(one.index, targets, strict=True):
-        assert torch.equal(of_member, RESPONSES[member])
+        assert torch.equal(of_member, COMPLETIONS[member])
 
 
 def test_a_group_that_does_not_fit_reads_its_prompt_again() -> None:
-    prompts, responses = [(1, 2, 3, 4)] * 5, [torch.arange(5, 9)] * 5
-    packs = pack(Ragged.of(prompts), Ragged.of(responses), max_tokens=12)
-    assert [len(p.input_ids) for p in packs] == [10, 10, 7]  # a prompt of 4, responses of 3
+    prompts, completions = [(1, 2, 3, 4)] * 5, [torch.arange(5, 9)] * 5
+    packs = pack(Ragged.of(prompts), Ragged.of(completions), max_tokens=12)
+    assert [len(p.input_ids) for p in packs] == [10, 10, 7]  # a prompt of 4, completions of 3
     assert [p.index for p in packs] == [(0, 1), (2, 3), (4,)]
     assert all(p.input_ids[:4].tolist() == [1, 2, 3, 4] for p in packs)
-    (whole,) = pack(Ragged.of(prompts), Ragged.of(responses), max_tokens=19)
+    (whole,) = pack(Ragged.of(prompts), Ragged.of(completions), max_tokens=19)
     assert len(whole.input_ids) == 19
     assert pack(Ragged.of([]), Ragged.of([]), max_tokens=19) == []
 
 
 def test_a_sequence_that_is_too_long_stands_alone() -> None:
-    prompts, responses = (
+    prompts, completions = (
         [(1, 2, 3), (1, 2, 3), (4,)],
         [torch.arange(30), torch.arange(2), torch.arange(3)],
     )
-    packs = pack(Ragged.of(prompts), Ragged.of(responses), max_tokens=10)
+    packs = pack(Ragged.of(prompts), Ragged.of(completions), max_tokens=10)
     assert [(p.index, len(p.input_ids)) for p in packs] == [((0,), 32), ((1, 2), 7)]
 
 
