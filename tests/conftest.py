@@ -128,6 +128,7 @@ def terms_of(trainer: Trainer, groups: Sequence[Group]) -> list[LossTerm]:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most that `work` allocated at a time, as torch's profiler records it."""
+    gc.collect()  # what other tests left would be freed in between, and count against `work`
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     events: Any = recorded.profiler.kineto_results.events()  # pyright: ignore
