@@ -23,8 +23,9 @@ Rows = list[list[str]]
 
 
 class Table(NamedTuple):
-    """`rows`: results -> the rows of the table in `page`, its header first."""
+    """`rows`: results of `file` -> the rows of the table in `page`, its header first."""
 
+    file: str  # under bench/results/
     page: str  # under the repository's root
     rows: Callable[[Results], Rows]
 
@@ -83,7 +84,28 @@ def when_experience_pays(results: Results) -> Rows:
             f"{row['entropy']:.3f}",
         ]
         for row in results["table"]
+        if not row["is_choice"]
     ]
+
+
+def choices_of_exgrpo(results: Results) -> Rows:
+    """Each choice of ExGRPO changed, minus ExGRPO as published; in the last column both from step 1.
+    A cell with fewer seeds than the study has says so."""
+    rates = sorted({rate for row in results["choices"] for rate in row["minus_exgrpo"]}, key=float)
+    header = ["examined", "changed", *(f"from {100 * float(rate):.0f} %" for rate in rates)]
+
+    def cell(found: Results | None) -> str:
+        if not found:
+            return ""
+        few = f" ({len(found['values'])} seeds)" if len(found["values"]) < 5 else ""
+        return spanned(found, sign=True) + few
+
+    rows = [[*header, f"from {100 * results['corner']:.0f} %, replay from step 1"]]
+    for row in results["choices"]:
+        gaps = [cell(row["minus_exgrpo"].get(rate)) for rate in rates]
+        changed = row["arm"].removeprefix("ExGRPO").removeprefix(",").strip()
+        rows.append([row["examined"], changed, *gaps, cell(row["from_step_1"])])
+    return rows
 
 
 def difference(row: Results, name: str) -> str:
@@ -295,21 +317,22 @@ def scale_model(results: Results) -> Rows:
     return rows
 
 
-TABLES = {
-    "scale_model.json": Table("docs/scale.md", scale_model),
-    "what_fits.json": Table("README.md", what_fits),
-    "cpu/adapters.json": Table("docs/adapters.md", adapters),
-    "cpu/replay_study.json": Table("docs/exgrpo.md", replay_study),
-    "cpu/eapo_study.json": Table("docs/eapo.md", eapo_study),
-    "cpu/when_experience_pays.json": Table("docs/when-to-use-what.md", when_experience_pays),
-    "cpu/step.json": Table("docs/memory.md", step),
-    "cpu/packing.json": Table("docs/memory.md", packing),
-    "cpu/growth.json": Table("docs/scale.md", growth),
-    "cpu/cpu_memory.json": Table("docs/smollm2.md", cpu_memory),
-    "cpu/smollm2_study.json": Table("docs/smollm2.md", smollm2_study),
-    "cpu/mismatch.json": Table("docs/rollouts.md", mismatch),
-    "cpu/policy_sparsity-smollm2.json": Table("docs/kernels.md", policy_sparsity),
-}
+TABLES = [
+    Table("scale_model.json", "docs/scale.md", scale_model),
+    Table("what_fits.json", "README.md", what_fits),
+    Table("cpu/adapters.json", "docs/adapters.md", adapters),
+    Table("cpu/replay_study.json", "docs/exgrpo.md", replay_study),
+    Table("cpu/eapo_study.json", "docs/eapo.md", eapo_study),
+    Table("cpu/when_experience_pays.json", "docs/when-to-use-what.md", when_experience_pays),
+    Table("cpu/when_experience_pays.json", "docs/when-to-use-what.md", choices_of_exgrpo),
+    Table("cpu/step.json", "docs/memory.md", step),
+    Table("cpu/packing.json", "docs/memory.md", packing),
+    Table("cpu/growth.json", "docs/scale.md", growth),
+    Table("cpu/cpu_memory.json", "docs/smollm2.md", cpu_memory),
+    Table("cpu/smollm2_study.json", "docs/smollm2.md", smollm2_study),
+    Table("cpu/mismatch.json", "docs/rollouts.md", mismatch),
+    Table("cpu/policy_sparsity-smollm2.json", "docs/kernels.md", policy_sparsity),
+]
 # Every file of bench/results/ and what writes it anew.
 COMMANDS = {
     "scale_model.json": "python bench/scale_model.py",
@@ -371,7 +394,7 @@ def overview(width: int) -> str:
     """Two lines for each file: its name, its date and its page, then what writes it anew."""
     lines = []
     for name, command in COMMANDS.items():
-        page = TABLES[name].page if name in TABLES else ""
+        page = next((table.page for table in TABLES if table.file == name), "")
         lines.append(f"{Path(name).stem:23} {load(name).get('date', ''):10} {page}".rstrip())
         lines.append(shell_lines(command, width, indent="    "))
     return "\n".join(lines)
@@ -415,11 +438,12 @@ def main(words: list[str]) -> int:
         results = load(name)
         print(f"bench/results/{name}, {results.get('date', 'no date')}")
         print(f"again: {shell_lines(COMMANDS[name], width - 7, indent='')}")
-        if name in TABLES:
-            print(f"{TABLES[name].page}\n")
-            show(TABLES[name].rows(results), width)
+        tables = [table for table in TABLES if table.file == name]
+        for table in tables:
+            print(f"{table.page}\n")
+            show(table.rows(results), width)
             print()
-        else:
+        if not tables:
             print("no table of the docs: its numbers are in the text\n")
     return 0
 

@@ -102,7 +102,7 @@ def draw_when(results: dict, path: Path) -> None:
     left.set_title("at equal completions; bars: 95 % over seeds, cut at 60 points", fontsize=9)
     left.legend(frameon=False, fontsize=7, loc="upper right")
 
-    arms = [arm for rate, arm in rows if rate == corner]
+    arms = [arm for (rate, arm), row in rows.items() if rate == corner and not row["is_choice"]]
     for place, arm in enumerate(arms):
         ends = [100 * value for value in rows[corner, arm]["end"]["values"]]
         right.plot(ends, [place] * len(ends), "o", color="C0", alpha=0.6, ms=6)

@@ -104,6 +104,47 @@ CHOICES: dict[str, dict[str, Any]] = {
     "ExGRPO, highest entropy": {"replay.select": "highest_entropy"},
 }
 CHOICE_RATES = (0.03, 0.10, 0.25)
+# A replayed token of ratio 1 weighs beta / (1 + beta)^2 of a fresh one: 0.083 with the published beta
+# of 0.1, 0.019 with 0.02, at most 0.25 (with 1), and 1 without shaping. Duplicates: a completion that
+# a question has brought already is stored again, or a question keeps a single one.
+WEIGHTS_AND_DUPLICATES: dict[str, dict[str, Any]] = {
+    "ExGRPO, shaping 0.02": {"replay.shaping": 0.02},
+    "ExGRPO, shaping 1": {"replay.shaping": 1.0},
+    "ExGRPO, duplicates stored": {"replay.store": {"deduplicate": False}},
+    "ExGRPO, one stored a question": {"replay.store": {"max_per_question": 1}},
+}
+EXAMINED: dict[str, tuple[str, ...]] = {
+    "start rule": ("ExGRPO from step 1",),
+    "bucket width": ("ExGRPO, sigma 1 (as printed)",),
+    "retirement": ("ExGRPO without retirement",),
+    "shaping factor": ("ExGRPO, shaping 0.02", "ExGRPO, shaping 1", "ExGRPO without shaping"),
+    "duplicates": ("ExGRPO, duplicates stored", "ExGRPO, one stored a question"),
+    "staleness": ("ExGRPO, at most 10 steps old",),
+    "choice of trajectory": ("ExGRPO, highest entropy",),
+}
+# The same keys once more with the code of the changed runs: a version that rounds its sums otherwise
+# gives another run of the same seed, so pairs need one version. Each changed run of `CHOICES` and
+# `WEIGHTS_AND_DUPLICATES` in the corner is compared with its own.
+AGAIN: dict[str, dict[str, Any]] = {
+    f"{arm} again": keys
+    for arm, keys in {
+        BASELINE: ARMS[BASELINE],
+        "ExGRPO": {},
+        "ExGRPO from step 1": FROM_STEP_1,
+    }.items()
+}
+# The same changes where ExGRPO loses most: replay from step 1 in the corner.
+LOSING = "ExGRPO from step 1"
+
+
+def from_step_1(arm: str) -> str:
+    return arm.replace("ExGRPO", LOSING, 1)
+
+
+LOSING_CHOICES: dict[str, dict[str, Any]] = {
+    from_step_1(arm): {**(ARMS | CHOICES)[arm], **FROM_STEP_1}
+    for arm in ("ExGRPO, sigma 1 (as printed)", "ExGRPO without shaping")
+}
 # As many completions a step in groups of another size, where few groups carry a gradient.
 CORNER = 0.03
 GROUP_SIZES: dict[str, dict[str, Any]] = {
@@ -125,7 +166,17 @@ TOY = {
     "reward.functions": ["exact"],  # reasoning_gym gives a wrong 86 half a point where 8 is right
     "reward.workers": 1,
 }
-EVERY_ARM = ARMS | ABLATIONS | CHOICES | GROUP_SIZES
+# Which arms run from which starts.
+ARMS_AT: list[tuple[dict[str, dict[str, Any]], tuple[float, ...]]] = [
+    (ARMS, RATES),
+    (ABLATIONS, ABLATION_RATES),
+    (CHOICES, CHOICE_RATES),
+    (WEIGHTS_AND_DUPLICATES, (CORNER,)),
+    (LOSING_CHOICES, (CORNER,)),
+    (AGAIN, (CORNER,)),
+    (GROUP_SIZES, (CORNER,)),
+]
+EVERY_ARM = {arm: keys for arms, _ in ARMS_AT for arm, keys in arms.items()}
 # Completions of a run: four times as many where no method moves in the first 4,096.
 BUDGETS = {0.01: 16_384, 0.03: 16_384, 0.10: 4096, 0.25: 4096, 0.50: 4096}
 POINTS = 4  # held-out evaluations along a run, the last one with all questions and 8 completions
@@ -342,9 +393,7 @@ def cells(seeds: int) -> Iterator[tuple[float, str, int]]:
 
 
 def arms_of(rate: float) -> list[str]:
-    ablations = ABLATIONS if rate in ABLATION_RATES else {}
-    choices = CHOICES if rate in CHOICE_RATES else {}
-    return [*ARMS, *ablations, *choices, *(GROUP_SIZES if rate == CORNER else {})]
+    return [arm for arms, rates in ARMS_AT if rate in rates for arm in arms]
 
 
 def load_runs(path: Path) -> list[dict]:
@@ -361,6 +410,8 @@ def save(path: Path, runs: list[dict]) -> None:
         "corner": CORNER,
         "toy": TOY,
         "table": table_of(runs),
+        "choices": choice_rows(runs),
+        "again": again_rows(runs),
         "runs": [],
     }
     a_run_a_line = ",\n  ".join(map(json.dumps, runs))
@@ -438,6 +489,7 @@ def table_of(runs: list[dict]) -> list[dict]:
             {
                 "rate": rate,
                 "arm": arm,
+                "is_choice": arm in CHOICES | WEIGHTS_AND_DUPLICATES | LOSING_CHOICES | AGAIN,
                 "seeds": len(mine),
                 "start": statistics.fmean(run["start"] for run in mine),
                 "without_gradient": statistics.fmean(run["without_gradient"] for run in mine),
@@ -458,6 +510,57 @@ def table_of(runs: list[dict]) -> list[dict]:
     return rows
 
 
+def choice_rows(runs: list[dict]) -> list[dict]:
+    """What each choice of ExGRPO makes: the run with it changed minus ExGRPO, paired by seed where
+    both began with the same weights, and in the corner with runs of the same version."""
+    rows = []
+    for examined, arms in EXAMINED.items():
+        for arm in arms:
+            later = arm in CHOICES | WEIGHTS_AND_DUPLICATES
+            found = {
+                str(rate): gap(
+                    runs, rate, arm, "ExGRPO again" if later and rate == CORNER else "ExGRPO"
+                )
+                for rate in CHOICE_RATES
+            }
+            rows.append(
+                {
+                    "examined": examined,
+                    "arm": arm,
+                    "minus_exgrpo": {rate: row for rate, row in found.items() if row},
+                    "from_step_1": gap(runs, CORNER, from_step_1(arm), f"{LOSING} again"),
+                }
+            )
+    return rows
+
+
+def again_rows(runs: list[dict]) -> list[dict]:
+    """The runs that were made twice: held-out accuracy of both."""
+    first = {key_of(run): run for run in runs}
+    return [
+        {
+            "arm": run["arm"].removesuffix(" again"),
+            "seed": run["seed"],
+            "first": first[CORNER, run["arm"].removesuffix(" again"), run["seed"]]["end"],
+            "again": run["end"],
+        }
+        for run in runs
+        if run["arm"] in AGAIN
+    ]
+
+
+def gap(runs: list[dict], rate: float, arm: str, base: str) -> dict | None:
+    """Held-out accuracy at the end, arm minus base, over the seeds that have both."""
+    by_key = {key_of(run): run for run in runs}
+    pairs = [
+        (run, other)
+        for run in runs
+        if key_of(run)[:2] == (rate, arm) and (other := by_key.get((rate, base, run["seed"])))
+    ]
+    gaps = [run["end"] - other["end"] for run, other in pairs if run["start"] == other["start"]]
+    return interval(gaps) if gaps else None
+
+
 def print_table(rows: list[dict]) -> None:
     print(
         f"{'start %':>8} {'':36}{'seeds':>5}{'end %':>7}{'- on-policy':>13}{'':16}{'at equal tokens':>16}"
@@ -475,6 +578,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Starting success rate x method x seeds.")
     parser.add_argument("--runs", type=Path, default=Path("runs/study_when"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", nargs="*", choices=EVERY_ARM, help="these alone")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="print and draw what is there")
     arguments = parser.parse_args()
@@ -491,7 +595,7 @@ def main() -> None:
     done = {key_of(run) for run in runs}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for rate, arm, seed in cells(arguments.seeds):
-        if (rate, arm, seed) in done:
+        if (rate, arm, seed) in done or (arguments.arms and arm not in arguments.arms):
             continue
         runs.append(run_cell(shop, arm, rate, seed, runs))
         save(arguments.out, runs)
