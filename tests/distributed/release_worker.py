@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from learner_worker import VOCABULARY, furthest, make_groups, make_model
@@ -50,11 +50,11 @@ class Descent(torch.optim.SGD):
 
 def applied(learner: Learner) -> list[dict[str, Tensor]]:
     """Gathered, of each update, by name."""
-    optimiser = learner.optimiser
+    optimiser, kept = learner.optimiser, cast(Descent, learner.optimiser.adamw)
     names = {p: name for name, p in learner.policy.model.named_parameters()}
     whole = dict(zip(optimiser.shards, optimiser.parameters, strict=True))
     found: list[dict[str, Tensor]] = []
-    for place, (shard, gradient) in enumerate(optimiser.adamw.applied):
+    for place, (shard, gradient) in enumerate(kept.applied):
         if place % len(whole) == 0:
             found.append({})
         parameter: Any = whole[shard]
@@ -230,7 +230,7 @@ def without_memory(processes: Processes, times: int, where: str) -> dict[str, An
     alone = Policy(copy.deepcopy(model), max_tokens_per_microbatch=60)
     together = sharded(processes, model, gradient_checkpointing=True)
     learners = [make_learner(policy, releases=policy is together) for policy in (together, alone)]
-    ours = learners[0].optimiser
+    ours: Any = learners[0].optimiser
     left = [times if processes.place.rank == processes.count - 1 else 0]
     is_second = [False]
     second_pass = ours._second_pass
