@@ -151,7 +151,7 @@ class Trial:
             f"{wrong} verdicts wrong",
             *_listed([f"late: {name}" for name in self.adversarial_late]),
             *_listed([f"accepted: {name}" for name in self.adversarial_accepted]),
-            *_listed([f"rejected though right: {name}" for name in self.adversarial_refused]),
+            *_listed([f"refused though correct: {name}" for name in self.adversarial_refused]),
             f"time              p50 {times['p50']:.2f} ms, p99 {times['p99']:.0f} ms, "
             f"max {times['max']:.0f} ms; {figures['timeouts']} time-outs",
             "reasons           " + ", ".join(f"{name} {count}" for name, count in reasons.items()),
