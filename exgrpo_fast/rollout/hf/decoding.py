@@ -7,7 +7,7 @@ token.
 
 The loop uses transformers' public interfaces alone: the model's `forward`, a `Cache`, and masks and
 position ids that are made here. What `generate` keeps for itself changes between releases. On a CPU
-`packed_decoder.py` takes over behind the prompts for the families that it knows.
+`packed_decoder.py` computes the completions of the families that it knows.
 
 Legend: R requests, B rows that go on, N branches, U different prompts, P prompt width, T completion tokens,
 V vocabulary.
@@ -77,7 +77,7 @@ class Decoding:
         decoder: PackedDecoder | None = None,
     ) -> None:
         """Fill `tokens_RT` and `logprobs_RT`. `prompts_UP` are padded at the left; `mask_UP`, int64,
-        is 0 on padding. `decoder`: goes on from the prompts in place of the model."""
+        is 0 on padding. `decoder`: computes what follows the prompts in place of the model."""
         read = _Forward(model, mask_UP, self.num_tokens)
         logits_BV = read(prompts_UP).index_select(0, self.prompt_of)
         rows = (
@@ -143,20 +143,20 @@ class Decoding:
 
 
 class Rows(Protocol):
-    """What each row has read."""
+    """One decode step for all rows."""
 
     def __call__(self, ids_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """int64 [B], the next token of each row -> (logits [B, V], the order that the rows have from
-        now on, as places in the one before; None: the same)."""
+        """int64 [B], the next token of each row -> (logits [B, V], the rows' new order as indices into
+        the old one; None: unchanged)."""
         ...
 
     def select(self, rows_B: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Keep these rows alone."""
         ...
 
 
 class ModelRows:
-    """By the model, each row for itself."""
+    """By the model, one row for each completion."""
 
     def __init__(self, read: _Forward, prompt_of: Tensor) -> None:
         self.read = read
@@ -170,8 +170,8 @@ class ModelRows:
 
 
 class BranchedRows:
-    """By a packed decoder, once for all rows that have read the same: the lower the entropy, the longer
-    completions of one prompt stay together."""
+    """By a packed decoder, once for all rows with the same tokens so far: the lower the entropy, the
+    longer completions of one prompt share their computation."""
 
     def __init__(
         self,
@@ -187,25 +187,25 @@ class BranchedRows:
         self.branch_of_B: Tensor | None = prompt_of  # None: the rows are the branches, in order
 
     def __call__(self, ids_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.branch_of_B is None:  # none of them will have read the same again
+        if self.branch_of_B is None:  # all differ, and will not be equal again
             return self.branches(ids_B), None
-        ids_N, self.branch_of_B = self._part(ids_B, self.branch_of_B)
+        ids_N, self.branch_of_B = self._split(ids_B, self.branch_of_B)
         logits_NV = self.branches(ids_N)
         if len(self.branches) < len(ids_B):
             return logits_NV.index_select(0, self.branch_of_B), None
         order_B, self.branch_of_B = self.branch_of_B.argsort(), None
         return logits_NV, order_B
 
-    def _part(self, ids_B: Tensor, branch_of_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(the next token of each branch, the branch of each row). Of the tokens drawn behind one, the
-        first goes on in its place, and the others begin new ones."""
+    def _split(self, ids_B: Tensor, branch_of_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(the next token of each branch, the branch of each row). Of the different tokens drawn after
+        one branch the first stays in its place; for each of the others it is copied."""
         base = int(ids_B.max()) + 1
         pairs, pair_of_B = (branch_of_B * base + ids_B).unique(return_inverse=True)
         parents = pairs // base
         is_new = torch.zeros_like(parents, dtype=torch.bool)
         is_new[1:] = parents[1:] == parents[:-1]
         places = torch.where(is_new, len(self.branches) - 1 + is_new.cumsum(0), parents)
-        self.branches.part(parents[is_new])
+        self.branches.copy(parents[is_new])
         ids_N = torch.empty_like(pairs).index_copy_(0, places, pairs % base)
         return ids_N, places.index_select(0, pair_of_B)
 

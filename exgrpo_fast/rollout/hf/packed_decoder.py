@@ -1,11 +1,11 @@
-"""Decoders of one shape, a token for each row at a time, in few and large operations on a CPU.
+"""Decode steps of Llama, Qwen2 and Qwen3 on a CPU, in few and large operations.
 
-Llama, Qwen2 and Qwen3: RMSNorm, rotary positions, grouped attention, a gated MLP. Where a product has a few
-dozen rows, most of what transformers' forward pass does beside the products is calling: here projections
-that read the same rows are one product, activations and residual sums happen inside the product before
-them, and heads of queries and keys are rotated together. The prompts are read by the model itself.
+With a few dozen rows, what transformers' forward pass spends beside its matrix products is mostly overhead
+of single operations. Here projections of the same input are one product, activations and residual additions
+are fused into the product before them, and the heads of queries and keys are rotated together. Sequences
+with the same tokens so far are computed once. The model itself computes the prompts.
 
-Legend: B branches, D width, H heads, K key heads, h head size, S tokens that a branch has read, U prompts.
+Legend: B sequences, D width, H heads, K key heads, h head size, S tokens in the cache, U prompts.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from exgrpo_fast.rollout.hf import packed_weights
 
 FAMILIES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-# Others turn by angles that depend on the longest sequence so far.
+# The angles of the others depend on the longest sequence so far.
 ROTATIONS = {"default", "linear", "llama3", "yarn"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def can_be_decoded(model: Any) -> bool:
-    """Whether it is one of these families, every layer sees all tokens, and no linear layer is more
-    than plain: none with an adapter, a quantised weight, another dtype or device."""
+    """Whether the model is of one of these families, without sliding windows, and all of its linear
+    layers are plain: float32 on the CPU, no adapter, not quantised."""
     if type(model).__name__ not in FAMILIES or not _is_transformers(model):
         return False
     linears = [getattr(x.self_attn, name) for x in model.model.layers for name in PROJECTIONS]
@@ -46,7 +46,7 @@ def _is_transformers(model: Any) -> bool:
 
 
 class PackedDecoder:
-    """Packed copies of a model's weights: as large as they are, and right until one changes."""
+    """Packed copies of a model's weights: as large as the weights, valid until one changes."""
 
     def __init__(self, model: Any, *, rows: int) -> None:
         """`rows`: of most products, a hint."""
@@ -56,8 +56,8 @@ class PackedDecoder:
 
 
 class Branches:
-    """What has been read, once for all rows that have read the same: the next token of each branch ->
-    logits. At first there is one for each prompt; rows whose tokens differ part."""
+    """The key-value cache of different sequences. A branch is shared by all rows with the same tokens so
+    far: at first there is one for each prompt."""
 
     def __init__(
         self,
@@ -68,8 +68,7 @@ class Branches:
         num_rows: int,
         num_tokens: int,
     ) -> None:
-        """`cache`: what the model has made of the prompts; `num_rows`: branches there may be at most;
-        `num_tokens`: how many each may add."""
+        """`cache`: of the prompts; `num_rows`: branches at most; `num_tokens`: that each may add."""
         self.decoder = decoder
         self.num_rows, self.num_read = num_rows, mask_UP.shape[1]
         self.longest = self.num_read + num_tokens
@@ -87,7 +86,7 @@ class Branches:
         return len(self.positions_B)
 
     def __call__(self, ids_B: Tensor) -> Tensor:
-        """int64 [B], one for each branch -> the logits [B, V] behind it."""
+        """int64 [B], the next token of each branch -> logits [B, V]."""
         model = self.decoder.model.model
         hidden_BD = model.embed_tokens(ids_B)
         rotation = self.rotation.at(self.positions_B)
@@ -98,8 +97,8 @@ class Branches:
         self.positions_B = self.positions_B + 1
         return self.decoder.head(model.norm(hidden_BD))
 
-    def part(self, parents_A: Tensor) -> None:
-        """Add a branch that has read the same as each of these."""
+    def copy(self, parents_A: Tensor) -> None:
+        """Append a copy of each of these branches."""
         stop = len(self) + len(parents_A)
         for cache in self.caches:
             read = cache[:, :, : self.num_read]
@@ -107,7 +106,7 @@ class Branches:
         self._take(torch.cat([torch.arange(len(self)), parents_A]))
 
     def select(self, branches_B: Tensor, *, num_rows: int) -> None:
-        """Go on with these alone; `num_rows`: as when this was made."""
+        """Keep these branches alone; `num_rows`: as in the constructor."""
         self.num_rows = num_rows
         for i, cache in enumerate(self.caches):
             self.caches[i] = self._with_room(
