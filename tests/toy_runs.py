@@ -96,7 +96,10 @@ def assert_same_course(ours: Path, expected: Path) -> None:
     for found, wanted in zip(ours_steps, expected_steps, strict=True):
         for name in ("loss", "entropy", "ratio_mean", "replay_ratio_mean"):
             gap = abs((found[name] or 0.0) - (wanted[name] or 0.0))
-            assert gap <= 1e-6 * max(1.0, abs(wanted[name] or 0.0)), (found["step"], name)
+            # A replayed token's ratio is that of new weights to old ones, and AdamW has divided the
+            # rounding of their gradients by small moments.
+            bound = 3e-6 if name == "replay_ratio_mean" else 1e-6
+            assert gap <= bound * max(1.0, abs(wanted[name] or 0.0)), (found["step"], name, gap)
         assert math.isclose(found["grad_norm"], wanted["grad_norm"], rel_tol=1e-5)
         for name in ("reward_mean", "tokens_trained", "tokens_generated", "replay_size"):
             assert found[name] == wanted[name], (found["step"], name)

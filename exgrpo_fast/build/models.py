@@ -28,9 +28,9 @@ from exgrpo_fast.model.folder_reading import (
     model_config,
     read_generation_config,
 )
+from exgrpo_fast.model.frozen import nf4
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.model.quantization import nf4
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
 from exgrpo_fast.run.checkpoint.format import read_manifest
 from exgrpo_fast.run.directory import RunFolder

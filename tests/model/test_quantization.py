@@ -10,9 +10,9 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.model.frozen import nf4
 from exgrpo_fast.model.lora import add_adapter, merged_weights, save_plain
 from exgrpo_fast.model.policy import load_model
-from exgrpo_fast.model.quantization import nf4
 
 IDS = torch.arange(3, 40)[None]
 needs_bitsandbytes = pytest.mark.skipif(

@@ -122,6 +122,9 @@ def test_what_is_sent_and_what_comes_back(server, make, monkeypatch) -> None:
 
 def test_order_concurrency_and_the_observer(server, make) -> None:
     def slow(handler: Handler, number: int) -> None:
+        deadline = time.monotonic() + 10.0  # until four have arrived, as all may be under way
+        while handler.server.most_under_way < 4 and time.monotonic() < deadline:
+            time.sleep(0.005)
         time.sleep(0.03 if handler.server.seen[number + 1]["prompt"][0] % 3 == 0 else 0.005)
         echoes(handler, number)
 
@@ -180,7 +183,9 @@ def test_a_lost_server_ends_in_one_line(
 ) -> None:
     monkeypatch.setenv("SERVER_KEY", KEY)
     server.behave = answers(complete)
-    engine = make(api_key_env="SERVER_KEY", retries=2, timeout_seconds=0.3)
+    # A server that answers late would lose a request that it has not read yet.
+    seconds = 0.3 if complete is stalls else 10.0
+    engine = make(api_key_env="SERVER_KEY", retries=2, timeout_seconds=seconds)
     with caplog.at_level(logging.DEBUG), pytest.raises(EngineLost) as error:
         engine.generate(requests(1), SAMPLING)
     assert str(error.value).startswith(f"endpoint {server.url}: ") and message in str(error.value)
