@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 class Outcome(NamedTuple):
     code: int
-    has_torch: bool
+    has_torch: bool  # which transformers' own tokenizer has not loaded
     said: str
 
 
@@ -159,6 +159,8 @@ CASES = [
 ]
 PROGRAM = """
 import json, os, sys
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+loaded_by_transformers = "torch" in sys.modules  # as 5.17 does
 from exgrpo_fast.build import before_torch
 from exgrpo_fast.cli import main
 for folder, words in json.load(sys.stdin):
@@ -170,7 +172,8 @@ for folder, words in json.load(sys.stdin):
     try:
         main(words)
     except SystemExit as ended:
-        json.dump([ended.code, "torch" in sys.modules], open("ended", "w"))
+        has_torch = "torch" in sys.modules and not loaded_by_transformers
+        json.dump([ended.code, has_torch], open("ended", "w"))
     sys.stderr.flush()
     os._exit(0)
 """
