@@ -17,7 +17,7 @@ ADAPTERS_VENV := .venv-adapters
 
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo demo-toy test test-kernels test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
+.PHONY: demo demo-toy test test-kernels test-families test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
 	@if $(BIN)/exgrpo-fast fetch smollm2; \
@@ -36,6 +36,9 @@ test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 
 test-kernels: $(VENV)/.dev $(VENV)/triton-3.6.0 ## every random case, chip and compiler of the kernels
 	$(BIN)/pytest $(PARALLEL) -m slow tests/kernels
+
+test-families: $(VENV)/.dev ## every family of models, every verdict beside math-verify's own
+	$(BIN)/pytest $(PARALLEL) -m slow tests/model tests/rewards
 
 test-vllm: $(VLLM_VENV)/.dev $(VLLM_VENV)/vllm-0.31.0 ## the rollouts by vLLM, in an environment of their own
 	$(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
