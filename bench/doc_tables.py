@@ -366,7 +366,7 @@ COMMANDS = {
     "cpu/rollout-smollm2.json": "python bench/rollout.py --model FOLDER --dtype float32 "
     "--prompt-tokens 36 --tokens 64 --repeats 3 --servers --steps 0 --name rollout-smollm2",
     "cpu/rollout-smollm2-loop.json": "python bench/rollout.py --model FOLDER --dtype float32 "
-    "--prompt-tokens 36 --tokens 64 --repeats 2 --engines transformers --own-loop --servers --steps 0 "
+    "--prompt-tokens 36 --tokens 64 --repeats 3 --engines transformers --own-loop --servers --steps 0 "
     "--name rollout-smollm2-loop",
     "cpu/rollout.json": "python bench/rollout.py",
     "cpu/smollm2.json": "exgrpo-fast train smollm2",
