@@ -35,6 +35,7 @@ from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.budgets import store_note
 from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
 from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer
+from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
@@ -70,25 +71,16 @@ def open_run(
         config, expected = resolve_auto(
             config, start, device=device, note=screen.note, processes=processes
         )
-        model_path = str(resume_from / "hf") if resume_from else start
         with reserve_engine(
             config,
-            model_path,
+            str(resume_from / "hf") if resume_from else start,
             tokenizer,
             device=device,
             processes=processes,
             log_folder=folder.path,
             note=screen.note,
         ) as reserved:
-            adapter = adapter_of(config, resume_from)
-            policy = make_policy(
-                config,
-                start if adapter else model_path,
-                device=device,
-                adapter=adapter,
-                processes=processes,
-            )
-            refuse_broken_weights(policy, model_path)
+            policy = open_policy(config, start, resume_from, device=device, processes=processes)
             state: dict[str, Any] = {"num_steps": 0}
             if resume_from:
                 state = load_state(resume_from, mesh=host_mesh(processes))
@@ -137,6 +129,19 @@ def open_model_folder(
     check_prior(config, start, tokenizer)
     check_teacher(config, start, tokenizer)
     return start, tokenizer
+
+
+def open_policy(
+    config: Config, start: str, resume_from: Path | None, *, device: str, processes: Processes
+) -> Policy:
+    """With the weights of `start` or of the checkpoint; a checkpoint's adapter lies on `start`."""
+    path = str(resume_from / "hf") if resume_from else start
+    adapter = adapter_of(config, resume_from)
+    policy = make_policy(
+        config, start if adapter else path, device=device, adapter=adapter, processes=processes
+    )
+    refuse_broken_weights(policy, path)
+    return policy
 
 
 def check_questions(

@@ -49,7 +49,8 @@ class RankWatch:
         heartbeat: Heartbeat = HEARTBEAT,
         agent: str | None = None,
     ) -> None:
-        """`deadline`: seconds without progress of the main thread, in a phase without a limit of its own.
+        """`deadline`: seconds that the main thread may be without progress, but in phases with a limit
+        of their own.
         `agent`: names the torchrun that has started this process; None: nothing has."""
         self.place = place
         self.store = store

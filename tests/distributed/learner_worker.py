@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -309,6 +309,24 @@ def synced(processes: Processes, lora_rank: int = 0) -> dict[str, Any]:
     }
 
 
+class MemoryFault:
+    """A hook that is out of memory `left` times, where `applies`."""
+
+    def __init__(self, left: int, applies: Callable[[], bool]) -> None:
+        self.left = left
+        self.applies = applies
+
+    def __call__(self, *_: Any) -> None:
+        if self.left and self.applies():
+            self.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
+
+    def in_backward(self, module: Any, taken: Any, made: Tensor) -> None:
+        """A forward hook: the fault comes with the gradient of what the module has made."""
+        if made.requires_grad:
+            made.register_hook(self)
+
+
 def without_memory(processes: Processes, where: str) -> dict[str, Any]:
     """Memory runs out twice, on the last process alone: all go on with smaller pieces."""
     model = make_model(tied=True)
@@ -320,17 +338,8 @@ def without_memory(processes: Processes, where: str) -> dict[str, Any]:
         max_tokens_per_microbatch=60,
         gradient_checkpointing=where == "recomputation",
     )
-    left = [2] if processes.place.rank == processes.count - 1 else [0]
-
-    def full(*_: Any) -> None:
-        if left[0] and together.model.training == (where != "scoring"):
-            left[0] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
-
-    def full_behind(module: Any, taken: Any, made: Tensor) -> None:
-        if made.requires_grad:
-            made.register_hook(full)
-
+    is_last = processes.place.rank == processes.count - 1
+    full = MemoryFault(2 * is_last, lambda: together.model.training == (where != "scoring"))
     mlp: Any = together.model.model.layers[1].mlp
     if where in ("forward", "scoring"):
         mlp.act_fn.register_forward_hook(full)
@@ -338,7 +347,7 @@ def without_memory(processes: Processes, where: str) -> dict[str, Any]:
         head_for = together.head_for
         together.head_for = lambda hidden_ND: full() or head_for(hidden_ND)  # pyright: ignore
     else:  # the gradient of down_proj is there, those of its layer's other weights are not
-        mlp.act_fn.register_forward_hook(full_behind)
+        mlp.act_fn.register_forward_hook(full.in_backward)
     learners = [make_learner(policy) for policy in (together, alone)]
     reports = [
         [learner.update(make_groups(step), PolicyObjective()) for step in range(2)]
@@ -349,7 +358,7 @@ def without_memory(processes: Processes, where: str) -> dict[str, Any]:
     scores = [policy.score(prompts, responses).logprobs for policy in (together, alone)]
     found, expected = (optimiser.found for _, optimiser in learners)
     return {
-        "left": left[0],
+        "left": full.left,
         "losses": max(abs(a.loss - b.loss) for a, b in zip(*reports, strict=True)),
         "gradients": max(furthest(a, b) for a, b in zip(found, expected, strict=True)),
         "scores": distance(*scores),

@@ -9,7 +9,7 @@ import sys
 from typing import Any, cast
 
 import torch
-from learner_worker import VOCABULARY, furthest, make_groups, make_model
+from learner_worker import VOCABULARY, MemoryFault, furthest, make_groups, make_model
 from several_processes import met
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -231,7 +231,6 @@ def without_memory(processes: Processes, times: int, where: str) -> dict[str, An
     together = sharded(processes, model, gradient_checkpointing=True)
     learners = [make_learner(policy, releases=policy is together) for policy in (together, alone)]
     ours: Any = learners[0].optimiser
-    left = [times if processes.place.rank == processes.count - 1 else 0]
     is_second = [False]
     second_pass = ours._second_pass
 
@@ -241,23 +240,16 @@ def without_memory(processes: Processes, times: int, where: str) -> dict[str, An
 
     ours._second_pass = watched
 
-    def full(gradient: Tensor) -> None:
-        if left[0] and is_second[0] == (where == "second"):
-            left[0] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
-
-    def behind(module: Any, taken: Any, made: Tensor) -> None:
-        if made.requires_grad:
-            made.register_hook(full)
-
+    is_last = processes.place.rank == processes.count - 1
+    full = MemoryFault(times * is_last, lambda: is_second[0] == (where == "second"))
     mlp: Any = together.model.model.layers[1].mlp
-    mlp.act_fn.register_forward_hook(behind)
+    mlp.act_fn.register_forward_hook(full.in_backward)
     try:
         reports = [learner.update(make_groups(0), OBJECTIVE) for learner in learners]
     except UserError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {
-        "left": left[0],
+        "left": full.left,
         "losses": abs(reports[0].loss - reports[1].loss),
         "norms": abs(reports[0].grad_norms[0] / reports[1].grad_norms[0] - 1),
         "halvings": [reports[0].chunk_halvings, reports[0].microbatch_halvings],

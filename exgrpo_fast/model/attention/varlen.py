@@ -25,7 +25,7 @@ def kernel() -> Callable[..., Tensor] | None:
     takes = inspect.signature(varlen_attn).parameters
     if not {"scale", "window_size"} <= takes.keys():
         return None
-    # torch 2.11 shares key heads by itself, later versions by an argument
+    # torch 2.11 has grouped-query attention by default; later versions need the argument
     grouped = {"enable_gqa": True} if "enable_gqa" in takes else {}
     return partial(varlen_attn, **grouped)  # pyright: ignore[reportReturnType, reportCallIssue]
 

@@ -129,13 +129,14 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
     (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"(?:\^\s*)?\\deg(?:rees?)?(?![a-zA-Z])"), r"^\\circ"),
     (re.compile(r"\\num\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\text\s*\{\s*:\s*\}|:(?==)"), lambda m: ":" if m[0] != ":" else ""),
+    (re.compile(r"\\text\s*\{\s*:\s*\}"), ":"),
+    (re.compile(":="), "="),
     (re.compile(r"\\checkmark(?![a-zA-Z])|\\[hv]space\*?\s*\{[^{}]*\}"), " "),
     (re.compile(r"^([^*]*[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])(?!.*\*\*)"), r"\1^{\2}"),
     (re.compile(r"^([^=<>]*\d[^=<>]*?)\s*=\s*([a-zA-Z])$"), r"\2 = \1"),
     (
         re.compile(r"^[(\[]([^][()]*,[^][()]*)[)\]]\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$"),
-        lambda m: _column(m),
+        _column,
     ),
     (re.compile(r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$"), r"\\text{ \1}"),
     (

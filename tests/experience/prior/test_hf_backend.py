@@ -151,8 +151,8 @@ def test_the_exact_law_of_the_emitted_tokens(pair) -> None:
         Ragged.of([completion.token_ids for completion in completions]),
         num_tokens=TOKENS,
     )
-    parts = zip(completions, law.mu.split(), law.rates.split(), strict=True)
-    for completion, mu_T, rates_T in parts:
+    mixtures = zip(completions, law.mu.split(), law.rates.split(), strict=True)
+    for completion, mu_T, rates_T in mixtures:
         p, r = clean(pair[0], completion, ROWS).exp(), clean(pair[1], completion, TOKENS).exp()
         rejected = torch.log(p) - torch.log(r) > 0.5
         rate = (p * rejected).sum(-1)
