@@ -111,6 +111,8 @@ def open_run(
                     sink=sink,
                 )
                 if resume_from:
+                    if config.rollout.generate_ahead:  # restoring asks servers that may have others
+                        engine.sync(state["num_steps"])
                     restore_run(trainer, state)
                     trainer.writer.committed = trainer.num_steps
                 rehearse_and_check(config, trainer, tokenizer, train[0], expected)

@@ -83,3 +83,10 @@ def test_servers_generate_ahead_for_two_as_for_one(
     one, two = (done(folder, count, f"ahead_of_{count}", *ahead) for count in (1, 2))
     assert_same_course(two, one)
     assert [m["staleness_mean"] for m in steps(two)] == [0.0, 1.0, 1.0, 1.0]
+    # What was generated ahead is no part of a checkpoint, so step 3 is drawn by its weights.
+    resumed = []
+    for run_of, then in ((one, 2), (two, 1)):
+        shutil.copytree(run_of, folder / f"ahead_then_{then}")
+        resumed.append(done(folder, then, f"ahead_then_{then}", *ahead, "--resume", "2"))
+    assert_same_course(*resumed)
+    assert [m["staleness_mean"] for m in steps(resumed[0])] == [0.0, 1.0, 0.0, 1.0]
