@@ -61,7 +61,7 @@ def result(folder: Path, arm: str, seed: int) -> dict:
         "arm": arm,
         "seed": seed,
         "steps": len(steps),
-        "fresh_responses": fresh[-1],
+        "fresh_completions": fresh[-1],
         "before": found["eval_before"]["avg_at_n"],
         "after": found["eval_after"]["avg_at_n"],
         "after_interval": [found["eval_after"][f"avg_at_n_{end}"] for end in ("low", "high")],
@@ -84,8 +84,8 @@ def compare(runs: list[dict]) -> dict:
             "minus_on_policy": interval([after[arm, s] - after[BASELINE, s] for s in paired]),
             "pass_at_8": statistics.fmean(r["pass_at_8"] for r in runs if r["arm"] == arm),
             "entropy": statistics.fmean(r["entropy_last_10"] for r in runs if r["arm"] == arm),
-            "fresh_responses": statistics.fmean(
-                r["fresh_responses"] for r in runs if r["arm"] == arm
+            "fresh_completions": statistics.fmean(
+                r["fresh_completions"] for r in runs if r["arm"] == arm
             ),
         }
     return table
@@ -97,7 +97,7 @@ def print_table(table: dict) -> None:
         mine, gap = row["avg_at_8"], row["minus_on_policy"]
         print(
             f"{arm:20}{100 * mine['mean']:9.1f}{bounds(mine):>17}{100 * gap['mean']:+17.1f}"
-            f"{bounds(gap):>17}{row['fresh_responses']:8.0f}"
+            f"{bounds(gap):>17}{row['fresh_completions']:8.0f}"
         )
 
 

@@ -25,6 +25,8 @@ from pathlib import Path
 
 from study import bounds, fresh_completions, interval, save, steps_of, summary, train
 
+from exgrpo_fast.run.metrics import METRICS
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -112,11 +114,12 @@ def record(folder: Path, arm: str, seed: int, prior: Path | None) -> dict:
 
 def completions(steps: Sequence[dict]) -> int:
     """Everything that was generated: fresh, guided by the prior, and revisions."""
-    return sum(fresh_completions(steps)) + total(steps, "prior_responses", "hindsight_revisions")
+    return sum(fresh_completions(steps)) + total(steps, "prior_completions", "hindsight_revisions")
 
 
 def total(steps: Sequence[dict], *names: str) -> int:
-    return sum(step.get(name) or 0 for step in steps for name in names)
+    """The sum of these metrics over the steps; a name that no run writes is an error, not zero."""
+    return sum(step.get(METRICS[name].name) or 0 for step in steps for name in names)
 
 
 def table(runs: list[dict]) -> dict[str, dict]:

@@ -54,6 +54,6 @@ def test_a_gap_is_paired_by_seed_and_start() -> None:
 
 def test_all_that_was_generated_counts() -> None:
     plain = {"tokens_generated": 640, "completion_len_mean": 10.0}
-    guided = {**plain, "prior_responses": 8, "hindsight_revisions": None}
+    guided = {**plain, "prior_completions": 8, "hindsight_revisions": None}
     revised = {**plain, "hindsight_revisions": 5}
     assert study_smollm2.completions([plain, guided, revised]) == 3 * 64 + 8 + 5
