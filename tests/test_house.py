@@ -37,6 +37,7 @@ LIGHT = [
     "core.types",
     "core.heartbeat",
     "core.http_client",
+    "core.packs",
     "core.torchrun",
 ]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]

@@ -32,19 +32,17 @@ from exgrpo_fast.run.sinks import (
     FanOut,
     JsonlSink,
     MetricSink,
-    NoCompletionLog,
     TensorBoardSink,
     WandbSink,
 )
 from exgrpo_fast.training.advantages import ADVANTAGES, AdvantageRule, grpo_sample_std, quantile
-from exgrpo_fast.training.bad_batches import BadBatches, NoBadBatches
 from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.collector import Collector, OverlongRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
 from exgrpo_fast.training.reference import BehaviourReference, Reference
-from exgrpo_fast.training.saved_updates import NoUpdateLog, UpdateLog
+from exgrpo_fast.training.saved_updates import BadBatches, UpdateLog
 from exgrpo_fast.training.token_advantages import (
     ClipCov,
     Distillation,
@@ -109,14 +107,10 @@ def make_trainer(
         evaluator=make_evaluator(config, engine, verifier, screen),
         eval_questions=held_out,
         writer=make_writer(config, policy, tokenizer, folder, screen, engine),
-        bad_batches=BadBatches(folder.bad_batches) if processes.is_main else NoBadBatches(),
-        update_log=(
-            UpdateLog(folder.updates) if config.log.updates and processes.is_main else NoUpdateLog()
-        ),
+        bad_batches=BadBatches(folder.bad_batches, keeps=processes.is_main),
+        update_log=UpdateLog(folder.updates, keeps=config.log.updates and processes.is_main),
         sink=sink,
-        completion_log=(
-            CompletionLog(folder.completions) if processes.is_main else NoCompletionLog()
-        ),
+        completion_log=CompletionLog(folder.completions, keeps=processes.is_main),
         screen=screen,
         max_steps=config.train.max_steps,
         eval_every=config.eval.every,

@@ -26,7 +26,7 @@ from exgrpo_fast.config.sections import (
     TrainConfig,
     WarmStartConfig,
 )
-from exgrpo_fast.core.torchrun import tokens_of_share
+from exgrpo_fast.core.packs import tokens_of_share
 
 
 class Config(Section):

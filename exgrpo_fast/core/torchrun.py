@@ -1,5 +1,4 @@
-"""The rank and world size that torchrun sets in the environment, and a rank's share of tokens; read
-without loading torch."""
+"""The rank and world size that torchrun sets in the environment, read without loading torch."""
 
 from __future__ import annotations
 
@@ -30,14 +29,3 @@ def place_of(environment: Mapping[str, str] = os.environ) -> RankInfo:
         return SINGLE
     rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     return RankInfo(rank, count, int(environment.get("LOCAL_RANK", rank)))
-
-
-def tokens_of_share(total: int, longest: int, ranks: int) -> int:
-    """Tokens of a pack, with which sequences of `total` tokens fill no more than one pack a rank.
-
-    A pack is closed when the next sequence, of at most `longest` tokens, does not fit, and the next
-    pack may read the prompt again. If `ranks` packs of M were not enough, they alone would hold more
-    than ranks x (M - longest) tokens, of at most total + (ranks - 1) x longest.
-    """
-    even = -(-(total + (ranks - 1) * longest) // ranks)
-    return min(total, even + longest)

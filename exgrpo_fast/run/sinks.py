@@ -17,16 +17,13 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.run.metrics import Metrics
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +268,10 @@ COMPLETION_COLUMNS = {
 class CompletionLog:
     """completions/step_000012.parquet: one row a trajectory, for people and for data tools."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, keeps: bool = True) -> None:
+        """`keeps` False: on ranks other than 0, whose rows rank 0 has as well."""
         self.folder = Path(folder)
+        self.keeps = keeps
         self._failing = False
 
     def path(self, step: int) -> Path:
@@ -280,6 +279,8 @@ class CompletionLog:
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path | None:
         """Write the rows of one step; None when the disk refuses (warned once, never raised)."""
+        if not self.keeps:
+            return None
         path = self.path(step)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -319,13 +320,3 @@ def _cell(value: Any, kind: str) -> Any:
         # The text stays as the policy wrote it; only what UTF-8 cannot hold is escaped.
         return str(value).encode("utf-8", "backslashreplace").decode()
     return strict(value) if hasattr(value, "tolist") else value
-
-
-class NoCompletionLog(CompletionLog):
-    """On ranks other than 0, whose rows rank 0 has as well."""
-
-    def __init__(self) -> None:
-        super().__init__(Path())
-
-    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass

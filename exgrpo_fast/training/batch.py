@@ -16,14 +16,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from exgrpo_fast.core.torchrun import tokens_of_share
+from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.packs import tokens_of_share
 from exgrpo_fast.core.transfer import on_host, to_device
 from exgrpo_fast.core.types import Group, TokenColumns, Trajectory
 from exgrpo_fast.experience.replay.weighting import moved_clip
 from exgrpo_fast.model.oom import Extent
 from exgrpo_fast.model.packing import Pack, extent, kept_sets, pack, padded_ids, sequences_of
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.training.optim.gradient_release import require_one_pack
 from exgrpo_kernels import PolicyObjective
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -116,6 +116,21 @@ def token_weights(
 # --- packs ----------------------------------------------------------------------------------------
 
 
+class SeveralPacks(UserError):
+    """An update that does not go into one pack on each rank; it has changed nothing."""
+
+
+def require_one_pack(count: int, max_tokens: int, ranks: int = 1) -> None:
+    """SeveralPacks where an update came to more than one pack for each of `ranks`."""
+    if count > ranks:
+        limit = "one" if ranks == 1 else f"{ranks}, one on each rank"
+        raise SeveralPacks(
+            f"train.gradient_release: an update came to {count} packs of at most {max_tokens} "
+            f"tokens, and can only be {limit}; raise train.max_tokens_per_microbatch or "
+            f"train.minibatches"
+        )
+
+
 class TrainingPack(NamedTuple):
     """All that one forward and backward pass needs."""
 
@@ -183,7 +198,7 @@ class UpdateBatch:
 
         weights_N = spread([term.weight if counts else 0.0 for term in terms])
         if any(t.token_weights is not None for t in trajectories):
-            weights_N = weights_N * join(factors_of(t) for t in trajectories)
+            weights_N = weights_N * join(or_ones(t.token_weights, t) for t in trajectories)
         ratio_columns = [ratio_columns_of(term, self.objective) for term in terms]
         references = [t.ref_logprobs for t in trajectories if t.ref_logprobs is not None]
         columns = {
@@ -195,7 +210,7 @@ class UpdateBatch:
         if references:
             columns["ref_logprobs"] = join(references)
         if any(term.kl_weights is not None for term in terms):
-            columns["kl_weights"] = join(map(kl_weights_of, terms))
+            columns["kl_weights"] = join(or_ones(t.kl_weights, t.trajectory) for t in terms)
         moved = dict(zip(columns, to_device(list(columns.values()), device), strict=True))
         kept = kept_sets(trajectories)
         if kept is not None:
@@ -223,13 +238,6 @@ def ratio_columns_of(term: LossTerm, objective: PolicyObjective) -> tuple[Tensor
     return moved.behaviour_logprobs, term.advantages_T.to(moved.factors.device) * moved.factors
 
 
-def kl_weights_of(term: LossTerm) -> Tensor:
-    """float32 [T]: its `kl_weights`, or ones."""
-    return torch.ones(term.trajectory.num_tokens) if term.kl_weights is None else term.kl_weights
-
-
-def factors_of(trajectory: Trajectory) -> Tensor:
-    """float32 [T]: its `token_weights`, or ones."""
-    if trajectory.token_weights is None:
-        return torch.ones(trajectory.num_tokens)
-    return trajectory.token_weights
+def or_ones(factors_T: Tensor | None, trajectory: Trajectory) -> Tensor:
+    """float32 [T]: `factors_T`, or ones."""
+    return torch.ones(trajectory.num_tokens) if factors_T is None else factors_T

@@ -102,39 +102,23 @@ class BuiltGroups(NamedTuple):
     num_unscored: int
 
 
+@dataclass(eq=False, kw_only=True)
 class Collector:
     """Fills the slots of a step from its sources and has every trajectory verified."""
 
-    def __init__(
-        self,
-        *,
-        stream: QuestionStream,
-        fresh: FreshSource,
-        replay: Replay,
-        verifier: Verifier,
-        prior: Prior,
-        hindsight: HindsightSource | None = None,
-        screen: Screen,
-        advantages: AdvantageRule,
-        overlong: OverlongRule,
-        prompts_per_step: int,
-        group_size: int,
-        max_extra_batches: int | None = None,
-    ) -> None:
-        """`max_extra_batches`: dynamic sampling's refill rounds; None = no dynamic sampling."""
-        self.stream = stream
-        self.fresh = fresh
-        self.replay = replay
-        self.verifier = verifier
-        self.prior = prior
-        self.hindsight = hindsight
-        self.screen = screen
-        self.advantages = advantages
-        self.overlong = overlong
-        self.prompts_per_step = prompts_per_step
-        self.group_size = group_size
-        self.max_extra_batches = max_extra_batches
-        self.begun: PendingBatch | None = None  # by `begin`, until it is collected
+    stream: QuestionStream
+    fresh: FreshSource
+    replay: Replay
+    verifier: Verifier
+    prior: Prior
+    hindsight: HindsightSource | None = None
+    screen: Screen
+    advantages: AdvantageRule
+    overlong: OverlongRule
+    prompts_per_step: int
+    group_size: int
+    max_extra_batches: int | None = None  # rounds of dynamic sampling; None = no dynamic sampling
+    begun: PendingBatch | None = field(default=None, init=False)  # by `begin`, until collected
 
     def begin(self, step: int, clock: PhaseTimer) -> None:
         """Plan a step and have the engine generate for it, while the one before is trained on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,38 +55,25 @@ class Sample:
     verdict: Verdict
 
 
+@dataclass(eq=False)
 class Evaluator:
-    """Samples n completions of every question and scores them with the training rewards."""
+    """Samples n completions of every question and scores them with the training rewards.
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        verifier: Verifier,
-        screen: Screen,
-        *,
-        sampling: Sampling,
-        n: int,
-        ks: Sequence[int],
-        seed: int,
-        revisions: int = 0,
-        prompt: HindsightPrompt | None = None,
-        num_examples: int = 0,
-    ) -> None:
-        """The same `seed` gives the same random numbers before and after training.
+    The same `seed` gives the same random numbers before and after training. `revisions`: rounds in
+    which failed completions are revised; `prompt` shows the verdict.
+    """
 
-        `revisions`: rounds in which failed completions are revised; `prompt` shows the verdict.
-        """
-        assert prompt is not None or revisions == 0
-        self.engine = engine
-        self.verifier = verifier
-        self.screen = screen
-        self.revisions = revisions
-        self.prompt = prompt
-        self.sampling = sampling
-        self.n = n
-        self.ks = list(ks)
-        self.seed = seed
-        self.num_examples = num_examples
+    engine: RolloutEngine
+    verifier: Verifier
+    screen: Screen
+    _: KW_ONLY
+    sampling: Sampling
+    n: int
+    ks: Sequence[int]
+    seed: int
+    revisions: int = 0
+    prompt: HindsightPrompt | None = None
+    num_examples: int = 0
 
     def __call__(
         self, questions: Sequence[Question], on_poll: Callable[[], None] = lambda: None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -22,37 +23,29 @@ from exgrpo_fast.training.update_stats import UnreadSums, UpdateReport
 from exgrpo_kernels import NonFiniteHidden, PolicyLoss, PolicyObjective, linear_policy_loss
 
 
+@dataclass(eq=False)
 class Learner:
-    """Updates the policy on a batch of groups."""
+    """Updates the policy on a batch of groups.
 
-    def __init__(
-        self,
-        policy: Policy,
-        optimiser: Optimiser,
-        *,
-        weights: WeightRule,
-        token_rules: Sequence[Rule] = (),
-        minibatches: int = 1,
-        reference: Reference | BehaviourReference | None = None,
-        distillation: VocabularyDistillation | None = None,
-        sparsity: str | float = "auto",
-        tail: str = "drop",
-    ) -> None:
-        """`token_rules`: give single tokens of an update their own advantages, in this order.
-        `reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
-        `distillation`: a divergence to a teacher beside the objective; None: none.
+    `token_rules`: give single tokens of an update their own advantages, in this order.
+    `reference`: the frozen policies of the KL term, needed when its coefficient is not 0.
+    `distillation`: a divergence to a teacher beside the objective; None: none.
+    `sparsity`, `tail`: those of `linear_policy_loss`.
+    """
 
-        `sparsity`, `tail`: those of `linear_policy_loss`.
-        """
-        self.policy = policy
-        self.policy.sizes.one_pack = not optimiser.sums_packs
-        self.optimiser = optimiser
-        self.weights = weights
-        self.token_rules = token_rules
-        self.minibatches = minibatches
-        self.reference = reference
-        self.distillation = distillation
-        self.sparsity, self.tail = sparsity, tail
+    policy: Policy
+    optimiser: Optimiser
+    _: KW_ONLY
+    weights: WeightRule
+    token_rules: Sequence[Rule] = ()
+    minibatches: int = 1
+    reference: Reference | BehaviourReference | None = None
+    distillation: VocabularyDistillation | None = None
+    sparsity: str | float = "auto"
+    tail: str = "drop"
+
+    def __post_init__(self) -> None:
+        self.policy.sizes.one_pack = not self.optimiser.sums_packs
 
     def update(
         self,
@@ -100,9 +93,7 @@ class Learner:
             self.optimiser.discard()
             report.refuse("update_not_finite", batch, None)
             return
-        outcome = (
-            self.optimiser.step()
-        )  # waits for the norm of the gradient; the rest is there then
+        outcome = self.optimiser.step()  # waits for the gradient's norm; the rest is there then
         report.add(unread.read(batch.objective).over(self.policy.processes), outcome)
         if outcome.skipped:
             report.refuse(outcome.skipped, batch, outcome.grad_norm)

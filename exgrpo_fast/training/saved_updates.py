@@ -1,9 +1,11 @@
-"""updates/: what each step trained on, so that it can be trained on again without an engine.
+"""What updates were made of, on disk: safetensors with the tokens and their columns, trajectories
+joined end to end, and a .json beside it.
 
-step_000012.safetensors   the tokens and their columns, trajectories joined end to end
-step_000012.json          the loss, and of each trajectory its group, advantage, prompt and reward
-
-Kept is all that `Learner.update` reads, in the precision in which it reads it.
+updates/step_000012      what each step trained on, so that it can be trained on again without an
+                         engine: the loss, and of each trajectory its group, advantage, prompt and
+                         reward. Kept is all that `Learner.update` reads, in its precision
+bad_batches/step_12.0    an update whose gradient was refused, for study: the reason, and who the
+                         trajectories are
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.types import Group, KeptTokens, Question, Trajectory, Verdict
+from exgrpo_fast.run.sinks import strict
+from exgrpo_fast.training.update_stats import RefusedUpdate
 from exgrpo_kernels import PolicyObjective
 
 log = logging.getLogger(__name__)
@@ -30,33 +34,25 @@ log = logging.getLogger(__name__)
 # Of every trajectory, and of those that have them
 COLUMNS = ("token_ids", "behaviour_logprobs", "entropies")
 OPTIONAL = ("proximal_logprobs", "token_weights")
-SCALARS = (
-    "source shaping truncated baseline_weight masked birth_step penalty bonus".split()
-)  # of a Trajectory
+# Of a Trajectory, beside them
+SCALARS = "source shaping truncated baseline_weight masked birth_step penalty bonus".split()
 
 
+@dataclass(frozen=True)
 class UpdateLog:
     """Writes one pair of files a step; a disk that refuses them is logged and costs nothing else."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
+    keeps: bool = True  # False: where `log.updates` is off, and on ranks other than 0
 
     def write(self, step: int, groups: Sequence[Group], objective: PolicyObjective) -> None:
+        if not self.keeps:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder, step, groups, objective)
         except (OSError, SafetensorError) as error:
             log.warning("%s: %s; what step %d trained on is not kept", self.folder, error, step)
-
-
-class NoUpdateLog(UpdateLog):
-    """Where `log.updates` is off, and on ranks other than 0."""
-
-    def __init__(self) -> None:
-        super().__init__(Path())
-
-    def write(self, step: int, groups: Sequence[Group], objective: PolicyObjective) -> None:
-        pass
 
 
 def _write(folder: Path, step: int, groups: Sequence[Group], objective: PolicyObjective) -> None:
@@ -149,3 +145,49 @@ def _kept(rows: Sequence[dict[str, Any]], columns: dict[str, Tensor]) -> Iterato
     ids = columns["kept_ids"].split([row["num_kept"] for row in found])
     counts = columns["kept_counts"].split([row["num_tokens"] for row in found])
     return map(KeptTokens, ids, counts)
+
+
+# --- refused updates ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadBatches:
+    """Keeps refused updates; a disk that refuses them is logged and costs nothing else."""
+
+    folder: Path
+    keeps: bool = True  # False: on ranks other than 0, which has the same batch
+    MAX_KEPT = 20  # the first of a run: those show the cause, and a disk is finite
+
+    def write(self, step: int, refused: Sequence[RefusedUpdate]) -> None:
+        for number, update in enumerate(refused if self.keeps else ()):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if len(list(self.folder.glob("*.json"))) < self.MAX_KEPT:
+                    _write_refused(self.folder / f"step_{step}.{number}", step, update)
+            except (OSError, SafetensorError) as error:
+                log.warning("%s: %s; a refused batch is not kept", self.folder, error)
+
+
+def _write_refused(path: Path, step: int, update: RefusedUpdate) -> None:
+    trajectories = [term.trajectory for term in update.terms]
+    prompts = [torch.tensor(t.question.prompt_ids, dtype=torch.int64) for t in trajectories]
+    columns = {
+        "prompt_ids": torch.cat(prompts),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]),
+        "token_ids": _join(trajectories, "token_ids"),
+        "lengths": torch.tensor([t.num_tokens for t in trajectories]),
+        "behaviour_logprobs": _join(trajectories, "behaviour_logprobs"),
+        "advantages": torch.tensor([term.advantage for term in update.terms]),
+        "weights": torch.tensor([term.weight for term in update.terms]),
+    }
+    save_file(columns, f"{path}.safetensors")
+    rows = [
+        {
+            "question_id": t.question.id,
+            **{name: getattr(t, name) for name in ("source", "birth_step", "reward", "truncated")},
+            "reason": t.verdict.reason if t.verdict else None,
+        }
+        for t in trajectories
+    ]
+    content = {"step": step, "reason": update.reason, "grad_norm": update.grad_norm, "rows": rows}
+    Path(f"{path}.json").write_text(json.dumps(strict(content), indent=1, allow_nan=False) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,11 +22,10 @@ from exgrpo_fast.run.checkpoint.format import Checkpoints
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.sinks import CompletionLog, MetricSink
-from exgrpo_fast.training.bad_batches import BadBatches
 from exgrpo_fast.training.collector import Batch, Collector, PhaseTimer
 from exgrpo_fast.training.evaluate import Evaluation, Evaluator
 from exgrpo_fast.training.learner import Learner
-from exgrpo_fast.training.saved_updates import UpdateLog
+from exgrpo_fast.training.saved_updates import BadBatches, UpdateLog
 from exgrpo_fast.training.step_metrics import completion_rows, peak_memory_gib, step_metrics
 from exgrpo_kernels import PolicyObjective
 
@@ -34,58 +34,33 @@ REPLICATED = ("loss_hex", "tokens_trained", "reward_mean", "entropy", "completio
 MAX_BAD_UPDATES = 3  # consecutive steps whose gradient was refused, before the run stops
 
 
+@dataclass(eq=False, kw_only=True)
 class Trainer:
     """Collect groups, learn from them, remember the best of them; evaluate and save on the way."""
 
-    def __init__(
-        self,
-        *,
-        stream: QuestionStream,
-        replay: Replay,
-        collector: Collector,
-        learner: Learner,
-        engine: RolloutEngine,
-        objective: PolicyObjective,
-        evaluator: Evaluator,
-        eval_questions: Sequence[Question],
-        writer: CheckpointWriter,
-        bad_batches: BadBatches,
-        update_log: UpdateLog,
-        sink: MetricSink,
-        completion_log: CompletionLog,
-        screen: Screen,
-        max_steps: int,
-        eval_every: int = 0,
-        checkpoint_every: int = 0,
-        completions_every: int = 10,
-        generate_ahead: bool = False,
-        processes: Processes = SINGLE_PROCESS,
-    ) -> None:
-        """`generate_ahead`: the engine generates for a step while the one before is trained on.
-        `processes`: the ranks of this run."""
-        self.stream = stream
-        self.replay = replay
-        self.collector = collector
-        self.learner = learner
-        self.engine = engine
-        self.objective = objective
-        self.evaluator = evaluator
-        self.eval_questions = eval_questions
-        self.writer = writer
-        self.bad_batches = bad_batches
-        self.update_log = update_log
-        self.sink = sink
-        self.completion_log = completion_log
-        self.screen = screen
-        self.max_steps = max_steps
-        self.eval_every = eval_every
-        self.checkpoint_every = checkpoint_every
-        self.completions_every = completions_every
-        self.generate_ahead = generate_ahead
-        self.processes = processes
-        self.num_steps = 0
-        self.bad_updates = 0
-        self.stop_signal: int | None = None
+    stream: QuestionStream
+    replay: Replay
+    collector: Collector
+    learner: Learner
+    engine: RolloutEngine
+    objective: PolicyObjective
+    evaluator: Evaluator
+    eval_questions: Sequence[Question]
+    writer: CheckpointWriter
+    bad_batches: BadBatches
+    update_log: UpdateLog
+    sink: MetricSink
+    completion_log: CompletionLog
+    screen: Screen
+    max_steps: int
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    completions_every: int = 10
+    generate_ahead: bool = False  # for a step while the one before is trained on
+    processes: Processes = SINGLE_PROCESS  # the ranks of this run
+    num_steps: int = field(default=0, init=False)
+    bad_updates: int = field(default=0, init=False)
+    stop_signal: int | None = field(default=None, init=False)
 
     def step(self) -> tuple[Batch, dict[str, Any]]:
         """One step, in the order of ExGRPO's algorithm 1; without replay it is plain GRPO."""

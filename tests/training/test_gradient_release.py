@@ -18,21 +18,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from exgrpo_fast.config import Config, ConfigError, refuse_world_size
-from exgrpo_fast.core.torchrun import tokens_of_share
+from exgrpo_fast.core.packs import tokens_of_share
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.tracing import Setting, Tracer
 from exgrpo_fast.memory.trainer_memory import Head, released, states, update
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.packing import fill
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.training.batch import WeightRule
+from exgrpo_fast.training.batch import SeveralPacks, WeightRule
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim import optimiser as optim
-from exgrpo_fast.training.optim.gradient_release import (
-    HalfApplied,
-    ReleasingOptimiser,
-    SeveralPacks,
-)
+from exgrpo_fast.training.optim.gradient_release import HalfApplied, ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.preflight import rehearse, worst_groups
 from exgrpo_kernels import PolicyObjective

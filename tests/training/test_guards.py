@@ -16,7 +16,7 @@ from test_learner import collect, moments, questions_of, same, weights, with_rew
 from exgrpo_fast.model import policy as policy_module
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.run.checkpoint.format import split_tensors
-from exgrpo_fast.training.bad_batches import BadBatches
+from exgrpo_fast.training.saved_updates import BadBatches
 from exgrpo_fast.training.update_stats import RefusedUpdate
 
 # --- a refused batch is kept for study -----------------------------------------------------------

@@ -35,10 +35,6 @@ from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.training.optim.optimiser import Optimiser, UpdateOutcome
 
 
-class SeveralPacks(UserError):
-    """An update that does not go into one pack on each rank; it has changed nothing."""
-
-
 class HalfApplied(UserError):
     """Memory ran out between two weights: these must not be saved."""
 
@@ -149,14 +145,3 @@ def norm_of(parameter: nn.Parameter) -> Tensor:
     """Of the gradient of this rank's shard, in its dtype, as `clip_grad_norm_` takes it."""
     assert parameter.grad is not None
     return torch.linalg.vector_norm(local_shard(parameter.grad))
-
-
-def require_one_pack(count: int, max_tokens: int, ranks: int = 1) -> None:
-    """SeveralPacks where an update came to more than one pack for each of `ranks`."""
-    if count > ranks:
-        limit = "one" if ranks == 1 else f"{ranks}, one on each rank"
-        raise SeveralPacks(
-            f"train.gradient_release: an update came to {count} packs of at most {max_tokens} "
-            f"tokens, and can only be {limit}; raise train.max_tokens_per_microbatch or "
-            f"train.minibatches"
-        )
