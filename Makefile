@@ -17,7 +17,7 @@ ADAPTERS_VENV := .venv-adapters
 
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo demo-toy test test-kernels test-families test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
+.PHONY: demo demo-toy test test-slow test-kernels test-families test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
 	@if $(BIN)/exgrpo-fast fetch smollm2; \
@@ -33,6 +33,9 @@ test: $(VENV)/.dev ## install the dev extras and run the suite
 
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 	$(BIN)/pytest $(PARALLEL) -m "not gpu and not vllm"
+
+test-slow: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the long tests that `make test` leaves out, and no others
+	$(BIN)/pytest $(PARALLEL) -m "slow and not gpu and not vllm"
 
 test-kernels: $(VENV)/.dev $(VENV)/triton-3.6.0 ## every random case, chip and compiler of the kernels
 	$(BIN)/pytest $(PARALLEL) -m slow tests/kernels

@@ -11,7 +11,7 @@ from several_processes import run_processes
 from torch.distributed.fsdp import FSDPModule
 
 WORKER = Path(__file__).with_name("release_worker.py")
-COUNTS = (2, 3)
+COUNTS = (2, pytest.param(3, marks=pytest.mark.slow))
 CASES = (
     "tied",
     "untied",

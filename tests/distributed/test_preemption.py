@@ -85,10 +85,10 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on_bit_for_bit(folder: Path)
     assert_unbroken(folder, "preempted", step + 2)
 
 
-@pytest.mark.slow  # and on a busy machine a rank that runs may be silent for the 6 s
+@pytest.mark.slow  # on a busy machine a rank that runs may be silent for some seconds: 24 s here
 def test_a_rank_that_is_frozen_is_found_and_all_start_again(folder: Path) -> None:
     """By the other one, in two fifths of the deadline; collectives have 1800 s."""
-    with two_ranks(folder, "hung", "--resume", "auto", "--deadline", "15") as torchrun:
+    with two_ranks(folder, "hung", "--resume", "auto", "--deadline", "60") as torchrun:
         hanging = workers_of(torchrun.pid)[1]
         os.kill(hanging, signal.SIGSTOP)
         stopped_at = steps(folder / "hung")[-1]["step"]
@@ -100,7 +100,7 @@ def test_a_rank_that_is_frozen_is_found_and_all_start_again(folder: Path) -> Non
         torchrun.wait(60)
     log = (folder / "hung.log").read_text()
     assert log.count("resumed after step") == 1
-    assert log.count("rank 1 is frozen: no sign of life for 6 s; all ranks end") == 1
+    assert log.count("rank 1 is frozen: no sign of life for 24 s; all ranks end") == 1
     assert "frozen" in (folder / "hung" / "run.log").read_text()
     assert_unbroken(folder, "hung", newest_step(folder / "hung"))
 

@@ -27,9 +27,10 @@ BACKENDS = ["torch"] + (["triton"] if runtime.is_interpreting() else [])
 KERNELS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 
+@pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("check", sorted(CHECKS))
-def test_plain_pytorch_keeps_the_rule_of_the_kernels(check):
-    @settings(max_examples=300, deadline=None, database=None)
+def test_plain_pytorch_keeps_the_rule_of_the_kernels(check, examples):
+    @settings(max_examples=examples, deadline=None, database=None)
     @given(rng=st.randoms(use_true_random=False))
     def run(rng) -> None:
         CHECKS[check](random_case(rng, check), "torch")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import random
@@ -219,6 +220,14 @@ def linear_logprobs(batch) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 
 
+@functools.cache
+def dense_gradients(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `certain_batch`."""
+    case, batch = certain_batch()
+    _, dx, dw = gradients_of(case, backend, batch, sparsity="off")
+    return dx, dw
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
@@ -226,7 +235,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_error_is_small_where_most_tiles_are_dropped(backend):
     case, batch = certain_batch()
-    _, dx, dw = gradients_of(case, backend, batch, sparsity="off")
+    dx, dw = dense_gradients(backend)
     errors, densities = [], []
     for threshold in (1e-3, 1e-4, 1e-5):
         result, ours_dx, ours_dw = gradients_of(case, backend, batch, sparsity=threshold)
@@ -240,7 +249,7 @@ def test_the_error_is_small_where_most_tiles_are_dropped(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tails(backend):
     case, batch = certain_batch()
-    _, dx, dw = gradients_of(case, backend, batch, sparsity="off")
+    dx, dw = dense_gradients(backend)
     found = {}
     for tail in sparse_backward.TAILS:
         _, a, b = gradients_of(case, backend, batch, sparsity=5e-2, tail=tail)

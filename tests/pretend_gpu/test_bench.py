@@ -112,6 +112,7 @@ def run_script(folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_script_on_the_pretend_gpu(tmp_path: Path) -> None:
     """One measurement of each stage; the trainer has tests of its own. A wheel is installed first."""
     (tmp_path / "wheels").mkdir()
