@@ -38,7 +38,7 @@ from exgrpo_fast.training.reference import AdapterOff, Reference
 from exgrpo_kernels import PolicyObjective
 
 VOCABULARY = 131  # odd: the parts of the head differ in size
-UPDATES = 3
+UPDATES = 2
 FULL_IN = ("forward", "loss", "backward", "recomputation", "scoring")
 
 

@@ -74,7 +74,7 @@ def measure(*, releases: bool = False, **keys: Any) -> dict[str, list[float]]:
         weights=WeightRule("constant", RESPONSE),
     )
     groups = worst_groups(
-        2 * COUNT if releases else 8 * COUNT,
+        2 * COUNT if releases else 4 * COUNT,  # one pack a rank, and two
         2,
         prompt_tokens=PROMPT,
         completion_tokens=RESPONSE,
