@@ -17,7 +17,7 @@ from exgrpo_fast.core.types import WeightSpan
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.server.weight_transfer import make_receiver
-from exgrpo_fast.rollout.server.wire import pack_completion, unpack_requests
+from exgrpo_fast.rollout.wire import pack_completion, unpack_requests
 
 
 class ServedPolicy(ThreadingHTTPServer):

@@ -23,7 +23,7 @@ from http_server import Handler, Server, resets
 from exgrpo_fast.core.types import Completion, WeightSpan
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.server.weight_transfer import Receiver, make_receiver
-from exgrpo_fast.rollout.server.wire import pack_completion, unpack_requests
+from exgrpo_fast.rollout.wire import pack_completion, unpack_requests
 
 Draw = Callable[[Request, Sampling, int], Completion]  # the last: the version of the weights
 CPU = torch.device("cpu")

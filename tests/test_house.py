@@ -33,6 +33,7 @@ LIGHT = [
     "core.allocator",
     "core.answers",
     "core.errors",
+    "core.files",
     "core.text",
     "core.types",
     "core.heartbeat",

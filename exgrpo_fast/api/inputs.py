@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from exgrpo_fast.config import Config, ConfigError, all_keys, hint, keys_by_last_word
 from exgrpo_fast.config.load import assign, read_recipe, validate
+from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.rewards.loading import as_reference
 
 Reward = str | Callable[..., Any]
@@ -69,9 +69,8 @@ def as_source(rows: Rows, file: Path) -> str:
 def write_at_once(file: Path, text: str) -> None:
     """Under torchrun every process writes its inputs, and another may be reading them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    with whole_file(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]:

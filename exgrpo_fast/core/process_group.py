@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 
 T = TypeVar("T")
@@ -218,7 +219,7 @@ def joined(
         yield Processes(place, device, store=meeting)
     except RuntimeError as error:
         if any(word in str(error) for word in LOST):
-            raise RankLost(str(error).splitlines()[0]) from error
+            raise RankLost(first_line(error)) from error
         raise
     finally:
         dist.destroy_process_group()

@@ -45,3 +45,9 @@ def _cut(line: str, limit: int) -> str:
     if len(line) <= limit:
         return line
     return f"{line[:limit]}… ({len(line) - limit} more characters)"
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; its type where it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # rewards and data read this module before torch is loaded
     from torch import Tensor
 
 SourceName = Literal["fresh", "replay", "prior", "hindsight"]
+Metrics = Mapping[str, Any]  # name -> number, text, None, or a nested one; numpy and tensors too
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data.checking import (
     CheckedRow,
@@ -15,7 +16,7 @@ from exgrpo_fast.data.checking import (
     content_id,
     none_usable,
 )
-from exgrpo_fast.data.sources import BadRow, DataError, Source, first_line
+from exgrpo_fast.data.sources import BadRow, DataError, Source
 
 TOKENIZER_BATCH = 1024
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.data.parsing import Fault, as_object, decode, parse_row, text_fault
 
 # A path, a hub dataset 'name[:split]' or 'name:config:split', or a gym task: a mapping or an object
@@ -65,10 +66,6 @@ def read_rows(source: Source) -> Rows:
 
 def source_name(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else f"reasoning-gym {_of(source, 'gym')}"
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ a sample is scored in each step to show it, and the others keep the engine's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 
 from torch import Tensor
 
@@ -26,37 +26,31 @@ from exgrpo_fast.rollout.engine import (
 from exgrpo_fast.rollout.mismatch import NO_CORRECTION, Mismatch, MismatchRule, measure
 
 LogprobsAndEntropies = tuple[Tensor, Tensor]  # float32 [T] each
-
-
 SAMPLE_EVERY = 16  # of the completions whose engine scores, one in so many is scored by the trainer
 # Largest mean |difference| of a completion, in nats: ten times what float32 rounding makes of a
 # language model with 30 layers.
 SAMPLE_TOLERANCE = 3e-5
 
 
+@dataclass(eq=False)
 class FreshSource:
     """`sample` generates; `score` replaces the engine's log-probs by the trainer's.
 
     What lies between the two is measured, and by `mismatch` corrected in the tokens' weights.
+    `engine_scores`: the engine's log-probs and entropies are the policy's up to rounding.
     """
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        policy: Policy,
-        *,
-        sampling: Sampling,
-        seed: int,
-        mismatch: MismatchRule = NO_CORRECTION,
-        engine_scores: bool = False,
-    ) -> None:
-        """`engine_scores`: the engine's log-probs and entropies are the policy's up to rounding."""
-        assert not engine_scores or mismatch.correction == "none"
-        self.engine = engine
-        self.policy = policy
-        self.sampling = replace(sampling, entropies=engine_scores)
-        self.seed = seed
-        self.mismatch = mismatch
+    engine: RolloutEngine
+    policy: Policy
+    _: KW_ONLY
+    sampling: Sampling
+    seed: int
+    mismatch: MismatchRule = NO_CORRECTION
+    engine_scores: InitVar[bool] = False
+
+    def __post_init__(self, engine_scores: bool) -> None:
+        assert not engine_scores or self.mismatch.correction == "none"
+        self.sampling = replace(self.sampling, entropies=engine_scores)
 
     def sample(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
@@ -39,25 +40,14 @@ class StreamingPool(Scorer, Protocol):
     def verdicts(self, future: Any, on_finished: Callable[[int], object]) -> list[Verdict]: ...
 
 
+@dataclass(eq=False)
 class Verifier:
     """Asks the rewards about completions; the row's own columns are handed on with them."""
 
-    def __init__(
-        self,
-        rewards: Scorer | None,
-        decode: Decode,
-        screen: Screen,
-        processes: Processes = SINGLE_PROCESS,
-    ) -> None:
-        """`rewards`: None on all ranks but 0, which scores for all of them."""
-        self.processes = processes
-        self.rewards = rewards
-        self.decode = decode
-        self.screen = screen
-
-    def score_on_rank0(self, score: Callable[[], list[Verdict]]) -> list[Verdict]:
-        """The verdicts of `score`, which is called in the first process alone."""
-        return self.processes.run_on_rank0(score, pack=pack_verdicts, unpack=unpack_verdicts)
+    rewards: Scorer | None  # None on all ranks but 0, which scores for all of them
+    decode: Decode
+    screen: Screen
+    processes: Processes = SINGLE_PROCESS
 
     def sample(
         self, question: Question, completion: Completion | Trajectory, draft: str | None = None
@@ -69,10 +59,6 @@ class Verifier:
         return RewardSample(question.prompt, text, question.answer, columns)
 
 
-def pack_verdicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    return [verdict._asdict() for verdict in verdicts]
-
-
 def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     return [
         Verdict(**{**entry, "checks": tuple((name, met) for name, met in entry["checks"])})
@@ -80,37 +66,33 @@ def unpack_verdicts(entries: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     ]
 
 
+@dataclass(eq=False)
 class StreamingScorer(Observer):
     """Has completions scored while others are still being generated.
 
-    A judge, and a reward of whole groups, get all of them together at the end.
+    A judge, and a reward of whole groups, get all of them together at the end. `questions`: of each
+    request of the generation, by its place; `drafts`: the texts that these revise. `meanwhile`:
+    called once, when the generation is under way; `beside`: again and again until it ends.
     """
 
-    def __init__(
-        self,
-        verifier: Verifier,
-        questions: Sequence[Question],
-        advance: Callable[[int], object] = lambda count: None,
-        *,
-        drafts: Sequence[str] | None = None,
-        meanwhile: Callable[[], object] = lambda: None,
-        beside: Callable[[], object] = lambda: None,
-    ) -> None:
-        """`questions`: of each request of the generation, by its place; `drafts`: the texts that
-        these revise. `meanwhile`: called once, when the generation is under way; `beside`: called
-        again and again until it ends."""
-        self.verifier = verifier
-        self.questions = questions
-        self.drafts = drafts
-        self.advance = advance
+    verifier: Verifier
+    questions: Sequence[Question]
+    advance: Callable[[int], object] = lambda count: None
+    _: KW_ONLY
+    drafts: Sequence[str] | None = None
+    meanwhile: Callable[[], object] | None = None
+    beside: Callable[[], object] = lambda: None
+    future: Any = field(default=None, init=False)  # the pool's, with the verdicts so far
+    places: list[int] = field(default_factory=list, init=False)  # of the samples, as handed in
+    samples: list[RewardSample] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
         # Beside other ranks only rank 0 generates; `meanwhile` may use collectives, which the
         # others would not join. The caller runs it afterwards.
-        self.meanwhile = meanwhile if verifier.processes.count == 1 else None
-        self.beside = beside
-        self.pool = verifier.rewards if isinstance(verifier.rewards, StreamingPool) else None
-        self.future: Any = None  # the pool's, with the verdicts so far
-        self.places: list[int] = []  # of the samples handed in, in that order
-        self.samples: list[RewardSample] = []
+        if self.verifier.processes.count > 1:
+            self.meanwhile = None
+        rewards = self.verifier.rewards
+        self.pool = rewards if isinstance(rewards, StreamingPool) else None
 
     def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
         samples = [
@@ -141,7 +123,11 @@ class StreamingScorer(Observer):
         `others`: further members of the same groups. RewardError where nearly all verdicts are
         errors of the reward itself.
         """
-        return self.verifier.score_on_rank0(lambda: self._verdicts(others))
+        return self.verifier.processes.run_on_rank0(
+            lambda: self._verdicts(others),
+            pack=lambda found: [verdict._asdict() for verdict in found],
+            unpack=unpack_verdicts,
+        )
 
     def _verdicts(self, others: Sequence[Trajectory]) -> list[Verdict]:
         samples = [self.verifier.sample(other.question, other) for other in others]

@@ -17,6 +17,7 @@ from exgrpo_fast.config import (
     refuse_small_packs,
 )
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.planner import Machine, MemoryPlan, Planner, table, with_sizes
 
@@ -62,7 +63,7 @@ def plan_run(config: Config, folder: str, machine: Machine, *, is_local: bool = 
             folder, trust_remote_code=False, local_files_only=is_local
         )
     except (OSError, ValueError) as error:
-        raise NoShapes(f"model.name {folder}: {str(error).splitlines()[0]}") from None
+        raise NoShapes(f"model.name {folder}: {first_line(error)}") from None
     planner = Planner(model, machine)
     made = planner.plan(config)
     text = table(made, config)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.heartbeat import HEARTBEAT
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Completion
 from exgrpo_fast.model.lora import (
     has_adapter,
@@ -59,6 +60,16 @@ SHORT, PAIR = slice(0, 3), slice(0, 2)
 ROUNDINGS = 8.0
 # Where the model hardly amplifies its input, the rounding of the logits themselves is what is left.
 LEAST_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# What goes wrong inside the code of a family.
+FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 TENSOR_FLOAT32 = 2.0**-10  # what tensor cores keep of a float32, where a GPU uses them
 
 
@@ -278,10 +289,10 @@ class _ForwardCheck:
             if isinstance(error, ForwardMismatch):
                 raise
             raise ForwardMismatch(self.family, part, str(error)) from None
-        except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
-            raise ForwardMismatch(self.family, part, _first_line(error)) from error
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ForwardMismatch(self.family, part, _first_line(error)) from error
+        except FAULTS as error:
+            said = first_line(error) if str(error).strip() else "no message"
+            what = f"its own code fails, {type(error).__name__}: {said}"
+            raise ForwardMismatch(self.family, part, what) from error
 
     def _first_layer(self, probe: Probe) -> str:
         """The first decoder layer whose output is another, as the end of a sentence."""
@@ -307,11 +318,6 @@ def _same_states(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
     return float(torch.cdist(ours, theirs).amin(-1).max()) <= 1e-2 * float(
         theirs.norm(dim=-1).mean()
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"its own code fails, {type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 # --- probes and passes ----------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     rollouts/version_12.log   what was generated with the weights after step 12
 
-One record holds what finished together, length and xxh3-128 in front, so that a torn tail is seen
-and cut off. A request is found again by the weights' version, its own content and the sampling.
+One record holds what finished together as JSON, length and xxh3-128 in front, so that a torn tail is
+seen and cut off. A request is found again by the weights' version, its own content and the sampling.
 A disk that refuses a record costs that record and nothing else. Completions of truncated sampling
 are not logged: what their tokens were drawn from would outweigh them.
 
@@ -18,13 +18,13 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import xxhash
 
-from exgrpo_fast.core.types import Completion, WeightSpan
+from exgrpo_fast.core.types import Completion
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
     EngineWrapper,
@@ -34,31 +34,26 @@ from exgrpo_fast.rollout.engine import (
     RolloutEngine,
     Sampling,
 )
+from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 
-Key = bytes  # xxh3-128 of a request
-
+Key = str  # xxh3-128 of a request
 _FRAME = struct.Struct("<Q16s")  # bytes of the record, their xxh3-128
-# key, flags, numbers of tokens and of weight spans; int64 ids, float32 log-probs, float32 entropies
-# where there are any, and the spans follow
-_ENTRY = struct.Struct("<16sBII")
-_TRUNCATED, _HAS_ENTROPIES = 1, 2
-_SPAN = struct.Struct("<qII")
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class JournalledEngine(EngineWrapper):
     """Returns logged completions, has `engine` generate the others, and logs what it finishes."""
 
-    def __init__(
-        self, engine: RolloutEngine, folder: Path, *, identity: str = "", version: int = 0
-    ) -> None:
-        """`identity`: of the run's config; `version`: of the weights, as `sync` counts."""
-        self.engine = engine
-        self.folder = folder
-        self.identity = identity
-        self.version = version
-        self._known = self._read(version)
+    engine: RolloutEngine
+    folder: Path
+    _: KW_ONLY
+    identity: str = ""  # of the run's config
+    version: int = 0  # of the weights, as `sync` counts
+
+    def __post_init__(self) -> None:
+        self._known = self._read(self.version)
 
     def sync(self, version: int) -> dict[str, float]:
         self.version = version
@@ -88,7 +83,8 @@ class JournalledEngine(EngineWrapper):
                 path.unlink(missing_ok=True)
 
     def append(self, path: Path, keys: Sequence[Key], completions: Sequence[Completion]) -> None:
-        record = b"".join(_pack(*entry) for entry in zip(keys, completions, strict=True))
+        packed = (pack_completion(place, each) for place, each in enumerate(completions))
+        record = json.dumps(dict(zip(keys, packed, strict=True))).encode()
         framed = _FRAME.pack(len(record), xxhash.xxh3_128_digest(record)) + record
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +100,7 @@ class JournalledEngine(EngineWrapper):
 
     def _key(self, request: Request, sampling: Sampling) -> Key:
         asked = [self.identity, self.version, asdict(request), asdict(sampling)]
-        return xxhash.xxh3_128_digest(json.dumps(asked).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps(asked).encode())
 
     def _read(self, version: int) -> dict[Key, Completion]:
         path = self._path(version)
@@ -166,38 +162,10 @@ def _records(data: bytes) -> Iterator[bytes]:
         start += size
 
 
-def _pack(key: Key, completion: Completion) -> bytes:
-    ids, logprobs = completion.token_ids.long(), completion.logprobs.float()
-    spans = completion.weight_spans
-    arrays = ids.cpu().numpy().tobytes() + logprobs.cpu().numpy().tobytes()
-    flags = _TRUNCATED * completion.truncated
-    if completion.entropies is not None:
-        flags |= _HAS_ENTROPIES
-        arrays += completion.entropies.float().cpu().numpy().tobytes()
-    head = _ENTRY.pack(key, flags, len(ids), len(spans))
-    return head + arrays + b"".join(_SPAN.pack(*span) for span in spans)
-
-
 def _unpack(record: bytes) -> Iterator[tuple[Key, Completion]]:
-    memory, start = bytearray(record), 0  # writable, as torch asks
-    while start < len(memory):
-        key, flags, count, num_spans = _ENTRY.unpack_from(memory, start)
-        start += _ENTRY.size
-        ids = _tensor(memory, torch.int64, count, start)
-        logprobs = _tensor(memory, torch.float32, count, start + 8 * count)
-        start += 12 * count
-        entropies = None
-        if flags & _HAS_ENTROPIES:
-            entropies = _tensor(memory, torch.float32, count, start)
-            start += 4 * count
-        end = start + num_spans * _SPAN.size
-        spans = tuple(WeightSpan(*span) for span in _SPAN.iter_unpack(memory[start:end]))
-        start = end
-        truncated = bool(flags & _TRUNCATED)
-        yield key, Completion(ids, logprobs, truncated, spans, entropies=entropies)
-
-
-def _tensor(memory: bytearray, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
-    if not count:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).clone()
+    try:
+        entries: dict[Key, dict[str, Any]] = json.loads(record)
+    except ValueError:  # of a version that wrote other records: generated again
+        return
+    for key, entry in entries.items():
+        yield key, unpack_completion(entry)[1]

@@ -8,6 +8,7 @@ about to do, and the other ranks do the same until rank 0 broadcasts the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,18 +28,19 @@ from exgrpo_fast.rollout.engine import (
     RolloutEngine,
     Sampling,
 )
-from exgrpo_fast.rollout.server.wire import pack_completion, unpack_completion
+from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 
 
+@dataclass(eq=False)
 class SharedEngine(AsyncEngine):
     """The engine of rank 0, for all ranks."""
 
-    def __init__(self, engine: RolloutEngine | None, policy: Policy, processes: Processes) -> None:
-        """`engine`: made with an `AnnouncedPolicy`; None on ranks other than 0."""
-        assert (engine is not None) == processes.is_main
-        self.engine = engine
-        self.policy = policy
-        self.processes = processes
+    engine: RolloutEngine | None  # made with an `AnnouncedPolicy`; None on ranks other than 0
+    policy: Policy
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        assert (self.engine is not None) == self.processes.is_main
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> SharedGeneration:
         own = self.engine.start(requests, sampling) if self.engine else None
@@ -64,34 +66,28 @@ class SharedEngine(AsyncEngine):
             self.engine.close()
 
 
+@dataclass(frozen=True)
 class SharedGeneration:
     """Completions on their way to rank 0, and from it to the other ranks."""
 
-    def __init__(self, own: Generation | None, policy: Policy, processes: Processes) -> None:
-        self.own = own
-        self.policy = policy
-        self.processes = processes
+    own: Generation | None
+    policy: Policy
+    processes: Processes
 
     def wait(self, observer: Observer = UNOBSERVED) -> list[Completion]:
         """`observer` is called on rank 0 only. A server that comes back is sent the weights, in
         which all ranks take part."""
         if self.own is None:
-            return unpack_all(follow_rank0(self.policy, self.processes)["completions"])
+            entries = follow_rank0(self.policy, self.processes)["completions"]
+            return [unpack_completion(entry)[1] for entry in entries]
         try:
             completions = self.own.wait(observer)
         except BaseException:
             self.processes.broadcast({"do": "fail"})
             raise
-        self.processes.broadcast({"do": "end", "completions": pack_all(completions)})
+        packed = [pack_completion(place, each) for place, each in enumerate(completions)]
+        self.processes.broadcast({"do": "end", "completions": packed})
         return completions
-
-
-def pack_all(completions: Sequence[Completion]) -> list[dict[str, Any]]:
-    return [pack_completion(place, each) for place, each in enumerate(completions)]
-
-
-def unpack_all(entries: Sequence[dict[str, Any]]) -> list[Completion]:
-    return [unpack_completion(entry)[1] for entry in entries]
 
 
 # --- weights on their way to the engine -----------------------------------------------------------
@@ -142,14 +138,13 @@ def follow_rank0(policy: Policy, processes: Processes) -> dict[str, Any]:
             raise MainRankFailed
 
 
+@dataclass(eq=False)
 class CopiedEngine(LocalEngine):
     """Generation by an unsharded copy of the model on rank 0."""
 
-    def __init__(self, engine: RolloutEngine, copy: Policy, source: AnnouncedPolicy) -> None:
-        """`engine`: whose policy is `copy`."""
-        self.engine = engine
-        self.copy = copy
-        self.source = source
+    engine: RolloutEngine  # whose policy is `copy`
+    copy: Policy
+    source: AnnouncedPolicy
 
     def generate(
         self,

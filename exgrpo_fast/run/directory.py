@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.files import whole_file
 
 
 class RunFolderError(UserError):
@@ -60,13 +61,8 @@ class RunFolder:
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
     def write_text(self, name: str, text: str) -> None:
-        """Whole file or no file: written beside its name and renamed."""
-        temporary = self.path / f".{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        with whole_file(self.path / name, durable=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")

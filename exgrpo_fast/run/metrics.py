@@ -6,10 +6,7 @@ is None where a step has nothing to measure; "correct of ..." and "..., of all" 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-Metrics = Mapping[str, Any]  # name -> number, text, None, or a nested one; numpy and tensors too
+from typing import NamedTuple
 
 
 class Metric(NamedTuple):

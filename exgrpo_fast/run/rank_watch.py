@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT, Heartbeat
 from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.run.supervisor import Deadlines
 
@@ -148,7 +149,7 @@ def _watch(watch: RankWatch, leaves: threading.Event, log: Callable[[str], None]
         watch.end()
     except RuntimeError as error:
         if not leaves.is_set():
-            _end(watch, f"the store of the ranks is lost: {str(error).splitlines()[0]}", log)
+            _end(watch, f"the store of the ranks is lost: {first_line(error)}", log)
 
 
 def _end(watch: RankWatch, line: str, log: Callable[[str], None]) -> NoReturn:

@@ -7,7 +7,6 @@ off with one warning, and a remote one has its own thread.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
@@ -22,8 +21,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.core.text import clean_line, clean_text
-from exgrpo_fast.run.metrics import Metrics
+from exgrpo_fast.core.types import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +116,8 @@ class JsonlSink:
             for line in self.path.read_bytes().splitlines(keepends=True)
             if _step_of(line, default=step + 1) <= step
         ]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        with whole_file(self.path, durable=True) as temporary:
+            temporary.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
 
     def _flush(self) -> None:
         try:
@@ -282,14 +278,11 @@ class CompletionLog:
         if not self.keeps:
             return None
         path = self.path(step)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_parquet(temporary, [{**row, "step": step} for row in rows])
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                _write_parquet(temporary, [{**row, "step": step} for row in rows])
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             if not self._failing:
                 logger.warning("%s: %s; completions are not kept", path, error.strerror or error)
             self._failing = True

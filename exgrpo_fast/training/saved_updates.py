@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.core.types import Group, KeptTokens, Question, Trajectory, Verdict
 from exgrpo_fast.run.sinks import strict
 from exgrpo_fast.training.update_stats import RefusedUpdate
@@ -81,11 +81,10 @@ def _write(folder: Path, step: int, groups: Sequence[Group], objective: PolicyOb
     ]
     content = {"step": step, "objective": asdict(objective), "rows": rows}
     path = folder / f"step_{step:06d}"
-    temporary = folder / f".{path.name}.tmp"
-    save_file(columns, temporary)
-    os.replace(temporary, f"{path}.safetensors")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, f"{path}.json")
+    with whole_file(path.with_suffix(".safetensors")) as temporary:
+        save_file(columns, temporary)
+    with whole_file(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def _join(trajectories: Sequence[Trajectory], name: str) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from conftest import OwnEngine
 from torch import Tensor
 
@@ -43,7 +45,7 @@ class CountingEngine(OwnEngine):
 
 def completion_of(request: Request) -> Completion:
     length = request.seed % 5
-    ids = torch.arange(length) * (1 << 33) + request.seed % 1000
+    ids = torch.arange(length) * (1 << 28) + request.seed % 1000
     logprobs = -torch.arange(length, dtype=torch.float32) / 3
     spans = (WeightSpan(request.seed % 9, 0, length), WeightSpan(3, length, length))
     entropies = logprobs.square() if request.seed % 4 > 1 else None
@@ -178,6 +180,18 @@ def test_a_changed_record_is_not_believed(tmp_path: Path) -> None:
         journal, inner = open_journal(tmp_path)
         check(journal.generate(requests, SAMPLING), requests)
         assert inner.asked, place
+
+
+def test_records_of_an_earlier_version_are_generated_again(tmp_path: Path) -> None:
+    """They were binary: key, flags, numbers of tokens and spans, then int64 ids and float32s."""
+    record = struct.pack("<16sBIIqf", bytes(16), 1, 1, 0, 5, -0.5)
+    framed = struct.pack("<Q", len(record)) + xxhash.xxh3_128_digest(record) + record
+    (tmp_path / "version_0.log").write_bytes(framed)
+    requests = requests_of(1, 2, 3)
+    for asked in ([[1, 2, 3]], []):
+        journal, inner = open_journal(tmp_path)
+        check(journal.generate(requests, SAMPLING), requests)
+        assert inner.asked == asked
 
 
 def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:

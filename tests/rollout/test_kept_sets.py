@@ -21,8 +21,8 @@ from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
 from exgrpo_fast.rollout.hf.drawing import draw
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
-from exgrpo_fast.rollout.server.wire import pack_completion, unpack_completion
 from exgrpo_fast.rollout.vllm.model import kept_tokens
+from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 from exgrpo_fast.training.saved_updates import UpdateLog, read_update
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14)]

@@ -22,7 +22,7 @@ from exgrpo_fast.rollout.server.weight_transfer import (
     checksum,
     make_receiver,
 )
-from exgrpo_fast.rollout.server.wire import (
+from exgrpo_fast.rollout.wire import (
     pack_completion,
     pack_requests,
     unpack_completion,

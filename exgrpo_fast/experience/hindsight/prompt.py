@@ -7,6 +7,7 @@ words. It never shows the reference answer, and it is never cut: one that is too
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from exgrpo_fast.core.types import Question, Verdict
@@ -27,21 +28,17 @@ def hindsight_text(task: str, draft: str, met: Sequence[str], missed: Sequence[s
     return "\n".join(parts)
 
 
+@dataclass(frozen=True)
 class HindsightPrompt:
-    """Question, draft and verdict -> the question as it is asked for a revision."""
+    """Question, draft and verdict -> the question as it is asked for a revision.
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        public_texts: Callable[[], Mapping[str, str]],
-        *,
-        max_prompt_tokens: int,
-    ) -> None:
-        """`public_texts`: the words of each rubric, known once a worker has loaded them; without
-        any, the answer alone is spoken of."""
-        self.tokenizer = tokenizer
-        self.public_texts = public_texts
-        self.max_prompt_tokens = max_prompt_tokens
+    `public_texts`: the words of each rubric, known once a worker has loaded them; without any, the
+    answer alone is spoken of.
+    """
+
+    tokenizer: Any
+    public_texts: Callable[[], Mapping[str, str]]
+    max_prompt_tokens: int
 
     def ask(
         self, question: Question, draft: str, verdict: Verdict, *, revision: int

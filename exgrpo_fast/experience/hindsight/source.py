@@ -75,23 +75,15 @@ class HindsightReport:
         return {f"hindsight_{name}": value for name, value in vars(self).items()}
 
 
+@dataclass(frozen=True)
 class HindsightSource:
     """Revises a batch of scored groups in one more call of the engine."""
 
-    def __init__(
-        self,
-        fresh: FreshSource,
-        verifier: Verifier,
-        prompt: HindsightPrompt,
-        recipe: HindsightRecipe,
-        *,
-        seed: int = 0,
-    ) -> None:
-        self.fresh = fresh
-        self.verifier = verifier
-        self.prompt = prompt
-        self.recipe = recipe
-        self.seed = seed
+    fresh: FreshSource
+    verifier: Verifier
+    prompt: HindsightPrompt
+    recipe: HindsightRecipe
+    seed: int = 0
 
     def revise(self, groups: Sequence[Group], *, step: int) -> tuple[list[Group], HindsightReport]:
         """The groups with bonuses and revisions in place; those already solved are untouched."""

@@ -15,6 +15,7 @@ import xxhash
 from transformers import AutoConfig, GenerationConfig
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.model.folder_reading import Tokenizer
 
 
@@ -42,7 +43,7 @@ def read_vocabulary(folder: str, tokenizer: Tokenizer) -> Vocabulary:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise PriorError(f"{folder}: no model: {str(error).splitlines()[0]}") from None
+        raise PriorError(f"{folder}: no model: {first_line(error)}") from None
     try:
         generation = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):  # a model without one stops where its config says

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 import xxhash
@@ -98,26 +98,17 @@ class GuidedCompletion:
         )
 
 
+@dataclass(eq=False)
 class Resampler:
     """One driver for every pair of engines; it holds no state between sessions."""
 
-    def __init__(
-        self,
-        drafter: Drafter,
-        scorer: PriorScorer,
-        trigger: Trigger,
-        *,
-        block_tokens: int,
-        max_completion_tokens: int,
-        eos_token_ids: Sequence[int],
-    ) -> None:
-        """`block_tokens`: K, drafted tokens a round at most."""
-        self.drafter = drafter
-        self.scorer = scorer
-        self.trigger = trigger
-        self.block_tokens = block_tokens
-        self.max_completion_tokens = max_completion_tokens
-        self.eos_token_ids = frozenset(eos_token_ids)
+    drafter: Drafter
+    scorer: PriorScorer
+    trigger: Trigger
+    _: KW_ONLY
+    block_tokens: int  # K, drafted tokens a round at most
+    max_completion_tokens: int
+    eos_token_ids: Sequence[int]
 
     def start(self, requests: Sequence[Request]) -> Session:
         return Session(self, requests)

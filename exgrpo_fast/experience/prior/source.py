@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -50,12 +50,12 @@ class PriorRecipe:
     weight_cap: float = 3.0  # of the exact importance modes
 
 
+@dataclass(frozen=True)
 class Guided:
     """The guided completions of one call, while they are generated."""
 
-    def __init__(self, question_of: Sequence[Question], sessions: Sequence[Session]) -> None:
-        self.question_of = list(question_of)
-        self.sessions = list(sessions)
+    question_of: Sequence[Question]
+    sessions: Sequence[Session]
 
     def advance(self) -> None:
         """As far as it goes without waiting, for engines that work beside the fresh completions."""
@@ -65,30 +65,22 @@ class Guided:
         return [completion for session in self.sessions for completion in session.finish()]
 
 
+@dataclass(eq=False)
 class PriorSource:
-    """Guided completions, from their drafts to trajectories with the columns of their mode."""
+    """Guided completions, from their drafts to trajectories with the columns of their mode.
 
-    def __init__(
-        self,
-        resampler: Resampler,
-        policy: Policy,
-        recipe: PriorRecipe,
-        *,
-        prior: Policy | None = None,
-        num_tokens: int = 0,
-        max_batch_sequences: int = 256,
-        seed: int = 0,
-    ) -> None:
-        """`prior` with its `num_tokens` ids: needed where the importance mode needs the exact law.
-        `max_batch_sequences`: completions guided side by side."""
-        assert prior is not None or recipe.importance not in NEEDS_LAW
-        self.resampler = resampler
-        self.policy = policy
-        self.recipe = recipe
-        self.prior = prior
-        self.num_tokens = num_tokens
-        self.max_batch_sequences = max_batch_sequences
-        self.seed = seed
+    `prior` with its `num_tokens` ids: needed where the importance mode needs the exact law.
+    `max_batch_sequences`: completions guided side by side.
+    """
+
+    resampler: Resampler
+    policy: Policy
+    recipe: PriorRecipe
+    _: KW_ONLY
+    prior: Policy | None = None
+    num_tokens: int = 0
+    max_batch_sequences: int = 256
+    seed: int = 0
 
     # --- before the rollout ---
 
@@ -105,8 +97,8 @@ class PriorSource:
 
     def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> Guided:
         pairs = [
-            (question, Request(question.prompt_ids, self._seed_of(question, step, sample)))
-            for question, count in zip(questions, counts, strict=True)
+            (q, Request(q.prompt_ids, request_seed(self.seed, f"{step}/prior", q.id, sample)))
+            for q, count in zip(questions, counts, strict=True)
             for sample in range(count)
         ]
         requests = [request for _, request in pairs]
@@ -114,9 +106,6 @@ class PriorSource:
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         sessions = [self.resampler.start(batch) for batch in batches]
         return Guided([question for question, _ in pairs], sessions)
-
-    def _seed_of(self, question: Question, step: int, sample: int) -> int:
-        return request_seed(self.seed, f"{step}/prior", question.id, sample)
 
     @property
     def concurrent(self) -> bool:

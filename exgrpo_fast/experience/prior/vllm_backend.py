@@ -7,6 +7,7 @@ engine and at the same time as the fresh completions, because whoever steps it m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -19,22 +20,15 @@ from exgrpo_fast.rollout.vllm.model import VllmModel, untouched_random_state
 R = TypeVar("R")
 
 
+@dataclass(eq=False)
 class Awaited(Generic[R]):
     """The result of requests to one model; `ready` steps that model once."""
 
-    def __init__(
-        self,
-        model: VllmModel,
-        keys: Sequence[str],
-        finish: Callable[[list[Any]], R],
-        again: Callable[[int], str] | None = None,
-    ) -> None:
-        """`again`: queues a request anew whose answer was None, by its place; its key."""
-        self.model = model
-        self.keys = list(keys)
-        self.finish = finish
-        self.again = again
-        self.found: dict[str, Any] = {}
+    model: VllmModel
+    keys: list[str]
+    finish: Callable[[list[Any]], R]
+    again: Callable[[int], str] | None = None  # queues the request of a place anew; its key
+    found: dict[str, Any] = field(default_factory=dict)
 
     def ready(self) -> bool:
         self._take()

@@ -78,13 +78,13 @@ class Replay(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
 class NoReplay:
     """The on-policy run: every question comes from the stream, every completion is fresh."""
 
-    def __init__(self, stream: QuestionStream, *, prompts_per_step: int, group_size: int) -> None:
-        self.stream = stream
-        self.prompts_per_step = prompts_per_step
-        self.group_size = group_size
+    stream: QuestionStream
+    prompts_per_step: int
+    group_size: int
 
     def prepare(self, step: int, begun: Mapping[str, Any] | None = None) -> StepPlan:
         if begun is None:

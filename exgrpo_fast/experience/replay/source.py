@@ -14,7 +14,7 @@ latest group (a replayed trajectory counts as one):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -87,38 +87,30 @@ class ReplayRecipe:
     clip_fresh: bool = False
 
 
+@dataclass(eq=False)
 class ReplaySource:
     """Trajectories from the experience store."""
 
-    def __init__(
-        self,
-        store: ExperienceStore,
-        policy: Policy,
-        questions: Sequence[Question],
-        stream: QuestionStream,
-        recipe: ReplayRecipe,
-        *,
-        prompts_per_step: int,
-        vocabulary: str = "",
-        seed: int = 0,
-    ) -> None:
-        """`questions`: the training data, in the order that the store numbers them by.
-        `vocabulary`: a fingerprint of the tokenizer; a snapshot of another one is refused."""
-        self.store = store
-        self.policy = policy
-        self.stream = stream
-        self.recipe = recipe
-        self.prompts_per_step = prompts_per_step
-        self.vocabulary = vocabulary
-        self.data = list(questions)
-        self.place_of = {question.id: place for place, question in enumerate(questions)}
-        self.prompts = Ragged.of([question.prompt_ids for question in questions])
-        self.active = recipe.start_success_rate is None  # latched: only `stop_after_steps` ends it
-        self.stopped = False
-        self.next_group = 0
-        self.seed = seed
-        self.rng = np.random.default_rng([seed, 0x5E1EC7])
-        self._scored: tuple[Tensor, Tensor] | None = None  # rows and entropies not yet noted
+    store: ExperienceStore
+    policy: Policy
+    data: Sequence[Question]  # of the training, in the order that the store numbers them by
+    stream: QuestionStream
+    recipe: ReplayRecipe
+    _: KW_ONLY
+    prompts_per_step: int
+    vocabulary: str = ""  # a fingerprint of the tokenizer; a snapshot of another one is refused
+    seed: int = 0
+    stopped: bool = field(default=False, init=False)
+    next_group: int = field(default=0, init=False)
+    # rows and entropies not yet noted
+    _scored: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.place_of = {question.id: place for place, question in enumerate(self.data)}
+        self.prompts = Ragged.of([question.prompt_ids for question in self.data])
+        # latched: only `stop_after_steps` ends it
+        self.active = self.recipe.start_success_rate is None
+        self.rng = np.random.default_rng([self.seed, 0x5E1EC7])
 
     # --- before the rollout ---
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.replay.store import Experiences
 from exgrpo_fast.model.packing import Ragged
@@ -77,7 +78,7 @@ def load_pool(path: Path, question_ids: Sequence[str], *, vocabulary: str) -> Ex
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: {first_line(error)}") from None
     missing = EXPORTED.keys() - set(table.column_names)
     if missing:
         raise ValueError(f"{path}: no export of a buffer: it has no column {min(missing)}")

@@ -16,7 +16,7 @@ ExGRPO (arXiv 2510.02245), section 3.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal
 
 import torch
@@ -88,36 +88,30 @@ COLUMNS = {  # of a stored trajectory beside its pages
 }
 
 
+@dataclass(eq=False)
 class ExperienceStore:
-    """A fixed amount of memory that holds trajectories of the questions 0 .. num_questions - 1."""
+    """A fixed amount of memory that holds trajectories of the questions 0 .. num_questions - 1.
 
-    def __init__(
-        self,
-        plan: StorePlan,
-        *,
-        group_size: int,
-        device: torch.device | str = "cpu",
-        evict: Evict = "entropy",
-        max_per_question: int | None = None,
-        max_groups: int | None = None,
-        max_trajectories: int | None = None,
-        spare_correct: float = 0.0,
-        deduplicate: bool = True,
-    ) -> None:
-        """`evict`: who leaves a full store, or a question with more than `max_per_question`: the
-        highest last-known entropy, or the oldest. `max_groups`: only the
-        groups of the highest score stay. `max_trajectories`: only the newest stay, but for a share
-        `spare_correct` of them, which are the newest correct ones among the older."""
-        if group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {group_size}")
-        self.plan, self.group_size = plan, group_size
-        self.device = torch.device(device)
-        self.evict: Evict = evict
-        self.max_per_question = max_per_question
-        self.max_groups = max_groups
-        self.max_trajectories = max_trajectories
-        self.spare_correct = spare_correct
-        self.deduplicate = deduplicate
+    `evict`: who leaves a full store, or a question with more than `max_per_question`: the highest
+    last-known entropy, or the oldest. `max_groups`: only the groups of the highest score stay.
+    `max_trajectories`: only the newest stay, but for a share `spare_correct` of them, which are the
+    newest correct ones among the older.
+    """
+
+    plan: StorePlan
+    _: KW_ONLY
+    group_size: int
+    device: torch.device | str = "cpu"
+    evict: Evict = "entropy"
+    max_per_question: int | None = None
+    max_groups: int | None = None
+    max_trajectories: int | None = None
+    spare_correct: float = 0.0
+    deduplicate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
         self.clear()
 
     def clear(self) -> None:
@@ -147,7 +141,7 @@ class ExperienceStore:
             plan.num_host_pages,
             plan.page_tokens,
             logprob_dtype=LOGPROB_DTYPES[plan.logprob_bytes],
-            pinned=self.device.type == "cuda",
+            pinned=torch.device(device).type == "cuda",
         )
         self.next_serial = 0
         self.num_evicted = 0  # trajectories that a full store or question let go

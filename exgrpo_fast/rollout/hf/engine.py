@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from exgrpo_fast.rollout.hf.packed_weights import LEAST_TOKENS, packed_weights
 KEYS = "rollout.max_completion_tokens or data.max_prompt_tokens"
 
 
+@dataclass(eq=False)
 class TransformersEngine(LocalEngine):
     """Batched generation of at most `max_batch_sequences` sequences side by side.
 
@@ -34,19 +36,12 @@ class TransformersEngine(LocalEngine):
     generated again with half as many, time and again; the number that fits stays.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
-        max_batch_sequences: int = 256,
-    ) -> None:
-        self.policy = policy
-        self.eos_token_ids = list(eos_token_ids)
-        self.pad_token_id = pad_token_id
-        self.max_batch_sequences = max_batch_sequences
-        self.halvings = 0
+    policy: Policy
+    _: KW_ONLY
+    eos_token_ids: Sequence[int]
+    pad_token_id: int
+    max_batch_sequences: int = 256
+    halvings: int = field(default=0, init=False)  # times that memory ran out, since the last sync
 
     def sync(self, version: int) -> dict[str, float]:
         """Nothing to send: these are the trainer's parameters. How often memory ran out since the
@@ -168,7 +163,7 @@ class TransformersEngine(LocalEngine):
     def _cut(
         self, tokens: Tensor, logprobs: Tensor, kept: KeptTokens | None, entropies: Tensor | None
     ) -> Completion:
-        ends = torch.isin(tokens, torch.tensor(self.eos_token_ids)).nonzero()
+        ends = torch.isin(tokens, torch.tensor(list(self.eos_token_ids))).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         return Completion(
             token_ids=tokens[:length].clone(),

@@ -30,7 +30,7 @@ from exgrpo_fast.rollout.engine import (
 from exgrpo_fast.rollout.server.dispatch import Dispatch, Post
 from exgrpo_fast.rollout.server.fleet import RETRY_SECONDS, Fleet, Server
 from exgrpo_fast.rollout.server.weight_transfer import BrokenTransfer, Sender
-from exgrpo_fast.rollout.server.wire import pack_requests, unpack_completion
+from exgrpo_fast.rollout.wire import pack_requests, unpack_completion
 
 log = logging.getLogger(__name__)
 

@@ -45,8 +45,8 @@ from starlette.routing import Route  # pyright: ignore[reportMissingImports]
 
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.server.weight_transfer import Receiver, make_receiver
-from exgrpo_fast.rollout.server.wire import pack_completion, unpack_requests
 from exgrpo_fast.rollout.vllm.model import VllmModel
+from exgrpo_fast.rollout.wire import pack_completion, unpack_requests
 
 BEAT_SECONDS = 1.0
 MAX_BODY_BYTES = 256 << 20

@@ -25,6 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from exgrpo_fast.core.text import first_line
+
 NamedWeights = Iterable[tuple[str, Tensor]]
 MEMORY = Path("/dev/shm")  # files here live in memory
 END: dict[str, Any] = {}  # the label behind the last tensor of a broadcast
@@ -253,10 +255,6 @@ def transfers(end: BroadcastSender | BroadcastReceiver) -> Iterator[None]:
             end.group.abort()  # the other ends learn of it at once
         end.group = None
         raise BrokenTransfer(f"the broadcast of weights broke off: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def make_receiver(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,18 +20,17 @@ from exgrpo_fast.rollout.engine import (
 from exgrpo_fast.rollout.vllm.model import VllmModel, untouched_random_state
 
 
+@dataclass(eq=False)
 class VllmEngine(LocalEngine):
-    """The policy's weights copied into a `VllmModel` after every update.
+    """The policy's weights copied into a `VllmModel` after every update."""
 
-    `sleeps`: weights and cache leave the GPU while the trainer updates.
-    """
+    model: VllmModel
+    policy: Policy
+    sleeps: bool = False  # weights and cache leave the GPU while the trainer updates
+    version: int = field(default=0, init=False)
 
-    def __init__(self, model: VllmModel, policy: Policy, *, sleeps: bool = False) -> None:
-        self.model = model
-        self.policy = policy
-        self.sleeps = sleeps
-        self.awake = not sleeps  # a model that can sleep has been put to sleep before
-        self.version = 0
+    def __post_init__(self) -> None:
+        self.awake = not self.sleeps  # a model that can sleep has been put to sleep before
 
     def generate(
         self,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Completion, KeptTokens, WeightSpan
 from exgrpo_fast.rollout.engine import EngineLost, Request, Sampling
 
@@ -247,7 +248,7 @@ class VllmModel:
         except Exception as error:
             self.usable = False
             raise EngineLost(
-                f"vLLM broke off the update to version {version}: {_first_line(error)}"
+                f"vLLM broke off the update to version {version}: {first_line(error)}"
             ) from error
 
     def _stamp(self, version: int) -> None:
@@ -323,7 +324,7 @@ def _import_vllm() -> Any:
             _ = vllm.LLM  # loaded when it is first asked for
     except (ImportError, RuntimeError, OSError) as error:
         raise VllmError(
-            f"rollout.engine vllm: vLLM cannot be imported ({_first_line(error)}); "
+            f"rollout.engine vllm: vLLM cannot be imported ({first_line(error)}); "
             f"`exgrpo-fast doctor` says why, --rollout.engine transformers does without"
         ) from None
     return vllm
@@ -336,8 +337,4 @@ def _refused(folder: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise VllmError(f"rollout.engine vllm refuses {folder}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise VllmError(f"rollout.engine vllm refuses {folder}: {first_line(error)}") from error

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.files import sync
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -175,7 +176,7 @@ def write_checkpoint(
     if final.exists():
         _discard(final)
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _unfinished(final: Path) -> Path:
@@ -259,15 +260,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _write_manifest(path: Path, step: int, origin: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(_files(path)):
-        _sync(file)
+        sync(file)
         entry = {"bytes": file.stat().st_size, "xxh3_128": _digest(file)}
         files[str(file.relative_to(path))] = entry
     manifest = {"schema": SCHEMA, "step": step, "origin": dict(origin), "files": files}
     manifest["digest"] = _manifest_digest(manifest)
     (path / MANIFEST).write_text(_manifest_text(manifest))
-    _sync(path / MANIFEST)
+    sync(path / MANIFEST)
     for folder in [*(inner for inner in path.rglob("*") if inner.is_dir()), path]:
-        _sync(folder)
+        sync(folder)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -294,15 +295,6 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=1)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the entries of a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(path: Path) -> None:

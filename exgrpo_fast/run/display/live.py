@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exgrpo_fast.core.text import clean_line, clean_text
+from exgrpo_fast.core.types import Metrics
 from exgrpo_fast.run.display.columns import fitting_columns, header_text, row_text
 from exgrpo_fast.run.display.formatting import (
     best_and_worst,
@@ -32,7 +33,6 @@ from exgrpo_fast.run.display.formatting import (
 from exgrpo_fast.run.display.plain import PlainScreen
 from exgrpo_fast.run.display.screen import Advance, Row, Screen
 from exgrpo_fast.run.display.steps import Clock, StepLine, StepReader, evaluation_line
-from exgrpo_fast.run.metrics import Metrics
 
 
 def make_screen(stream: TextIO | None = None) -> Screen:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from exgrpo_fast.core.text import clean_line, clean_text
+from exgrpo_fast.core.types import Metrics
 from exgrpo_fast.run.display.formatting import (
     best_and_worst,
     duration,
@@ -19,7 +20,6 @@ from exgrpo_fast.run.display.formatting import (
 )
 from exgrpo_fast.run.display.screen import Advance, Row
 from exgrpo_fast.run.display.steps import Clock, StepReader, evaluation_line, plain_line
-from exgrpo_fast.run.metrics import Metrics
 
 
 class PlainScreen:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from exgrpo_fast.run.metrics import Metrics
+from exgrpo_fast.core.types import Metrics
 
 Advance = Callable[..., None]  # advance(count=1)
 Row = Mapping[str, Any]  # one trajectory, named as in the completion tables

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from exgrpo_fast.core.types import Metrics
 from exgrpo_fast.run.display.formatting import (
     duration,
     joined,
@@ -16,7 +17,6 @@ from exgrpo_fast.run.display.formatting import (
     percent,
     short,
 )
-from exgrpo_fast.run.metrics import Metrics
 
 Clock = Callable[[], float]
 

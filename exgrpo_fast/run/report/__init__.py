@@ -7,12 +7,12 @@ small, sharp, follow the reader's light or dark theme, and need nothing from the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.run.report.comparison import MAX_RUNS
 from exgrpo_fast.run.report.page import render, render_comparison
 from exgrpo_fast.run.report.reading import Run, read_run, read_runs
@@ -42,11 +42,5 @@ def make_page(folders: Sequence[Path], *, live: bool = False) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """A whole file or none: written beside its name and renamed."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

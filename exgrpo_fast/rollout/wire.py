@@ -1,4 +1,5 @@
-"""What travels between a trainer and a rollout server: JSON, with arrays as base64 of their bytes."""
+"""Requests and completions as JSON, arrays as base64 of their bytes: between a trainer and a rollout
+server, from rank 0 to the others, and in the log of finished rollouts."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from exgrpo_fast.core.types import Completion, KeptTokens, WeightSpan
 from exgrpo_fast.rollout.engine import Request, Sampling
@@ -38,23 +40,25 @@ def pack_completion(place: int, completion: Completion) -> dict[str, Any]:
     if completion.kept is not None:
         packed["kept_ids"] = _encode(completion.kept.ids.numpy().astype("<i4"))
         packed["kept_counts"] = _encode(completion.kept.counts.numpy().astype("<i4"))
+    if completion.entropies is not None:
+        packed["entropies"] = _encode(completion.entropies.numpy().astype("<f4"))
     return packed
 
 
 def unpack_completion(entry: Mapping[str, Any]) -> tuple[int, Completion]:
     return entry["place"], Completion(
-        token_ids=torch.from_numpy(_decode(entry["token_ids"], "<i4").astype(np.int64)),
-        logprobs=torch.from_numpy(_decode(entry["logprobs"], "<f4").astype(np.float32)),
+        token_ids=_decode(entry["token_ids"], "<i4").long(),
+        logprobs=_decode(entry["logprobs"], "<f4"),
         truncated=entry["truncated"],
         weight_spans=tuple(WeightSpan(*span) for span in entry["weight_spans"]),
-        kept=_unpack_kept(entry) if "kept_ids" in entry else None,
-    )
-
-
-def _unpack_kept(entry: Mapping[str, Any]) -> KeptTokens:
-    ids, counts = (_decode(entry[name], "<i4") for name in ("kept_ids", "kept_counts"))
-    return KeptTokens(
-        torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(counts.astype(np.int64))
+        kept=(
+            KeptTokens(
+                _decode(entry["kept_ids"], "<i4"), _decode(entry["kept_counts"], "<i4").long()
+            )
+            if "kept_ids" in entry
+            else None
+        ),
+        entropies=_decode(entry["entropies"], "<f4") if "entropies" in entry else None,
     )
 
 
@@ -62,5 +66,6 @@ def _encode(array: np.ndarray) -> str:
     return base64.b64encode(array.tobytes()).decode()
 
 
-def _decode(text: str, dtype: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
+def _decode(text: str, dtype: str) -> Tensor:
+    """int32 or float32."""
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype).astype(dtype[1:]))
