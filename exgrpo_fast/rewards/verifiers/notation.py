@@ -5,11 +5,14 @@ Nothing here changes what an answer says. Pure standard library; linear in the l
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 
+from exgrpo_fast.rewards.verifiers.calendars import as_date
+from exgrpo_fast.rewards.verifiers.intervals import half_open_as_in_english
 from exgrpo_fast.rewards.verifiers.number_words import in_digits
 from exgrpo_fast.rewards.verifiers.numerals import plain_form
 
@@ -25,6 +28,7 @@ _SIGNS = {
     "∙": r"\cdot ",
     "÷": "/",
     "∕": "/",
+    "⁄": "/",
     "≤": r"\leq ",
     "⩽": r"\leq ",
     "≥": r"\geq ",
@@ -38,6 +42,7 @@ _SIGNS = {
     "∈": r"\in ",
     "°": r"^\circ ",
     "º": r"^\circ ",
+    "¢": r"\text{ cents}",
     "€": "",
     "£": "",
     "¥": "",
@@ -45,6 +50,10 @@ _SIGNS = {
     "“": '"',
     "”": '"',
     "’": "'",
+    "′": "'",
+    "″": '"',
+    "≡": r"\equiv ",
+    "ℝ": r"\mathbb{R}",
     "‐": "-",
     "‑": "-",
     "‒": "-",
@@ -77,6 +86,8 @@ _GREEK = re.compile(r"GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 # --- words and typesetting ------------------------------------------------------------------------
 
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|sec|csc|cot|ln|log|exp|pi"
+_OPEN, _CLOSE = r"(?:\\(?:text|mbox|mathrm)\s*\{\s*)?", r"(?:\s*\})?"
+_REAL = r"\\in\s*\\mathbb\s*\{[RZN]\}"
 _Replacement = str | Callable[[re.Match[str]], str]
 
 
@@ -88,9 +99,9 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def _base(match: re.Match[str]) -> str:
-    r"""`(1011)_{\text{two}}` as `1011_{2}`."""
-    base = in_digits(match[2])
-    return f"{match[1]}_{{{base}}}" if base.isdecimal() else match[0]
+    r"""`(1011)_{\text{two}}`, `1011 (base 2)` as `1011_{2}`."""
+    base = in_digits(match[2] or match[4])
+    return f"{match[1] or match[3]}_{{{base}}}" if base.isdecimal() else match[0]
 
 
 def _column(match: re.Match[str]) -> str:
@@ -99,10 +110,45 @@ def _column(match: re.Match[str]) -> str:
     return rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
 
 
-def _half_open(match: re.Match[str]) -> str:
-    """`[1, 4[`, as half-open intervals are written in France, as `[1, 4)`."""
-    opening, closing = "(" if match[1] == "]" else "[", ")" if match[4] == "[" else "]"
-    return f"{opening}{match[2]}, {match[3]}{closing}"
+def _ways(things: str, kind: str, taken: str) -> str:
+    """`C(8, 3)`, `_8P_3`, `8C3`."""
+    if kind == "C":
+        return rf"\binom{{{things}}}{{{taken}}}"
+    return rf"\frac{{{things}!}}{{({things}-{taken})!}}"
+
+
+def _system(match: re.Match[str]) -> str:
+    """The rows of a system as a list of equations; of a piecewise function with bare conditions."""
+    rows = [row.strip().rstrip(",.;") for row in match[2].split(r"\\") if row.strip()]
+    if all(_EQUATION.fullmatch(row) for row in rows):
+        return ", ".join(row.replace("&", "") for row in rows)
+    rows = [_CONDITION.sub(" & ", row) for row in rows]
+    return rf"\begin{{{match[1]}}}" + r" \\ ".join(rows) + rf"\end{{{match[1]}}}"
+
+
+_EQUATION = re.compile(r"\s*[a-zA-Z]\w?\s*&?\s*=[^=&]+")
+_CONDITION = re.compile(
+    r"\s*,?\s*&\s*(?:\\text\s*\{\s*(?:if|for|when)?\s*\}|(?:if|for|when)\b)?\s*"
+)
+
+
+def _parts(match: re.Match[str]) -> str:
+    """`(a) 3, (b) 5` as `(3, 5)`."""
+    _, *pieces = _LABEL.split(match[0])
+    labels, values = pieces[::2], [value.strip(" ,;") for value in pieces[1::2]]
+    if (
+        len(labels) < 2
+        or not all(values)
+        or labels not in (_LETTERS[: len(labels)], _ROMAN[: len(labels)])
+    ):
+        return match[0]
+    return f"({', '.join(values)})"
+
+
+_LETTERS, _ROMAN = ["a", "b", "c", "d"], ["i", "ii", "iii", "iv"]
+_LABEL = re.compile(
+    rf"(?:\\text\s*\{{[\s,;]*)?(?<![\w(])\(?(?<!\w)([a-d]|i{{1,3}}|iv)\){_CLOSE}\s*"
+)
 
 
 def _mixed(match: re.Match[str]) -> str:
@@ -110,113 +156,178 @@ def _mixed(match: re.Match[str]) -> str:
     return rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}" if proper else match[0]
 
 
+# Applied in this order to the whole text.
 _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
-    # An en dash between digits is a range; elsewhere it is a minus sign.
-    (re.compile(r"(?<!\d)[–—]|[–—](?!\d)"), "-"),
-    (re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+"), lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
-    (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
-    (
-        re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[A-Za-z]))"),
-        lambda m: f"{_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}",
-    ),
-    (
-        re.compile(
-            r"\\(?:large|Large|LARGE|huge|Huge|small|displaystyle|textstyle|bf|rm|it)(?![a-zA-Z])"
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # --- signs. An en dash between digits is a range; elsewhere it is a minus sign.
+        (r"(?<!\d)[–—]|[–—](?!\d)", "-"),
+        ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
+        ("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
+        (
+            r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[A-Za-z]))",
+            lambda m: f"{_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}",
         ),
-        " ",
-    ),
-    (re.compile(r"\\cfrac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile(r"(?:\^\s*)?\\deg(?:rees?)?(?![a-zA-Z])"), r"^\\circ"),
-    (re.compile(r"\\num\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\text\s*\{\s*:\s*\}"), ":"),
-    (re.compile(":="), "="),
-    (re.compile(r"\\checkmark(?![a-zA-Z])|\\[hv]space\*?\s*\{[^{}]*\}"), " "),
-    (re.compile(r"^([^*]*[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])(?!.*\*\*)"), r"\1^{\2}"),
-    (re.compile(r"^([^=<>]*\d[^=<>]*?)\s*=\s*([a-zA-Z])$"), r"\2 = \1"),
-    (
-        re.compile(r"^[(\[]([^][()]*,[^][()]*)[)\]]\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$"),
-        _column,
-    ),
-    (re.compile(r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$"), r"\\text{ \1}"),
-    (
-        re.compile(r"^(\d{1,9})\s*(?:\\text\s*\{\s*)?(?:in|out of)(?:\s*\})?\s*(\d{1,9})$"),
-        r"\\frac{\1}{\2}",
-    ),
-    (  # 21st, 3^{\text{rd}}
-        re.compile(
-            r"^(\d{1,9})\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?:st|nd|rd|th)\s*\}{0,2}$"
+        ("(?:\\d\u0305)+", lambda m: rf"\overline{{{m[0][::2]}}}"),
+        # --- typesetting
+        (r"^([*_`]{1,3})([^*_`]+)\1$", r"\2"),
+        (
+            r"\\(?:large|Large|LARGE|huge|Huge|small|displaystyle|textstyle|bf|rm|it|mathstrut|checkmark"
+            r"|[bB]igg?[lrm]?(?=\s*[][(){}|\\])|(?:[hv]space\*?|v?phantom)\s*\{[^{}]*\})(?![a-zA-Z])",
+            " ",
         ),
-        r"\1",
-    ),
-    (
-        re.compile(r"^\d{1,3}(?:\.\d{3}){2,}$|^\d{1,3}(?:_\d{3})+$"),
-        lambda m: re.sub("[._]", "", m[0]),
-    ),
-    (re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle(?![a-zA-Z])"), r"(\1)"),
-    (re.compile(r"\\leqslant(?![a-zA-Z])"), r"\\leq"),
-    (re.compile(r"\\geqslant(?![a-zA-Z])"), r"\\geq"),
-    (re.compile(r"\\mathrm\s*\{([ied])\}"), r"\1"),
-    (re.compile(r"\+\s*\(\s*-\s*([\w.]+)\s*\)"), r"-\1"),
-    (re.compile(r"\\log_\{?e\}?(?![a-zA-Z])"), r"\\ln"),
-    (re.compile(r"\\([dt]?binom)(\d)(\d)"), r"\\\1{\2}{\3}"),
-    (re.compile(r"\\frac\s*([\da-z])\s*([\da-z])"), r"\\frac{\1}{\2}"),
-    (re.compile(r"^\s*\\text\s*\{[^{}\d]*(?:\bis|[:=])\s*\}\s*:?"), ""),
-    (re.compile(r"(\\sqrt\[\d+\])\s*(\d|[a-z])"), r"\1{\2}"),
-    (re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(rf"(?<![\\a-zA-Z.])({_FUNCTIONS})(?![a-zA-Z{{}}])"), r"\\\1"),
-    (re.compile(r"\^\{(-?\d*)\.(\d)\}"), lambda m: _power(m)),
-    (
-        re.compile(
-            r"(?<!\d)(\d{0,9})\.(\d{0,9}?)(?:(\d)\3{2,20}|(\d{2,9}?)\4{1,9})"
-            r"\s*(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.|…)"
-        ),
-        lambda m: rf"{m[1]}.{m[2]}\overline{{{m[3] or m[4]}}}",
-    ),
-    (re.compile(r"(?<!\d)(\d{0,9})\.(\d{0,9})\((\d{1,9})\)"), r"\1.\2\\overline{\3}"),
-    (re.compile(r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}"), _repeating),
-    (re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]+\}"), ""),
-    (re.compile(r"\\\\\s*\[\d+\s*(?:pt|em|ex|mm)\]"), r"\\\\"),  # space below a row
-    (re.compile(r"\\colon(?![a-zA-Z])|\{:\}"), ":"),
-    (
-        re.compile(
-            r"(\d{1,2}:\d\d)\s*(?:\\text\s*\{\s*)?([AaPp])\.?\s?[Mm]\.?(?:\s*\})?(?![a-zA-Z])"
-        ),
-        lambda m: f"{m[1]} {m[2].upper()}M",
-    ),
-    (re.compile(r"(?<![a-zA-Z\\])C\s*\((\d{1,4})\s*,\s*(\d{1,4})\)"), r"\\binom{\1}{\2}"),
-    (
-        re.compile(
-            r"^\(?([0-9A-F]+)\)?_\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\(?([a-z]+|\d{1,2})\)?\}{0,2}$"
-        ),
-        _base,
-    ),
-    (re.compile(r"^(?=\]|.*\[$)([][])([^][();,]+)[,;]([^][();,]+)([][])$"), _half_open),
-    (
-        re.compile(
-            r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lg]e).*)\\\}$"
-        ),
-        r"\2",
-    ),
-    (
-        re.compile(
+        (r"\\(?:text)?color\s*\{[a-zA-Z]+\}|\\[bx]?cancel(?![a-zA-Z])|^\\#", ""),
+        (r"^\s*(?:\\(?:therefore|Rightarrow|implies)(?![a-zA-Z])|=)\s*", ""),
+        (r"\\(?:c|s|x|nice)frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\([lr])brace(?![a-zA-Z])", lambda m: "\\{" if m[1] == "l" else "\\}"),
+        (r"\\(begin|end)\s*\{smallmatrix\}", r"\\\1{matrix}"),
+        (r"\\cr(?![a-zA-Z])|\\\\\s*\[\d+\s*(?:pt|em|ex|mm)\]", r"\\\\"),
+        (r"\\(?:varnothing|O)(?![a-zA-Z])|^\\\{\s*\\\}$", r"\\emptyset"),
+        (r"(?:\^\s*)?\\deg(?:rees?)?(?![a-zA-Z])", r"^\\circ"),
+        (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("prime")),
+        (r"(?<=\d)\s*'\s*'", '"'),
+        (r"\\num\s*\{([^{}]*)\}", r"\1"),
+        (r"(?<=\d)(?:\{,\}|\\text\s*\{,\})(?=\d)", ","),
+        (r"\\text\s*\{\s*:\s*\}|\\colon(?![a-zA-Z])|\{:\}", ":"),
+        (":=", "="),
+        (r"\\langle(?![a-zA-Z])(.*)\\rangle(?![a-zA-Z])", r"(\1)"),
+        (r"\\([lg]e|ne)(?:qslant|q)?(?![a-zA-Z])", r"\\\1q"),
+        (r"\\mathrm\s*\{([iedE])\}", r"\1"),
+        (r"\\log_\{?e\}?(?![a-zA-Z])", r"\\ln"),
+        (r"\\([dt]?binom)(\d)(\d)", r"\\\1{\2}{\3}"),
+        (r"\\frac\s*([\da-z])\s*([\da-z])", r"\\frac{\1}{\2}"),
+        (r"(\\sqrt\[\d+\])\s*(\d|[a-z])", r"\1{\2}"),
+        (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\a-zA-Z])cbrt\s*\(([^()]*)\)", r"\\sqrt[3]{\1}"),
+        (rf"(?<![\\a-zA-Z.])({_FUNCTIONS})(?![a-zA-Z{{}}])", r"\\\1"),
+        (
             r"\\frac\s*\{(\\(?:text|mathrm)\{[a-zA-Z ]+\})\}\s*"
-            r"\{(\\(?:text|mathrm)\{[a-zA-Z ]+\}(?:\^\{?[1-4]\}?)?)\}"
+            r"\{(\\(?:text|mathrm)\{[a-zA-Z ]+\}(?:\^\{?[1-4]\}?)?)\}",
+            r"\1/\2",
         ),
-        r"\1/\2",
-    ),
-    (
-        re.compile(r"(?<![\d.,])\d{1,3}(?:[ ']\d{3})+(?![\d/'])"),
-        lambda m: re.sub("[ ']", "", m[0]),
-    ),
-    (re.compile(r"(?<![\d./^_{])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d./])"), _mixed),
-    (re.compile(r"^\s*(?:\\(?:approx|simeq|approxeq|sim)(?![a-zA-Z])|~)\s*"), ""),
-    (
-        re.compile(
-            r"^\s*(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|roughly)(?:\s*\}\s*|\s+)(?=[-\d\\.])"
+        # --- words around the answer
+        (
+            r"^\s*\\text\s*\{(?!(?i:[^{}]*\b(?:not?|never|nobody|wrong|false|incorrect)\b))"
+            r"[^{}\d]*(?:\bis|[:=])\s*\}\s*:?|^\\text\s*\{[A-Za-z ]*\}\s*[=:]"
+            r"|^\s*\\text\s*\{\s*(?:[Tt]he )?(?:points?|vertex|center|vector|interval|set)(?: is)?\s*\}"
+            r"|^\\text\s*\{\s*[Aa]ll\s*\}\s*(?:[a-z]\s*\\text\s*\{\s*(?:with|such that|satisfying)\s*\})?",
+            "",
         ),
-        "",
-    ),
+        (
+            rf"^{_OPEN}(?:(?!(?i:not?|never|nobody|wrong|false|incorrect)\b)[A-Za-z]+ ){{0,3}}"
+            rf"(?:is|are|has|have|had|needs?|costs?|takes?|equals){_CLOSE}\s*(?=[-\d\\.])",
+            "",
+        ),
+        (
+            rf"^\s*(?:\\(?:approx|simeq|approxeq|sim)(?![a-zA-Z])|~"
+            rf"|{_OPEN}(?:exactly|approximately|approx\.?|about|roughly)(?![a-z]){_CLOSE}\s*(?=[-\d\\.]))\s*",
+            "",
+        ),
+        (r"^(?:P|E|\\Pr|\\mathbb\s*\{[PE]\})\s*\([^()]*=[^()]*\)\s*=\s*", ""),
+        (rf"^{_OPEN}(?:minus|negative){_CLOSE}\s*(?=\d|\\frac)", "-"),
+        (
+            rf"^{_OPEN}(?:US|USD|EUR|GBP|INR|Rs\.?|\\(?:pounds|euro|texteuro))(?![a-z]){_CLOSE}\s*(?=\d)",
+            "",
+        ),
+        (r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$", r"\\text{ \1}"),
+        (rf"^\s*[a-z]\s*{_REAL}\s*,|\s*,\s*[a-zA-Z]\s*{_REAL}$", ""),
+        (
+            rf"\s*,?\s*(?:\\text\s*\{{\s*for(?: all)?\s*\}}|for all|\\forall)\s*[a-z]\s*(?:{_REAL}|\\geq\s*\d)?$",
+            "",
+        ),
+        # --- numbers
+        (r"^([^*]*[\w)}])\s*\*\*\s*(-?\d+|[a-zA-Z])(?!.*\*\*)", r"\1^{\2}"),
+        (
+            r"(?<=\d)\s*(?:x|\*|\\ast|\\cdot|\\times)\s*10\s*(?:\^|\*\*)\s*\{?\s*(-?\d{1,4})\s*\}?",
+            r" \\times 10^{\1}",
+        ),
+        (r"^([-+]?\d+\.?\d*)[eE]\{?([-+]?\d{1,4})\}?(?=\s|$)", r"\1 \\times 10^{\2}"),
+        (rf"^(\d{{1,9}})\s*{_OPEN}(?:in|over|out of){_CLOSE}\s*(\d{{1,9}})$", r"\\frac{\1}{\2}"),
+        (r"^(?:\{\})?\^\{?(\d+)\}?\s*/\s*_\{?(\d+)\}?$", r"\\frac{\1}{\2}"),
+        # 21st, 3^{\text{rd}}
+        (rf"^(\d{{1,9}})\s*\^?\s*\{{?\s*{_OPEN}(?:st|nd|rd|th)\s*\}}{{0,2}}$", r"\1"),
+        (
+            r"^\d{1,3}(?:\.\d{3}){2,}$|^\d{1,3}(?:_\d{3})+$",
+            lambda m: re.sub("[._]", "", m[0]),
+        ),
+        (r"\+\s*\(\s*-\s*([\w.]+)\s*\)", r"-\1"),
+        (r"\^\{(-?\d*)\.(\d)\}", lambda m: _power(m)),
+        (
+            r"(?<!\d)(\d{0,9})\.(\d{0,9}?)(?:(\d)\3{2,20}|(\d{2,9}?)\4{1,9})"
+            r"\s*(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.|…)",
+            lambda m: rf"{m[1]}.{m[2]}\overline{{{m[3] or m[4]}}}",
+        ),
+        (r"(?<!\d)(\d{0,9})\.(\d{0,9})\((\d{1,9})\)", r"\1.\2\\overline{\3}"),
+        (r"\\dot\s*\{(\d)\}(\d{0,7})\\dot\s*\{(\d)\}", r"\\overline{\1\2\3}"),
+        (r"\\(?:overline|bar|dot)\s*(\d)", r"\\overline{\1}"),
+        (r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{(\d{1,9})\}", _repeating),
+        (r"(?<![\d.,])\d{1,3}(?:[ ']\d{3})+(?![\d/'])", lambda m: re.sub("[ ']", "", m[0])),
+        (r"(?<![\d./^_{])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d./])", _mixed),
+        # --- numerals with a base, choices and orders of n things
+        (
+            rf"^\(?([0-9A-F]+)\)?_\s*\{{?\s*{_OPEN}\(?(?:base\s*{_CLOSE}\s*)?([a-z]+|\d{{1,2}})\)?\}}{{0,2}}$"
+            rf"|^([0-9A-F]+)\s*{_OPEN}\(?(?:in )?base[ -]?{_CLOSE}\s*([a-z]+|\d{{1,2}})\)?{_CLOSE}$",
+            _base,
+        ),
+        (
+            r"^0([bxo])([0-9A-Fa-f]+)$",
+            lambda m: f"{m[2].upper()}_{{{ {'b': 2, 'o': 8, 'x': 16}[m[1]] }}}",
+        ),
+        (
+            r"(?<![a-zA-Z\\])([CP])\s*\((\d{1,4}|n)\s*,\s*(\d{1,4}|k)\)",
+            lambda m: _ways(m[2], m[1], m[3]),
+        ),
+        (
+            r"^(?:\{\})?[_^]?\{?(\d{1,4})\}?\s*([CP])\s*_?\{?(\d{1,4})\}?$",
+            lambda m: _ways(m[1], m[2], m[3]),
+        ),
+        (r"^([CP])_\{?(\d{1,4})\}?\^\{?(\d{1,4})\}?$", lambda m: _ways(m[2], m[1], m[3])),
+        # --- units and times
+        (r"^(\d+)\s*'\s*(\d+(?:\.\d+)?)\s*\"$", r"\1 ft \2 in"),
+        (r"^(\d+)\s*h\s*(\d+)\s*m$", r"\1 h \2 min"),
+        (
+            r"^(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(\d+(?:\.\d+)?)\s*'(?:\s*(\d+(?:\.\d+)?)\s*\")?$",
+            lambda m: f"{m[1]} degrees {m[2]} arcminutes" + (f" {m[3]} arcseconds" if m[3] else ""),
+        ),
+        (
+            rf"(\d{{1,2}})[:.](\d\d)\s*{_OPEN}([AaPp])\.?\s?[Mm]\.?{_CLOSE}(?![a-zA-Z])",
+            lambda m: f"{m[1]}:{m[2]} {m[3].upper()}M",
+        ),
+        (
+            rf"^(\d{{1,2}})\s*{_OPEN}([AaPp])\.?\s?[Mm]\.?{_CLOSE}$",
+            lambda m: f"{m[1]}:00 {m[2].upper()}M",
+        ),
+        (r"(?<=\d)\s*\\Omega$", r"\\text{ ohm}"),
+        (
+            rf"(?<=\d)\s*(?:\\text\s*\{{\s*\}}\s*)?\\mu\s*{_OPEN}([a-zA-Z]){_CLOSE}$",
+            r"\\text{ u\1}",
+        ),
+        # --- congruences
+        (r"\\bmod(?![a-zA-Z])", r"\\mod"),
+        (
+            rf"\s*(?:\(\s*{_OPEN}(?:\\?mod){_CLOSE}\s*(\w+)\s*\)|\\pmod\s*(?:(\w)|\{{\s*(\w+)\s*\}}))$",
+            lambda m: rf" \pmod{{{m[1] or m[2] or m[3]}}}",
+        ),
+        (r"(\\equiv.*?)\s*\\mod\s*\{?(\w+)\}?$", r"\1 \\pmod{\2}"),
+        # --- sets, systems and several parts
+        (r"([][(])([^][();,]{1,40});([^][();,]{1,40})([][)])", r"\1\2,\3\4"),
+        (r"^(?=\]|.*\[$).*,.*$", lambda m: half_open_as_in_english(m[0])),
+        (
+            r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lg]eq).*)\\\}$",
+            r"\2",
+        ),
+        (r"(?<=\\mathbb\{R\})\s*(?:-|\\backslash)\s*(?=\\\{)", r" \\setminus "),
+        (
+            rf"^{_OPEN}all (?:real numbers|reals) except(?: for)?{_CLOSE}\s*(?:[a-z]\s*=\s*)?(-?[\w\\{{}}/.]+)$",
+            r"\\mathbb{R} \\setminus \\{\1\\}",
+        ),
+        (r"^[(\[]([^][()]*,[^][()]*)[)\]]\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$", _column),
+        (r"^[a-z]\([a-z]\)\s*=\s*(?=\\begin\{cases\})", ""),
+        (r"^\\begin\{(cases|aligned|gathered)\}(.*)\\end\{\1\}$", _system),
+        (r"^(?!.*\\begin)[^=]*=.*\\\\.*=.*$", lambda m: m[0].replace(r"\\", ", ")),
+        (rf"^{_OPEN}\(?(?:a|i)\).*$", _parts),
+        (r"^([^=<>]*\d[^=<>]*?)\s*=\s*([a-zA-Z])$", r"\2 = \1"),
+    )
 ]
 
 
@@ -227,7 +338,8 @@ def _power(match: re.Match[str]) -> str:
 
 
 _WHOLE = re.compile(
-    r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|underline)"
+    r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|underline"
+    r"|emph|bold|pmb|operatorname)"
     r"\s*\{([^{}\\]*)\}"
 )
 
@@ -237,71 +349,39 @@ def latex(text: str) -> str:
     """The text in plain LaTeX; one that is too long to be an answer as it is."""
     if len(text) > MAX_CHARS:
         return text
+    text = _ENTITY.sub(lambda m: html.unescape(m[0]), text.strip())
+    text = _DOLLARS.sub(r"\1 \\text{ dollars}", text)
     text = "".join(map(_character, plain_form(text)))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip()
     whole = _WHOLE.fullmatch(text)
     text = in_digits((whole[1] if whole else text).strip().strip('"').strip())
-    return _PHRASES.get(text.casefold().rstrip("."), text)
+    text = as_date(text)
+    for phrase, meaning in _PHRASES:
+        if phrase.fullmatch(text):
+            return meaning
+    return text
 
 
-_PHRASES = {
-    "all real numbers": r"\mathbb{R}",
-    "all reals": r"\mathbb{R}",
-    "the empty set": r"\emptyset",
-    "empty set": r"\emptyset",
-    "infinity": r"\infty",
-    "dne": "does not exist",
-}
+_ENTITY = re.compile(r"&(?:[a-z]{2,8}|#\d{1,6});")
+_DOLLARS = re.compile(r"^\\?\$\s*(\d[\d,]*(?:\.\d+)?)$")
 
-
-# --- comparisons of text --------------------------------------------------------------------------
-
-_TEXT = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}\\]*)\}")
-_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
-_WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|[Nn]o")
-
-_ARTICLE = re.compile(r"^(?:the|an?) ")
-_YES_OR_NO = re.compile(r"(yes|no)[.,;:!] ")
-_TAKEN_BACK = re.compile(r"\b(?:yes|no|not|but|or|maybe|perhaps)\b|n't\b")
-
-
-def same_text(found: str, gold: str) -> bool:
-    """Whether two answers in one notation read the same, but for spaces and, in words, capitals."""
-    # A run of spaces is one, so that none of it is left between two digits.
-    found, gold = (" ".join(text.split()) for text in (found, gold))
-    if _SPACE.sub("", found) == _SPACE.sub("", gold):
-        return True
-    found, gold = (_TEXT.sub(r"\1", text) for text in (found, gold))
-    if _SPACE.sub("", found) == _SPACE.sub("", gold):
-        return True
-    found = found.rstrip(".")
-    if _WORDS.fullmatch(gold) is None:
-        return False
-    found, gold = (_ARTICLE.sub("", text.casefold()) for text in (found, gold))
-    if gold in ("yes", "no") and (said := _YES_OR_NO.match(found)):
-        return said[1] == gold and not _TAKEN_BACK.search(found[said.end() :])
-    return found.removesuffix("s") == gold.removesuffix("s")  # `no solutions`
-
-
-# --- inequalities ---------------------------------------------------------------------------------
-
-_LESS, _MORE = r"<|\\leq?(?![a-zA-Z])|\\lt(?![a-zA-Z])", r">|\\geq?(?![a-zA-Z])|\\gt(?![a-zA-Z])"
-_HALF_LINE = re.compile(rf"[a-z]\s*({_LESS}|{_MORE})\s*([^<>=,;]+)")
-_OR = re.compile(r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\bor\b|\\lor|\\vee)\s*")
-
-
-def as_union(text: str) -> str:
-    r"""`x < 2 or x \geq 3` as `(-\infty, 2) \cup [3, \infty)`; any other text as it is."""
-    parts = [_HALF_LINE.fullmatch(part.strip()) for part in _OR.split(text)]
-    if len(parts) < 2 or not all(parts):
-        return text
-    return r" \cup ".join(_interval(part[1], part[2].strip()) for part in parts if part)
-
-
-def _interval(relation: str, bound: str) -> str:
-    closed = relation.startswith(("\\le", "\\ge"))
-    if re.fullmatch(_LESS, relation):
-        return rf"(-\infty, {bound}{']' if closed else ')'}"
-    return rf"{'[' if closed else '('}{bound}, \infty)"
+_SOLUTIONS = r"(?:(?:real|integer|rational|such|valid) )*(?:solutions?|roots?|values?|numbers?)"
+_PHRASES = [
+    (re.compile(phrase + r"\.?", re.IGNORECASE), meaning)
+    for phrase, meaning in (
+        ("(?:all|any|every) reals?(?: numbers?)?", r"\mathbb{R}"),
+        (
+            rf"(?:the )?empty set|none|(?:there (?:is|are) )?no {_SOLUTIONS}(?: exists?)?",
+            r"\emptyset",
+        ),
+        (
+            rf"infinity|infinite|infinitely many(?: {_SOLUTIONS})?|an infinite number(?: of {_SOLUTIONS})?",
+            r"\infty",
+        ),
+        ("dne|(?:(?:it|(?:the )?[a-z]+) )?does not exist", "does not exist"),
+        ("(?:12 )?noon", "12:00 PM"),
+        ("(?:12 )?midnight", "12:00 AM"),
+    )
+]

@@ -47,16 +47,19 @@ def quantity(text: str) -> Quantity | None:
 
 
 _ASSIGNED = re.compile(r"^[a-zA-Z]\s*=\s*")
-_PERCENT = re.compile(r"(.*\d.*?)\s*(?:\\?%|(?:\\(?:text|mathrm)\s*\{)?\s*(?:percent|pct)\s*\}?)")
+_PERCENT = re.compile(r"(.*\d.*?)\s*(?:\\?%|(?:\\(?:text|mathrm)\s*\{)?\s*(?:per ?cent|pct)\s*\}?)")
 _POWER = r"(?:\s*\^\s*\{?\s*-?[1-4]\s*\}?)"
 _TYPESET_UNIT = re.compile(
     r"(.*?[\d})!])((?:\s*(?:/|\\cdot|\\times|~|\\,)?\s*"
     r"\\(?:text|mathrm|mbox|textrm|textbf|operatorname)\s*"
     rf"\{{(?:[^{{}}\\0-9^]|\\[ ,;]|{_POWER})*\}}{_POWER}?)+)\s*\.?"
 )
-_DEGREES = re.compile(r"(.*?[\d})])(\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[CFK])?)")
+_DEGREES = re.compile(
+    r"(.*?[\d})])(\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*(?:\\(?:text|mathrm)\s*\{)?\s*[CFK]\s*\}?)?)"
+)
 _SYMBOLS = (
     "mm|cm|dm|km|m|in|ft|yd|mi|kg|mg|g|lbs?|oz|ml|mL|L|s|sec|min|hrs?|h|Hz|N|J|W|kW|V|A|Pa|mph|kph"
+    "|C|K|F|T|mol|eV|kPa|atm|rad|deg|u|sq|cu"
 )
 _WORD = rf"(?:[A-Za-z]{{3,}}|{_SYMBOLS})\.?{_POWER}?"
 _BARE_UNIT = re.compile(
@@ -71,13 +74,15 @@ _NO_UNIT = re.compile(
 )
 
 
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9} | {
+    "trillion": 10**12
+}
 
 
 def _scaled(value: Fraction, unit: str) -> Quantity:
     first, _, rest = unit.partition(" ")
     scale = _SCALES.get(first)
-    return Quantity(value, unit) if scale is None else Quantity(value * 10**scale, rest)
+    return Quantity(value, unit) if scale is None else Quantity(value * scale, rest)
 
 
 def _plain_unit(text: str) -> str:
@@ -89,10 +94,11 @@ def _plain_unit(text: str) -> str:
 # Spellings, and how many of the first of its kind one is.
 _KINDS: dict[str, list[tuple[str, int]]] = {
     "length": [
-        ("mm|millimeters?|millimetres?", 1),
-        ("cm|centimeters?|centimetres?", 10),
-        ("m|meters?|metres?", 1000),
-        ("km|kilometers?|kilometres?", 1_000_000),
+        ("mm|millimet(?:er|re)s?", 1),
+        ("cm|centimet(?:er|re)s?", 10),
+        ("dm|decimet(?:er|re)s?", 100),
+        ("m|met(?:er|re)s?", 1000),
+        ("km|kilomet(?:er|re)s?", 1_000_000),
     ],
     "imperial length": [
         ("in|inch|inches", 1),
@@ -102,45 +108,71 @@ _KINDS: dict[str, list[tuple[str, int]]] = {
     ],
     "mass": [("mg|milligrams?", 1), ("g|grams?", 1000), ("kg|kilograms?", 1_000_000)],
     "weight": [("oz|ounces?", 1), ("lbs?|pounds?", 16)],
-    "volume": [("ml|milliliters?|millilitres?", 1), ("l|liters?|litres?", 1000)],
     "time": [
-        ("s|sec|secs|seconds?", 1),
+        ("s|secs?|seconds?", 1),
         ("min|mins|minutes?", 60),
         ("h|hrs?|hours?", 3600),
         ("days?", 86_400),
         ("weeks?", 604_800),
     ],
+    "angle": [("arcseconds", 1), ("arcminutes", 60), ("degrees?", 3600)],
+    "radians": [("rad|radians?", 1)],
     "money": [("cents?", 1), ("dollars?|usd", 100)],
 }
+_VOLUMES = {"ml|millilit(?:er|re)s?": 1000, "l|lit(?:er|re)s?": 1_000_000}  # in mm^3
 _KNOWN_UNITS = [
-    (re.compile(spellings), kind, size)
+    (re.compile(spellings), kind, 1, size)
     for kind, units in _KINDS.items()
     for spellings, size in units
-]
+] + [(re.compile(spellings), "length", 3, size) for spellings, size in _VOLUMES.items()]
+_ABBREVIATIONS = {"mph": "mi / h", "kph": "km / h", "kmh": "km / h"}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_UNIT_TOKEN = re.compile(r"[a-z]+|-?\d|/")
 
 
-def _kinds_and_sizes(unit: str) -> list[tuple[str, int]] | None:
-    """Of each word of a unit; None where one is not known."""
-    found = [
-        next(((kind, size) for known, kind, size in _KNOWN_UNITS if known.fullmatch(word)), None)
-        for word in unit.lower().split()
-    ]
-    return [each for each in found if each] if found and None not in found else None
+@lru_cache(maxsize=4096)
+def _measure(unit: str) -> tuple[dict[str, int], Fraction] | None:
+    """Dimension and size of a unit such as `km per hour`, `sq cm`, `m s -2`; None if a word is unknown."""
+    unit = " ".join(_ABBREVIATIONS.get(word, word) for word in unit.lower().split())
+    dimension: dict[str, int] = {}
+    size = Fraction(1)
+    for word, power in _factors(_UNIT_TOKEN.findall(unit)):
+        known = next((each for each in _KNOWN_UNITS if each[0].fullmatch(word)), None)
+        if known is None:
+            return None
+        _, kind, of_kind, factor = known
+        dimension[kind] = dimension.get(kind, 0) + of_kind * power
+        size *= Fraction(factor) ** power
+    return (dimension, size) if dimension else None
+
+
+def _factors(tokens: list[str]) -> list[tuple[str, int]]:
+    """`m`, `/`, `s`, `2` -> (m, 1), (s, -2)."""
+    factors: list[tuple[str, int]] = []
+    sign = ahead = 1
+    for token in tokens:
+        behind = int(token) if token[-1].isdigit() else _POWERS.get(token)
+        if token in ("/", "per"):
+            sign = -1
+        elif behind is None:
+            factors.append((token, sign * ahead))
+            ahead = 1
+        elif token in ("square", "sq", "cubic", "cu"):
+            ahead = behind
+        elif factors:
+            factors[-1] = (factors[-1][0], factors[-1][1] * behind)
+    return factors
 
 
 def in_unit_of(gold: Quantity, found: Quantity) -> Fraction | None:
-    """The value of `found` in the gold answer's unit; None where its unit is another one.
+    """The value of `found` in the gold answer's unit; None where its unit is of another kind.
 
-    A unit that is missing or not well known is that of the other. Only what is in several units is
-    converted: to give `5000 g` for `5 kg` is another answer.
+    A unit that is missing or not well known is that of the other.
     """
-    of_found, of_gold = _kinds_and_sizes(found.unit), _kinds_and_sizes(gold.unit)
-    if of_found is None or of_gold is None or of_found == of_gold:
+    of_found, of_gold = _measure(found.unit), _measure(gold.unit)
+    if of_found is None or of_gold is None:
         return found.value
-    (kind, size), (gold_kind, gold_size) = of_found[0], of_gold[0]
-    if kind != gold_kind or len(of_found) == len(of_gold) == 1:
-        return None
-    return found.value * size / gold_size
+    return found.value * of_found[1] / of_gold[1] if of_found[0] == of_gold[0] else None
 
 
 _SEVERAL_UNITS = re.compile(
@@ -156,14 +188,14 @@ def _of_several_units(text: str) -> Quantity | None:
     if not _SEVERAL_UNITS.fullmatch(text):
         return None
     numbers, units = zip(*_ONE_OF_THEM.findall(text), strict=True)
-    known = _kinds_and_sizes(" ".join(units))
-    if known is None or len({kind for kind, _ in known}) > 1:
+    known = [_measure(unit) for unit in units]
+    if known[0] is None or any(each is None or each[0] != known[0][0] for each in known):
         return None
-    sizes = [size for _, size in known]
+    sizes = [each[1] for each in known if each]
     if sizes != sorted(set(sizes), reverse=True):
         return None
     total = sum(Fraction(n) * size for n, size in zip(numbers, sizes, strict=True))
-    return Quantity(Fraction(total, sizes[0]), " ".join(units).lower())
+    return Quantity(total / sizes[0], units[0].lower())
 
 
 # --- rational expressions -------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 
+from exgrpo_fast.rewards.verifiers.quantities import quantity
+
 # --- too large ------------------------------------------------------------------------------------
 
 _LARGE = {
@@ -64,7 +66,8 @@ _VARIABLE = re.compile(
     r"|angle|ell)(?![a-zA-Z])"
 )
 _HEDGE = re.compile(
-    r"\b(or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false)\b",
+    r"\b(or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false"
+    r"|if|otherwise|unless|else)\b",
     re.IGNORECASE,
 )
 _TEXT_WITH_DIGIT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\d[^{}]*\}")
@@ -87,9 +90,15 @@ def says_several_things(found: str, gold: str) -> str | None:
 
 
 def numeric_sides(text: str) -> list[str]:
-    """`3 \\cdot 4 = 12` -> its sides, where each is a number and there are two or three; else none."""
+    r"""`n = 3 \cdot 4 = 12`, `\frac{1}{4} or 0.25` -> sides that are all numbers, two or three; else none."""
+    text = _ALTERNATIVE.sub("=", text)
     sides = [] if _SEPARATOR.search(text) else _RELATION.split(text)
+    if len(sides) > 2 and not _is_numeric(sides[0]):
+        sides = sides[1:]
     return sides if len(sides) in (2, 3) and all(map(_is_numeric, sides)) else []
+
+
+_ALTERNATIVE = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b")
 
 
 def _chained(text: str) -> bool:
@@ -104,4 +113,6 @@ def _chained(text: str) -> bool:
 def _is_numeric(text: str) -> bool:
     if not any(c.isdigit() for c in text) or _VARIABLE.search(text):
         return False
+    if quantity(text.strip()) is not None:
+        return True
     return not any(c.isalpha() for c in _COMMAND.sub("", text))
