@@ -272,8 +272,9 @@ class Planner:
         parameters = passes.frozen or passes.trained
         if machine.engine == "transformers":
             rows = made.rows | {"generation": {"rollout": self._generation_bytes(made)}}
-            if machine.device == "cpu" and dtype == "float32":  # rollout/hf/packed_weights.py
-                rows["generation: packed weights"] = {"rollout": 4.0 * parameters}
+            if machine.device == "cpu":  # rollout/hf/packed_weights.py
+                copied = getattr(torch, dtype).itemsize * parameters
+                rows["generation: packed weights"] = {"rollout": copied}
             if machine.processes > 1:
                 copied = frozen_copy(passes, torch.float32, self._compute(config))
                 rows["whole copy for generation"] = everywhere(copied)

@@ -23,7 +23,7 @@ EOS = 1
 @pytest.fixture
 def policy(model_folder, monkeypatch) -> Policy:
     """Of a family that is decoded by the model's own forward pass."""
-    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda model: False)
+    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda *_: False)
     return Policy(load_model(str(model_folder)))
 
 

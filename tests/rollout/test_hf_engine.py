@@ -68,7 +68,7 @@ def test_a_completion_depends_on_its_own_seed_only(policy) -> None:
 @pytest.fixture
 def rows_apart(monkeypatch) -> None:
     """The model's own forward pass draws, which sees every row."""
-    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda model: False)
+    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda *_: False)
 
 
 def out_of_memory_above(policy: Policy, limit: int) -> list[int]:

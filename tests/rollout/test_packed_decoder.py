@@ -94,6 +94,30 @@ def test_logprobs_are_the_models_own_to_1e_5(
         torch.testing.assert_close(completion.logprobs, logprobs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("least", [0, 10**9], ids=["packed", "plain"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bfloat16_the_error_is_that_of_the_model(
+    name: str, weights: torch.dtype, least: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(packed_weights, "LEAST_ELEMENTS", least)
+    exact = make_policy(name)
+    policy = Policy(make_policy(name).model.to(weights), compute_dtype=torch.bfloat16)
+    requests = requests_of([4, 11, 1])
+    passes: list[int] = []
+    policy.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    completions = engine_of(policy).generate(requests, Sampling(24))
+    assert len(passes) == 1  # the prompts
+    tokens = [
+        Ragged.of([r.prompt_ids for r in requests]),
+        Ragged.of([c.token_ids for c in completions]),
+    ]
+    drawn = torch.cat([c.logprobs for c in completions])
+    true, of_model = exact.score(*tokens).logprobs, policy.score(*tokens).logprobs
+    error, usual = (drawn - true).abs().mean(), (of_model - true).abs().mean()
+    assert 0.5 * usual < error < 1.5 * usual
+
+
 def rows_read(policy: Policy) -> list[int]:
     """Filled with the number of rows of every forward pass from now on."""
     found: list[int] = []
@@ -134,7 +158,7 @@ def test_rows_part_at_the_first_token_that_differs() -> None:
 def test_a_completion_is_that_of_the_models_own_loop(monkeypatch) -> None:
     policy, requests = make_policy("qwen3"), requests_of([4, 11])
     ours = engine_of(policy).generate(requests, Sampling(24))
-    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda model: False)
+    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda *_: False)
     plain = engine_of(policy).generate(requests, Sampling(24))
     for mine, other in zip(ours, plain, strict=True):
         assert torch.equal(mine.token_ids, other.token_ids)
@@ -165,6 +189,7 @@ def test_others_are_left_to_the_model() -> None:
 
     assert changed(lambda model: None)
     assert not changed(lambda model: model.bfloat16())
+    assert can_be_decoded(make_policy("qwen3").model.bfloat16(), torch.bfloat16)
     assert not changed(lambda model: setattr(model.config, "hidden_act", "gelu"))
     assert not changed(lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"))
     window = ["full_attention", "sliding_attention", "full_attention"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Observer, Request, Sampling
 from exgrpo_fast.rollout.hf import engine as engine_module
@@ -27,7 +28,7 @@ REQUESTS = [Request((5, 6, 7, 8 + i % 3), i) for i in range(12)]
 @pytest.fixture
 def policy(model_folder, monkeypatch) -> Policy:
     """Of a family that is decoded by the model's own forward pass."""
-    monkeypatch.setattr(engine_module, "can_be_decoded", lambda model: False)
+    monkeypatch.setattr(engine_module, "can_be_decoded", lambda *_: False)
     policy = Policy(load_model(str(model_folder)))
     with torch.no_grad():
         policy.head.weight.mul_(20)
@@ -123,8 +124,20 @@ def test_a_small_weight_stays_as_it_is(monkeypatch) -> None:
         assert ["forward" in vars(layer) for layer in layers] == [False, True]
 
 
-def test_a_policy_that_computes_in_bfloat16_packs_nothing(model_folder) -> None:
-    policy = Policy(load_model(str(model_folder)), compute_dtype=torch.bfloat16)
-    seen = Looking(policy.model)
-    engine_of(policy).generate(REQUESTS[:2], Sampling(LEAST_TOKENS), seen)
-    assert seen.counts == {0}
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_bfloat16_is_packed_where_the_processor_multiplies_in_it(
+    is_supported: bool, policy, model_folder, monkeypatch
+) -> None:
+    monkeypatch.setattr(engine_module, "has_products_in", lambda dtype: is_supported)
+    half = Policy(load_model(str(model_folder)), compute_dtype=torch.bfloat16)
+    seen, sampling = Looking(half.model), Sampling(LEAST_TOKENS)
+    found = engine_of(half).generate(REQUESTS, sampling, seen)
+    linear = [m for m in half.model.modules() if type(m) is nn.Linear]
+    assert seen.counts == {len(linear) if is_supported else 0}
+    prompts, tokens = (
+        Ragged.of([r.prompt_ids for r in REQUESTS]),
+        Ragged.of([c.token_ids for c in found]),
+    )
+    drawn, true = torch.cat([c.logprobs for c in found]), policy.score(prompts, tokens).logprobs
+    usual = (half.score(prompts, tokens).logprobs - true).abs().mean()
+    assert 0 < (drawn - true).abs().mean() < 2 * usual

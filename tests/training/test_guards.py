@@ -189,7 +189,7 @@ def test_the_reference_of_the_kl_term_gives_way_too(make) -> None:
 
 def test_generation_is_done_again_in_halves(make, monkeypatch) -> None:
     # the model's own forward pass draws, which sees every row
-    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda model: False)
+    monkeypatch.setattr("exgrpo_fast.rollout.hf.engine.can_be_decoded", lambda *_: False)
     plain, trainer = make(), make()
     model, refused = trainer.learner.policy.model, []
 

@@ -23,7 +23,7 @@ from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.rollout.hf.decoding import Decoding
 from exgrpo_fast.rollout.hf.packed_decoder import PackedDecoder, can_be_decoded
-from exgrpo_fast.rollout.hf.packed_weights import LEAST_TOKENS, packed_weights
+from exgrpo_fast.rollout.hf.packed_weights import LEAST_TOKENS, has_products_in, packed_weights
 
 KEYS = "rollout.max_completion_tokens or data.max_prompt_tokens"
 
@@ -77,14 +77,15 @@ class TransformersEngine(LocalEngine):
         """Around batches that are long enough to pay for a copy of the weights: what draws all tokens
         but the first of each completion; None: the model itself."""
         longest = max((self._limit(request, sampling) for request in requests), default=0)
-        if self.policy.compute_dtype != torch.float32 or longest < LEAST_TOKENS:
+        model, dtype = self.policy.model, self.policy.compute_dtype
+        if not has_products_in(dtype) or longest < LEAST_TOKENS:
             yield None
             return
-        model, rows = self.policy.model, min(len(requests), self.max_batch_sequences)
-        if can_be_decoded(model):
-            yield PackedDecoder(model, rows=rows)
+        rows = min(len(requests), self.max_batch_sequences)
+        if can_be_decoded(model, dtype):
+            yield PackedDecoder(model, rows=rows, dtype=dtype)
             return
-        with packed_weights(model, rows=rows):
+        with packed_weights(model, rows=rows, dtype=dtype):
             yield None
 
     def _first_batch(

@@ -26,9 +26,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def can_be_decoded(model: Any) -> bool:
+def can_be_decoded(model: Any, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the model is of one of these families, without sliding windows, and all of its linear
-    layers are plain: float32 on the CPU, no adapter, not quantised."""
+    layers are plain: of float32 or `dtype` on the CPU, no adapter, not quantised."""
     if type(model).__name__ not in FAMILIES or not _is_transformers(model):
         return False
     linears = [getattr(x.self_attn, name) for x in model.model.layers for name in PROJECTIONS]
@@ -37,7 +37,7 @@ def can_be_decoded(model: Any) -> bool:
         model.config.hidden_act == "silu"
         and set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"}
         and model.model.rotary_emb.rope_type in ROTATIONS
-        and all(map(packed_weights.can_be_packed, [*linears, model.lm_head]))
+        and all(packed_weights.can_be_packed(x, dtype) for x in [*linears, model.lm_head])
     )
 
 
@@ -46,13 +46,14 @@ def _is_transformers(model: Any) -> bool:
 
 
 class PackedDecoder:
-    """Packed copies of a model's weights: as large as the weights, valid until one changes."""
+    """Packed copies of a model's weights, valid until one changes."""
 
-    def __init__(self, model: Any, *, rows: int) -> None:
-        """`rows`: of most products, a hint."""
-        self.model = model
-        self.layers = [_Layer(layer, rows) for layer in model.model.layers]
-        self.head = _Linear([model.lm_head], rows)
+    def __init__(self, model: Any, *, rows: int, dtype: torch.dtype = torch.float32) -> None:
+        """`rows`: of most products, a hint. `dtype`: of products, attention and its cache; the sums of the
+        residual stream keep the dtype of the embeddings, as under autocast."""
+        self.model, self.dtype = model, dtype
+        self.layers = [_Layer(layer, rows, dtype) for layer in model.model.layers]
+        self.head = _Linear([model.lm_head], rows, dtype)
 
 
 class Branches:
@@ -78,7 +79,8 @@ class Branches:
         self.mask_B11S = None
         if not mask_UP.all():
             seen_US = F.pad(mask_UP, (0, num_tokens), value=1)
-            mask_US = torch.zeros(seen_US.shape).masked_fill_(seen_US == 0, -torch.inf)
+            mask_US = torch.zeros(seen_US.shape, dtype=decoder.dtype)
+            mask_US.masked_fill_(seen_US == 0, -torch.inf)
             self.mask_B11S = mask_US[:, None, None]
         self.rotation = _Rotation.of(decoder.model.model.rotary_emb, self.longest)
 
@@ -95,7 +97,7 @@ class Branches:
         for layer, cache in zip(self.decoder.layers, self.caches, strict=True):
             hidden_BD = layer(hidden_BD, rotation, cache[: len(self)], start, mask)
         self.positions_B = self.positions_B + 1
-        return self.decoder.head(model.norm(hidden_BD))
+        return self.decoder.head(model.norm(hidden_BD).to(self.decoder.dtype))
 
     def copy(self, parents_A: Tensor) -> None:
         """Append a copy of each of these branches."""
@@ -121,7 +123,8 @@ class Branches:
 
     def _with_room(self, held: Tensor) -> Tensor:
         """[B, 2 K, S, h] -> [num_rows, 2 K, longest, h]: keys of all heads, then values."""
-        room = held.new_empty(self.num_rows, held.shape[1], self.longest, held.shape[3])
+        shape = (self.num_rows, held.shape[1], self.longest, held.shape[3])
+        room = torch.empty(shape, dtype=self.decoder.dtype)
         room[: len(held), :, : held.shape[2]] = held
         return room
 
@@ -144,12 +147,14 @@ class _Rotation(NamedTuple):
 
     def __call__(self, heads: Tensor) -> Tensor:
         """[B, heads, h]. The half that `rotate_half` of transformers negates is that of `sin`."""
+        heads = heads.to(self.cos.dtype)
         swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
         return (heads * self.cos).addcmul_(swapped, self.sin)
 
 
 class _Layer:
-    def __init__(self, layer: Any, rows: int) -> None:
+    def __init__(self, layer: Any, rows: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         attention, mlp = layer.self_attn, layer.mlp
         self.head_size, self.scaling = attention.head_dim, attention.scaling
         self.num_keys = attention.k_proj.out_features // self.head_size
@@ -161,9 +166,9 @@ class _Layer:
             of_keys = attention.k_norm.weight.detach().expand(self.num_keys, -1)
             self.head_weights = torch.cat([of_queries, of_keys])
             self.head_epsilon = attention.q_norm.variance_epsilon
-        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], rows)
-        self.out = _Linear([attention.o_proj], rows)
-        self.gate, self.up, self.down = (_Linear([getattr(mlp, name)], rows) for name in MLP)
+        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], rows, dtype)
+        self.out = _Linear([attention.o_proj], rows, dtype)
+        self.gate, self.up, self.down = (_Linear([getattr(mlp, name)], rows, dtype) for name in MLP)
 
     def __call__(
         self,
@@ -175,28 +180,28 @@ class _Layer:
     ) -> Tensor:
         """[B, D]. `cache` [B, 2 K, longest, h] gets the token's keys and values at `start`."""
         before_attention, before_mlp = self.norms
-        heads = self.qkv(normed(hidden_BD, before_attention)).view(
-            len(hidden_BD), -1, self.head_size
-        )
+        rows_BD = normed(hidden_BD, before_attention).to(self.dtype)
+        heads = self.qkv(rows_BD).view(len(hidden_BD), -1, self.head_size)
         rotated = rotation(self._normed_heads(heads[:, : self.num_heads + self.num_keys]))
         cache[:, : self.num_keys, start] = rotated[:, self.num_heads :]
         cache[:, self.num_keys :, start] = heads[:, -self.num_keys :]
         found = F.scaled_dot_product_attention(
-            rotated[:, : self.num_heads].unflatten(1, (self.num_keys, -1)),
+            rotated[:, : self.num_heads].unflatten(1, (self.num_keys, -1)).to(self.dtype),
             cache[:, : self.num_keys, : start + 1],
             cache[:, self.num_keys :, : start + 1],
             attn_mask=mask,
             scale=self.scaling,
         )
         hidden_BD = self.out.plus(found.reshape(len(hidden_BD), -1), hidden_BD)
-        rows_BD = normed(hidden_BD, before_mlp)
+        rows_BD = normed(hidden_BD, before_mlp).to(self.dtype)
         gated = self.up.times(rows_BD, self.gate.silu(rows_BD))
         return self.down.plus(gated, hidden_BD)
 
     def _normed_heads(self, heads: Tensor) -> Tensor:
         if self.head_weights is None:
             return heads
-        return F.rms_norm(heads, heads.shape[-1:], None, self.head_epsilon) * self.head_weights
+        rows = F.rms_norm(heads.float(), heads.shape[-1:], None, self.head_epsilon)
+        return rows * self.head_weights
 
 
 def normed(rows: Tensor, norm: Any) -> Tensor:
@@ -207,8 +212,9 @@ def normed(rows: Tensor, norm: Any) -> Tensor:
 class _Linear:
     """Linear layers that read the same rows, as one; large weights in oneDNN's layout."""
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
-        weights = [layer.weight.detach() for layer in layers]
+    def __init__(self, layers: Sequence[nn.Linear], rows: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        weights = [layer.weight.detach().to(dtype) for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.is_packed = weight.numel() >= packed_weights.LEAST_ELEMENTS
         self.weight = packed_weights.pack(weight, rows) if self.is_packed else weight
@@ -218,7 +224,7 @@ class _Linear:
                 torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
                 for layer in layers
             ]
-            self.bias = torch.cat(biases)
+            self.bias = torch.cat(biases).to(dtype)
 
     def __call__(self, rows_BD: Tensor) -> Tensor:
         if not self.is_packed:
@@ -233,7 +239,9 @@ class _Linear:
         return product(rows_BD, self.weight, self.bias, "swish", [], "")
 
     def plus(self, rows_BD: Tensor, other: Tensor) -> Tensor:
-        """The product + `other`, added inside it."""
+        """The product + `other`, added inside it where it has the same dtype."""
+        if other.dtype != self.dtype:
+            return other + self(rows_BD)
         return self._binary(rows_BD, other, "add") if self.is_packed else self(rows_BD).add_(other)
 
     def times(self, rows_BD: Tensor, other: Tensor) -> Tensor:

@@ -21,32 +21,42 @@ LEAST_TOKENS = 3
 LEAST_ELEMENTS = 2**17
 
 
-@contextmanager
-def packed_weights(model: nn.Module, *, rows: int) -> Iterator[None]:
-    """Inside, the large float32 linear layers of `model` on a CPU multiply by packed copies of their weights.
+def has_products_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in it on this machine: bfloat16 needs AVX-512 or its like."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
-    `rows`: of most products, a hint. Nothing may require a gradient, and no weight may change inside.
-    The copies are as large as the weights, and are freed at the end.
+
+@contextmanager
+def packed_weights(
+    model: nn.Module, *, rows: int, dtype: torch.dtype = torch.float32
+) -> Iterator[None]:
+    """Inside, the large linear layers of `model` on a CPU multiply by packed copies of their weights.
+
+    `rows`: of most products, a hint. `dtype`: of the copies and products. Nothing may require a gradient, and
+    no weight may change inside. The copies are freed at the end.
     """
-    layers: list[Any] = [module for module in model.modules() if can_be_packed(module)]
+    layers: list[Any] = [module for module in model.modules() if can_be_packed(module, dtype)]
     layers = [layer for layer in layers if layer.weight.numel() >= LEAST_ELEMENTS]
     try:
         for layer in layers:
-            layer.forward = partial(linear, pack(layer.weight.detach(), rows), layer.bias)
+            bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+            layer.forward = partial(linear, pack(layer.weight.detach().to(dtype), rows), bias)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def can_be_packed(module: Any) -> bool:
-    """Whether it is a plain linear layer, with a weight that oneDNN takes, and not packed already."""
+def can_be_packed(module: Any, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether it is a plain linear layer of float32 or `dtype` on the CPU, and not packed already."""
     return (
         type(module) is nn.Linear
         and torch.backends.mkldnn.is_available()
         and type(module.weight) in (nn.Parameter, Tensor)
         and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
+        and module.weight.dtype in (torch.float32, dtype)
         and "forward" not in vars(module)
     )
 
@@ -58,5 +68,5 @@ def pack(weight: Tensor, rows: int) -> Tensor:
 
 
 def linear(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """[..., D] -> [..., V]"""
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    """[..., D] -> [..., V], in the dtype of `packed`."""
+    return torch.ops.mkldnn._linear_pointwise(rows.to(packed.dtype), packed, bias, "none", [], "")
