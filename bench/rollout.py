@@ -153,7 +153,7 @@ class OwnLoop:
         ids = torch.tensor([request.prompt_ids for request in requests])
         torch.manual_seed(requests[0].seed % 2**31)
         self.options |= {"temperature": sampling.temperature}
-        with inference(self.policy.model), self.policy.as_loaded():
+        with inference(self.policy.model), self.policy.as_loaded(), self.policy.autocast():
             drawn: Any = self.policy.model.generate(  # pyright: ignore[reportCallIssue]
                 ids.to(self.policy.device),
                 attention_mask=torch.ones_like(ids).to(self.policy.device),
