@@ -10,10 +10,10 @@ length, the only end token has a probability of 0; in the cases called `varied` 
 tokens of the vocabulary end one, which leads to the same distribution of lengths on both sides.
 The case `smollm2` is that chat model as it is, 8 questions x 8 completions, each of at most 32 tokens.
 The reward is a hash of the text, so hardly a group is without a gradient. What the two do by default
-they do: TRL a log line every ten steps, ours a
-line of metrics every step and rewards in worker processes, whose CPU time counts. Saving and
-evaluation are off. TRL takes its completions' log-probabilities from the update itself, since they
-are on-policy; ours are scored, with their entropies, before it.
+they do: TRL a log line every ten steps, ours a line of metrics every step and rewards in worker
+processes, whose CPU time counts. Saving and evaluation are off. TRL takes its completions'
+log-probabilities from the update itself, since they are on-policy; ours are scored, with their
+entropies, before it.
 
 The cases called `fast` take the whole batch as one micro-batch and checkpoint nothing. TRL is
 otherwise as its defaults are; Liger's layers, which it also offers, need a GPU.
