@@ -368,9 +368,9 @@ COMMANDS = {
     "cpu/rollout-smollm2-loop.json": "python bench/rollout.py --model FOLDER --dtype float32 "
     "--prompt-tokens 36 --tokens 64 --repeats 3 --engines transformers --own-loop --servers --steps 0 "
     "--name rollout-smollm2-loop",
-    "cpu/rollout-smollm2-bfloat16.json": "python bench/rollout.py --model FOLDER --dtype bfloat16 "
+    "cpu/rollout-smollm2-bf16.json": "python bench/rollout.py --model FOLDER --dtype bfloat16 "
     "--prompt-tokens 36 --tokens 64 --repeats 3 --engines transformers --own-loop --servers --steps 0 "
-    "--name rollout-smollm2-bfloat16",
+    "--name rollout-smollm2-bf16",
     "cpu/rollout.json": "python bench/rollout.py",
     "cpu/smollm2.json": "exgrpo-fast train smollm2",
     "cpu/smollm2_gsm8k.json": "exgrpo-fast eval --model smollm2 --data FILE --reward last_number -n 4 "
