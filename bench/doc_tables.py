@@ -405,9 +405,8 @@ def overview(width: int) -> str:
 
 def shell_lines(command: str, width: int, *, indent: str) -> str:
     """The command in lines of at most `width` columns, joined as a shell reads them."""
-    lines = textwrap.wrap(
-        command, width - len(indent) - 2, break_long_words=False, break_on_hyphens=False
-    )
+    room = width - len(indent) - len("  ") - len(" \\")  # of the second line
+    lines = textwrap.wrap(command, room, break_long_words=False, break_on_hyphens=False)
     return indent + f" \\\n{indent}  ".join(lines)
 
 
