@@ -45,7 +45,7 @@ def run_processes(count: int, worker: Path, *words: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def met(arguments: Sequence[str]) -> Iterator[Processes]:
+def met(arguments: Sequence[str], device: str = "cpu") -> Iterator[Processes]:
     """In a worker, whose words these are: all processes, met as a run under torchrun meets them.
 
     They part again as a run does: gloo's threads abort a process that ends without.
@@ -53,7 +53,7 @@ def met(arguments: Sequence[str]) -> Iterator[Processes]:
     rank, count, store = arguments
     torch.set_num_threads(1)
     place = RankInfo(int(rank), int(count), int(rank))
-    with joined(place, "cpu", deadline=SECONDS, store=f"file://{store}") as processes:
+    with joined(place, device, deadline=SECONDS, store=f"file://{store}") as processes:
         yield processes
 
 

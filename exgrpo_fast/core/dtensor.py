@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -28,6 +26,7 @@ from torch.distributed.tensor import (
 )
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
+from exgrpo_fast.core.process_group import Processes
 
 FILE_BYTES = 2**30  # a rank begins its next file at about this size
 
@@ -85,21 +84,27 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_shards(
-    folder: Path, tensors: Mapping[str, DTensor], group: dist.ProcessGroup | None
-) -> None:
-    """Every process of `group` (gloo) writes its parts, which lie on the host, durably.
+def write_shards(folder: Path, tensors: Mapping[str, DTensor], processes: Processes) -> None:
+    """Every rank writes its shards, which lie on the host, durably. A collective.
 
-    OSError in all of them where one could not.
+    OSError on all ranks where one could not. `dcp.save` would send the plans of all ranks as pickles;
+    a shard's place and its file need no other rank's plan, so each rank makes its own.
     """
     writer = dcp.HuggingFaceStorageWriter(
-        str(folder), files_of(tensors, dist.get_world_size(group)), save_distributed=True
+        str(folder), files_of(tensors, processes.count), save_distributed=True
     )
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(dict(tensors))
+    refusal = None
     try:
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-    except CheckpointException as error:
-        causes = (f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-        raise OSError("; ".join(causes)) from None
+        plan = writer.prepare_local_plan(planner.create_local_plan())
+        # The writer numbers the files of a rank by the place of its plan among those of all ranks.
+        plan = writer.prepare_global_plan([plan] * processes.count)[processes.place.rank]
+        writer.write_data(planner.finish_plan(plan), planner).wait()
+    except Exception as error:  # the others wait for what this rank says
+        refusal = f"rank {processes.place.rank}: {error}"
+    if refusals := [found for found in processes.gather(refusal) if found is not None]:
+        raise OSError("; ".join(refusals))
 
 
 def files_of(tensors: Mapping[str, Tensor], count: int) -> dict[str, int]:

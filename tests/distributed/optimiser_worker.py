@@ -1,20 +1,25 @@
 """One of several processes whose optimiser steps on shards, beside one that steps on the whole.
 
-write FOLDER   two updates, a checkpoint, two more; what the whole one has then
+write FOLDER   two updates, a checkpoint, two more; the weights and the bits of the state then
 read FOLDER    the checkpoint of another number of processes, then the same two updates
 train FOLDER   a model in bfloat16, beside a whole one
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from interpreter import make_libdevice, prepare_interpreter
 from learner_worker import make_groups, make_model
+from pretend_gpu.machine import pretend_gpu
 from several_processes import met
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,17 +29,19 @@ from exgrpo_fast.core.dtensor import full_tensor
 from exgrpo_fast.core.process_group import Processes, host_mesh, mesh_of
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
-from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state
+from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state, split_tensors
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
 from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.learner import Learner
-from exgrpo_fast.training.optim import optimiser as optimiser_module
+from exgrpo_fast.training.optim.adamw import Elements
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_kernels import PolicyObjective
 
 # Shards of the first begin at blocks of 256 weights for any number of processes, of the second for 1
-# and 2; the third is too small to be quantised, and leaves one of three processes without a row.
+# and 2, and at groups of 32 for any. The third, too small for blocks, leaves one of three processes
+# without a row; its groups and those of the last are not whole.
 SHAPES = ((10, 512), (44, 128), (2, 5), (7,))
+DEVICE_OF = {"flash_adamw": "cuda"}  # a pretend one: its kernels run in Triton's interpreter
 
 
 def draw(seed: int, size: float) -> list[Tensor]:
@@ -48,25 +55,39 @@ def shards(tensors: list[Tensor], mesh: DeviceMesh | None) -> list[Any]:
     return [distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in tensors]
 
 
-def flash_adamw_of_cpus(kind: Any, parameters: list[Any], **settings: Any) -> Any:
-    """flashoptim without its kernels: no residual, no quantised moments."""
-    from flashoptim import FlashAdamW  # pyright: ignore[reportMissingImports]
-
-    plain = {"master_weight_bits": None, "quantize": False, "fused": False}
-    return FlashAdamW(parameters, **plain, **settings)
-
-
 def make(kind: Any, mesh: DeviceMesh | None, weights: list[Tensor]) -> Optimiser:
-    if kind == "flash_adamw":
-        optimiser_module.make_adamw = flash_adamw_of_cpus
+    dtype = torch.float32 if kind == "adamw" else torch.bfloat16
+    weights = [weight.to(DEVICE_OF.get(kind, "cpu"), dtype) for weight in weights]
     parameters = [nn.Parameter(weight) for weight in shards(weights, mesh)]
-    return Optimiser(parameters, kind=kind, lr=1e-3, max_grad_norm=1e9)
+    optimiser = Optimiser(parameters, kind=kind, lr=1e-3, max_grad_norm=1e9)
+    if kind == "adamw_8bit":
+        round_by_the_same_bits(optimiser)
+    return optimiser
+
+
+def round_by_the_same_bits(optimiser: Optimiser) -> None:
+    """A weight is rounded by a number that does not depend on how many processes there are."""
+    from torchao.optim import adam  # pyright: ignore[reportMissingImports]
+
+    turns = itertools.count()
+
+    def rounded(values: Tensor) -> Tensor:
+        turn = next(turns) % len(SHAPES)
+        parameter = optimiser.ordered[turn]
+        generator = torch.Generator().manual_seed(len(SHAPES) * optimiser.num_updates + turn)
+        bits = torch.randint(2**16, (parameter.numel(),), generator=generator, dtype=torch.int32)
+        place = Elements.of(parameter)
+        own = bits[place.first : place.first + place.count].view(values.shape)
+        return ((values.view(torch.int32) + own) & ~0xFFFF).view(torch.float32).bfloat16()
+
+    adam._fp32_to_bf16_sr = rounded
 
 
 def update(optimiser: Optimiser, mesh: DeviceMesh | None, seed: int) -> None:
-    gradients = shards(draw(seed, 0.01), mesh)
-    for parameter, gradient in zip(optimiser.parameters, gradients, strict=True):
-        parameter.grad = gradient.to(parameter.dtype)
+    like = optimiser.parameters[0]
+    drawn = [gradient.to(like.device, like.dtype) for gradient in draw(seed, 0.01)]
+    for parameter, gradient in zip(optimiser.parameters, shards(drawn, mesh), strict=True):
+        parameter.grad = gradient
     assert optimiser.step().skipped is None
 
 
@@ -86,8 +107,24 @@ class Weights:
         save_file(tensors, folder / "model.safetensors")
 
 
-def weights_of(optimiser: Optimiser) -> list[list[float]]:
-    return [full_tensor(p.detach()).flatten().tolist() for p in optimiser.parameters]
+def whole(tensor: Tensor) -> Tensor:
+    """Gathered, on the host; gloo gathers no int16."""
+    if tensor.dtype == torch.int16:
+        tensor = tensor.int()
+    return full_tensor(tensor.detach()).cpu().contiguous()
+
+
+def digests(optimiser: Optimiser) -> list[str]:
+    """Of each parameter: its bits and those of its state."""
+    _, tensors = split_tensors(optimiser.state_dict()["moments"])
+    found = []
+    for place, parameter in enumerate(optimiser.ordered):
+        digest = hashlib.sha256()
+        names = sorted(name for name in tensors if name.startswith(f"state.{place}."))
+        for tensor in (parameter, *(tensors[name] for name in names)):
+            digest.update(whole(tensor).view(-1).view(torch.uint8).numpy().tobytes())
+        found.append(digest.hexdigest())
+    return found
 
 
 def work(processes: Processes, kind: str, what: str, folder: Path) -> dict[str, Any]:
@@ -114,7 +151,8 @@ def work(processes: Processes, kind: str, what: str, folder: Path) -> dict[str, 
         for entries in optimiser.adamw.state.values()
         for p in (entries["exp_avg"],)
     ]
-    return {"weights": weights_of(optimiser), "kinds": kinds}
+    weights = [whole(parameter).float().flatten().tolist() for parameter in optimiser.ordered]
+    return {"weights": weights, "digests": digests(optimiser), "kinds": kinds}
 
 
 def train(processes: Processes, kind: Any) -> dict[str, Any]:
@@ -141,10 +179,22 @@ def train(processes: Processes, kind: Any) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    kind, what, *folder = sys.argv[4:]
-    with met(sys.argv[1:4]) as processes:
+def main() -> None:
+    arguments, (kind, what, *folder) = sys.argv[1:4], sys.argv[4:]
+    device = DEVICE_OF.get(kind, "cpu")
+    with contextlib.ExitStack() as stack:
+        if device == "cuda":
+            from flashoptim import optimizers  # pyright: ignore[reportMissingImports]
+
+            prepare_interpreter()
+            optimizers.libdevice = make_libdevice()
+            stack.enter_context(pretend_gpu())
+        processes = stack.enter_context(met(arguments, device))
         if what == "train":
             print(json.dumps(train(processes, kind)))
         else:
             print(json.dumps(work(processes, kind, what, Path(folder[0]))))
+
+
+if __name__ == "__main__":
+    main()

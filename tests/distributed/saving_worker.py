@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parted_state import CURSOR, MOMENTS, WEIGHT
 from safetensors.torch import save_file
@@ -123,6 +124,10 @@ def refusing(*, times: int, here: bool) -> Any:
     return mock.patch.object(dcp.HuggingFaceStorageWriter, "write_data", write)
 
 
+def refuse_pickles(*_: Any) -> None:
+    raise AssertionError("an object is sent to another rank as a pickle")
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -149,9 +154,10 @@ def main() -> None:
         wanted = steps if what == "fail" else steps[:1]
         found = {}
         parted.FILE_BYTES = 50  # so that there are two of each process
-        for step in wanted:
-            found[step] = getattr(saving, step)()
-            found[step]["steps"] = processes.broadcast(saving.checkpoints.steps())
+        with mock.patch.object(dist.distributed_c10d, "_pickler", refuse_pickles):
+            for step in wanted:
+                found[step] = getattr(saving, step)()
+                found[step]["steps"] = processes.broadcast(saving.checkpoints.steps())
         print(json.dumps(found))
 
 

@@ -1,4 +1,8 @@
-"""Optimisers on shards make the updates of one process, and go on with another number of them."""
+"""Optimisers on shards make the updates of one process, and go on with another number of them.
+
+flash_adamw is the real one, whose kernels run in Triton's interpreter on pretend GPUs. adamw_8bit rounds
+bfloat16 weights at random; here each weight by the same bits on any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,19 @@ def needs(kind: str, package: str) -> Any:
 KINDS = ["adamw", needs("adamw_8bit", "torchao"), needs("flash_adamw", "flashoptim")]
 
 
+SHARDED = ((2, 2), (3, 3), (1, 3), (3, 2))  # processes that wrote a checkpoint, that go on from it
+
+
+def exact(kind: str, counts: tuple[int, int]) -> set[int]:
+    """Places of the parameters whose shards have the blocks of the whole, or none. torch's AdamW for CPUs
+    computes the last weights of a tensor without vectors, with other roundings."""
+    if kind == "adamw":
+        return set()
+    if kind == "flash_adamw":
+        return {0, 1}
+    return {0, 2, 3} if 3 in counts else {0, 1, 2, 3}
+
+
 def furthest(ours: dict[str, Any], expected: dict[str, Any]) -> list[float]:
     """Of each parameter, in steps of the learning rate."""
     pairs = zip(ours["weights"], expected["weights"], strict=True)
@@ -30,26 +47,23 @@ def furthest(ours: dict[str, Any], expected: dict[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_processes_makes_the_same_updates(kind: str, tmp_path: Path) -> None:
-    whole = run_processes(1, WORKER, kind, "write", str(tmp_path / "1"))[0]
+    """Weights, residuals and moments bit for bit; where blocks begin elsewhere, within their 8 bits."""
+    (whole,) = run_processes(1, WORKER, kind, "write", str(tmp_path / "1"))
     assert whole["kinds"].count("OptimState8bit") == (2 if kind == "adamw_8bit" else 0)
-    for count in (2, 3):
-        for found in run_processes(count, WORKER, kind, "write", str(tmp_path / str(count))):
-            first, second, *small = furthest(found, whole)
-            assert max(first, *small) <= 1e-3
-            # On three its moments are not quantised: they differ from the whole by 8 bits.
-            assert second <= (1e-3 if kind != "adamw_8bit" or count == 2 else 0.5)
-    for wrote, reads in ((1, 3), (3, 2)):
-        folder = str(tmp_path / str(wrote))
-        for found in run_processes(reads, WORKER, kind, "read", folder):
-            first, second, *small = furthest(found, whole)
-            assert max(first, *small) <= 1e-3, (wrote, reads)
-            assert second <= (1e-3 if kind != "adamw_8bit" or 3 not in (wrote, reads) else 0.5)
+    for wrote, reads in SHARDED:
+        what = "write" if wrote == reads else "read"
+        for found in run_processes(reads, WORKER, kind, what, str(tmp_path / str(wrote))):
+            for place in exact(kind, (wrote, reads)):
+                assert found["digests"][place] == whole["digests"][place], (wrote, reads, place)
+            bound = 1e-3 if kind == "adamw" else 0.5
+            assert max(furthest(found, whole)) <= bound, (wrote, reads)
 
 
 @pytest.mark.parametrize("kind", [needs("adamw_8bit", "torchao")])
-def test_bfloat16_weights_on_shards_differ_by_their_rounding(kind: str) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_bfloat16_weights_on_shards_differ_by_their_rounding(count: int, kind: str) -> None:
     """It rounds at random; a norm's weights are about 1, where two steps of bfloat16 are 2^-6."""
-    for found in run_processes(2, WORKER, kind, "train"):
+    for found in run_processes(count, WORKER, kind, "train"):
         assert found["dtypes"] == ["torch.bfloat16"]
-        assert max(found["losses"]) <= 1e-2 and max(found["norms"]) <= 0.05
+        assert max(found["losses"]) <= 1e-3 and max(found["norms"]) <= 0.05
         assert found["weights"] <= 2**-6

@@ -1,4 +1,7 @@
-"""Checkpoints that several processes write in parts: for any number of them, and when one cannot."""
+"""Checkpoints whose shards several ranks write: read by any number of ranks, and when a rank cannot write.
+
+The ranks send no pickle while they save: `saving_worker.py` refuses them.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def test_a_disk_that_refuses_one_refuses_all(failures: list[dict[str, Any]], ran
     assert (found["failures"], found["committed"], found["left"]) == (1, 1, ["step_1"])
     assert found["then"] == 2 and found["steps"] == [1, 2]
     refused = failures[rank]["refused_to_the_end"]
-    assert "process 1" in refused["refused"] and "No space left" in refused["refused"]
+    assert "rank 1: " in refused["refused"] and "No space left" in refused["refused"]
     assert refused["steps"] == [1, 2]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,14 @@ from triton.runtime import interpreter
 def prepare_interpreter() -> None:
     install_bfloat16_rounding()
     install_one_patch_a_launch()
+
+
+def make_libdevice() -> SimpleNamespace:
+    """The functions of libdevice that flashoptim uses, which the interpreter does not have."""
+    return SimpleNamespace(
+        pow=lambda x, y: tl.exp2(y * tl.log2(0.0 * y + x)),
+        copysign=lambda x, y: tl.where(y < 0, -tl.abs(x), tl.abs(x)),
+    )
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from conftest import REWARDS
-from interpreter import prepare_interpreter
+from interpreter import make_libdevice, prepare_interpreter
 from pretend_gpu.machine import pretend_gpu
 
 from exgrpo_fast.cli import main
@@ -107,14 +105,9 @@ def train(device: str, folder: Path, model: Path, words: list[str]) -> list[dict
 
 
 def make_interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What flashoptim takes from libdevice, which the interpreter does not have."""
     from flashoptim import optimizers  # pyright: ignore[reportMissingImports]
 
-    functions = SimpleNamespace(
-        pow=lambda x, y: tl.exp2(y * tl.log2(0.0 * y + x)),
-        copysign=lambda x, y: tl.where(y < 0, -tl.abs(x), tl.abs(x)),
-    )
-    monkeypatch.setattr(optimizers, "libdevice", functions)
+    monkeypatch.setattr(optimizers, "libdevice", make_libdevice())
 
 
 def test_float32_trains_as_on_the_cpu(folder: Path, model_folder: Path) -> None:

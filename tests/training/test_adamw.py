@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ScriptedEngine, make_questions
+from pretend_gpu.machine import pretend_gpu
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +18,14 @@ from exgrpo_fast.build.run import restore_run
 from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.run.checkpoint.format import Checkpoints, load_state
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter
-from exgrpo_fast.training.optim.adamw import OptimiserError, flatten, make_adamw, restore
+from exgrpo_fast.training.optim.adamw import (
+    GROUP,
+    OptimiserError,
+    decode,
+    flatten,
+    make_adamw,
+    restore,
+)
 from exgrpo_fast.training.optim.optimiser import Optimiser
 from exgrpo_fast.training.trainer import Trainer
 
@@ -231,6 +239,22 @@ def test_flashoptims_state_goes_through_ours(tmp_path: Path) -> None:
         give_gradients(halves, seed)
         late.step()
     assert all(torch.equal(a, b) for a, b in zip(through, halves, strict=True))
+
+
+@needs("flashoptim")
+def test_its_moments_are_decoded_as_it_decodes_them() -> None:
+    from flashoptim import optimizers  # pyright: ignore[reportMissingImports]
+
+    values = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for signed in (True, False):
+        form: dict[str, Any] = {"signed": signed, "sqrt": not signed, "softsign": signed}
+        with pretend_gpu():
+            given = (values if signed else values.square()).cuda()
+            codes, scales = optimizers.quantize(given, **form)
+            expected = optimizers.dequantize(codes, scales, **form).cpu()
+            codes, scales = codes.cpu(), scales.cpu()
+        found = decode(codes, scales[torch.arange(150) // GROUP])
+        assert torch.allclose(found, expected, rtol=1e-6, atol=0.0) and found.std() > 0.5
 
 
 @needs("torchao")

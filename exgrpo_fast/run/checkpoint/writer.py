@@ -203,12 +203,12 @@ class CheckpointWriter:
 
     def _lead(self, shards: Mapping[str, DTensor], folder: Path) -> None:
         self._group.broadcast({"folder": str(folder)})
-        write_shards(folder, shards, self._group.group)
+        write_shards(folder, shards, self._group)
 
     def _follow(self, shards: Mapping[str, DTensor]) -> None:
         while folder := (command := self._group.broadcast(None))["folder"]:
             with contextlib.suppress(OSError):  # rank 0 reports it
-                write_shards(Path(folder), shards, self._group.group)
+                write_shards(Path(folder), shards, self._group)
         if command["why"] is not None:
             raise CannotSave(command["why"])
 

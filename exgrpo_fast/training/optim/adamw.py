@@ -29,6 +29,11 @@ _PACKAGES = {"flash_adamw": "flashoptim", "adamw_8bit": "torchao"}
 # flashoptim hands out its residual as bits of the weight's dtype: one pattern in 256 is no finite number
 RESIDUAL = "error_bits"
 BLOCK = 256  # weights that share a scale in adamw_8bit
+GROUP = 32  # weights that share a scale in flash_adamw
+CODES, SCALES = (
+    "::quantized",
+    "::scales",
+)  # flashoptim keeps a moment under two keys with these ends
 PLAIN_BFLOAT16 = (
     "plain bfloat16 weights do not learn at the learning rates of RL: at 1e-6 about 98 % of the "
     "updates of a step are below half a step of the dtype and are rounded away"
@@ -130,6 +135,10 @@ class Elements(NamedTuple):
             min(full * mesh.get_local_rank(), size), local_shard(parameter).numel(), full
         )
 
+    def blocks(self, size: int) -> Tensor:
+        """int64 [count]: the block of `size` weights of the whole parameter that each lies in."""
+        return (self.first + torch.arange(self.count)) // size
+
 
 def is_quantised(parameter: Tensor) -> bool:
     """Whether adamw_8bit quantises its moments: torchao's rule for the whole parameter, of which
@@ -155,8 +164,8 @@ def quantise_by_whole(
 
 
 # --- state ----------------------------------------------------------------------------------------
-# A quantised moment is a tensor subclass made of plain tensors; a checkpoint holds those: codes in
-# the parameter's shape, and a scale for each block of the whole parameter.
+# A checkpoint holds a quantised moment as codes in the parameter's shape, and a scale for each block
+# of the whole parameter. torchao's is a tensor subclass made of those; flashoptim's are two entries.
 
 
 def flatten(
@@ -170,13 +179,15 @@ def flatten(
     `parameters`: by their places, where they may be sharded; then it is a collective of all ranks.
     `has_blocks`: of adamw_8bit.
     """
-    return {
-        str(place): {
-            key: _flatten(key, value, parameters[int(place)] if parameters else None, has_blocks)
-            for key, value in entries.items()
+    flat = {}
+    for place, entries in state.items():
+        parameter = parameters[int(place)] if parameters else None
+        if isinstance(parameter, DTensor) and not has_whole_groups(parameter):
+            entries = _without_groups(entries)
+        flat[str(place)] = {
+            key: _flatten(key, value, parameter, has_blocks) for key, value in entries.items()
         }
-        for place, entries in state.items()
-    }
+    return flat
 
 
 def _flatten(key: str, value: Any, parameter: Tensor | None, has_blocks: bool) -> Any:
@@ -184,6 +195,8 @@ def _flatten(key: str, value: Any, parameter: Tensor | None, has_blocks: bool) -
         return value
     if key == RESIDUAL:
         value = value.view(torch.int16)
+    if key.endswith(SCALES) and isinstance(parameter, DTensor):
+        return _gather_scale(value, parameter, GROUP)
     parts: dict[str, Tensor] | None = None
     if hasattr(value, "__tensor_flatten__"):
         subclass: Any = value
@@ -195,7 +208,7 @@ def _flatten(key: str, value: Any, parameter: Tensor | None, has_blocks: bool) -
         return _as_shard(value, parameter)
     if isinstance(parameter, DTensor):
         codes = _as_shard(parts["codes"], parameter)
-        parts |= {"codes": codes, "scale": _gather_scale(parts["scale"], parameter)}
+        parts |= {"codes": codes, "scale": _gather_scale(parts["scale"], parameter, BLOCK)}
     return {"quantised": parts}
 
 
@@ -205,12 +218,13 @@ def _as_shard(value: Tensor, parameter: Tensor | None) -> Tensor:
     return from_local_shard(parameter, value, parameter.device_mesh)
 
 
-def _gather_scale(scale: Tensor, parameter: DTensor) -> Tensor:
-    """float32 [blocks of the whole parameter]. The last shards have fewer: all are padded."""
-    padded = scale.new_zeros(Elements.of(parameter).full // BLOCK)
+def _gather_scale(scale: Tensor, parameter: DTensor, block: int) -> Tensor:
+    """[blocks of the whole parameter], of `block` weights each. The last shards have fewer: all are
+    padded."""
+    padded = scale.new_zeros(Elements.of(parameter).full // block)
     padded[: len(scale)] = scale
     sharded = DTensor.from_local(padded, parameter.device_mesh, [Shard(0)], run_check=False)
-    return sharded.full_tensor()[: parameter.numel() // BLOCK]
+    return sharded.full_tensor()[: -(-parameter.numel() // block)]
 
 
 def restore(
@@ -218,13 +232,13 @@ def restore(
 ) -> None:
     """Put back a flattened state; keys are places in `parameters`, in the optimiser's own order."""
     groups = optimiser.state_dict()["param_groups"]
-    state = {
-        int(place): {
-            key: _unflatten(optimiser, key, value, parameters[int(place)])
-            for key, value in entries.items()
+    state = {}
+    for place, entries in saved.items():
+        parameter = parameters[int(place)]
+        state[int(place)] = {
+            key: _unflatten(optimiser, key, value, parameter)
+            for key, value in _own_groups(entries, parameter).items()
         }
-        for place, entries in saved.items()
-    }
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -255,6 +269,55 @@ def _fill(moment: Any, saved: Any, parameter: Tensor) -> None:
         first = place.first // BLOCK
         moment.scale.copy_(parts["scale"][first : first + len(moment.scale)])
         return
-    block_of = (place.first + torch.arange(place.count)) // BLOCK
-    values = parts["qmap"].cpu()[codes.cpu().flatten().long()] * parts["scale"].cpu()[block_of]
-    moment.copy_(values.view(codes.shape))
+    values = parts["qmap"].cpu()[codes.cpu().flatten().long()]
+    moment.copy_((values * parts["scale"].cpu()[place.blocks(BLOCK)]).view(codes.shape))
+
+
+# --- the groups of flash_adamw --------------------------------------------------------------------
+# It counts them from the first weight of a shard. Where that is the first of a group of the whole
+# parameter, codes and scales are those of one process. Where it is not (a vector, a width that is no
+# multiple of 32), a checkpoint holds the moments themselves, and flashoptim quantises what it reads.
+
+
+def has_whole_groups(parameter: Tensor) -> bool:
+    return not isinstance(parameter, DTensor) or Elements.of(parameter).full % GROUP == 0
+
+
+def _grouped_moments(entries: Mapping[str, Any]) -> list[str]:
+    return [key.removesuffix(CODES) for key in entries if key.endswith(CODES)]
+
+
+def _without_groups(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """With this shard's moments in float32 in place of codes and scales."""
+    found = dict(entries)
+    for moment in _grouped_moments(entries):
+        codes, scales = found.pop(moment + CODES), found.pop(moment + SCALES)
+        group_of = torch.arange(codes.numel(), device=codes.device) // GROUP
+        found[moment] = decode(codes, scales[group_of])
+    return found
+
+
+def _own_groups(entries: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What a checkpoint has of the moments that this rank steps on: codes with their scales, or
+    moments in float32."""
+    found, place = dict(entries), Elements.of(parameter)
+    for moment in _grouped_moments(entries):
+        if has_whole_groups(parameter):
+            first = place.first // GROUP
+            count = -(-place.count // GROUP)
+            found[moment + SCALES] = found[moment + SCALES][first : first + count]
+            continue
+        codes, scales = found.pop(moment + CODES), found.pop(moment + SCALES)
+        own = local_shard(shard_like(codes, parameter)).cpu()
+        found[moment] = decode(own, scales.cpu()[place.blocks(GROUP)])
+    return found
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 moments in the shape of `codes`, of which each has its scale, in flashoptim's format
+    (its `dequantize`): int8 first moments behind a softsign, uint8 roots of the second moments."""
+    scale = scales.view(torch.float16).float().view(codes.shape)
+    if codes.dtype == torch.int8:
+        share = codes.float() / 127
+        return share / (2 - share.abs()) * scale
+    return (codes.float() / 255 * scale).square()
