@@ -120,7 +120,7 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/$(INSTALL) -c constraints.txt -e ".[train,gym,dev]"
+	$(BIN)/$(INSTALL) -c constraints.txt -e ".[train,gym,optim8,dev]"
 	touch $@
 
 # The compiler that torch 2.11 brings; the kernels have to pass both (tests/kernels/test_aot.py).

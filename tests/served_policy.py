@@ -21,12 +21,19 @@ from exgrpo_fast.rollout.wire import pack_completion, unpack_requests
 
 
 class ServedPolicy(ThreadingHTTPServer):
-    """Answers a request whole, with the weights that it has when the request comes."""
+    """Answers a request whole, with the weights that it has when the request comes.
+
+    `dies_at_version`: asked to generate with these weights it hangs up, and from then on always.
+    """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, eos_token_ids: list[int]) -> None:
+    def __init__(
+        self, folder: Path, eos_token_ids: list[int], dies_at_version: int | None = None
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.dies_at_version = dies_at_version
+        self.is_dead = False
         self.policy = Policy(load_model(str(folder)))
         self.engine = TransformersEngine(
             self.policy, eos_token_ids=eos_token_ids, pad_token_id=eos_token_ids[0]
@@ -70,10 +77,14 @@ class Handler(BaseHTTPRequestHandler):
         self.reply([{"version": self.server.version}])
 
     def do_POST(self) -> None:
+        server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.reply(self.server.lines(self.path, body))
+        server.is_dead |= self.path == "/generate" and server.version == server.dies_at_version
+        self.reply([] if server.is_dead else server.lines(self.path, body))
 
     def reply(self, lines: list[dict[str, Any]]) -> None:
+        if self.server.is_dead:
+            return
         self.send_response(200)
         self.end_headers()
         self.wfile.write("\n".join(map(json.dumps, lines)).encode())
@@ -83,9 +94,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(folder: Path, eos_token_ids: list[int]) -> Iterator[str]:
+def served(
+    folder: Path, eos_token_ids: list[int], dies_at_version: int | None = None
+) -> Iterator[str]:
     """The URL of a server that ends with the block."""
-    server = ServedPolicy(folder, eos_token_ids)
+    server = ServedPolicy(folder, eos_token_ids, dies_at_version)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

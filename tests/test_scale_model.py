@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +84,28 @@ def test_the_page_says_what_is_assumed_and_where_both_break_even() -> None:
         assert said in page
     shares = (reached.flops, reached.memory_bandwidth, reached.nvlink, reached.network)
     assert all(f"{100 * share:.0f} %" in page for share in shares)
+
+
+def test_the_memory_table_follows_from_shapes() -> None:
+    page = (ROOT / "docs/scale.md").read_text()
+    heading = (
+        "| model (P, V x D, layers) | R | states | head | embedding | layers | activations | sum |"
+    )
+    rows = page.partition(heading)[2].partition("\n\n")[0].splitlines()[2:]
+    parameters = vocabulary = width = layers = 0.0
+    assert len(rows) == 7
+    for row in rows:
+        first, ranks, *said = (cell.strip() for cell in row.strip("|").split("|"))
+        if first:
+            parameters, vocabulary, width, layers = map(
+                float, re.findall(r"\d[\d.e]*(?=[ ,)])", first)
+            )
+        head = vocabulary * width
+        of_layer = (parameters - 2 * head) / layers
+        parts = [16 * parameters / int(ranks), 6 * head, 6 * head, 10 * of_layer]
+        parts.append(2 * model.PACK_TOKENS * width * layers)
+        expected = [part / model.GIB for part in [*parts, sum(parts)]]
+        assert [float(value) for value in said] == pytest.approx(expected, abs=0.0501), row
 
 
 def test_memory_is_the_plan_of_one_rank() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served_policy import served
@@ -56,7 +57,7 @@ def test_two_processes_are_guided_by_a_prior_as_one_is(guided: list[Path]) -> No
     assert steps(one)[-1]["kl_ref"] > 0.0
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 3)])
 def test_a_guided_run_goes_on_with_another_number(
     folder: Path, guided: list[Path], first: int, then: int
 ) -> None:
@@ -74,19 +75,39 @@ def url(model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]
         yield address
 
 
-def test_servers_generate_ahead_for_two_as_for_one(
+def of_servers(*urls: str) -> list[str]:
+    return ["--rollout.engine", "vllm_server", "--rollout.server.urls", f"[{','.join(urls)}]"]
+
+
+def test_servers_generate_ahead_for_several_as_for_one(
     folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The run of 2 goes on with 1 and with 3; the server outlives all of them."""
     monkeypatch.setenv("EXGRPO_FAST_KEY", "any")
-    words = ["--rollout.engine", "vllm_server", "--rollout.server.urls", f"[{url}]"]
-    ahead = [*words, "--rollout.generate_ahead", "true"]
-    one, two = (done(folder, count, f"ahead_of_{count}", *ahead) for count in (1, 2))
-    assert_same_course(two, one)
-    assert [m["staleness_mean"] for m in steps(two)] == [0.0, 1.0, 1.0, 1.0]
+    ahead = [*of_servers(url), "--rollout.generate_ahead", "true"]
+    one, two, three = (done(folder, count, f"ahead_of_{count}", *ahead) for count in (1, 2, 3))
+    assert [m["staleness_mean"] for m in steps(one)] == [0.0, 1.0, 1.0, 1.0]
     # What was generated ahead is no part of a checkpoint, so step 3 is drawn by its weights.
     resumed = []
-    for run_of, then in ((one, 2), (two, 1)):
-        shutil.copytree(run_of, folder / f"ahead_then_{then}")
-        resumed.append(done(folder, then, f"ahead_then_{then}", *ahead, "--resume", "2"))
-    assert_same_course(*resumed)
+    for then in (1, 3):
+        out = folder / f"ahead_then_{then}"
+        shutil.copytree(two, out)
+        resumed.append(done(folder, then, out.name, *ahead, "--resume", "2"))
     assert [m["staleness_mean"] for m in steps(resumed[0])] == [0.0, 1.0, 0.0, 1.0]
+    for several, alone in ((two, one), (three, one), (resumed[1], resumed[0])):
+        assert_same_course(several, alone)
+        for found, wanted in zip(steps(several), steps(alone), strict=True):
+            assert found["staleness_mean"] == wanted["staleness_mean"]
+
+
+def test_a_server_that_dies_in_a_step_leaves_its_requests_to_the_other(
+    folder: Path, url: str, model_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXGRPO_FAST_KEY", "any")
+    one = done(folder, 1, "served_by_one", *of_servers(url))
+    with served(model_folder, [tokenizer.eos_token_id], dies_at_version=2) as mortal:
+        two = done(folder, 2, "served_by_a_mortal", *of_servers(url, mortal))
+    assert_same_course(two, one)
+    assert [m["servers_live"] for m in steps(two)] == [2, 2, 1, 1]
+    resent = [m["requests_resent"] for m in steps(two)]
+    assert resent[2] > 0 and resent[:2] == [0, 0]
