@@ -17,7 +17,7 @@ ADAPTERS_VENV := .venv-adapters
 
 WHEEL_VENV := .venv-wheel
 
-.PHONY: demo demo-toy test test-slow test-kernels test-families test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
+.PHONY: demo demo-toy test test-slow test-recipes test-kernels test-families test-all test-vllm test-adapters test-wheel test-newest test-oldest wheel release docs notebook chaos lint bench regress clean
 
 demo: $(VENV)/.train ## install, train a chat model of 135 M parameters, say where the report is
 	@if $(BIN)/exgrpo-fast fetch smollm2; \
@@ -34,8 +34,11 @@ test: $(VENV)/.dev ## install the dev extras and run the suite
 test-all: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the suite with the long tests
 	$(BIN)/pytest $(PARALLEL) -m "not gpu and not vllm"
 
-test-slow: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the long tests that `make test` leaves out, and no others
-	$(BIN)/pytest $(PARALLEL) -m "slow and not gpu and not vllm"
+test-slow: $(VENV)/.dev $(VENV)/triton-3.6.0 ## the long tests that `make test` leaves out, but for the recipes
+	$(BIN)/pytest $(PARALLEL) -m "slow and not gpu and not vllm" --ignore=tests/pretend_gpu/test_training.py
+
+test-recipes: $(VENV)/.dev ## the real command on the pretend GPU, with every recipe
+	$(BIN)/pytest -n $(JOBS) -m slow tests/pretend_gpu/test_training.py
 
 test-kernels: $(VENV)/.dev $(VENV)/triton-3.6.0 ## every random case, chip and compiler of the kernels
 	$(BIN)/pytest $(PARALLEL) -m slow tests/kernels

@@ -47,6 +47,21 @@ REWARDS = Path(__file__).parent / "reward_functions.py"
 STATELESS = ("right", "even_length")
 
 
+# Where long files are. Processes that share the files end together if these come first.
+LONG_FILES = (
+    "tests/distributed/",
+    "tests/test_examples.py",
+    "tests/memory/",
+    "tests/pretend_gpu/",
+    "tests/kernels/test_rowwise.py",
+    "tests/kernels/test_sparse.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What the imports made stays: the collector need not look at it again in every test."""
     gc.collect()

@@ -7,13 +7,13 @@ import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forked import run_forked
 from several_processes import environment
 
 from exgrpo_fast.api.inputs import make_config
@@ -25,13 +25,11 @@ NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 
 def run_example(folder: Path, name: str, *options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *options],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
+    (done,) = run_forked(
+        [[str(EXAMPLES / name), *options]],
+        folder=folder,
+        environments=[environment()],
+        seconds=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

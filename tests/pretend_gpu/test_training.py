@@ -21,7 +21,7 @@ prepare_interpreter()
 
 SMALL = """--data.check_answers false --data.max_prompt_tokens 64 --reward.workers 1
  --rollout.engine transformers --rollout.prompts_per_step 4 --rollout.group_size 4
- --rollout.max_completion_tokens 12 --replay.start_success_rate null --train.lr 1e-3
+ --rollout.max_completion_tokens 6 --replay.start_success_rate null --train.lr 1e-3
  --train.max_tokens_per_microbatch 160 --checkpoint.every 2 --eval.n 2 --eval.k [1,2] --eval.every 2
  --max-steps 2""".split()
 # name -> recipe and what it needs beside SMALL; "{model}" is the folder of the random policy
