@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 SUITE = Path(__file__).with_name("suite.py")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
