@@ -26,8 +26,8 @@ def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A model, questions, and the run `one` and the run `two`, four steps each."""
     path = tmp_path_factory.mktemp("runs")
     make_inputs(path, model_folder)
-    for count, out in ((1, "one"), (2, "two")):
-        ended = run_command(path, count, out, "--max-steps", "4")
+    for count, out, start in ((1, "one", run), (2, "two", run_command)):
+        ended = start(path, count, out, "--max-steps", "4")
         assert ended.returncode == 0, ended.stderr[-4000:]
     return path
 
@@ -136,6 +136,6 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     newest = Checkpoints(folder / "killed" / "checkpoints").newest_valid(pytest.fail)
     assert newest is not None
     step = int(newest.name.removeprefix("step_"))
-    ended = run_command(folder, 2, "killed", "--max-steps", str(step + 1), "--resume", "auto")
+    ended = run(folder, 2, "killed", "--max-steps", str(step + 1), "--resume", "auto")
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert f"resumed after step {step}" in ended.stdout
