@@ -43,9 +43,10 @@ LIGHT = [
 ]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
 LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor", "run.live_page"]
-LIGHT += ["model.folder_reading", "model.folder_settings", "model.weight_files"]
-LIGHT += ["build.folder", "build.before_torch"]
-LIGHT += ["memory.budgets", "experience.replay.plan", "rollout.vllm.versions"]
+LIGHT += ["model.folder_reading", "model.folder_settings", "model.gguf_file", "model.weight_files"]
+LIGHT += ["build.folder", "build.before_torch", "build.rewards"]
+LIGHT += ["memory.budgets", "experience.replay.plan", "experience.prior.compatibility"]
+LIGHT += ["rollout.vllm.versions"]
 # The bodies of `train`, which its arguments import inside a function.
 HEAVY = ["cli.train_run", "cli.train_again"]
 

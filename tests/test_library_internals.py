@@ -28,6 +28,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from exgrpo_fast.model.renamed import cache_argument, checkpointing_enable
 from exgrpo_kernels.policy_loss import keeps_graph
@@ -228,3 +230,9 @@ def test_broadcast_sets_the_device_and_time_limit_of_a_gloo_group() -> None:
     device = torch.distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")
     options._devices, options._timeout = [device], timedelta(seconds=3)
     assert len(options._devices) == 1 and options._timeout == timedelta(seconds=3)
+
+
+def test_gguf_architectures_are_listed_without_torch() -> None:
+    """model/gguf_file.py reads the list that transformers' own reader goes by."""
+    assert set(GGUF_CONFIG_MAPPING) == set(GGUF_SUPPORTED_ARCHITECTURES)
+    assert {"general", "llama", "qwen2_moe"} <= set(GGUF_CONFIG_MAPPING)

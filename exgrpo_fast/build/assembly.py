@@ -9,8 +9,13 @@ from typing import Any
 from exgrpo_fast.build.engines import engine_scores, find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
 from exgrpo_fast.build.experience import make_hindsight, make_replay
-from exgrpo_fast.build.models import make_distillation, make_teacher, vocabulary_of
-from exgrpo_fast.build.rewards import make_evaluator, make_verifier
+from exgrpo_fast.build.models import (
+    make_distillation,
+    make_evaluator,
+    make_teacher,
+    make_verifier,
+    vocabulary_of,
+)
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.types import Question

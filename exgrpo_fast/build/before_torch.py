@@ -1,88 +1,139 @@
-"""What can be wrong with a model's folder and the first rows of the data, found before torch is loaded.
+"""What can be wrong with models, rewards and the first rows of the data, found before torch is loaded.
 
-Each rule is one that the run itself follows later, when it opens the folder and reads all rows; so a
-hub name, a GGUF file or a model that is made on the spot is refused then.
+Each rule is one that the run itself follows later, when it opens the folder and reads all rows; so
+what is not known yet, such as the tokenizer of a GGUF file, is refused then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from exgrpo_fast.build.folder import check_settings, positions_of, refuse_longer_than
+from exgrpo_fast.build.folder import (
+    check_prior,
+    check_settings,
+    check_teacher,
+    positions_of,
+    refuse_longer_than,
+)
+from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data import first_questions, question_from_text
+from exgrpo_fast.data import CheckedRow, first_questions, question_from_text
 from exgrpo_fast.model.folder_reading import (
+    ModelFiles,
+    PlainConfig,
     Tokenizer,
     plain_config,
     plain_tokenizer,
     quiet_libraries,
 )
-from exgrpo_fast.model.folder_settings import refuse_unknown_type
-from exgrpo_fast.model.weight_files import refuse_damaged_weights
+from exgrpo_fast.model.folder_settings import (
+    refuse_quantised,
+    refuse_unknown_type,
+    refuse_unsupported,
+)
+from exgrpo_fast.model.gguf_file import find_gguf, refuse_unreadable
+from exgrpo_fast.model.weight_files import read_shapes, refuse_other_shapes
+from exgrpo_fast.rewards import RewardPool
+
+MADE_HERE = ("quickstart", "smollm2")  # names of models that are no folders before the run
 
 
-def check_model_and_rows(
+def check_before_torch(
     config: Config,
-    sources: Sequence[str],
+    rows: Mapping[str, Sequence[CheckedRow]],
     *,
     prompt: str | None = None,
     tokenizer_only: bool = False,
     weights: bool = True,
     shortens: bool = False,
-) -> None:
-    """UserError for a folder that cannot be trained or sampled from, or whose chat template refuses
-    each of the first rows of a source.
+) -> RewardPool | None:
+    """UserError for models that cannot be trained, sampled from or learnt from, rows that the chat
+    template refuses, and rewards that fail on the first row; the workers of these rewards.
 
-    sources: files of rows. prompt: a question typed by hand. tokenizer_only: a server has the model.
-    weights: False where a checkpoint has them. shortens: completions are cut to what the model has
-    positions for.
+    rows: source -> the first ones. prompt: a question typed by hand. tokenizer_only: a server has the
+    model. weights: False where a checkpoint has them. shortens: completions are cut to what the model
+    has positions for. None: there is no row with an answer, or no tokenizer yet.
     """
     name = config.model.name or ""
-    folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*.gguf")):
-        return
     quiet_libraries()
-    model = None if tokenizer_only else plain_config(folder)
+    if name in MADE_HERE:
+        return None
+    if (file := find_gguf(name)) is not None:
+        refuse_unreadable(file, f"model.name {name}")
+        return None
+    model = None if tokenizer_only else _supported_config(name, "model.name")
     if model is not None:
-        refuse_unknown_type(model, name)
-    tokenizer = plain_tokenizer(folder)
-    if tokenizer is None:
-        return
-    if model is not None:
-        check_settings(config, name, model, tokenizer)
-    questions = _first_questions(config, sources, tokenizer)
+        refuse_quantised(model, name)
+    tokenizer = plain_tokenizer(name)
+    questions: list[Question] = []
+    if tokenizer is not None:
+        if model is not None:
+            check_settings(config, name, model, tokenizer)
+        questions = _questions(config, rows, prompt, tokenizer)
+    if model is not None and questions and not shortens:
+        # Longer ones may be dropped; the run says what becomes of them.
+        lengths = [len(question.prompt_ids) for question in questions]
+        taken = [length for length in lengths if length <= config.data.max_prompt_tokens]
+        refuse_longer_than(positions_of(config, model), config, name, max(taken, default=1))
+    if model is not None and weights:
+        _refuse_other_weights(model, name, "model.name")
+    if model is not None and tokenizer is not None:
+        policy = ModelFiles(name, model, tokenizer)
+        check_prior(config, policy, _checked_files)
+        check_teacher(config, policy, _checked_files)
+    return _tried_rewards(config, questions)
+
+
+def _supported_config(name: str, key: str) -> PlainConfig:
+    model = plain_config(name, key)
+    refuse_unknown_type(model, f"{key} {name}")
+    refuse_unsupported(model)
+    return model
+
+
+def _refuse_other_weights(model: PlainConfig, name: str, key: str) -> None:
+    refuse_other_shapes(model, read_shapes(name, key), f"{key} {name}")
+
+
+def _checked_files(name: str, key: str) -> ModelFiles | None:
+    """Of a model beside the policy; None for a GGUF file, and without the tokenizer's own file."""
+    if find_gguf(name) is not None:
+        return None
+    model, tokenizer = _supported_config(name, key), plain_tokenizer(name, key)
+    _refuse_other_weights(model, name, key)
+    return ModelFiles(name, model, tokenizer) if tokenizer else None
+
+
+def _questions(
+    config: Config,
+    rows: Mapping[str, Sequence[CheckedRow]],
+    prompt: str | None,
+    tokenizer: Tokenizer,
+) -> list[Question]:
+    system_prompt = config.data.system_prompt
+    questions = [
+        question
+        for source, first in rows.items()
+        for question in first_questions(
+            source, first, tokenizer=tokenizer, system_prompt=system_prompt
+        )
+    ]
     if prompt is not None:
-        system_prompt = config.data.system_prompt
         questions.append(
             question_from_text(prompt, tokenizer=tokenizer, system_prompt=system_prompt)
         )
-    if model is None:
-        return
-    if not shortens:
-        lengths = [len(question.prompt_ids) for question in questions]
-        # Longer ones may be dropped; the run says what becomes of them.
-        taken = [length for length in lengths if length <= config.data.max_prompt_tokens]
-        limit = positions_of(config, model)
-        refuse_longer_than(limit, config, name, max(taken, default=1))
-    if weights:
-        refuse_damaged_weights(name)
+    return questions
 
 
-def _first_questions(
-    config: Config, sources: Sequence[str], tokenizer: Tokenizer
-) -> list[Question]:
-    data = config.data
-    return [
-        question
-        for source in sources
-        for question in first_questions(
-            source,
-            tokenizer=tokenizer,
-            prompt_field=data.prompt_field,
-            answer_field=data.answer_field,
-            id_field=data.id_field,
-            system_prompt=data.system_prompt,
-        )
-    ]
+def _tried_rewards(config: Config, questions: Sequence[Question]) -> RewardPool | None:
+    answered = [question for question in questions if question.answer]
+    if not answered:  # a question typed by hand has none
+        return None
+    rewards = make_rewards(config)
+    try:
+        check_rewards(config, rewards, answered[0])
+    except BaseException:
+        rewards.close()
+        raise
+    return rewards

@@ -13,14 +13,15 @@ from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.experience import make_hindsight_prompt
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import prove_forward
-from exgrpo_fast.build.models import make_decode, make_policy
+from exgrpo_fast.build.models import make_decode, make_evaluator, make_policy
 from exgrpo_fast.build.pretrained import model_folder
-from exgrpo_fast.build.rewards import check_rewards, make_evaluator, make_rewards
+from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.model.folder_reading import load_tokenizer
+from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.run.display.live import make_screen
 from exgrpo_fast.training.evaluate import Evaluator
@@ -36,9 +37,11 @@ class EvaluatedModel:
         device: str,
         endpoint: Mapping[str, Any] | None = None,
         shorten: bool = False,
+        rewards: RewardPool | None = None,
     ) -> None:
         """`endpoint`: url, model and key_env of a vLLM server that generates; then no weights are
-        loaded here; `shorten`: completions to what the model has positions for."""
+        loaded here; `shorten`: completions to what the model has positions for; `rewards`: workers
+        that run already and were tried on a row."""
         prepare_process(device)
         self.config = config
         self.device = device
@@ -48,6 +51,7 @@ class EvaluatedModel:
         self.name = model_folder(config.model.name or "", self.screen)
         self.tokenizer = load_tokenizer(self.name)
         self.shorten = shorten
+        self.rewards = rewards
         self.longest_prompt = 0
         if endpoint is None:
             self._notes += check_folder(config, self.name, self.tokenizer)
@@ -80,8 +84,11 @@ class EvaluatedModel:
         completions are revised. RewardError for a reward that fails on the question's row."""
         config, tokenizer, screen = self.config, self.tokenizer, self.screen
         try:
-            with make_rewards(config) as rewards, contextlib.ExitStack() as stack:
-                if question.answer:  # a question typed by hand has none
+            with (
+                self.rewards or make_rewards(config) as rewards,
+                contextlib.ExitStack() as stack,
+            ):
+                if question.answer and self.rewards is None:  # one typed by hand has no answer
                     check_rewards(config, rewards, question)
                 for note in self._notes:
                     screen.note(note)

@@ -13,7 +13,6 @@ from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.hindsight.source import HindsightRecipe, HindsightSource
-from exgrpo_fast.experience.prior.compatibility import read_vocabulary, refuse_other_vocabulary
 from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.protocols import NoPrior, Prior
@@ -34,7 +33,7 @@ from exgrpo_fast.experience.replay.starting_pool import load_pool, solutions_of
 from exgrpo_fast.experience.replay.store import ExperienceStore
 from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.memory.budgets import store_plan
-from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, load_tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine
@@ -116,16 +115,6 @@ def make_question_selector(config: Config) -> QuestionSelector | None:
             max_visits=replay.max_visits,
         )
     return None
-
-
-def check_prior(config: Config, start: str, tokenizer: Tokenizer) -> None:
-    """PriorError, before any weights are loaded, where the prior cannot guide the policy."""
-    prior = config.prior_resampling
-    if prior.enabled and prior.model is not None:
-        refuse_other_vocabulary(
-            read_vocabulary(start, tokenizer),
-            read_vocabulary(prior.model, load_tokenizer(prior.model, "prior_resampling.model")),
-        )
 
 
 def make_prior(

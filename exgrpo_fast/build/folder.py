@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.experience.prior.compatibility import (
+    fingerprint,
+    read_vocabulary,
+    refuse_other_vocabulary,
+)
 from exgrpo_fast.model.folder_reading import (
+    ModelFiles,
     Tokenizer,
     end_of_sequence_ids,
     model_config,
+    model_files,
     read_generation_config,
 )
 from exgrpo_fast.model.folder_settings import (
@@ -23,6 +31,10 @@ from exgrpo_fast.model.folder_settings import (
     refuse_unsupported,
     unlisted_turn_end,
 )
+
+# Name and key -> the files; None where they cannot be read yet.
+Reader = Callable[[str, str], ModelFiles | None]
+PRIOR, TEACHER = "prior_resampling.model", "algorithm.distillation.teacher"
 
 
 def check_folder(config: Config, name: str, tokenizer: Tokenizer) -> list[str]:
@@ -94,3 +106,42 @@ def positions_of(config: Config, model: Any) -> Positions | None:
     """None: there is no limit, or train.allow_mismatch lifts it."""
     found = positions(model.get_text_config())
     return None if found and found.is_rotary and config.train.allow_mismatch else found
+
+
+# --- the models beside the policy: do their tokens mean the same? ---------------------------------
+
+
+def check_prior(config: Config, policy: ModelFiles, read: Reader = model_files) -> None:
+    """PriorError, before any weights are loaded, where the prior cannot guide the policy."""
+    prior = config.prior_resampling
+    if not prior.enabled or prior.model is None:
+        return
+    if (files := read(prior.model, PRIOR)) is not None:
+        refuse_other_vocabulary(read_vocabulary(policy), read_vocabulary(files))
+
+
+def check_teacher(config: Config, policy: ModelFiles, read: Reader = model_files) -> None:
+    """ConfigError, before any weights are loaded, where the teacher has another tokenizer than the
+    policy, or for whole distributions a head of another size."""
+    distillation = config.algorithm.distillation
+    name = distillation.teacher
+    files = None if name is None else read(name, TEACHER)
+    if files is None:
+        return
+    own, theirs = policy.tokenizer, files.tokenizer
+    if fingerprint(theirs.get_vocab()) != fingerprint(own.get_vocab()):
+        raise ConfigError(
+            f"{TEACHER} {name} has another tokenizer ({len(theirs)} tokens) than model.name "
+            f"({len(own)} tokens)"
+        )
+    rows, teachers = (_head_rows(one) for one in (policy, files))
+    if distillation.is_over_vocabulary and None not in (rows, teachers) and rows != teachers:
+        raise ConfigError(
+            f"{TEACHER} {name} has a head of {teachers} tokens, model.name one of {rows}; divergence "
+            f"{distillation.divergence} compares them one by one, set it to sampled"
+        )
+
+
+def _head_rows(files: ModelFiles) -> int | None:
+    """Of the language-model head, padding included; None: only the class of the model knows it."""
+    return getattr(files.config.get_text_config(), "vocab_size", None)

@@ -1,4 +1,4 @@
-"""Policy, reference policies, adapter and tokenizer of a run."""
+"""Policy, reference policies, adapter and tokenizer of a run; verifier and evaluator."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ import transformers
 
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
+from exgrpo_fast.build.rewards import make_scorer
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, mesh_of
 from exgrpo_fast.data import read_rows
+from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.prior.compatibility import fingerprint
-from exgrpo_fast.experience.scoring import Decode
+from exgrpo_fast.experience.scoring import Decode, Verifier
 from exgrpo_fast.model.attention.backends import choose, refusal
 from exgrpo_fast.model.folder_reading import (
     Tokenizer,
     end_of_sequence_ids,
-    load_tokenizer,
-    model_config,
     read_generation_config,
 )
 from exgrpo_fast.model.frozen import nf4
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
+from exgrpo_fast.rewards import RewardPool
+from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
 from exgrpo_fast.run.checkpoint.format import read_manifest
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.distillation import VocabularyDistillation
+from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.reference import AdapterOff, BehaviourReference, Reference
 
 
@@ -217,33 +220,6 @@ def make_distillation(config: Config, policy: Policy) -> VocabularyDistillation 
     )
 
 
-def check_teacher(config: Config, start: str, tokenizer: Tokenizer) -> None:
-    """ConfigError, before any weights are loaded, where the teacher has another tokenizer than the
-    policy of the folder `start`, or for whole distributions a head of another size."""
-    distillation = config.algorithm.distillation
-    name = distillation.teacher
-    if name is None:
-        return
-    theirs = load_tokenizer(name, "algorithm.distillation.teacher")
-    if vocabulary_of(theirs) != vocabulary_of(tokenizer):
-        raise ConfigError(
-            f"algorithm.distillation.teacher {name} has another tokenizer ({len(theirs)} tokens) "
-            f"than model.name ({len(tokenizer)} tokens)"
-        )
-    own, teachers = (head_size(folder) for folder in (start, name))
-    if distillation.is_over_vocabulary and own != teachers:
-        raise ConfigError(
-            f"algorithm.distillation.teacher {name} has a head of {teachers} tokens, model.name one "
-            f"of {own}; divergence {distillation.divergence} compares them one by one, set it to "
-            f"sampled"
-        )
-
-
-def head_size(name: str) -> int:
-    """Rows of the language-model head of a folder or hub name, padding included."""
-    return model_config(name).get_text_config().vocab_size
-
-
 def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
     """The folder of the adapter to resume. ConfigError where only one of run and checkpoint has one."""
     if checkpoint is None:
@@ -269,3 +245,41 @@ def refuse_broken_weights(policy: Policy, path: str) -> None:
     for name, parameter in policy.model.named_parameters():
         if parameter.is_floating_point() and not local_shard(parameter).isfinite().all():
             raise NumericalStop(f"{path}: {name} holds a value that is not finite")
+
+
+def make_verifier(
+    config: Config,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+    screen: Screen,
+    processes: Processes = SINGLE_PROCESS,
+) -> Verifier:
+    """`rewards`: None on ranks other than 0."""
+    scorer = make_scorer(config, rewards) if rewards is not None else None
+    return Verifier(scorer, make_decode(tokenizer), screen, processes)
+
+
+def make_evaluator(
+    config: Config,
+    engine: RolloutEngine,
+    verifier: Verifier,
+    screen: Screen,
+    *,
+    prompt: HindsightPrompt | None = None,
+    revisions: int = 0,
+) -> Evaluator:
+    sampling = Sampling(
+        config.rollout.max_completion_tokens, config.eval.temperature, config.eval.top_p
+    )
+    return Evaluator(
+        engine,
+        verifier,
+        screen,
+        prompt=prompt,
+        revisions=revisions,
+        sampling=sampling,
+        n=config.eval.n,
+        ks=config.eval.k,
+        seed=config.train.seed,
+        num_examples=config.eval.examples,
+    )

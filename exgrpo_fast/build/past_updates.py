@@ -14,14 +14,15 @@ from typing import Any
 
 from exgrpo_fast.build.assembly import make_advantages, make_learner, make_objective
 from exgrpo_fast.build.environment import prepare_process, use_deterministic_algorithms
-from exgrpo_fast.build.models import adapter_of, check_teacher, make_policy, make_reference
+from exgrpo_fast.build.folder import check_teacher
+from exgrpo_fast.build.models import adapter_of, make_policy, make_reference
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.rng import restore_random_state, seed_everything
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.fit import resolve_auto
-from exgrpo_fast.model.folder_reading import load_tokenizer
+from exgrpo_fast.model.folder_reading import model_files
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.run.checkpoint.format import load_state, verify
 from exgrpo_fast.run.display import NullScreen
@@ -94,8 +95,8 @@ def train_again(
     if resume_from:
         verify(resume_from)
     start = past.start
-    tokenizer = load_tokenizer(start)
-    check_teacher(config, start, tokenizer)
+    files = model_files(start)
+    check_teacher(config, files)
     seed_everything(config.train.seed)
     config, _ = resolve_auto(config, start, device=device, note=lambda line: None)
     adapter = adapter_of(config, resume_from)
@@ -112,7 +113,7 @@ def train_again(
         yield _step(step, learner, groups, objective, past, config) | {
             "run_loss_hex": losses.get(step)
         }
-    folder = HuggingFaceFolder(policy, tokenizer)
+    folder = HuggingFaceFolder(policy, files.tokenizer)
     folder.write(out / "hf", folder.tensors())
 
 

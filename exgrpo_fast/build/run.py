@@ -13,12 +13,11 @@ from exgrpo_fast.build.assembly import clean_journal_after, make_sink, make_trai
 from exgrpo_fast.build.data import load_data, refuse_bad_golds
 from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import prepare_process
-from exgrpo_fast.build.experience import check_prior, make_prior
-from exgrpo_fast.build.folder import check_folder, refuse_too_long
+from exgrpo_fast.build.experience import make_prior
+from exgrpo_fast.build.folder import check_folder, check_prior, check_teacher, refuse_too_long
 from exgrpo_fast.build.forward import prove_forward
 from exgrpo_fast.build.models import (
     adapter_of,
-    check_teacher,
     make_policy,
     make_reference,
     refuse_broken_weights,
@@ -34,7 +33,7 @@ from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.budgets import store_note
 from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
-from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer, model_files
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.checkpoint.format import load_state
@@ -54,16 +53,22 @@ def open_run(
     device: str,
     resume_from: Path | None,
     processes: Processes = SINGLE_PROCESS,
+    rewards: RewardPool | None = None,
 ) -> Iterator[Trainer]:
     """The trainer of a run; leaving the block closes its reward workers, engine and metric sinks.
 
-    Rank 0 alone has the reward workers, the engine and the files.
+    Rank 0 alone has the reward workers, the engine and the files. `rewards`: workers that run
+    already and were tried on a row of the data.
     """
     prepare_process(device)
     refuse_impossible_attention(config, device)
     start, tokenizer = open_model_folder(config, folder, screen, device=device, processes=processes)
-    with make_rewards(config) if processes.is_main else contextlib.nullcontext() as rewards:
+    are_tried = rewards is not None
+    if processes.is_main and not are_tried:
+        rewards = make_rewards(config)
+    with rewards or contextlib.nullcontext():
         train, held_out = load_data(config, tokenizer, screen)
+        processes.run_on_rank0(lambda: are_tried or check_rewards(config, rewards, train[0]))
         check_questions(config, start, train, held_out, rewards, screen, processes)
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
@@ -125,12 +130,12 @@ def open_model_folder(
     """(folder of the model that the run starts from, its tokenizer); UserError where the folder,
     the prior or the teacher do not go with the config."""
     start = processes.run_on_rank0(lambda: start_folder(config, folder, screen, device=device))
-    tokenizer = load_tokenizer(start)
-    for line in processes.run_on_rank0(lambda: check_folder(config, start, tokenizer)):
+    files = model_files(start)
+    for line in processes.run_on_rank0(lambda: check_folder(config, start, files.tokenizer)):
         screen.note(line)
-    check_prior(config, start, tokenizer)
-    check_teacher(config, start, tokenizer)
-    return start, tokenizer
+    check_prior(config, files)
+    check_teacher(config, files)
+    return start, files.tokenizer
 
 
 def open_policy(
@@ -155,10 +160,9 @@ def check_questions(
     screen: Screen,
     processes: Processes,
 ) -> None:
-    """UserError where prompts are too long, a reward fails, or a gold answer is not accepted."""
+    """UserError where prompts are too long, or a gold answer is not accepted."""
     questions = [*train, *held_out]
     refuse_too_long(config, start, longest_prompt=max(len(q.prompt_ids) for q in questions))
-    processes.run_on_rank0(lambda: check_rewards(config, rewards, train[0]))
     if config.data.check_answers:
         processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
 

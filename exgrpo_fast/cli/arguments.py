@@ -8,12 +8,17 @@ import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
 from exgrpo_fast.core.http_client import EndpointError, authorization, checked_url
-from exgrpo_fast.data import check_first_rows
+from exgrpo_fast.data import CheckedRow, check_first_rows
 from exgrpo_fast.rewards import RewardError, check_reference
+
+if TYPE_CHECKING:
+    from exgrpo_fast.rewards import RewardPool
+
+FirstRows = dict[str, list[CheckedRow]]  # by their source
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,8 +92,9 @@ def resume_point(text: str) -> str:
 # --- checks before anything is loaded -------------------------------------------------------------
 
 
-def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
-    """Missing values, files and packages, before torch is imported.
+def check_inputs(config: Config, *, for_another_machine: bool = False) -> FirstRows:
+    """The first rows of the data; UserError for missing values, files and packages, before torch is
+    imported.
 
     `for_another_machine`: a plan, whose engine need not be installed here.
     """
@@ -96,18 +102,20 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> None:
     require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
     for key, source in data_files(config).items():
         require_file(source, key)
-        fields = config.data.model_dump(include={"prompt_field", "answer_field", "id_field"})
-        check_first_rows(source, **fields)
+    rows = first_rows(config, data_files(config).values())
     if not for_another_machine:
         require_engine(config)
         require_servers(config)
     require_model(name, "model.name")
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
+    if config.algorithm.distillation.teacher is not None:
+        require_model(config.algorithm.distillation.teacher, "algorithm.distillation.teacher")
     require_rewards(config.reward.functions, "reward.functions")
     for package in config.log.to:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"log.to: {package} is not installed: pip install {package}")
+    return rows
 
 
 def data_files(config: Config) -> dict[str, str]:
@@ -120,11 +128,16 @@ def data_files(config: Config) -> dict[str, str]:
     }
 
 
-def check_model_and_rows(config: Config, sources: Iterable[str], **options: Any) -> None:
-    """As `build.before_torch` says, whose import takes a second."""
-    from exgrpo_fast.build.before_torch import check_model_and_rows as check
+def first_rows(config: Config, sources: Iterable[str]) -> FirstRows:
+    fields = config.data.model_dump(include={"prompt_field", "answer_field", "id_field"})
+    return {source: check_first_rows(source, **fields) for source in sources}
 
-    check(config, list(sources), **options)
+
+def check_before_torch(config: Config, rows: FirstRows, **options: Any) -> RewardPool | None:
+    """As `build.before_torch` says, whose import takes a second."""
+    from exgrpo_fast.build.before_torch import check_before_torch as check
+
+    return check(config, rows, **options)
 
 
 def require_servers(config: Config) -> None:

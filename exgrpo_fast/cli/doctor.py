@@ -7,11 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exgrpo_fast.cli.arguments import add_command, add_memory, require_file, require_model
+from exgrpo_fast.cli.arguments import (
+    add_command,
+    add_memory,
+    check_before_torch,
+    require_file,
+    require_model,
+)
 from exgrpo_fast.cli.machine import collect
 from exgrpo_fast.cli.memory_plan import show_plan
 from exgrpo_fast.cli.output import UNWRAPPED, terminal_width, wrapped
-from exgrpo_fast.config import load_config
+from exgrpo_fast.config import load_config, validate
 from exgrpo_fast.core.text import clean_line
 
 
@@ -36,6 +42,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     if arguments.model:
         require_file(arguments.model, "--model")
         require_model(arguments.model, "--model")
+        check_before_torch(validate({"model": {"name": arguments.model}}), {})
     report = collect(model=Path(arguments.model) if arguments.model else None)
     text = json.dumps(report, indent=2)
     print(text if arguments.json else render(report, columns=terminal_width()))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
     add_command,
-    check_model_and_rows,
+    check_before_torch,
     choose_device,
+    first_rows,
     positive,
     positives,
     require_file,
@@ -125,7 +126,13 @@ def evaluated_model(
     require_tokenizer(str(config.model.name), "--model")
     shortens = vars(arguments)["rollout.max_completion_tokens"] is None
     served = endpoint is not None
-    check_model_and_rows(config, sources, prompt=prompt, tokenizer_only=served, shortens=shortens)
+    rewards = check_before_torch(
+        config,
+        first_rows(config, sources),
+        prompt=prompt,
+        tokenizer_only=served,
+        shortens=shortens,
+    )
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
 
     return EvaluatedModel(
@@ -133,6 +140,7 @@ def evaluated_model(
         device=choose_device(arguments.device),
         endpoint=endpoint,
         shorten=shortens,
+        rewards=rewards,
     )
 
 

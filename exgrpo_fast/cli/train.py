@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import (
+    FirstRows,
     add_command,
     add_memory,
+    check_before_torch,
     check_inputs,
-    check_model_and_rows,
     choose_device,
-    data_files,
     positive,
     require_file,
     require_tokenizer,
@@ -113,9 +113,9 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, overrides)
     rank = place_of()
     refuse_world_size(config, rank.count)
-    check_inputs(config, for_another_machine=arguments.device_memory_gib is not None)
+    rows = check_inputs(config, for_another_machine=arguments.device_memory_gib is not None)
     if arguments.dry_run:
-        return show_dry_run(arguments, config, processes=rank.count) if rank.is_main else 0
+        return show_dry_run(arguments, config, rows, processes=rank.count) if rank.is_main else 0
     require_tokenizer(str(config.model.name), "model.name")
     out = Path(arguments.out or f"runs/{Path(arguments.config).stem}")
     supervised: Supervised | None = arguments.supervised
@@ -132,8 +132,7 @@ def train(arguments: argparse.Namespace) -> int:
         # With several ranks torchrun is the supervisor.
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
-        if rank.is_main:
-            check_model_and_rows(config, data_files(config).values(), weights=not resumes)
+        rewards = check_before_torch(config, rows, weights=not resumes) if rank.is_main else None
         device = choose_device(arguments.device)
         from exgrpo_fast.cli.train_run import train_run  # seconds of imports
 
@@ -147,6 +146,7 @@ def train(arguments: argparse.Namespace) -> int:
             supervised=supervised is not None,
             rank=rank,
             deadline=arguments.deadline,
+            rewards=rewards,
         )
 
 
@@ -182,14 +182,20 @@ def step_range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def show_dry_run(arguments: argparse.Namespace, config: Config, *, processes: int) -> int:
+def show_dry_run(
+    arguments: argparse.Namespace, config: Config, rows: FirstRows, *, processes: int
+) -> int:
+    gib, folder = arguments.device_memory_gib, Path(config.model.name or "")
+    if gib is None and folder.exists():  # nothing is asked of a hub
+        has_weights = any(folder.glob("*.safetensors*"))  # a plan needs none
+        if rewards := check_before_torch(config, rows, weights=has_weights):
+            rewards.close()
     print(dump_yaml(config), end="")
     print_lines(derived_numbers(config), indent="#     ")
     if config.replay.enabled:
         device = arguments.device or "the training device"
         note = store_note(store_plan(config, num_questions=0), device)
         print_lines(f"# {note}", indent="#     ")
-    gib = arguments.device_memory_gib
     return show_plan(config, arguments.device, gib, prefix="# ", processes=processes)
 
 

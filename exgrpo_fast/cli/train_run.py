@@ -25,6 +25,7 @@ from exgrpo_fast.core.process_group import (
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.core.torchrun import SINGLE, RankInfo
 from exgrpo_fast.model.oom import OutOfMemory
+from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import EngineLost
 from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
@@ -62,10 +63,11 @@ def train_run(
     supervised: bool = False,
     rank: RankInfo = SINGLE,
     deadline: float = DEADLINE_SECONDS,
+    rewards: RewardPool | None = None,
 ) -> int:
     """Train into the run directory; returns the exit code. The caller closes `folder`.
 
-    `deadline`: seconds of silence after which a rank of several hangs.
+    `deadline`: seconds of silence after which a rank of several hangs. `rewards`: as in `open_run`.
     """
     started = time.perf_counter()
     folder.start_log()
@@ -99,6 +101,7 @@ def train_run(
                 device=device,
                 resume_from=found and Path(found),
                 processes=processes,
+                rewards=rewards,
             ) as trainer:
                 return train_and_evaluate(config, trainer, folder, screen, stop_after, started)
     except MainRankFailed:  # rank 0 reports the cause

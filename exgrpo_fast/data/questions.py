@@ -12,7 +12,6 @@ from exgrpo_fast.data.checking import (
     CheckedRow,
     DataReport,
     check_data,
-    check_first_rows,
     content_id,
     none_usable,
 )
@@ -82,18 +81,9 @@ def load_questions(
 
 
 def first_questions(
-    source: str,
-    *,
-    tokenizer: Any,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    id_field: str | None = None,
-    system_prompt: str | None = None,
+    source: str, rows: Sequence[CheckedRow], *, tokenizer: Any, system_prompt: str | None = None
 ) -> list[Question]:
-    """The questions of a source's first rows. DataError where none of these rows is usable."""
-    rows = check_first_rows(
-        source, prompt_field=prompt_field, answer_field=answer_field, id_field=id_field
-    )
+    """Of the first rows of a source. DataError where the chat template refuses them all."""
     made = _Renderer(tokenizer, system_prompt)(rows)
     bad = [question for question in made if isinstance(question, BadRow)]
     if len(bad) == len(made):

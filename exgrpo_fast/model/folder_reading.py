@@ -2,6 +2,7 @@
 
 Loading this module loads no torch, nor do `plain_config` and `plain_tokenizer`, which read the small
 files as they are. `model_config` and `load_tokenizer` do: transformers' classes for a config need it.
+A `name` is a folder or a hub name; `key` is the key of the config that gave it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers  # whose own modules are loaded where they are used
+from huggingface_hub.utils import logging as hub_logging
 from transformers import GenerationConfig, PreTrainedTokenizerFast, logging
 from transformers.utils import cached_file
 
 from exgrpo_fast.core.errors import UserError
 
-GENERATION = "generation_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
 Tokenizer = Any
 _SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"}
@@ -30,17 +32,32 @@ class PolicyError(UserError):
 
 
 def quiet_libraries() -> None:
-    """No progress bars and advice of transformers on the screen."""
+    """No progress bars, advice and retries of transformers and the hub on the screen."""
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def model_config(name: str) -> Any:
+class ModelFiles(NamedTuple):
+    """The small files of a model's folder or hub name."""
+
+    name: str
+    config: Any
+    tokenizer: Tokenizer
+
+
+def model_files(name: str, key: str = "model.name") -> ModelFiles:
+    """As transformers reads them. PolicyError as `model_config` and `load_tokenizer`."""
+    tokenizer = load_tokenizer(name, key)
+    return ModelFiles(name, model_config(name, key), tokenizer)
+
+
+def model_config(name: str, key: str = "model.name") -> Any:
     """PolicyError where the folder's config cannot be read."""
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
-        raise PolicyError(f"model.name {name}: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: {_first_line(error)}") from None
 
 
 class PlainConfig(SimpleNamespace):
@@ -54,15 +71,16 @@ class PlainConfig(SimpleNamespace):
         return vars(self)
 
 
-def plain_config(folder: Path) -> PlainConfig:
-    """PolicyError for a file that is no JSON object, and for a size that is no number."""
+def plain_config(name: str, key: str = "model.name") -> PlainConfig:
+    """PolicyError for a hub name that cannot be reached, for a file that is no JSON object, and for a
+    size that is no number."""
     try:
-        found = PlainConfig(**json.loads((folder / "config.json").read_text()))
+        found = PlainConfig(**json.loads(Path(str(cached_file(name, CONFIG))).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise PolicyError(f"model.name {folder}: config.json: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: {CONFIG}: {_first_line(error)}") from None
     for size, value in vars(found.get_text_config()).items():
         if size in _SIZES and type(value) not in (int, NoneType):
-            raise PolicyError(f"model.name {folder}: config.json: {size} {value!r} is no number")
+            raise PolicyError(f"{key} {name}: {CONFIG}: {size} {value!r} is no number")
     return found
 
 
@@ -78,23 +96,30 @@ def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
     return tokenizer
 
 
-def plain_tokenizer(folder: Path) -> Tokenizer | None:
+def plain_tokenizer(name: str, key: str = "model.name") -> Tokenizer | None:
     """What tokenizer.json, tokenizer_config.json and the chat template say.
 
     None without tokenizer.json, and where the end token may be one that the tokenizer's class
     brings. PolicyError for files that cannot be read, and as `load_tokenizer`.
     """
-    if not all((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_file(name, "tokenizer.json") or not has_file(name, "tokenizer_config.json"):
         return None
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+        settings = json.loads(Path(str(cached_file(name, "tokenizer_config.json"))).read_text())
     except Exception as error:
-        raise PolicyError(f"model.name {folder}: no tokenizer: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: no tokenizer: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None and settings.get("tokenizer_class") not in _PLAIN_CLASSES:
         return None
-    _refuse_endless(tokenizer, f"model.name {folder}")
+    _refuse_endless(tokenizer, f"{key} {name}")
     return tokenizer
+
+
+def has_file(name: str, file: str) -> bool:
+    try:
+        return cached_file(name, file) is not None
+    except OSError:
+        return False
 
 
 def _refuse_endless(tokenizer: Tokenizer, subject: str) -> None:

@@ -101,14 +101,14 @@ def _ropes(parameters: Any) -> Iterable[Mapping[str, Any]]:
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a sequence's end
 
 
-def refuse_unknown_type(config: Any, name: str) -> None:
+def refuse_unknown_type(config: Any, subject: str) -> None:
     """PolicyError for a type of model that the installed transformers does not know."""
     kind = getattr(config, "model_type", None)
     if kind is None:
-        raise PolicyError(f"model.name {name}: its config.json names no model_type")
+        raise PolicyError(f"{subject}: its config.json names no model_type")
     if kind not in CONFIG_MAPPING_NAMES:
         raise PolicyError(
-            f"model.name {name}: transformers {transformers.__version__} knows no model_type "
+            f"{subject}: transformers {transformers.__version__} knows no model_type "
             f"{kind} (config.json)"
         )
 

@@ -6,8 +6,7 @@ It reads packs without padding; who sees whom in them is the concern of `attenti
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -31,7 +30,7 @@ from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
 from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack, padded_ids
 from exgrpo_fast.model.renamed import checkpointing_enable
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
-from exgrpo_fast.model.weight_files import refuse_damaged_weights
+from exgrpo_fast.model.weight_files import read_shapes, refuse_other_weights
 from exgrpo_kernels import linear_logprob, runtime
 
 T = TypeVar("T")
@@ -364,7 +363,7 @@ def load_model(
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise PolicyError(f"model.name {name}: the folder holds no config.json")
-    refuse_damaged_weights(name)
+    read_shapes(name)
     generation = read_generation_config(name)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -380,36 +379,14 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
     model, loading = loaded
-    _refuse_other_weights(loading, name, model.state_dict())
+    refuse_other_weights(
+        model.state_dict(),
+        f"model.name {name}",
+        mismatched=loading["mismatched_keys"],
+        missing=loading["missing_keys"],
+        unexpected=loading["unexpected_keys"],
+    )
     return model
-
-
-def _refuse_other_weights(loading: Mapping[str, Any], name: str, own: Iterable[str]) -> None:
-    """PolicyError where the files are not those of the config: transformers gives random values to
-    what they lack, and drops layers beyond the config's number. `own`: names of the model's weights."""
-    for weight, found, expected in sorted(loading["mismatched_keys"]):
-        raise PolicyError(
-            f"model.name {name}: {weight} is {list(found)} in its files, and {list(expected)} by its "
-            f"config.json"
-        )
-    if missing := sorted(loading["missing_keys"]):
-        raise PolicyError(
-            f"model.name {name}: its files lack {len(missing)} weights of its config.json, such as "
-            f"{missing[0]}"
-        )
-    layers: dict[str, set[str]] = {}
-    for stack, number in (found.groups() for weight in own if (found := _LAYER.match(weight))):
-        layers.setdefault(stack, set()).add(number)
-    for weight in sorted(loading["unexpected_keys"]):
-        found = _LAYER.match(weight)
-        if found and found[2] not in layers.get(found[1], {found[2]}):
-            raise PolicyError(
-                f"model.name {name}: its files hold {weight}, and its config.json "
-                f"{len(layers[found[1]])} layers"
-            )
-
-
-_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the names of a stack of layers and of one in it
 
 
 def _own_attention(model: Any) -> str:

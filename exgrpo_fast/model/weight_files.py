@@ -1,52 +1,63 @@
 """The files of a folder's weights, checked by their names and headers. Loads no torch.
 
-Which weights a model has only its class says: `load_model` compares them.
+Which weights a model has only its class says: `load_model` compares them. Of the families in
+`LLAMA_LIKE` the config says enough to find other shapes and another number of layers before.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from exgrpo_fast.model.folder_reading import PolicyError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Shapes = Mapping[str, Sequence[int]]  # by the name of the weight
 
 
-def refuse_damaged_weights(name: str) -> None:
-    """PolicyError for a folder without safetensors, with a part of them, or with a cut one."""
-    folder = Path(name)
+# --- what the files hold --------------------------------------------------------------------------
+
+
+def read_shapes(name: str, key: str = "model.name") -> Shapes:
+    """Of the weights of a folder; none for a hub name, as a hub checks what it sends.
+
+    PolicyError for a folder without safetensors, with a part of them, or with a cut one.
+    """
+    folder, subject = Path(name), f"{key} {name}"
     if not folder.is_dir():
-        return  # of a hub, which checks what it sends
+        return {}
     if (folder / SINGLE).exists():
-        _names_in(folder / SINGLE, name)
-        return
+        return _shapes_in(folder / SINGLE, subject)
     if not (folder / INDEX).exists():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which is not read" if pickles else ""
-        raise PolicyError(f"model.name {name}: the folder holds no {SINGLE}{hint}")
-    for file, weights in _files_of(folder, name).items():
+        raise PolicyError(f"{subject}: the folder holds no {SINGLE}{hint}")
+    shapes: dict[str, Sequence[int]] = {}
+    for file, weights in _files_of(folder, subject).items():
         if not (folder / file).exists():
-            raise PolicyError(f"model.name {name}: {file} is missing, which {INDEX} names")
-        if absent := sorted(weights - _names_in(folder / file, name)):
-            raise PolicyError(
-                f"model.name {name}: {file} does not hold {absent[0]}, as {INDEX} says"
-            )
+            raise PolicyError(f"{subject}: {file} is missing, which {INDEX} names")
+        found = _shapes_in(folder / file, subject)
+        if absent := sorted(weights - found.keys()):
+            raise PolicyError(f"{subject}: {file} does not hold {absent[0]}, as {INDEX} says")
+        shapes |= found
+    return shapes
 
 
-def _names_in(file: Path, name: str) -> set[str]:
-    """Of the weights; opening a file compares its length with its header."""
+def _shapes_in(file: Path, subject: str) -> Shapes:
+    """Opening a file compares its length with its header."""
     try:
         with safe_open(file, framework="numpy") as opened:
-            return set(opened.keys())
+            return {weight: opened.get_slice(weight).get_shape() for weight in opened.keys()}
     except (OSError, SafetensorError) as error:
-        raise PolicyError(f"model.name {name}: {file.name} is damaged: {error}") from None
+        raise PolicyError(f"{subject}: {file.name} is damaged: {error}") from None
 
 
-def _files_of(folder: Path, name: str) -> dict[str, set[str]]:
+def _files_of(folder: Path, subject: str) -> dict[str, set[str]]:
     """File -> the weights that it should hold, as the index says."""
     try:
         index = json.loads((folder / INDEX).read_text())
@@ -55,5 +66,108 @@ def _files_of(folder: Path, name: str) -> dict[str, set[str]]:
         for weight, file in weight_map.items():
             files.setdefault(file, set()).add(weight)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PolicyError(f"model.name {name}: {INDEX}: {error!r}") from None
+        raise PolicyError(f"{subject}: {INDEX}: {error!r}") from None
     return files
+
+
+# --- what the config says -------------------------------------------------------------------------
+
+# Decoders whose weights have the names and shapes of Llama's, whatever else they have.
+LLAMA_LIKE = {
+    "ernie4_5", "exaone4", "gemma", "gemma3_text", "granite", "llama",
+    "mistral", "olmo2", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3",
+}  # fmt: skip
+EMBEDDING = "model.embed_tokens.weight"
+_LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the names of a stack of layers and of one in it
+
+
+def refuse_other_shapes(config: Any, shapes: Shapes, subject: str) -> None:
+    """PolicyError where a config and the shapes of the files are of different models, as far as both
+    are known before the model's class is loaded."""
+    expected = llama_shapes(config)
+    if not expected.keys() & shapes.keys():  # of another family, or under other names
+        return
+    mismatched = [
+        (weight, shapes[weight], shape)
+        for weight, shape in expected.items()
+        if weight in shapes and list(shapes[weight]) != shape
+    ]
+    refuse_other_weights(
+        expected,
+        subject,
+        mismatched=mismatched,
+        missing=expected.keys() - shapes.keys() - {EMBEDDING},  # may be saved as the head
+        unexpected=shapes.keys() - expected.keys(),
+    )
+
+
+def llama_shapes(config: Any) -> dict[str, list[int]]:
+    """Of the weights that the config, read as it is, leaves no doubt about; none of other families."""
+    if config.model_type not in LLAMA_LIKE or getattr(config, "quantization_config", None):
+        return {}
+    rows, width, inner, layers, heads, pairs, head = (
+        _number(config, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+    )
+    queries, keys = (head and count and head * count for count in (heads, pairs))
+    of_layer = {
+        "self_attn.q_proj": [queries, width],
+        "self_attn.k_proj": [keys, width],
+        "self_attn.v_proj": [keys, width],
+        "self_attn.o_proj": [width, queries],
+        "mlp.gate_proj": [inner, width],
+        "mlp.up_proj": [inner, width],
+        "mlp.down_proj": [width, inner],
+    }
+    shapes = {EMBEDDING: [rows, width], "model.norm.weight": [width]}
+    for layer in range(layers or 0):
+        shapes |= {f"model.layers.{layer}.{name}.weight": s for name, s in of_layer.items()}
+    return {name: [size for size in s if size] for name, s in shapes.items() if all(s)}
+
+
+def _number(config: Any, key: str) -> int | None:
+    """None: the class has a default for it, or one for each layer."""
+    value = getattr(config, key, None)
+    return value if isinstance(value, int) else None
+
+
+def refuse_other_weights(
+    own: Iterable[str],
+    subject: str,
+    *,
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+) -> None:
+    """PolicyError where the files are not those of the config: transformers gives random values to
+    what they lack, and drops layers beyond the config's number.
+
+    own: names of the model's weights. mismatched: name, shape in the files, shape by the config.
+    """
+    for weight, found, expected in sorted(mismatched):
+        raise PolicyError(
+            f"{subject}: {weight} is {list(found)} in its files, and {list(expected)} by its "
+            f"config.json"
+        )
+    if absent := sorted(missing):
+        raise PolicyError(
+            f"{subject}: its files lack {len(absent)} weights of its config.json, such as {absent[0]}"
+        )
+    layers: dict[str, set[str]] = {}
+    for stack, number in (found.groups() for weight in own if (found := _LAYER.match(weight))):
+        layers.setdefault(stack, set()).add(number)
+    for weight in sorted(unexpected):
+        found = _LAYER.match(weight)
+        if found and found[2] not in layers.get(found[1], {found[2]}):
+            raise PolicyError(
+                f"{subject}: its files hold {weight}, and its config.json "
+                f"{len(layers[found[1]])} layers"
+            )

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,17 +23,24 @@ from transformers import (
     Phi3Config,
     T5Config,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import check_model
 from exgrpo_fast.cli import main
 from exgrpo_fast.cli.machine import check_forward_pass
 from exgrpo_fast.config import Config, ConfigError, validate
-from exgrpo_fast.model.folder_reading import PolicyError, load_tokenizer, read_generation_config
+from exgrpo_fast.model.folder_reading import (
+    PlainConfig,
+    PolicyError,
+    load_tokenizer,
+    read_generation_config,
+)
 from exgrpo_fast.model.folder_settings import positions, refuse_quantised
 from exgrpo_fast.model.lora import save_plain
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
+from exgrpo_fast.model.weight_files import LLAMA_LIKE, llama_shapes, refuse_other_shapes
 
 Edit = Callable[..., Path]
 
@@ -369,3 +378,46 @@ def test_doctor_checks_the_forward_pass_of_a_folder(model_folder: Path, edited: 
     assert check.status == "ok" and check.detail.startswith("forward pass checked: packed ")
     check = check_forward_pass(edited("config.json", quantization_config={"quant_method": "awq"}))
     assert check.status == "fail" and "quantised already (awq)" in check.detail
+
+
+# --- shapes that are known before the model's class -----------------------------------------------
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 301,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LLAMA_LIKE))
+@pytest.mark.parametrize("sizes", [SIZES | {"head_dim": 12}, SIZES], ids=["head_dim", "none"])
+def test_shapes_by_the_config_are_those_of_the_class(
+    kind: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(kind, **sizes)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    if "head_dim" not in sizes:
+        written.pop("head_dim", None)  # older folders lack it, and families differ in its default
+    known = llama_shapes(PlainConfig(**written))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**written))
+    own = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    assert len(known) == (16 if "head_dim" in sizes else 8)
+    assert known == {name: own[name] for name in known}
+    assert get_checkpoint_conversion_mapping(kind) is None  # the files use these names
+
+
+def test_other_names_and_families_are_left_to_the_class() -> None:
+    sizes = SIZES | {"head_dim": 12, "model_type": "llama"}
+    refuse_other_shapes(PlainConfig(**sizes), {"embed_tokens.weight": [1, 1]}, "model.name m")
+    for other in ({"model_type": "gpt2"}, {"quantization_config": {"quant_method": "awq"}}):
+        assert llama_shapes(PlainConfig(**sizes | other)) == {}
+    tied = {**llama_shapes(PlainConfig(**sizes)), "lm_head.weight": [301, 48]}
+    del tied["model.embed_tokens.weight"]  # saved under the name of the head
+    refuse_other_shapes(PlainConfig(**sizes), tied, "model.name m")

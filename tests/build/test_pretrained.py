@@ -20,9 +20,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from exgrpo_fast.build.pretrained import cache, cached_folder, model_folder, smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once
-from exgrpo_fast.build.pretrained.gguf import READS_MERGES
 from exgrpo_fast.cli import main
 from exgrpo_fast.model.folder_reading import PolicyError
+from exgrpo_fast.model.gguf_file import READS_MERGES
 from exgrpo_fast.run.display import NullScreen
 
 gguf = pytest.importorskip("gguf")
@@ -175,7 +175,7 @@ def test_a_gguf_file_becomes_a_plain_folder_once(
 
 def test_an_older_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("exgrpo_fast.build.pretrained.gguf.READS_MERGES", Version("99"))
+    monkeypatch.setattr("exgrpo_fast.model.gguf_file.READS_MERGES", Version("99"))
     with pytest.raises(PolicyError, match=r"need transformers 99 or newer, here is 5\.\d+\.\d+$"):
         model_folder(str(tmp_path / "tiny.gguf"), NullScreen())
 
@@ -205,8 +205,8 @@ def test_names_that_are_folders_already_stay(tmp_path: Path, model_folder: Path)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:900]), "is damaged, or transformers"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-9000]), "is damaged, or transformers"),
+        (lambda path: path.write_bytes(path.read_bytes()[:900]), "is damaged: its header"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9000]), "is damaged: "),
         (lambda path: path.write_bytes(b"PK\3\4" + bytes(200)), "is no GGUF file"),
         (lambda path: path.write_bytes(b""), "is no GGUF file"),
         (lambda path: write_gguf(path, architecture="mamba9"), "mamba9"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen3NextConfig,
 )
 
@@ -69,6 +72,51 @@ def config(made: PreTrainedConfig) -> Damage:
     return lambda folder: made.save_pretrained(folder)
 
 
+def slow_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+
+
+def beside(name: str, change: Damage) -> Damage:
+    """Another model in the folder of the run, changed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(folder, folder.with_name(name))
+        change(folder.with_name(name))
+
+    return make
+
+
+def another_token(folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(folder)
+
+
+def rewards(folder: Path) -> None:
+    folder.with_name("rewards.py").write_text(REWARDS)
+    folder.with_name("broken.py").write_text("from nowhere_at_all import found\n")
+
+
+def gguf(content: bytes) -> Damage:
+    """The folder holds this file alone."""
+
+    def make(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "m.gguf").write_bytes(content)
+
+    return make
+
+
+def gguf_header(architecture: str) -> bytes:
+    """One setting, and one tensor of 4 times 8 floats that is not there."""
+    words = [text.encode() for text in ("general.architecture", architecture, "token_embd.weight")]
+    key, value, name = (struct.pack("<Q", len(word)) + word for word in words)
+    tensor = name + struct.pack("<IQQIQ", 2, 8, 4, 0, 0)
+    return b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + key + struct.pack("<I", 8) + value + tensor
+
+
 def truncated(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -103,6 +151,28 @@ def one_shard_of_another_model(folder: Path) -> None:
     part = load_file(folder / SHARDS[1])
     part.pop("model.norm.weight")
     save_file(part, folder / SHARDS[1], metadata={"format": "pt"})
+
+
+REWARDS = """
+def raises(completions, **columns):
+    raise KeyError("score")
+
+def text(completions, **columns):
+    return "yes"
+
+def two(completions, **columns):
+    return [1.0, 2.0]
+
+def wants_level(completions, level):
+    return [float(level[0])]
+"""
+HAS_GGUF = importlib.util.find_spec("gguf") is not None
+PRIOR = ("--prior_resampling.enabled", "true", "--prior_resampling.model")
+TEACHER = ("--algorithm.distillation.teacher",)
+
+
+def reward(name: str) -> tuple[str, str]:
+    return "--reward.functions", f"[{name}]"
 
 
 MESSAGES = ("--data.train", "messages.jsonl")
@@ -155,8 +225,78 @@ CASES = [
     Case("a shard lost", one_shard_lost, f"{SHARDS[1]} is missing, which {INDEX} names"),
     Case("another shard", one_shard_of_another_model, "does not hold model.norm.weight"),
     Case("an index", lambda f: (sharded(f), (f / INDEX).write_text("{}")), f"{INDEX}: ", "eval"),
+    Case(
+        "width", setting("config.json", hidden_size=32), "is [284, 64] in its files, and [284, 32]"
+    ),
+    Case("width", setting("config.json", hidden_size=32), "[284, 64] in its files", "dry-run"),
+    Case("width", setting("config.json", hidden_size=32), "[284, 64] in its files", "doctor"),
+    Case("width", setting("config.json", intermediate_size=96), "and [64, 96] by its", "eval"),
+    Case("heads", setting("config.json", num_key_value_heads=4), "k_proj.weight is [", "sample"),
+    Case(
+        "layers", setting("config.json", num_hidden_layers=3), "lack 7 weights of its config.json"
+    ),
+    Case("layers", setting("config.json", num_hidden_layers=1), "config.json 1 layers"),
+    Case(
+        "another width in shards",
+        lambda f: (sharded(f), setting("config.json", hidden_size=32)(f)),
+        "[284, 64] in its files",
+    ),
+    Case(
+        "slow tokenizer",
+        lambda f: (slow_tokenizer(f), truncated(f)),
+        "model.safetensors is damaged: ",
+    ),
+    Case("prior", beside("prior", another_token), "different tokenizers", more=(*PRIOR, "prior")),
+    Case("prior", nothing, "prior/config.json does not exist", more=(*PRIOR, "prior")),
+    Case(
+        "prior",
+        beside("prior", without("model.safetensors")),
+        "prior_resampling.model prior: the folder holds no model.safetensors",
+        more=(*PRIOR, "prior"),
+    ),
+    Case(
+        "prior",
+        beside("prior", setting("generation_config.json", eos_token_id=[5])),
+        "they end completions by different tokens",
+        more=(*PRIOR, "prior"),
+    ),
+    Case("teacher", beside("t", another_token), "has another tokenizer", more=(*TEACHER, "./t")),
+    Case("teacher", nothing, "teacher: ./t does not exist", more=(*TEACHER, "./t")),
+    Case(
+        "teacher",
+        beside("t", setting("config.json", hidden_size=32)),
+        "algorithm.distillation.teacher ./t: model.embed_tokens.weight is",
+        more=(*TEACHER, "./t"),
+    ),
+    Case(
+        "reward", rewards, "rewards.py:raises: KeyError: 'score'", more=reward("rewards.py:raises")
+    ),
+    Case("reward", rewards, "returned str instead of a list", more=reward("rewards.py:text")),
+    Case("reward", rewards, "2 rewards for 1 completions", more=reward("rewards.py:two")),
+    Case("reward", rewards, "the column 'level'", more=reward("rewards.py:wants_level")),
+    Case("reward", rewards, "does not import: ModuleNotFound", more=reward("broken.py:found")),
+    Case("reward", rewards, "KeyError: 'score'", "eval", ("--reward", "rewards.py:raises")),
+    Case("reward", rewards, "KeyError: 'score'", "dry-run", reward("rewards.py:raises")),
+    Case(
+        "two files", lambda f: (gguf(b"GGUF")(f), gguf(b"")(f), (f / "n.gguf").touch()), "name one"
+    ),
+    Case(
+        "gguf",
+        gguf(b"GGML" + bytes(64)),
+        "is no GGUF file" if HAS_GGUF else "pip install 'exgrpo-fast[train]' (gguf)",
+    ),
+    Case("template", template("{% if %}"), "line 1 of its chat template: ", "dry-run"),
+    Case("no weights", without("model.safetensors"), "holds no model.safetensors", "doctor"),
+    Case("hub", nothing, "nobody/none: config.json: ", more=("--model.name", "nobody/none")),
+    Case("hub", nothing, "nobody/none: config.json: ", "eval", ("--model", "nobody/none")),
     Case("an adapter", text("adapter_config.json", "{}"), "merge it into its model first"),
 ]
+if HAS_GGUF:
+    CASES += [
+        Case("gguf", gguf(gguf_header("llama")), "m.gguf is damaged: 126 bytes of 256"),
+        Case("gguf", gguf(gguf_header("llama")[:40]), "its header cannot be read", "sample"),
+        Case("gguf", gguf(gguf_header("grokk") + bytes(160)), "maps no GGUF file of arch", "eval"),
+    ]
 PROGRAM = """
 import json, os, sys
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -184,11 +324,14 @@ def words_of(case: Case) -> list[str]:
     tokens = ["--max-completion-tokens", "16", "--device", "cpu"]
     if case.command == "eval":
         return ["eval", *model, *rows, *tokens, *case.more]
+    if case.command == "doctor":
+        return ["doctor", *model]
     if case.command == "sample":
         return ["sample", *model, "--prompt", "1 + 2?", *tokens, *case.more]
     run = ["--out", "run", "--device", "cpu", "--no-supervise", "--data.train", "rows.jsonl"]
     sizes = ["--rollout.max_completion_tokens", "16", "--rollout.prompts_per_step", "2"]
-    return ["train", "grpo", "--model.name", "model", *run, *sizes, *case.more]
+    dry = ["--dry-run"] * (case.command == "dry-run")
+    return ["train", "grpo", "--model.name", "model", *run, *sizes, *case.more, *dry]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +350,7 @@ def outcomes(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps(calls),
-        env=environment(),
+        env=environment() | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )

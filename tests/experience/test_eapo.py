@@ -23,7 +23,7 @@ from exgrpo_fast.experience.prior.compatibility import (
 )
 from exgrpo_fast.experience.prior.importance import columns_of
 from exgrpo_fast.experience.prior.source import PriorSource
-from exgrpo_fast.model.folder_reading import load_tokenizer
+from exgrpo_fast.model.folder_reading import load_tokenizer, model_files
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import UNOBSERVED
 from exgrpo_fast.run.checkpoint.format import load_state
@@ -504,8 +504,8 @@ def saved(path: Path, tokenizer, *, rows: int | None = None, eos: Any = None) ->
 def refusal(model_folder: Path, folder: str) -> str | None:
     try:
         refuse_other_vocabulary(
-            read_vocabulary(str(model_folder), load_tokenizer(str(model_folder))),
-            read_vocabulary(folder, load_tokenizer(folder)),
+            read_vocabulary(model_files(str(model_folder))),
+            read_vocabulary(model_files(folder)),
         )
     except PriorError as error:
         return str(error)

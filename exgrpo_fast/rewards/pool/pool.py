@@ -133,6 +133,7 @@ class RewardPool:
         self._failed_starts = 0
         self._logged: set[tuple[str, str]] = set()
         self.fault = ""  # the last error of a function, in a line
+        self._is_trying = False  # `check` raises what is wrong, and a probe may well fail
         self._finalizer = weakref.finalize(
             self, _shut_down, self._workers, self._killed, self._selector, os.getpid()
         )
@@ -170,8 +171,11 @@ class RewardPool:
 
         With real samples a column that a function asks for and the data lacks is found, too.
         """
-        self.fault = ""
-        found = self.score(samples or [RewardSample("What is 1 + 1?", "\\boxed{2}", "2")])
+        self.fault, self._is_trying = "", True
+        try:
+            found = self.score(samples or [RewardSample("What is 1 + 1?", "\\boxed{2}", "2")])
+        finally:
+            self._is_trying = False
         faults = FAULTS if samples else FAULTS[:-1]
         if all(scored.reason.startswith(faults) for scored in found):
             hint = (
@@ -367,7 +371,7 @@ class RewardPool:
     def _log_once(self, name: str, reason: str, detail: str) -> None:
         name = Path(name).name
         self.fault = f"reward {name}: {detail}"
-        if (name, reason) not in self._logged:
+        if not self._is_trying and (name, reason) not in self._logged:
             self._logged.add((name, reason))
             logger.warning(
                 "reward %s: %s; counted as %s, and further ones only counted", name, detail, reason
