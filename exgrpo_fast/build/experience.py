@@ -15,7 +15,7 @@ from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.hindsight.source import HindsightRecipe, HindsightSource
 from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
-from exgrpo_fast.experience.prior.protocols import NoPrior, Prior
+from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.experience.prior.sharded_backend import EngineDrafter, PackedPrior
 from exgrpo_fast.experience.prior.source import PriorRecipe, PriorSource
 from exgrpo_fast.experience.prior.triggers import Trigger
@@ -129,7 +129,7 @@ def make_prior(
     the prior is sharded like the policy."""
     settings, rollout = config.prior_resampling, config.rollout
     if not settings.enabled:
-        return NoPrior()
+        return Prior()
     name = require(settings.model, "prior_resampling.model", "a checkpoint folder")
     processes = policy.processes
     prior = make_policy(config, name, device=policy.device.type, processes=processes)

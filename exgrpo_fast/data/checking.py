@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from exgrpo_fast.core.answers import answer_text, gold_answer, last_box, last_tag
 from exgrpo_fast.data.parsing import Fault, kind, printable
@@ -54,34 +54,39 @@ class DataReport:
         return len(self.rows) + len(self.bad_rows) + self.num_repeated
 
 
-def check_data(
-    source: Source,
-    *,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    id_field: str | None = None,
-) -> DataReport:
+class FieldNames(TypedDict, total=False):
+    """Which fields of the rows are read; None for prompt and answer: the first of PROMPT_FIELDS or
+    ANSWER_FIELDS that is there. A field may be nested: `reward_model.ground_truth`."""
+
+    prompt_field: str | None
+    answer_field: str | None
+    id_field: str | None
+
+
+def check_data(source: Source, **names: Unpack[FieldNames]) -> DataReport:
     """Read a source and check each row: the usable ones, and the others with file:line and reason.
 
-    A field may be nested: `reward_model.ground_truth`. None for the first of PROMPT_FIELDS or
-    ANSWER_FIELDS that is there. Repeated questions are merged. For a gym task the field names are
-    the task's own. DataError when the source cannot be read, has no rows, or has no such fields.
+    Repeated questions are merged. For a gym task the field names are the task's own. DataError when
+    the source cannot be read, has no rows, or has no such fields.
     """
     name = source_name(source)
     is_file = isinstance(source, str | Path)
     if not is_file:
-        prompt_field, answer_field, id_field = "prompt", "answer", None
+        names = {"prompt_field": "prompt", "answer_field": "answer"}
     rows = iter(read_rows(source))
     first = list(itertools.islice(rows, FIRST_ROWS))
-    checker = _checker_of(name, first, prompt_field, answer_field, id_field)
-    prompt_name, answer_name = checker.prompt_field, checker.answer_field
+    checker = _checker_of(name, first, names)
     checked = [
         row if isinstance(row, BadRow) else checker.check(row)
         for row in itertools.chain(first, rows)
     ]
     # `prompt` and `answer` go without saying.
-    chosen = [f"prompts from '{prompt_name}'"] * (prompt_name not in (prompt_field, "prompt"))
-    chosen += [f"answers from '{answer_name}'"] * (answer_name not in (answer_field, "answer"))
+    fields = {"prompt": checker.prompt_field, "answer": checker.answer_field}
+    chosen = [
+        f"{part}s from '{field}'"
+        for part, field in fields.items()
+        if field not in (names.get(f"{part}_field"), part)
+    ]
     notes = [", ".join(chosen)] * bool(chosen) + checker.notes()
     return DataReport(
         name,
@@ -92,18 +97,12 @@ def check_data(
     )
 
 
-def check_first_rows(
-    source: str,
-    *,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    id_field: str | None = None,
-) -> list[CheckedRow]:
+def check_first_rows(source: str, **names: Unpack[FieldNames]) -> list[CheckedRow]:
     """The usable ones of the first rows. DataError where a source has no rows or fields, or none of
     its first rows is usable."""
     first = list(itertools.islice(read_rows(source), FIRST_ROWS))
     name = source_name(source)
-    checker = _checker_of(name, first, prompt_field, answer_field, id_field)
+    checker = _checker_of(name, first, names)
     checked = [row if isinstance(row, BadRow) else checker.check(row) for row in first]
     bad = [row for row in checked if isinstance(row, BadRow)]
     if len(bad) == len(first):
@@ -118,21 +117,15 @@ def none_usable(name: str, bad: Sequence[BadRow]) -> DataError:
 # --- fields of the config -------------------------------------------------------------------------
 
 
-def _checker_of(
-    name: str,
-    first: Sequence[Row | BadRow],
-    prompt_field: str | None,
-    answer_field: str | None,
-    id_field: str | None,
-) -> _Checker:
+def _checker_of(name: str, first: Sequence[Row | BadRow], names: FieldNames) -> _Checker:
     if not first:
         raise DataError(f"data {name}: no rows")
     fields = [row.fields for row in first if isinstance(row, Row)]
-    prompt_name = _field(name, "prompt_field", prompt_field, PROMPT_FIELDS, fields)
-    answer_name = _field(name, "answer_field", answer_field, ANSWER_FIELDS, fields)
-    if id_field is not None:
-        _field(name, "id_field", id_field, (), fields)
-    return _Checker(prompt_name, answer_name, id_field)
+    prompt = _field(name, "prompt_field", names.get("prompt_field"), PROMPT_FIELDS, fields)
+    answer = _field(name, "answer_field", names.get("answer_field"), ANSWER_FIELDS, fields)
+    if (identity := names.get("id_field")) is not None:
+        _field(name, "id_field", identity, (), fields)
+    return _Checker(prompt, answer, identity)
 
 
 def _field(

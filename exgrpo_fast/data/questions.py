@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data.checking import (
     CheckedRow,
     DataReport,
+    FieldNames,
     check_data,
     content_id,
     none_usable,
@@ -32,14 +33,12 @@ def load_questions(
     source: Source,
     *,
     tokenizer: Any,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    id_field: str | None = None,
     system_prompt: str | None = None,
     max_prompt_tokens: int = 512,
     overlong_prompts: Literal["drop", "refuse"] = "drop",
     max_bad_rows: float = 0.001,
     limit: int | None = None,
+    **names: Unpack[FieldNames],
 ) -> LoadedQuestions:
     """The questions of a source, tokenized, in the order of the source.
 
@@ -49,9 +48,7 @@ def load_questions(
     DataError, in one line, also for a missing source, unknown fields, no question left, or a prompt
     above `max_prompt_tokens` where `overlong_prompts` is "refuse".
     """
-    report = check_data(
-        source, prompt_field=prompt_field, answer_field=answer_field, id_field=id_field
-    )
+    report = check_data(source, **names)
     render = _Renderer(tokenizer, system_prompt)
     questions: list[Question] = []
     bad_rows = list(report.bad_rows)

@@ -28,6 +28,7 @@ from exgrpo_fast.memory.sharded import (
 from exgrpo_fast.memory.tracing import Passes, Setting, Tracer
 from exgrpo_fast.memory.trainer_memory import (
     Head,
+    PackShape,
     States,
     Update,
     beside_a_teacher,
@@ -166,13 +167,8 @@ class Planner:
         """`config`: without `auto` in the pack and the tiles."""
         device, tracer, tokens = self.machine.device, self.tracer(config), config.microbatch_tokens
         weights = self._weights(config)
-        same: dict[str, Any] = {
-            "weights": weights,
-            "compute": self._compute(config),
-            "device": device,
-            "tokens": tokens,
-            "chunk_rows": config.tile_tokens or None,
-        }
+        chunk_rows = config.tile_tokens or None
+        pack = PackShape(tokens, weights, self._compute(config), device, chunk_rows)
         passes = tracer(tokens)
         is_trained = config.model.lora is None
         head = Head(self.model.vocab_size, self.model.hidden_size, is_trained)
@@ -195,16 +191,16 @@ class Planner:
         if whole is not None and releases:
             gathered_bytes["update"] -= whole.head_gradient
             passes = with_released(passes, whole)
-        of_update = update(passes, head, **same)
+        of_update = update(passes, head, pack)
         if whole is not None and releases:
             of_update = with_scattered_head(of_update, whole)
         if config.algorithm.distillation.is_over_vocabulary:
-            of_update = beside_a_teacher(of_update, head, **same)
+            of_update = beside_a_teacher(of_update, head, pack)
             if gathered_bytes:
                 gathered_bytes["update"] += gathered_bytes["scoring"]
         if config.model.offload_activations:
             of_update = self._offloaded(of_update, tokens, weights)
-        of_scoring = scoring(passes, head, **same)
+        of_scoring = scoring(passes, head, pack)
         store = store_plan(config, num_questions=0).num_bytes if config.replay.enabled else 0
         rows: dict[str, Bytes] = {
             f"weights ({kept_as(config)})": everywhere(held.weights),

@@ -101,77 +101,59 @@ class Update:
         return max(self.forward, self.loss, self.backward)
 
 
-def _rows_and_cast(
-    head: Head, tokens: int, weights: torch.dtype, compute: torch.dtype
-) -> tuple[int, int]:
-    """Bytes of the hidden states that the loss takes, and of the head cast to the compute dtype."""
-    rows = tokens * head.width * compute.itemsize
-    cast = head.vocabulary * head.width * compute.itemsize if weights != compute else 0
-    return rows, cast
+@dataclass(frozen=True)
+class PackShape:
+    """A pack whose tokens are all completion tokens, in the worst case, and how it is computed."""
+
+    tokens: int
+    weights: torch.dtype  # as a pass sees them
+    compute: torch.dtype
+    device: Literal["cpu", "cuda"]
+    chunk_rows: int | None = None  # as the loss takes it
+
+    @property
+    def rows_at_once(self) -> int:
+        return min(self.tokens, self.chunk_rows or self.tokens)
+
+    def rows_and_cast(self, head: Head) -> tuple[int, int]:
+        """Bytes of the hidden states that the loss takes, and of the head cast to the compute dtype."""
+        size = self.compute.itemsize
+        cast = head.vocabulary * head.width * size if self.weights != self.compute else 0
+        return self.tokens * head.width * size, cast
 
 
-def update(
-    passes: Passes,
-    head: Head,
-    *,
-    tokens: int,
-    weights: torch.dtype,
-    compute: torch.dtype,
-    device: Literal["cpu", "cuda"],
-    chunk_rows: int | None = None,
-) -> Update:
-    """Of a pack of `tokens`, all of them completion tokens; `chunk_rows`: as the loss takes it."""
-    size = head.vocabulary * head.width
-    rows, cast = _rows_and_cast(head, tokens, weights, compute)
+def update(passes: Passes, head: Head, pack: PackShape) -> Update:
+    size, columns = head.vocabulary * head.width, BYTES_PER_ROW * pack.tokens
+    rows, cast = pack.rows_and_cast(head)
     # dW is summed in float32: in the gradient itself where that is float32
-    total = 4 * size if head.is_trained and weights.itemsize < 4 else 0
-    rows_at_once = min(tokens, chunk_rows or tokens)
-    chunk = chunk_bytes(rows_at_once, head, compute, device, has_gradient=True)
+    total = 4 * size if head.is_trained and pack.weights.itemsize < 4 else 0
+    chunk = chunk_bytes(pack.rows_at_once, head, pack.compute, pack.device, has_gradient=True)
     return Update(
         saved=passes.saved,
         chunk=chunk,
         head_gradient=cast + rows + total,
-        forward=passes.forward + BYTES_PER_ROW * tokens,
-        loss=passes.saved + cast + rows + total + chunk + BYTES_PER_ROW * tokens,
-        backward=passes.backward + BYTES_PER_ROW * tokens,
+        forward=passes.forward + columns,
+        loss=passes.saved + cast + rows + total + chunk + columns,
+        backward=passes.backward + columns,
     )
 
 
-def scoring(
-    passes: Passes,
-    head: Head,
-    *,
-    tokens: int,
-    weights: torch.dtype,
-    compute: torch.dtype,
-    device: Literal["cpu", "cuda"],
-    chunk_rows: int | None = None,
-) -> float:
-    """Peak of log-probs under the present weights, of a pack of `tokens`; `passes` at as many,
-    `chunk_rows` as for an update."""
-    rows, cast = _rows_and_cast(head, tokens, weights, compute)
-    chunk = chunk_bytes(min(tokens, chunk_rows or tokens), head, compute, device)
-    return BYTES_PER_ROW * tokens + max(passes.scoring, rows + cast + chunk)
+def scoring(passes: Passes, head: Head, pack: PackShape) -> float:
+    """Peak of log-probs under the present weights; `passes` at as many tokens."""
+    rows, cast = pack.rows_and_cast(head)
+    chunk = chunk_bytes(pack.rows_at_once, head, pack.compute, pack.device)
+    return BYTES_PER_ROW * pack.tokens + max(passes.scoring, rows + cast + chunk)
 
 
-def beside_a_teacher(
-    made: Update,
-    head: Head,
-    *,
-    tokens: int,
-    weights: torch.dtype,
-    compute: torch.dtype,
-    device: Literal["cpu", "cuda"],
-    chunk_rows: int | None = None,
-) -> Update:
+def beside_a_teacher(made: Update, head: Head, pack: PackShape) -> Update:
     """`made` with a divergence over the vocabulary in the loss, the teacher's weights apart.
 
     There are its hidden states, its head in the compute dtype, a second gradient of the hidden states,
     and after the chunk of logits one of both distributions. `head`: the policy's, for the teacher's too.
     """
-    rows, cast = _rows_and_cast(head, tokens, weights, compute)
+    rows, cast = pack.rows_and_cast(head)
     row_bytes = BUFFERS * 4 * head.vocabulary
-    count = runtime.chunk_rows(min(tokens, chunk_rows or tokens), row_bytes, torch.device(device))
+    count = runtime.chunk_rows(pack.rows_at_once, row_bytes, torch.device(pack.device))
     chunk = max(made.chunk, count * row_bytes)
     return replace(
         made,

@@ -65,10 +65,12 @@ class Generation(Protocol):
         ...
 
 
-class RolloutEngine(Protocol):
+class RolloutEngine:
+    """The interface of engines; as it stands, of one whose generations begin in another process."""
+
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
         """Begin to generate in an engine of another process; in this one `wait` does all of it."""
-        ...
+        raise NotImplementedError
 
     def generate(
         self,
@@ -77,22 +79,20 @@ class RolloutEngine(Protocol):
         observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
         """One completion per request, in order. The process-wide random state is untouched."""
-        ...
+        return self.start(requests, sampling).wait(observer)
 
     def sync(self, version: int) -> dict[str, float]:
         """Load the trainer's weights; `version` is the number of finished steps.
 
         Returns metrics of the step.
         """
-        ...
+        raise NotImplementedError
 
     def on_update_start(self) -> None:
         """An engine on the same GPU may free memory until the next generation."""
-        ...
 
     def close(self) -> None:
         """Free memory, end processes, close sockets."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -108,34 +108,13 @@ class LazyGeneration:
 
 
 class LocalEngine(RolloutEngine):
-    """An engine in the trainer's process: everything happens in `generate`."""
+    """An engine in the trainer's process, which overrides `generate`."""
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
         return LazyGeneration(self, requests, sampling)
 
-    def on_update_start(self) -> None:
-        """It keeps nothing between two generations."""
 
-    def close(self) -> None:
-        """It owns nothing that has to be freed."""
-
-
-class AsyncEngine(RolloutEngine):
-    """An engine whose generations begin with `start`, in another process."""
-
-    def on_update_start(self) -> None:
-        """It uses none of the trainer's memory."""
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        observer: Observer = UNOBSERVED,
-    ) -> list[Completion]:
-        return self.start(requests, sampling).wait(observer)
-
-
-class EngineWrapper(AsyncEngine):
+class EngineWrapper(RolloutEngine):
     """Base of engines that add something to another one, to which they forward every call."""
 
     engine: RolloutEngine

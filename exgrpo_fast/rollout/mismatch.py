@@ -65,30 +65,18 @@ NO_CORRECTION = MismatchRule()
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Of the tokens of one step. Differences in nats, staleness in steps."""
+    """Metrics of the tokens of one step. Differences in nats, staleness in steps."""
 
-    mean: float = 0.0  # |d|
-    p99: float = 0.0
-    max: float = 0.0
-    kl: float = 0.0  # KL(engine || trainer), estimator k3: E[exp(d) - 1 - d]
-    corrected_frac: float = 0.0
+    mismatch_mean: float = 0.0  # |d|
+    mismatch_p99: float = 0.0
+    mismatch_max: float = 0.0
+    mismatch_kl: float = 0.0  # KL(engine || trainer), estimator k3: E[exp(d) - 1 - d]
+    mismatch_corrected_frac: float = 0.0
     staleness_mean: float = 0.0
     staleness_max: int = 0
     scored_frac: float = (
-        1.0  # completions that the trainer has scored, of all; the others are not in it
+        1.0  # completions that the trainer has scored, of all; others are not in it
     )
-
-    def metrics(self) -> dict[str, float]:
-        return {
-            "mismatch_mean": self.mean,
-            "mismatch_p99": self.p99,
-            "mismatch_max": self.max,
-            "mismatch_kl": self.kl,
-            "mismatch_corrected_frac": self.corrected_frac,
-            "staleness_mean": self.staleness_mean,
-            "staleness_max": self.staleness_max,
-            "scored_frac": self.scored_frac,
-        }
 
 
 def measure(
@@ -106,11 +94,11 @@ def measure(
     corrected = torch.cat([rule.corrected(of_one) for of_one in differences])
     stale = torch.cat([staleness(completion, version) for completion in completions])
     return Mismatch(
-        mean=float(d.abs().mean()),
-        p99=float(np.quantile(d.abs().numpy(), 0.99)),
-        max=float(d.abs().max()),
-        kl=float((ratio - 1.0 - d).mean()),
-        corrected_frac=float(corrected.double().mean()),
+        mismatch_mean=float(d.abs().mean()),
+        mismatch_p99=float(np.quantile(d.abs().numpy(), 0.99)),
+        mismatch_max=float(d.abs().max()),
+        mismatch_kl=float((ratio - 1.0 - d).mean()),
+        mismatch_corrected_frac=float(corrected.double().mean()),
         staleness_mean=float(stale.double().mean()),
         staleness_max=int(stale.max()),
     )

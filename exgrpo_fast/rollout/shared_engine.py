@@ -20,7 +20,6 @@ from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, Scores
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
-    AsyncEngine,
     Generation,
     LocalEngine,
     Observer,
@@ -32,7 +31,7 @@ from exgrpo_fast.rollout.wire import pack_completion, unpack_completion
 
 
 @dataclass(eq=False)
-class SharedEngine(AsyncEngine):
+class SharedEngine(RolloutEngine):
     """The engine of rank 0, for all ranks."""
 
     engine: RolloutEngine | None  # made with an `AnnouncedPolicy`; None on ranks other than 0

@@ -19,7 +19,7 @@ from exgrpo_fast.core.types import Completion, Group, Question, Trajectory, Verd
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSource
 from exgrpo_fast.experience.prior.guidance_metrics import GuidanceCost
-from exgrpo_fast.experience.prior.protocols import PendingGuidance, Prior
+from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.experience.replay.protocol import Replay, StepPlan
 from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
@@ -224,7 +224,7 @@ class Collector:
         self,
         begun: PendingBatch,
         question_of: Sequence[Question],
-        guided: PendingGuidance,
+        guided: Any,
         clock: PhaseTimer,
         on_poll: Callable[[], None],
     ) -> tuple[list[Completion], StreamingScorer]:

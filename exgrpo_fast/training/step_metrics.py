@@ -7,6 +7,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -56,10 +57,10 @@ def step_metrics(
         "entropy_fresh": token_mean_entropy(fresh),
         "entropy_replay": token_mean_entropy(replayed),
         "completion_len_replay": fmean(t.num_tokens for t in replayed) if replayed else None,
-        **batch.mismatch.metrics(),
+        **asdict(batch.mismatch),
         "grad_norm": max(update.grad_norms, default=None),
         "lr": update.lr,
-        **update.sums.read.metrics(),
+        **update.sums.read_metrics(),
         "chunk_halvings": update.chunk_halvings,
         "microbatch_halvings": update.microbatch_halvings,
         **(batch.hindsight.metrics() if batch.hindsight else {}),

@@ -44,38 +44,17 @@ class GuidedTokens(NamedTuple):
         return GuidedTokens(torch.tensor(ratios), *flags)
 
 
-@dataclass
-class TokensRead:
-    """What the forward passes of an update read."""
-
-    forwarded: int = 0  # input tokens, padding included
-    prompts: int = 0  # of them prompt tokens
-    completions: int = 0  # and completion tokens
-    prompts_shared: int = 0  # prompt tokens more, had every completion read its own
-
-    @staticmethod
-    def of(packed: Pack) -> TokensRead:
-        layout = packed.layout
-        prompts = int(layout.prompt_lengths.sum())
-        return TokensRead(
-            forwarded=packed.input_ids.numel(),
-            prompts=prompts,
-            completions=int(layout.completion_lengths.sum()),
-            prompts_shared=int(layout.prompt_lengths[layout.prompt_of].sum()) - prompts,
-        )
-
-    def join(self, other: TokensRead) -> None:
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
-
-    def metrics(self) -> dict[str, float | None]:
-        """None where nothing was read."""
-        padding = self.forwarded - self.prompts - self.completions
-        prompts = self.prompts + self.prompts_shared
-        return {
-            "padding_frac": padding / self.forwarded if self.forwarded else None,
-            "prompt_tokens_shared_frac": self.prompts_shared / prompts if prompts else None,
-        }
+def tokens_read(packed: Pack) -> dict[str, int]:
+    """What a forward pass reads: input tokens, padding included; of them prompt and completion tokens;
+    and prompt tokens more, had every completion read its own."""
+    layout = packed.layout
+    prompts = int(layout.prompt_lengths.sum())
+    return {
+        "forwarded": packed.input_ids.numel(),
+        "prompts": prompts,
+        "completions": int(layout.completion_lengths.sum()),
+        "prompts_shared": int(layout.prompt_lengths[layout.prompt_of].sum()) - prompts,
+    }
 
 
 class MetricSums:
@@ -94,13 +73,9 @@ class MetricSums:
 
     def add(self, found: Mapping[str, float]) -> None:
         """The figures of one pack."""
-        for name, value in found.items():
-            if name.endswith("_max"):
-                self.sums[name] = max(value, self.sums.get(name, value))
-                continue
-            rows = 1.0 if name in self.COUNTS else self._num_rows(name, found)
-            self.sums[name] = self.sums.get(name, 0.0) + rows * value
-            self.rows[name] = self.rows.get(name, 0.0) + rows
+        rows = {name: 1.0 if name in self.COUNTS else self._num_rows(name, found) for name in found}
+        sums = {n: value if n.endswith("_max") else rows[n] * value for n, value in found.items()}
+        self.join(MetricSums(sums, rows))
 
     def join(self, other: MetricSums) -> None:
         """Take in the sums of another."""
@@ -134,11 +109,11 @@ class PackOnHost:
 
     terms: Sequence[LossTerm]
     lengths: tuple[int, ...]  # completion tokens of each sequence
-    read: TokensRead
+    read: dict[str, int]  # see `tokens_read`
 
     @staticmethod
     def of(part: TrainingPack) -> PackOnHost:
-        return PackOnHost(part.terms, part.pack.lengths, TokensRead.of(part.pack))
+        return PackOnHost(part.terms, part.pack.lengths, tokens_read(part.pack))
 
     @property
     def num_tokens(self) -> int:
@@ -162,9 +137,9 @@ class PackOnHost:
 class BatchSums:
     """What the packs of one update, or of several, add up to."""
 
-    loss: float = 0.0
-    num_tokens: int = 0
-    read: TokensRead = field(default_factory=TokensRead)
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # loss, tokens, and those of `tokens_read`
     metrics: MetricSums = field(default_factory=MetricSums)
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, by pack
     guided: list[GuidedTokens] = field(default_factory=list)  # by pack
@@ -178,9 +153,7 @@ class BatchSums:
         objective: PolicyObjective,
     ) -> None:
         """The figures of one pack, on the CPU. `ratio_N`: where `part.reads_ratios`."""
-        self.loss += loss
-        self.num_tokens += part.num_tokens
-        self.read.join(part.read)
+        self.counts.update({"loss": loss, "tokens": part.num_tokens} | part.read)
         self.metrics.add(metrics)
         if ratio_N is None:
             return
@@ -189,9 +162,7 @@ class BatchSums:
             self.guided.append(guided_tokens(part, ratio_N, objective))
 
     def join(self, other: BatchSums) -> None:
-        self.loss += other.loss
-        self.num_tokens += other.num_tokens
-        self.read.join(other.read)
+        self.counts.update(other.counts)
         self.metrics.join(other.metrics)
         self.replay_ratios += other.replay_ratios
         self.guided += other.guided
@@ -199,23 +170,29 @@ class BatchSums:
     def over(self, processes: Processes) -> BatchSums:
         """The sum over all ranks, in their order; the same on each."""
         total = BatchSums()
-        own = [self.loss, self.num_tokens, self.metrics.sums, self.metrics.rows, vars(self.read)]
-        own += [
-            [ratio.tolist() for ratio in self.replay_ratios],
-            [[part.tolist() for part in parts] for parts in self.guided],
-        ]
-        for loss, num_tokens, sums, rows, read, ratios, guided in processes.gather(own):
+        ratios = [ratio.tolist() for ratio in self.replay_ratios]
+        guided = [[part.tolist() for part in parts] for parts in self.guided]
+        own = [self.counts, self.metrics.sums, self.metrics.rows, ratios, guided]
+        for counts, sums, rows, ratios, guided in processes.gather(own):
             total.join(
                 BatchSums(
-                    loss,
-                    num_tokens,
-                    TokensRead(**read),
+                    Counter(counts),
                     MetricSums(sums, rows),
                     [torch.tensor(ratio) for ratio in ratios],
                     [GuidedTokens.of_lists(*parts) for parts in guided],
                 )
             )
         return total
+
+    def read_metrics(self) -> dict[str, float | None]:
+        """None where nothing was read."""
+        read = self.counts
+        padding = read["forwarded"] - read["prompts"] - read["completions"]
+        prompts = read["prompts"] + read["prompts_shared"]
+        return {
+            "padding_frac": padding / read["forwarded"] if read["forwarded"] else None,
+            "prompt_tokens_shared_frac": read["prompts_shared"] / prompts if prompts else None,
+        }
 
 
 class UnreadSums:
@@ -274,7 +251,7 @@ class UpdateReport:
         return sum(self.losses) / len(self.losses) if self.losses else 0.0
 
     def add(self, sums: BatchSums, outcome: UpdateOutcome) -> None:
-        self.losses.append(sums.loss)
+        self.losses.append(float(sums.counts["loss"]))
         self.grad_norms.append(outcome.grad_norm)
         self.lr = outcome.lr
         self.sums.join(sums)
@@ -285,7 +262,7 @@ class UpdateReport:
 
     @property
     def tokens_trained(self) -> int:
-        return self.sums.num_tokens
+        return self.sums.counts["tokens"]
 
     @property
     def kernel_metrics(self) -> dict[str, float | None]:

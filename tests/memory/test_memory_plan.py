@@ -22,7 +22,14 @@ from exgrpo_fast.memory.advice import cheapest, refusal
 from exgrpo_fast.memory.fit import Expected, machine_of, plan_run, resolve_auto
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
-from exgrpo_fast.memory.trainer_memory import Head, States, beside_a_teacher, states, update
+from exgrpo_fast.memory.trainer_memory import (
+    Head,
+    PackShape,
+    States,
+    beside_a_teacher,
+    states,
+    update,
+)
 from exgrpo_fast.model.packing import sequences_of
 from exgrpo_fast.training.preflight import DoesNotFit, rehearse, worst_groups
 
@@ -140,14 +147,8 @@ def test_bytes_a_parameter(
 def test_chunks_of_logits_are_the_kernels_own(tracer: Tracer) -> None:
     """On a GPU 1280 MiB of bfloat16 logits: 4352 rows of this vocabulary."""
     head = Head(152064, 3584, is_trained=True)
-    made = update(
-        tracer(TOKENS),
-        head,
-        tokens=TOKENS,
-        weights=torch.bfloat16,
-        compute=torch.bfloat16,
-        device="cuda",
-    )
+    pack = PackShape(TOKENS, torch.bfloat16, torch.bfloat16, "cuda")
+    made = update(tracer(TOKENS), head, pack)
     assert made.chunk == 4352 * 152064 * 2
     assert made.head_gradient == TOKENS * 3584 * 2 + 4 * 152064 * 3584
 
@@ -172,9 +173,9 @@ def test_an_update_takes_what_was_planned(
     config = policy.model.config
     passes = Tracer(config, setting)(tokens)
     head = Head(config.vocab_size, config.hidden_size, is_trained=True)
-    same: dict[str, Any] = {"weights": torch.float32, "compute": torch.float32, "device": "cpu"}
+    pack = PackShape(tokens, torch.float32, torch.float32, "cpu")
     held = states(passes, weights=torch.float32, optimiser="adamw", references=0, is_nf4=False)
-    planned = held.gradients + update(passes, head, tokens=tokens, **same).peak
+    planned = held.gradients + update(passes, head, pack).peak
     assert planned == pytest.approx(peak, rel=0.05)
     assert held.gradients == sum(4 * p.numel() for p in policy.model.parameters())
 
@@ -200,9 +201,9 @@ def test_distillation_takes_what_was_planned(
     config = policy.model.config
     passes = Tracer(config, Setting(torch.float32, torch.float32, checkpointing=True))(tokens)
     head = Head(config.vocab_size, config.hidden_size, is_trained=True)
-    same: dict[str, Any] = {"weights": torch.float32, "compute": torch.float32, "device": "cpu"}
-    without = update(passes, head, tokens=tokens, **same)
-    made = beside_a_teacher(without, head, tokens=tokens, **same)
+    pack = PackShape(tokens, torch.float32, torch.float32, "cpu")
+    without = update(passes, head, pack)
+    made = beside_a_teacher(without, head, pack)
     held = states(passes, weights=torch.float32, optimiser="adamw", references=0, is_nf4=False)
     assert held.gradients + made.peak == pytest.approx(peak, rel=0.08)
     assert made.peak > without.peak

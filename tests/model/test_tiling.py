@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.trainer_memory import Head, states, update
+from exgrpo_fast.memory.trainer_memory import Head, PackShape, states, update
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.policy import Policy, PolicyError
 from exgrpo_fast.model.tiling import decoder_layers, run_in_tiles, run_tiled
@@ -318,9 +318,8 @@ def test_the_peak_falls_as_planned(checkpointing: bool) -> None:
     for tile in (0, 64):
         passes = Tracer(WIDE, Setting(torch.float32, torch.float32, checkpointing, None, tile))(512)
         held = states(passes, weights=torch.float32, optimiser="adamw", references=0, is_nf4=False)
-        same: dict[str, Any] = {"weights": torch.float32, "compute": torch.float32}
         head = Head(32, 128, is_trained=True)
-        peak = update(passes, head, tokens=512, device="cpu", **same).peak
+        peak = update(passes, head, PackShape(512, torch.float32, torch.float32, "cpu")).peak
         planned.append(held.gradients + peak)
         measured.append(rehearsal_peak(tile, checkpointing))
     assert planned == pytest.approx(measured, rel=0.02)

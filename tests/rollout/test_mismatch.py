@@ -51,13 +51,13 @@ def test_figures_of_a_step() -> None:
     first, second = completion(4, WeightSpan(6, 0, 3), WeightSpan(7, 3, 4)), completion(2)
     found = measure([D, torch.zeros(2)], [first, second], MismatchRule("token_truncate"), version=7)
     absolute = [0, math.log(3), math.log(4), math.log(1.5), 0, 0]
-    assert found.mean == pytest.approx(sum(absolute) / 6)
-    assert found.max == pytest.approx(math.log(4))
+    assert found.mismatch_mean == pytest.approx(sum(absolute) / 6)
+    assert found.mismatch_max == pytest.approx(math.log(4))
     # linear interpolation between the two largest of six: 0.99 x 5 = 4.95
-    assert found.p99 == pytest.approx(0.05 * math.log(3) + 0.95 * math.log(4))
+    assert found.mismatch_p99 == pytest.approx(0.05 * math.log(3) + 0.95 * math.log(4))
     ratios = [(1, 0), (3, math.log(3)), (0.25, -math.log(4)), (1.5, math.log(1.5))]
-    assert found.kl == pytest.approx(sum(r - 1 - d for r, d in ratios) / 6)
-    assert found.corrected_frac == pytest.approx(1 / 6)
+    assert found.mismatch_kl == pytest.approx(sum(r - 1 - d for r, d in ratios) / 6)
+    assert found.mismatch_corrected_frac == pytest.approx(1 / 6)
     assert (found.staleness_mean, found.staleness_max) == (pytest.approx(3 / 6), 1)
 
 
@@ -71,7 +71,7 @@ def test_staleness_of_tokens() -> None:
 
 
 def test_nothing_measured_is_no_mismatch() -> None:
-    assert measure([], [], NO_CORRECTION, version=0).max == 0.0
+    assert measure([], [], NO_CORRECTION, version=0).mismatch_max == 0.0
 
 
 # --- through the trainer --------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from exgrpo_fast.config import Config, ConfigError, refuse_world_size
 from exgrpo_fast.core.packs import tokens_of_share
 from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.tracing import Setting, Tracer
-from exgrpo_fast.memory.trainer_memory import Head, released, states, update
+from exgrpo_fast.memory.trainer_memory import Head, PackShape, released, states, update
 from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.model.packing import fill
 from exgrpo_fast.model.policy import Policy
@@ -112,7 +112,7 @@ def assert_same_updates(learners: list[Learner], count: int = 4) -> list[float]:
         for name in ("losses", "grad_norms", "lr", "tokens_trained", "kernel_metrics", "skipped"):
             assert getattr(ours, name) == getattr(usual, name), name
         assert usual.losses and not usual.skipped
-        assert ours.sums.read.metrics() == usual.sums.read.metrics()
+        assert ours.sums.read_metrics() == usual.sums.read_metrics()
     usual, ours = map(state_of, learners)
     assert same(ours, usual) and len(ours["moments"]) == len(ours["weights"])
     assert all(p.grad is None for p in learners[1].policy.trainable_parameters)
@@ -222,7 +222,7 @@ def test_an_update_takes_what_was_planned() -> None:
     held = states(passes, weights=size, optimiser="adamw", references=0, is_nf4=False)
     ours = released(held, head, size)
     assert (ours.resident, ours.gradients) == (held.resident, 4 * VOCABULARY * width)
-    made = update(passes, head, tokens=TOKENS, weights=size, compute=size, device="cpu")
+    made = update(passes, head, PackShape(TOKENS, size, size, "cpu"))
     assert ours.gradients + made.peak == pytest.approx(peaks[ReleasingOptimiser], rel=0.05)
     assert peaks[Optimiser] > 1.5 * peaks[ReleasingOptimiser]
 

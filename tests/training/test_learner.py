@@ -92,11 +92,11 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradients(tokenizer, make_test
     own = sum(len(row.trajectory.question.prompt_ids) for row in trained)
     read = sum(map(len, {row.trajectory.question.prompt_ids for row in trained}))
     assert own > 4 * read
-    assert shared.sums.read.metrics() == {
+    assert shared.sums.read_metrics() == {
         "padding_frac": 0.0,
         "prompt_tokens_shared_frac": pytest.approx(1 - read / own),
     }
-    assert alone.sums.read.metrics() == {"padding_frac": 0.0, "prompt_tokens_shared_frac": 0.0}
+    assert alone.sums.read_metrics() == {"padding_frac": 0.0, "prompt_tokens_shared_frac": 0.0}
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])

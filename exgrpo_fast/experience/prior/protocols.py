@@ -129,59 +129,35 @@ class PriorScorer(Protocol):
 # --- what the collector asks of a prior -----------------------------------------------------------
 
 
-class PendingGuidance(Protocol):
-    """The guided completions of one call, while they are generated."""
+class Prior:
+    """The interface of a source of guided completions; as it stands, of the run without a prior.
 
-    def advance(self) -> None:
-        """As far as it goes without waiting."""
-        ...
-
-
-class Prior(Protocol):
-    """A source of guided completions; `PriorSource` is the one with a prior policy."""
+    `PriorSource` is the one with a prior policy.
+    """
 
     @property
     def concurrent(self) -> bool:
         """Whether completions are guided while the fresh ones are generated."""
-        ...
+        return False
 
     def counts(self, num_questions: int, *, step: int) -> list[int]:
         """Guided completions of each question."""
-        ...
+        return [0] * num_questions
 
-    def begin(
-        self, questions: Sequence[Question], counts: Sequence[int], *, step: int
-    ) -> PendingGuidance: ...
+    def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> Any:
+        """The guided completions of one call, while they are generated: `advance()` goes as far as
+        it goes without waiting."""
+        return self
+
+    def advance(self) -> None:
+        """Of a step without guided completions."""
 
     def score(
         self, guided: Any, fresh: Sequence[Trajectory], *, step: int
     ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
         """(guided trajectories, the fresh ones, what it took); `guided`: what `begin` returned."""
-        ...
-
-    def mask_failed(self, trajectory: Trajectory) -> Trajectory:
-        """The positive filter, on a trajectory with its verdict: see `PriorSource.mask_failed`."""
-        ...
-
-
-class NoPrior:
-    """The run without a prior: every slot is fresh or replayed."""
-
-    concurrent = False
-
-    def counts(self, num_questions: int, *, step: int) -> list[int]:
-        return [0] * num_questions
-
-    def begin(self, questions: Sequence[Question], counts: Sequence[int], *, step: int) -> NoPrior:
-        return self
-
-    def advance(self) -> None:
-        pass
-
-    def score(
-        self, guided: Any, fresh: Sequence[Trajectory], *, step: int
-    ) -> tuple[list[Trajectory], list[Trajectory], GuidanceCost]:
         return [], list(fresh), GuidanceCost()
 
     def mask_failed(self, trajectory: Trajectory) -> Trajectory:
+        """The positive filter, on a trajectory with its verdict: see `PriorSource.mask_failed`."""
         return trajectory

@@ -27,6 +27,7 @@ from exgrpo_fast.experience.prior.importance import (
     columns_of,
 )
 from exgrpo_fast.experience.prior.mixture import MixtureLogprobs, mixture_logprobs
+from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.model.packing import Ragged, sequences_of
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Request, request_seed
@@ -66,7 +67,7 @@ class Guided:
 
 
 @dataclass(eq=False)
-class PriorSource:
+class PriorSource(Prior):
     """Guided completions, from their drafts to trajectories with the columns of their mode.
 
     `prior` with its `num_tokens` ids: needed where the importance mode needs the exact law.

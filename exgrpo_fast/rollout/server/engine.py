@@ -20,11 +20,11 @@ from exgrpo_fast.core.types import Completion
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import (
     UNOBSERVED,
-    AsyncEngine,
     EngineLost,
     EngineRefused,
     Observer,
     Request,
+    RolloutEngine,
     Sampling,
 )
 from exgrpo_fast.rollout.server.dispatch import Dispatch, Post
@@ -39,7 +39,7 @@ Arrival = tuple[int, Completion] | EngineRefused
 POLL_SECONDS = 0.02
 
 
-class ServerEngine(AsyncEngine):
+class ServerEngine(RolloutEngine):
     """Spreads requests over its servers and gives all of them the policy's weights."""
 
     def __init__(
