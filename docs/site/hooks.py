@@ -59,7 +59,7 @@ API = {
     "Replay buffer": (
         "exgrpo_fast.experience.replay.store.ExperienceStore",
         "exgrpo_fast.experience.replay.store.Experiences",
-        "exgrpo_fast.experience.replay.source.ReplayRecipe",
+        "exgrpo_fast.experience.replay.recipe.ReplayRecipe",
         "exgrpo_fast.experience.replay.selectors",
     ),
 }

@@ -31,9 +31,7 @@ class TrainedRun:
     """A run directory that a call of `train` has written."""
 
     path: Path
-    finished: (
-        bool  # False after Ctrl-C, SIGTERM or `stop_after`: `train(..., resume="auto")` goes on
-    )
+    finished: bool  # False after Ctrl-C, SIGTERM or `stop_after`; `resume="auto"` goes on
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -22,13 +22,14 @@ from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.experience.prior.vllm_backend import VllmDrafter, VllmPrior
 from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.experience.replay.protocol import NoReplay, Replay
+from exgrpo_fast.experience.replay.recipe import ReplayRecipe
 from exgrpo_fast.experience.replay.selectors import (
     QuestionSelector,
     gaussian_buckets,
     medium_questions,
     uniform_questions,
 )
-from exgrpo_fast.experience.replay.source import ReplayRecipe, ReplaySource
+from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.experience.replay.starting_pool import load_pool, solutions_of
 from exgrpo_fast.experience.replay.store import ExperienceStore
 from exgrpo_fast.experience.scoring import Verifier

@@ -1,6 +1,7 @@
 """One schema for YAML, command line and recipes. Every class elsewhere takes plain keyword arguments.
 
 sections   which keys exist and which values they accept
+method     the same of the sections that a recipe sets
 schema     what must fit together; limits of world size and engine
 load       files, recipes and overrides -> Config, or one line that says why not
 hints      what TRL, verl and earlier versions call a key

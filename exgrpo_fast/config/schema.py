@@ -8,18 +8,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from exgrpo_fast.config.method import (
+    AlgorithmConfig,
+    HindsightConfig,
+    PriorResamplingConfig,
+    ReplayConfig,
+)
 from exgrpo_fast.config.sections import (
     PREFERRED_TOKENS,
-    AlgorithmConfig,
     CheckpointConfig,
     ConfigError,
     DataConfig,
     EvalConfig,
-    HindsightConfig,
     LogConfig,
     ModelConfig,
-    PriorResamplingConfig,
-    ReplayConfig,
     RewardConfig,
     RolloutConfig,
     Section,

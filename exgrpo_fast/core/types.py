@@ -175,10 +175,6 @@ class Group:
         return len(set(self.rewards)) > 1
 
     @property
-    def baseline_weights(self) -> list[float]:
-        return [trajectory.baseline_weight for trajectory in self.trajectories]
-
-    @property
     def replayed(self) -> list[bool]:
         return [trajectory.source == "replay" for trajectory in self.trajectories]
 
@@ -208,9 +204,7 @@ class TokenColumns:
     sequence_ids: Tensor  # int64 [N], which trajectory of the micro-batch (sequence-level ratios)
     ref_logprobs: Tensor | None = None  # float32 [N], only when a KL term is on
     kl_weights: Tensor | None = None  # float32 [N], where the KL term is not on all tokens alike
-    kept_ids: Tensor | None = (
-        None  # int32 [N, K], what each token was drawn from; -1 behind the last
-    )
+    kept_ids: Tensor | None = None  # int32 [N, K], what it was drawn from; -1 behind the last
 
     def __post_init__(self) -> None:
         sizes = {f.name: len(getattr(self, f.name)) for f in fields(self) if self._has(f.name)}

@@ -56,29 +56,29 @@ class QuestionStream:
 
     def find(self, question_ids: Sequence[str]) -> list[Question]:
         """ValueError where the data no longer has one of them."""
-        self.check_known(set(question_ids))
+        refuse_unknown(set(question_ids), self.by_id.keys())
         return [self.by_id[question_id] for question_id in question_ids]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "waiting": self._waiting, "retired": list(self._retired)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_known({*state["waiting"], *state["retired"]})
+        refuse_unknown({*state["waiting"], *state["retired"]}, self.by_id.keys())
         self._epoch = state["epoch"]
         self._waiting = list(state["waiting"])
         self._retired = dict.fromkeys(state["retired"])
-
-    def check_known(self, question_ids: AbstractSet[str]) -> None:
-        """ValueError when a checkpoint holds questions that the data does not."""
-        unknown = question_ids - self.by_id.keys()
-        if unknown:
-            raise ValueError(
-                f"the checkpoint knows {len(unknown)} questions that the data no longer has, "
-                f"such as {min(unknown)}"
-            )
 
     def _start_epoch(self) -> None:
         self._epoch += 1
         live = [question_id for question_id in self.by_id if question_id not in self._retired]
         np.random.default_rng([self.seed, self._epoch]).shuffle(live)
         self._waiting = live
+
+
+def refuse_unknown(question_ids: AbstractSet[str], known: AbstractSet[str]) -> None:
+    """ValueError when a checkpoint holds questions that the data does not."""
+    if unknown := question_ids - known:
+        raise ValueError(
+            f"the checkpoint knows {len(unknown)} questions that the data no longer has, "
+            f"such as {min(unknown)}"
+        )

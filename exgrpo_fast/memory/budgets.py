@@ -33,10 +33,7 @@ class EnginePlan:
 
 def max_model_len(config: Config, positions: int) -> int:
     """Longest prompt + completion that a run can ask for; `positions`: all the model has."""
-    prompt = config.data.max_prompt_tokens
-    if config.hindsight.enabled:
-        prompt = max(prompt, config.hindsight.max_prompt_tokens)
-    return min(prompt + config.rollout.max_completion_tokens, positions)
+    return min(config.longest_sequence, positions)
 
 
 def kv_bytes_per_token(model: Any, *, dtype: str) -> int:

@@ -202,19 +202,23 @@ class Planner:
             of_update = self._offloaded(of_update, tokens, weights)
         of_scoring = scoring(passes, head, pack)
         store = store_plan(config, num_questions=0).num_bytes if config.replay.enabled else 0
+        kept = config.model.quantization or config.model.weights
         rows: dict[str, Bytes] = {
-            f"weights ({kept_as(config)})": everywhere(held.weights),
+            f"weights ({kept}{' + adapter' if config.model.lora else ''})": everywhere(
+                held.weights
+            ),
             f"optimiser ({config.optimizer})": everywhere(held.optimiser),
             "reference policies": everywhere(held.references),
             "experience store": everywhere(store),
-            gradients_row(config): {"update": held.gradients},
+            "gradient of the head" if releases else "gradients": {"update": held.gradients},
             "gathered head and embedding": gathered_bytes,
-            **activation_rows(of_update),
+            "activations kept": {"update": of_update.saved},
+            "working memory, logits": {"update": of_update.peak - of_update.saved},
             "forward pass, logits": {"scoring": of_scoring},
         }
         if config.rollout.top_k > 0:  # int32 ids, in the worst case as many for every token
-            kept = 4 * tokens * config.rollout.top_k
-            rows["tokens that top_k kept"] = {"scoring": kept, "update": kept}
+            sets = 4 * tokens * config.rollout.top_k
+            rows["tokens that top_k kept"] = {"scoring": sets, "update": sets}
         made = MemoryPlan(
             config=config,
             machine=self.machine,
@@ -311,18 +315,6 @@ def everywhere(num_bytes: float) -> Bytes:
     return dict.fromkeys(PHASES, num_bytes)
 
 
-def gradients_row(config: Config) -> str:
-    return "gradient of the head" if config.train.gradient_release else "gradients"
-
-
-def activation_rows(made: Update) -> dict[str, Bytes]:
-    """An update's peak: what the forward pass saves, and what is freed on the way."""
-    return {
-        "activations kept": {"update": made.saved},
-        "working memory, logits": {"update": made.peak - made.saved},
-    }
-
-
 def num_references(config: Config) -> int:
     """Whole frozen copies; with adapters the base is the model without them.
 
@@ -333,11 +325,6 @@ def num_references(config: Config) -> int:
         return count
     is_free = config.model.lora is not None and kl.rebase_at_step is None
     return count + (0 if is_free else 1) + (1 if kl.previous_share else 0)
-
-
-def kept_as(config: Config) -> str:
-    kept = config.model.quantization or config.model.weights
-    return f"{kept} + adapter" if config.model.lora else kept
 
 
 def pack_sizes(config: Config, ranks: int) -> Iterator[int]:

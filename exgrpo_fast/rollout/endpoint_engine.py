@@ -87,7 +87,7 @@ class EndpointEngine(LocalEngine):
         )
 
     def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        longest = max((len(r.prompt_ids) + _limit(r, sampling) for r in requests), default=0)
+        longest = max((len(r.prompt_ids) + r.limit(sampling) for r in requests), default=0)
         if self.max_model_len is not None and longest > self.max_model_len:
             raise UserError(
                 f"endpoint {self.endpoint.base_url}: a prompt with its completion may take "
@@ -136,7 +136,7 @@ class EndpointEngine(LocalEngine):
             "model": self.model,
             "prompt": list(request.prompt_ids),
             "seed": request.seed & (2**63 - 1),  # vLLM takes signed 64 bits
-            "max_tokens": _limit(request, sampling),
+            "max_tokens": request.limit(sampling),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             **NEUTRAL,
@@ -167,10 +167,6 @@ NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-
-
-def _limit(request: Request, sampling: Sampling) -> int:
-    return request.max_completion_tokens or sampling.max_completion_tokens
 
 
 def choose_model(

@@ -35,6 +35,9 @@ class Request:
     seed: int  # 64 bits; see `request_seed`
     max_completion_tokens: int | None = None  # below the sampling's limit; None: that limit
 
+    def limit(self, sampling: Sampling) -> int:
+        return self.max_completion_tokens or sampling.max_completion_tokens
+
 
 class Observer:
     """Callbacks during a generation; they must return quickly."""

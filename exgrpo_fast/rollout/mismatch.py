@@ -74,9 +74,7 @@ class Mismatch:
     mismatch_corrected_frac: float = 0.0
     staleness_mean: float = 0.0
     staleness_max: int = 0
-    scored_frac: float = (
-        1.0  # completions that the trainer has scored, of all; others are not in it
-    )
+    scored_frac: float = 1.0  # completions that the trainer has scored; others are not in it
 
 
 def measure(

@@ -90,7 +90,7 @@ class AdvantageRule:
             group.replayed,
             advantage=self.advantage,
             baseline=self.baseline,
-            weights=group.baseline_weights,
+            weights=[t.baseline_weight for t in group.trajectories],
         )
         return replace(group, advantages=tuple(advantages))
 

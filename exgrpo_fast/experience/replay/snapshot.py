@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exgrpo_fast.experience.question_stream import refuse_unknown
 from exgrpo_fast.experience.replay.store import COLUMNS, Experiences, ExperienceStore
 from exgrpo_fast.model.packing import Ragged
 
@@ -139,12 +140,7 @@ def check_snapshot(
         raise ValueError(
             "the store was saved with another tokenizer: its token ids mean something else here"
         )
-    unknown = set(state["questions"]) - place_of.keys()
-    if unknown:
-        raise ValueError(
-            f"the checkpoint knows {len(unknown)} questions that the data no longer has, "
-            f"such as {min(unknown)}"
-        )
+    refuse_unknown(set(state["questions"]), place_of.keys())
     lengths, tokens, logprobs = (
         state[name] for name in ("lengths", "token_ids", "behaviour_logprobs")
     )

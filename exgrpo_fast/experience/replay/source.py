@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from statistics import fmean, pstdev
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,66 +25,20 @@ from torch import Tensor
 from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict, pass_at_1
 from exgrpo_fast.experience.question_stream import QuestionStream
 from exgrpo_fast.experience.replay.protocol import Finished, ReplaySample, StepPlan
+from exgrpo_fast.experience.replay.recipe import ReplayRecipe
 from exgrpo_fast.experience.replay.selectors import (
     SCORED,
-    QuestionSelector,
     TrajectoryKey,
     choose,
-    gaussian_buckets,
     max_variance_subset,
     stored_keys,
 )
 from exgrpo_fast.experience.replay.snapshot import load_snapshot, snapshot, stored_rows
 from exgrpo_fast.experience.replay.store import Experiences, ExperienceStore, rank_within
-from exgrpo_fast.experience.replay.weighting import NEEDS_START, UNCLIPPED, Weight, weighted
+from exgrpo_fast.experience.replay.weighting import NEEDS_START, UNCLIPPED, weighted
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, Scores
 from exgrpo_kernels import PolicyObjective
-
-Keep = Literal["successes", "all", "none"]
-Mixer = Literal[
-    "replace_slot", "append", "question_only", "recent_groups", "spent_groups", "fifo"
-]  # fmt: skip
-Difficulty = Literal["successes", "reward_std"]
-
-
-@dataclass(frozen=True)
-class ReplayRecipe:
-    """The parts of a replay method. The defaults are ExGRPO's.
-
-    mixer  replace_slot   the group has K trajectories, the replayed ones among them
-           append         K fresh ones, the replayed ones on top (RePO, RLEP)
-           question_only  K fresh ones: the question is asked again, nothing is replayed
-           recent_groups  a share of the groups is taken whole from the store (ReMix)
-           spent_groups   groups without a gradient are exchanged for stored ones, drawn by their
-                          score, sum |A| x std (the replay buffer of TRL's GRPO)
-           fifo           the update trains on single trajectories drawn from the store, fresh ones
-                          among them, with the advantages they were generated with (2604.08706)
-    """
-
-    mixer: Mixer = "replace_slot"
-    # What is kept of a step, and when a question counts as how hard
-    keep: Keep = "successes"
-    difficulty: Difficulty = "successes"
-    retire: bool = True
-    # Which questions are asked again; None = those that the stream brings, where they are stored
-    questions: QuestionSelector | None = field(
-        default_factory=lambda: gaussian_buckets(mean=0.5, sigma=0.125)
-    )
-    experience_ratio: float = 0.5
-    replay_ratio: float = 1.0  # mixer fifo: trajectories trained for each one generated
-    start_success_rate: float | None = 0.35
-    stop_after_steps: int | None = None  # on-policy from there on (ReMix's second half)
-    # Which trajectories of a question, and how many
-    select: TrajectoryKey = "entropy"
-    count: int = 1
-    min_stored: int = 1  # questions with fewer are left alone
-    prefilter: int | None = None  # score only so many, those of the lowest last-known entropy
-    max_age: int | None = None  # in steps; older ones are not replayed
-    # What they are to the loss
-    weight: Weight = "shaped"
-    shaping: float = 0.1
-    clip_fresh: bool = False
 
 
 @dataclass(eq=False)
@@ -302,17 +256,15 @@ class ReplaySource:
         return [Group(found[0].question, tuple(found)) for found in members.values()]
 
     def _draw_singly(self, count: int, *, step: int) -> tuple[Group, ...]:
-        """Distinct stored trajectories, uniformly, each as a separate group."""
+        """Distinct stored trajectories, uniformly, each as a separate group; fresh are those of `step`."""
         rows = stored_rows(self.store)
         if self.recipe.max_age is not None:
             rows = rows[self.store.rows["birth_step"][rows] >= step - self.recipe.max_age]
         drawn = self.rng.choice(len(rows), size=min(count, len(rows)), replace=False)
         chosen = self.store.read(rows[torch.from_numpy(drawn).to(rows.device)])
         return tuple(
-            Group(t.question, (as_fresh(t) if t.birth_step == step else t,), (advantage,))
-            for t, advantage in zip(
-                self._trajectories(chosen), chosen.advantage.tolist(), strict=True
-            )
+            Group(t.question, (replace(t, source="fresh") if t.birth_step == step else t,), (a,))
+            for t, a in zip(self._trajectories(chosen), chosen.advantage.tolist(), strict=True)
         )
 
     def finish(
@@ -492,11 +444,6 @@ def without_guidance(group: Group) -> Group:
 def advantages_of(group: Group) -> tuple[float, ...]:
     """Those of the group; 0 where none were computed."""
     return group.advantages or (0.0,) * len(group.trajectories)
-
-
-def as_fresh(trajectory: Trajectory) -> Trajectory:
-    """One that was drawn from the store in the step that generated it."""
-    return replace(trajectory, source="fresh")
 
 
 def is_solved(group: Group) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,17 +142,8 @@ class Decoding:
         return None if stay else kept
 
 
-class Rows(Protocol):
-    """One decode step for all rows."""
-
-    def __call__(self, ids_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """int64 [B], the next token of each row -> (logits [B, V], the rows' new order as indices into
-        the old one; None: unchanged)."""
-        ...
-
-    def select(self, rows_B: Tensor) -> None:
-        """Keep these rows alone."""
-        ...
+# ModelRows and BranchedRows make one decode step for all rows: int64 [B], the next token of each row ->
+# (logits [B, V], the rows' new order as indices into the old one; None: unchanged).
 
 
 class ModelRows:
@@ -166,6 +157,7 @@ class ModelRows:
         return self.read(ids_B[:, None]), None
 
     def select(self, rows_B: Tensor) -> None:
+        """Keep these rows alone."""
         self.read.select(rows_B)
 
 

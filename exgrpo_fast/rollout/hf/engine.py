@@ -76,7 +76,7 @@ class TransformersEngine(LocalEngine):
     ) -> Iterator[PackedDecoder | None]:
         """Around batches that are long enough to pay for a copy of the weights: what draws all tokens
         but the first of each completion; None: the model itself."""
-        longest = max((self._limit(request, sampling) for request in requests), default=0)
+        longest = max((request.limit(sampling) for request in requests), default=0)
         model, dtype = self.policy.model, self.policy.compute_dtype
         if not has_products_in(dtype) or longest < LEAST_TOKENS:
             yield None
@@ -104,7 +104,7 @@ class TransformersEngine(LocalEngine):
         def shrink(cause: str) -> None:
             count = min(self.max_batch_sequences, len(requests))
             if count == 1:
-                lengths = (len(r.prompt_ids) + self._limit(r, sampling) for r in requests[:count])
+                lengths = (len(r.prompt_ids) + r.limit(sampling) for r in requests[:count])
                 longest = max(lengths)
                 raise nothing_smaller(
                     self.policy.model,
@@ -117,10 +117,6 @@ class TransformersEngine(LocalEngine):
             self.halvings += 1
 
         return until_it_fits(generate, shrink, during="generation", device=self.policy.device)
-
-    @staticmethod
-    def _limit(request: Request, sampling: Sampling) -> int:
-        return request.max_completion_tokens or sampling.max_completion_tokens
 
     def _generate_batch(
         self,
@@ -138,7 +134,7 @@ class TransformersEngine(LocalEngine):
         for prompt, row in row_of.items():  # left padding: generation goes on at the right
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        limits = [self._limit(request, sampling) for request in requests]
+        limits = [request.limit(sampling) for request in requests]
         decoding = Decoding(
             prompt_of=[row_of[request.prompt_ids] for request in requests],
             seeds=[request.seed for request in requests],

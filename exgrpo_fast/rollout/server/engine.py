@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
@@ -39,35 +40,30 @@ Arrival = tuple[int, Completion] | EngineRefused
 POLL_SECONDS = 0.02
 
 
+@dataclass(eq=False)
 class ServerEngine(RolloutEngine):
-    """Spreads requests over its servers and gives all of them the policy's weights."""
+    """Spreads requests over its servers and gives all of them the policy's weights.
 
-    def __init__(
-        self,
-        servers: Sequence[Server],
-        policy: Policy,
-        sender: Sender,
-        *,
-        deadline: float = 120.0,
-        patience: float = 600.0,
-        max_in_flight: int = 320,
-        retry_seconds: float = RETRY_SECONDS,
-        close_servers: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`deadline`: seconds without progress of a server, or for an update, after which it counts
-        as lost. `patience`: seconds to wait for one while all are lost. `max_in_flight`: requests
-        of a generation that one server has at a time. `close_servers` ends those that end with
-        this engine."""
-        self.policy = policy
-        self.sender = sender
-        self.deadline = deadline
-        self.patience = patience
-        self.max_in_flight = max_in_flight
-        self.close_servers = close_servers
-        self.version = 0  # of the weights that the live servers have
-        self.num_resent = 0  # requests since the last sync
+    `deadline`: seconds without progress of a server, or for an update, after which it counts as lost.
+    `patience`: seconds to wait for one while all are lost. `close_servers` ends those that end with
+    this engine.
+    """
+
+    servers: InitVar[Sequence[Server]]
+    policy: Policy
+    sender: Sender
+    _: KW_ONLY
+    deadline: float = 120.0
+    patience: float = 600.0
+    max_in_flight: int = 320  # requests of a generation that one server has at a time
+    retry_seconds: InitVar[float] = RETRY_SECONDS
+    close_servers: Callable[[], None] = lambda: None
+    version: int = field(default=0, init=False)  # of the weights that the live servers have
+    num_resent: int = field(default=0, init=False)  # requests since the last sync
+
+    def __post_init__(self, servers: Sequence[Server], retry_seconds: float) -> None:
         self.fleet = Fleet(
-            servers, sender.introduce(), deadline=deadline, retry_seconds=retry_seconds
+            servers, self.sender.introduce(), deadline=self.deadline, retry_seconds=retry_seconds
         )
 
     def start(self, requests: Sequence[Request], sampling: Sampling) -> RemoteGeneration:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,35 +39,6 @@ class BrokenTransfer(Exception):
     """What arrived is not what was sent, or an end of the transfer is gone."""
 
 
-class Sender(Protocol):
-    """The trainer's end."""
-
-    def introduce(self) -> dict[str, Any]:
-        """The body of POST /join."""
-        ...
-
-    def send(
-        self, weights: NamedWeights, announce: Announce, receivers: Sequence[Hashable]
-    ) -> None:
-        """To all `receivers`, which are any keys; BrokenTransfer where one of them is lost."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Receiver(Protocol):
-    """A server's end."""
-
-    def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
-        """The weights in order, all of them compared with their checksums before this returns.
-
-        BrokenTransfer where one differs from what was sent, or the transfer broke off.
-        """
-        ...
-
-    def close(self) -> None: ...
-
-
 def checksum(tensor: Tensor) -> int:
     """Sum of the bits of a tensor, read as integers; the same on every device."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -87,11 +58,13 @@ class SharedMemorySender:
         self.folder = Path(tempfile.mkdtemp(prefix="exgrpo-fast-", dir=base))  # mode 0700
 
     def introduce(self) -> dict[str, Any]:
+        """The body of POST /join."""
         return {"channel": "shared_memory", "folder": str(self.folder)}
 
     def send(
         self, weights: NamedWeights, announce: Announce, receivers: Sequence[Hashable]
     ) -> None:
+        """To all `receivers`, which are any keys; BrokenTransfer where one of them is lost."""
         # Cloned where nothing else copies: safetensors refuses tensors that share memory.
         tensors = {
             name: tensor.detach().to("cpu", self.dtype, copy=True).contiguous()
@@ -110,10 +83,16 @@ class SharedMemorySender:
 
 
 class SharedMemoryReceiver:
+    """A server's end."""
+
     def __init__(self, introduction: Mapping[str, Any]) -> None:
         self.folder = Path(introduction["folder"])
 
     def receive(self, announced: Mapping[str, Any]) -> Generator[tuple[str, Tensor], None, None]:
+        """The weights in order, all of them compared with their checksums before this returns.
+
+        BrokenTransfer where one differs from what was sent, or the transfer broke off.
+        """
         file = safe_open(self.folder / "weights.safetensors", framework="pt")
         sums = file.metadata()
         for name in announced["names"]:
@@ -183,9 +162,7 @@ class BroadcastSender:
             self.receivers = list(receivers)
             self.group = None
             with transfers(self):
-                self.group = make_group(
-                    self.store, self.num_groups, 0, size, self.device, self.timeout, self.host
-                )
+                self.group = make_group(self, self.num_groups, 0, size)
         for name, weight in weights:
             tensor = weight.detach().to(self.device, self.dtype).contiguous()
             label = {"name": name, "shape": list(tensor.shape), "checksum": checksum(tensor)}
@@ -221,15 +198,8 @@ class BroadcastReceiver:
         with transfers(self):
             if self.group is None or self.number != announced["group"]:
                 self.group, self.number = None, announced["group"]
-                self.group = make_group(
-                    self.store,
-                    self.number,
-                    announced["rank"],
-                    announced["world_size"],
-                    self.device,
-                    self.timeout,
-                    self.host,
-                )
+                size = announced["world_size"]
+                self.group = make_group(self, self.number, announced["rank"], size)
             received = list(self._labelled(getattr(torch, announced["dtype"])))
         for label, tensor in received:
             compare(label["name"], tensor, label["checksum"])
@@ -257,32 +227,26 @@ def transfers(end: BroadcastSender | BroadcastReceiver) -> Iterator[None]:
         raise BrokenTransfer(f"the broadcast of weights broke off: {first_line(error)}") from error
 
 
-def make_receiver(
-    introduction: Mapping[str, Any], device: torch.device
-) -> SharedMemoryReceiver | BroadcastReceiver:
+Sender = SharedMemorySender | BroadcastSender  # the trainer's end
+Receiver = SharedMemoryReceiver | BroadcastReceiver  # a server's
+
+
+def make_receiver(introduction: Mapping[str, Any], device: torch.device) -> Receiver:
     if introduction["channel"] == "shared_memory":
         return SharedMemoryReceiver(introduction)
     return BroadcastReceiver(introduction, device)
 
 
-def make_group(
-    store: Any,
-    number: int,
-    rank: int,
-    size: int,
-    device: torch.device,
-    timeout: timedelta,
-    host: str,
-) -> Any:
-    """A collective of all `size` ranks, which agree on `number`. gloo listens on `host` alone."""
-    own = dist.PrefixStore(f"weights/{number}", store)
-    if device.type == "cuda":
+def make_group(end: BroadcastSender | BroadcastReceiver, number: int, rank: int, size: int) -> Any:
+    """A collective of all `size` ranks, which agree on `number`. gloo listens on the end's host alone."""
+    own = dist.PrefixStore(f"weights/{number}", end.store)
+    if end.device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
+        nccl._timeout = end.timeout
         return dist.ProcessGroupNCCL(own, rank, size, nccl)
     gloo: Any = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    gloo._timeout = timeout
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=end.host)]
+    gloo._timeout = end.timeout
     return dist.ProcessGroupGloo(own, rank, size, gloo)
 
 

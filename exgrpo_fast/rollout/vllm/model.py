@@ -110,7 +110,7 @@ class VllmModel:
         """
         if not self.usable:
             raise EngineLost("vLLM lost its weights when an update broke off")
-        limit = request.max_completion_tokens or sampling.max_completion_tokens
+        limit = request.limit(sampling)
         if len(request.prompt_ids) + limit > self.max_model_len:
             raise ValueError(
                 f"a prompt of {len(request.prompt_ids)} and a completion of {limit} tokens do not "

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,27 +73,21 @@ class Checkpoints:
 
         `save_model` writes hf/, `save_parts` state/parts/: what `state` names and does not hold.
         """
-
-        def write(final: Path) -> None:
-            write_checkpoint(final, step, save_model, state, self.origin, save_parts)
-
+        final = self.folder / f"step_{step}"
+        write = partial(write_checkpoint, final, step, save_model, state, self.origin, save_parts)
         try:
-            return self._save(step, write)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.clear_leftovers()
+            try:
+                write()
+            except (OSError, SafetensorError):
+                if not self._make_room():
+                    raise
+                write()
+            for old in self.steps()[: -self.keep]:
+                _discard(self.folder / f"step_{old}")
         except (OSError, SafetensorError) as error:
             raise CannotSave(f"checkpoint of step {step} in {self.folder}: {error}") from error
-
-    def _save(self, step: int, write: WriteFolder) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.clear_leftovers()
-        final = self.folder / f"step_{step}"
-        try:
-            _write_or_nothing(final, write)
-        except (OSError, SafetensorError):
-            if not self._make_room():
-                raise
-            _write_or_nothing(final, write)
-        for old in self.steps()[: -self.keep]:
-            _discard(self.folder / f"step_{old}")
         return final
 
     def _make_room(self) -> bool:
@@ -142,14 +137,6 @@ class Checkpoints:
         return None
 
 
-def _write_or_nothing(final: Path, write: WriteFolder) -> None:
-    try:
-        write(final)
-    except (OSError, SafetensorError):  # half a checkpoint makes a full disk no emptier
-        shutil.rmtree(_unfinished(final), ignore_errors=True)
-        raise
-
-
 def write_checkpoint(
     final: Path,
     step: int,
@@ -162,25 +149,25 @@ def write_checkpoint(
 
     OSError or SafetensorError when the disk refuses.
     """
-    temporary = _unfinished(final)
+    temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that died here
-    (temporary / "state").mkdir(parents=True)
-    save_model(temporary / "hf")
-    plain, tensors = split_tensors(state)
-    (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary / "state" / "tensors.safetensors")
-    if save_parts is not None:
-        save_parts(temporary / PARTS)
-    _write_manifest(temporary, step, origin or {})
-    if final.exists():
-        _discard(final)
-    os.rename(temporary, final)
+    try:
+        (temporary / "state").mkdir(parents=True)
+        save_model(temporary / "hf")
+        plain, tensors = split_tensors(state)
+        (temporary / "state" / "trainer.json").write_text(json.dumps(plain))
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary / "state" / "tensors.safetensors")
+        if save_parts is not None:
+            save_parts(temporary / PARTS)
+        _write_manifest(temporary, step, origin or {})
+        if final.exists():
+            _discard(final)
+        os.rename(temporary, final)
+    except (OSError, SafetensorError):  # half a checkpoint makes a full disk no emptier
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync(final.parent)
-
-
-def _unfinished(final: Path) -> Path:
-    return final.with_name(f".tmp-{final.name}")
 
 
 def load_state(
@@ -198,9 +185,8 @@ def load_state(
     with safe_open(path / "state" / "tensors.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     if sharded := wanted - tensors.keys():
-        from exgrpo_fast.core.dtensor import (
-            read_shards,  # a second of imports, of which few have need
-        )
+        # A second of imports, of which few have need
+        from exgrpo_fast.core.dtensor import read_shards
 
         tensors |= read_shards(path / PARTS, sharded, mesh)
     return merge_tensors(plain, tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from exgrpo_fast.core.text import clean_text
 from exgrpo_fast.run.display.formatting import finite, number_of
@@ -20,17 +20,9 @@ NUM_REASONS = NUM_PHASES = 6  # drawn on their own; the seventh colour is that o
 SMALLEST_PHASE = 0.01  # share of the run's time; phases below it are drawn as 'other'
 
 
-class Figure(Protocol):
-    def draw(self, run: Run) -> str: ...
-
-    def compare(self, runs: Sequence[Run]) -> list[str]:
-        """What of it is known of several runs."""
-        ...
-
-
 class Section(NamedTuple):
     title: str
-    figures: Sequence[Figure]
+    figures: Sequence[Curves | Computed]
     only_with: str = ""  # a metric: runs that do not write it have no such section
 
     def draw(self, run: Run) -> list[str]:

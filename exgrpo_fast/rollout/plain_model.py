@@ -1,0 +1,145 @@
+"""The plain model, exactly as transformers loads it, on a few short sequences, and hooks into it.
+
+Legend: B sequences of one shape, T tokens of a completion, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from exgrpo_fast.core.heartbeat import HEARTBEAT
+from exgrpo_fast.core.types import Completion
+from exgrpo_fast.model.packing import Ragged
+from exgrpo_fast.model.policy import Policy, inference
+from exgrpo_fast.model.tiling import decoder_layers
+
+BLOCK = 128  # the longest block of a kernel or a buffer that a sequence is cut into
+COMPLETION_TOKENS = 3
+
+
+class Probe(NamedTuple):
+    """Sequences whose log-probs are compared."""
+
+    prompts: list[tuple[int, ...]]  # of each sequence; two of them are the same
+    completions: list[Tensor]  # int64 [T]
+
+    def ragged(self) -> tuple[Ragged, Ragged]:
+        return Ragged.of(self.prompts), Ragged.of(self.completions)
+
+    def pick(self, which: slice) -> Probe:
+        return Probe(self.prompts[which], self.completions[which])
+
+    def of_one_shape(self) -> list[list[int]]:
+        """Sequences whose prompts and completions have the same lengths."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, (prompt, completion) in enumerate(zip(*self, strict=True)):
+            groups.setdefault((len(prompt), len(completion)), []).append(i)
+        return list(groups.values())
+
+
+def probe_prompts(prompt_ids: Sequence[int], longest: int | None = None) -> list[tuple[int, ...]]:
+    """Four prompts: one twice, a shorter one (padded at the left), and one longer than a block."""
+    ids = list(prompt_ids)
+    room = BLOCK + 1
+    if longest is not None:
+        room = max(1, min(room, longest - COMPLETION_TOKENS))
+    usual, short = ids[: min(12, room)], ids[-min(5, room) :]
+    repeated = (ids * (room // len(ids) + 1))[:room]
+    return [tuple(usual), tuple(usual), tuple(short), tuple(repeated)]
+
+
+def made_up(vocabulary: int, seed: int) -> Completion:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (COMPLETION_TOKENS,), generator=generator)
+    return Completion(ids, torch.zeros(COMPLETION_TOKENS), truncated=True)
+
+
+@torch.no_grad()
+def plain_logprobs(policy: Policy, probe: Probe) -> list[Tensor]:
+    """float32 [T] of each sequence, from the model's own logits. Only sequences whose prompts and
+    completions are equally long share a pass: there is no padding and no mask."""
+    found: dict[int, Tensor] = {}
+    with inference(policy.model), policy.autocast(), policy.passes():
+        for members in probe.of_one_shape():
+            HEARTBEAT.beat()
+            completions_BT = torch.stack([probe.completions[i] for i in members])
+            prompts = torch.tensor([probe.prompts[i] for i in members])
+            ids = torch.cat([prompts, completions_BT], 1).to(policy.device)
+            logits_BTV = _logits(policy, ids, completions_BT.shape[1] + 1)[:, :-1]
+            logprobs_BTV = (logits_BTV.float() / policy.temperature).log_softmax(-1)
+            picked_BT1 = logprobs_BTV.gather(2, completions_BT.to(policy.device)[..., None])
+            found |= zip(members, picked_BT1[..., 0].cpu(), strict=True)
+    return [found[i] for i in range(len(probe.prompts))]
+
+
+def _logits(policy: Policy, ids: Tensor, count: int) -> Tensor:
+    """[B, count, V]: behind the last tokens."""
+    model: Any = policy.model
+    if policy.processes.count == 1:
+        accepted = inspect.signature(model.forward).parameters
+        last = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
+        return model(input_ids=ids, use_cache=False, **last).logits[:, -count:]
+    # A sharded head is part of no forward pass: `passes` gathers it.
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -count:]
+    weight, bias, softcap = policy.head_for(hidden)
+    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+@contextmanager
+def rounded_embeddings(policy: Policy) -> Iterator[None]:
+    """Inside, the embeddings are off by half a unit in the last place of the compute dtype."""
+    half = torch.finfo(policy.compute_dtype).eps / 2
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: Any, inputs: Any, out: Tensor) -> Tensor:
+        signs = torch.randint(2, out.shape, generator=generator).to(out.device, out.dtype) * 2 - 1
+        return out * (1 + half * signs)
+
+    with hooked(policy.model.get_input_embeddings(), move):
+        yield
+
+
+@contextmanager
+def certain_token(policy: Policy, token: int) -> Iterator[None]:
+    """Inside, the head gives `token` all of the probability."""
+
+    def prefer(module: Any, inputs: Any, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., token] = 1e4
+        return logits
+
+    with hooked(policy.model.get_output_embeddings(), prefer):
+        yield
+
+
+@contextmanager
+def hooked(module: Any, hook: Callable[[Any, Any, Tensor], Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recorded_layers(policy: Policy) -> Iterator[list[list[Tensor]]]:
+    """Inside, the states [tokens, D] behind each decoder layer, pass after pass, are kept."""
+    layers = decoder_layers(policy.model)
+    kept: list[list[Tensor]] = [[] for _ in layers]
+    with ExitStack() as stack:
+        for states, layer in zip(kept, layers, strict=True):
+
+            def keep(module: Any, inputs: Any, out: Any, states: list[Tensor] = states) -> Any:
+                first = out[0] if isinstance(out, tuple) else out
+                states.append(first.detach().float().flatten(0, -2).cpu())
+                return out
+
+            stack.enter_context(hooked(layer, keep))
+        yield kept
