@@ -33,7 +33,6 @@ LIGHT = [
     "core.allocator",
     "core.answers",
     "core.errors",
-    "core.files",
     "core.text",
     "core.types",
     "core.heartbeat",

@@ -12,8 +12,8 @@ from typing import Any
 
 from exgrpo_fast.config import Config, ConfigError, all_keys, hint, keys_by_last_word
 from exgrpo_fast.config.load import assign, read_recipe, validate
-from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.rewards.loading import as_reference
+from exgrpo_fast.run.directory import whole_file
 
 Reward = str | Callable[..., Any]
 Rows = str | Path | Iterable[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""The run directory: its lock and its file names.
+"""The run directory: its lock, its file names, and files that are whole or not there.
 
 config.yaml env.json metrics.jsonl run.log completions/ checkpoints/ report.html summary.json
 rollouts/ bad_batches/ updates/
@@ -13,12 +13,11 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.files import whole_file
 
 
 class RunFolderError(UserError):
@@ -189,3 +188,33 @@ def _is_dead(number: str) -> bool:
     except PermissionError:
         pass
     return False
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` where the block ends without an error.
+
+    `durable`: the content survives a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.core.types import Metrics
+from exgrpo_fast.run.directory import whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -103,7 +103,8 @@ class Learner:
     ) -> UnreadSums:
         """Leaves the gradient of the batch in the parameters; the figures of its packs."""
         unread = UnreadSums()
-        with self._passes():
+        teacher = self.distillation.passes() if self.distillation else nullcontext()
+        with self.policy.passes(), teacher:
             for part in batch.packs(self.policy, at_most_one=not self.optimiser.sums_packs):
                 result = self._loss(part, batch.objective)
                 self.optimiser.backward(result.loss)
@@ -112,15 +113,6 @@ class Learner:
                     on_tokens(part.columns.num_tokens)
         unread.send()
         return unread
-
-    @contextmanager
-    def _passes(self) -> Iterator[None]:
-        with self.policy.passes():
-            if self.distillation is None:
-                yield
-                return
-            with self.distillation.passes():
-                yield
 
     def _loss(self, part: TrainingPack, objective: PolicyObjective) -> PolicyLoss:
         """Hidden states and head are not kept here: the backward pass does without them.

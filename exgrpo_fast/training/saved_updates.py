@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.files import whole_file
 from exgrpo_fast.core.types import Group, KeptTokens, Question, Trajectory, Verdict
+from exgrpo_fast.run.directory import whole_file
 from exgrpo_fast.run.sinks import strict
 from exgrpo_fast.training.update_stats import RefusedUpdate
 from exgrpo_kernels import PolicyObjective

@@ -29,7 +29,8 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 def can_be_decoded(model: Any, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the model is of one of these families, without sliding windows, and all of its linear
     layers are plain: of float32 or `dtype` on the CPU, no adapter, not quantised."""
-    if type(model).__name__ not in FAMILIES or not _is_transformers(model):
+    is_ours = not type(model).__module__.startswith("transformers.models.")
+    if is_ours or type(model).__name__ not in FAMILIES:
         return False
     linears = [getattr(x.self_attn, name) for x in model.model.layers for name in PROJECTIONS]
     linears += [getattr(x.mlp, name) for x in model.model.layers for name in MLP]
@@ -39,10 +40,6 @@ def can_be_decoded(model: Any, dtype: torch.dtype = torch.float32) -> bool:
         and model.model.rotary_emb.rope_type in ROTATIONS
         and all(packed_weights.can_be_packed(x, dtype) for x in [*linears, model.lm_head])
     )
-
-
-def _is_transformers(model: Any) -> bool:
-    return type(model).__module__.startswith("transformers.models.")
 
 
 class PackedDecoder:

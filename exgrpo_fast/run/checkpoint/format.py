@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.files import sync
+from exgrpo_fast.run.directory import sync
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -7,6 +7,56 @@ little, and 0.0000 looks like a broken run. It is in metrics.jsonl.
 Every text passes `clean_text`: a policy may write control characters, which a terminal executes.
 """
 
-from exgrpo_fast.run.display.screen import Advance, NullScreen, Row, Screen
+from __future__ import annotations
 
-__all__ = ["Advance", "NullScreen", "Row", "Screen"]
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from exgrpo_fast.core.types import Metrics
+
+Advance = Callable[..., None]  # advance(count=1)
+Row = Mapping[str, Any]  # one trajectory, named as in the completion tables
+
+
+class Screen(Protocol):
+    """Where the trainer reports phases, steps and completions to its user."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """A long piece of work; the block calls `advance(count=1)` as it proceeds."""
+        ...
+
+    def step(self, metrics: Metrics, *, total_steps: int) -> None:
+        """The metrics of a finished step."""
+        ...
+
+    def completions(self, rows: Sequence[Row]) -> None:
+        """The trajectories of one group: shows the best and the worst."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One message that stays on the screen."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NullScreen:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        yield lambda count=1: None
+
+    def step(self, metrics: Metrics, *, total_steps: int) -> None:
+        pass
+
+    def completions(self, rows: Sequence[Row]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

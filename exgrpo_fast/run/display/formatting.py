@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from exgrpo_fast.core.text import clean_line, clean_text
-from exgrpo_fast.run.display.screen import Row
+from exgrpo_fast.run.display import Row
 
 
 def number_of(metrics: Mapping[str, Any], key: str) -> float | None:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.core.types import Metrics
+from exgrpo_fast.run.display import Advance, Row, Screen
 from exgrpo_fast.run.display.columns import fitting_columns, header_text, row_text
 from exgrpo_fast.run.display.formatting import (
     best_and_worst,
@@ -31,7 +32,6 @@ from exgrpo_fast.run.display.formatting import (
     verdict_line,
 )
 from exgrpo_fast.run.display.plain import PlainScreen
-from exgrpo_fast.run.display.screen import Advance, Row, Screen
 from exgrpo_fast.run.display.steps import Clock, StepLine, StepReader, evaluation_line
 
 

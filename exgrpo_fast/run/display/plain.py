@@ -11,6 +11,7 @@ from typing import TextIO
 
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.core.types import Metrics
+from exgrpo_fast.run.display import Advance, Row
 from exgrpo_fast.run.display.formatting import (
     best_and_worst,
     duration,
@@ -18,7 +19,6 @@ from exgrpo_fast.run.display.formatting import (
     joined,
     verdict_line,
 )
-from exgrpo_fast.run.display.screen import Advance, Row
 from exgrpo_fast.run.display.steps import Clock, StepReader, evaluation_line, plain_line
 
 

@@ -13,6 +13,7 @@ weight, exactly), the third torchao's.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -69,17 +70,15 @@ def make_adamw(
             f"train.optimizer {kind} needs {package}: pip install 'exgrpo-fast[optim8]'"
         )
     if kind == "adamw_8bit":
-        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-
         filled = [group for group in groups if group["params"]]
-        return AdamW8bit(filled, block_size=BLOCK, bf16_stochastic_round=True, **same)
+        torchao: Any = importlib.import_module("torchao.optim")
+        return torchao.AdamW8bit(filled, block_size=BLOCK, bf16_stochastic_round=True, **same)
     if not low:
         raise OptimiserError(f"train.optimizer {kind} is for model.weights bfloat16")
     if any(not p.is_cuda for p in parameters):
         raise OptimiserError(f"train.optimizer {kind} runs on a CUDA device only")
-    from flashoptim import FlashAdamW  # pyright: ignore[reportMissingImports]
-
-    return FlashAdamW(groups, master_weight_bits=32, **same)
+    flashoptim: Any = importlib.import_module(package)
+    return flashoptim.FlashAdamW(groups, master_weight_bits=32, **same)
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
