@@ -110,7 +110,7 @@ FORMULAS: list[Callable[[int, int, int], tuple[str, str]]] = [
         f"\\begin{{pmatrix}} {a} \\\\ \\frac{{{2 * b}}}{{2}} \\end{{pmatrix}}",
     ),
     lambda a, b, c: (f"{a}^\\circ", f"{a}^{{\\circ}}"),
-    lambda a, b, c: (f"{a} < x < {c}", f"{c} > x > {a}"),
+    lambda a, b, c: (f"{a} < x < {c}", f"{a}<x<{c}"),
     lambda a, b, c: (f"\\binom{{{a + 9}}}{{2}}", f"{(a + 9) * (a + 8) // 2}"),
 ]
 

@@ -50,6 +50,8 @@ def _math_verify(completion: str, gold: str, prompt: str) -> Judgement:
     found = extraction.final_answer(completion)
     if found is None:
         return NO_ANSWER
+    if (verdict := _of_numbers(found, gold)) is not None:
+        return verdict
     found = _without_lead_in(found)
     if plain_form(found) == plain_form(gold) or chooses(found, gold):
         return CORRECT
@@ -58,7 +60,8 @@ def _math_verify(completion: str, gold: str, prompt: str) -> Judgement:
     if same_text(found, gold) or _says_none(found, gold, prompt):
         return CORRECT
     return (
-        _fast_verdict(found, gold)
+        _of_numbers(found, gold)
+        or _of_numerals(found, gold)
         or _refused(too_large(found))
         or _by_value(found, gold)
         or _by_sides(found, gold)
@@ -144,15 +147,19 @@ def _math_verify_gold(gold: str, columns: Mapping[str, Any]) -> Judgement:
     return CORRECT if _equal(_parse_gold(gold), parsed) else (0.0, "not_equal_to_itself")
 
 
-def _fast_verdict(found: str, gold: str) -> Judgement | None:
-    """Numbers and numerals with a base; None sends the pair to math-verify."""
+def _of_numbers(found: str, gold: str) -> Judgement | None:
     value, gold_value = number(found), number(gold)
-    if value is not None and gold_value is not None:
-        return CORRECT if _same_number(value, gold_value) else WRONG
+    if value is None or gold_value is None:
+        return None
+    return CORRECT if _same_number(value, gold_value) else WRONG
+
+
+def _of_numerals(found: str, gold: str) -> Judgement | None:
+    """Numerals with a base; None for anything else."""
     base, gold_base = _BASE.fullmatch(found.upper()), _BASE.fullmatch(gold.upper())
     if base and gold_base:  # math-verify drops the base
         return CORRECT if base.groups() == gold_base.groups() else WRONG
-    if base and gold_value is not None and not _possible_numeral(*base.groups()):
+    if base and number(gold) is not None and not _possible_numeral(*base.groups()):
         return WRONG
     return None
 
