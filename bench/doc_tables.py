@@ -368,6 +368,9 @@ COMMANDS = {
     "cpu/rollout-smollm2-loop.json": "python bench/rollout.py --model FOLDER --dtype float32 "
     "--prompt-tokens 36 --tokens 64 --repeats 3 --engines transformers --own-loop --servers --steps 0 "
     "--name rollout-smollm2-loop",
+    "cpu/rollout-smollm2-sums.json": "python bench/rollout.py --model FOLDER --dtype float32 --sums "
+    "--tokens 32 --repeats 3 --engines transformers --own-loop --servers --steps 0 "
+    "--name rollout-smollm2-sums",
     "cpu/rollout-smollm2-bf16.json": "python bench/rollout.py --model FOLDER --dtype bfloat16 "
     "--prompt-tokens 36 --tokens 64 --repeats 3 --engines transformers --own-loop --servers --steps 0 "
     "--name rollout-smollm2-bf16",

@@ -3,7 +3,7 @@
     python bench/rollout.py [--device cuda --model FOLDER --tokens 1024 --requests 512]
 
 The engines are made as a training run makes them (`engines.py`), live side by side in one run and get
-the same requests in turns: prompts of random tokens, several samples of each, a seed each. They draw
+the same requests in turns: prompts of random tokens (or sums), several samples of each, a seed each. They draw
 different tokens, so rates are per token generated, and ratios are taken round by round. On a CPU rates
 are also given per CPU-second of all processes, which hardly depends on what else the machine does.
 
@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,18 +74,37 @@ def make_folder(arguments: argparse.Namespace, folder: Path) -> Path:
     return folder
 
 
-def make_requests(arguments: argparse.Namespace, vocabulary: int) -> list[Request]:
+def make_requests(arguments: argparse.Namespace, tokenizer: Any, vocabulary: int) -> list[Request]:
     rng = random.Random(arguments.seed)
-    low, count = 16, arguments.requests // SAMPLES  # below: special tokens
-    prompts = [
-        tuple(rng.randrange(low, vocabulary) for _ in range(arguments.prompt_tokens))
-        for _ in range(count)
-    ]
+    count = arguments.requests // SAMPLES
+    make = (
+        partial(ask_sum, tokenizer)
+        if arguments.sums
+        else partial(random_tokens, arguments, vocabulary)
+    )
+    prompts = [make(rng) for _ in range(count)]
     return [
         Request(prompt, request_seed(arguments.seed, 1, str(i), sample))
         for i, prompt in enumerate(prompts)
         for sample in range(SAMPLES)
     ]
+
+
+def random_tokens(
+    arguments: argparse.Namespace, vocabulary: int, rng: random.Random
+) -> tuple[int, ...]:
+    low = 16  # below: special tokens
+    return tuple(rng.randrange(low, vocabulary) for _ in range(arguments.prompt_tokens))
+
+
+def ask_sum(tokenizer: Any, rng: random.Random) -> tuple[int, ...]:
+    """As the recipe smollm2 asks; of two digits each, so that all prompts have the same length."""
+    a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+    chat = [
+        {"role": "system", "content": "Answer with the number."},
+        {"role": "user", "content": f"What is {a} + {b}?"},
+    ]
+    return tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
 
 
 def make_config(arguments: argparse.Namespace, folder: Path, engine: str, servers: int) -> Config:
@@ -320,7 +340,8 @@ def train(
 
 def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     folder = arguments.model or make_folder(arguments, place / "model")
-    requests = make_requests(arguments, len(load_tokenizer(str(folder))))
+    tokenizer = load_tokenizer(str(folder))
+    requests = make_requests(arguments, tokenizer, len(tokenizer))
     before = os.getloadavg()[0]
     with ExitStack() as stack:
         engines, start, absent = start_engines(arguments, folder, requests[0].prompt_ids, stack)
@@ -330,13 +351,24 @@ def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     if arguments.steps and any(name.startswith("vllm_server") for name in engines):
         ahead = {"generate_ahead": measure_ahead(arguments, folder, place)}
     vllm = find_vllm()
-    names = ("requests", "prompt_tokens", "tokens", "temperature", "dtype", "repeats", "seed")
+    names = (
+        "requests",
+        "sums",
+        "prompt_tokens",
+        "tokens",
+        "temperature",
+        "dtype",
+        "repeats",
+        "seed",
+    )
     return {
         "bench": "rollout",
         "date": datetime.date.today().isoformat(),
         **machine(arguments.device),
         "vllm": vllm.name if vllm else None,
-        "model": str(arguments.model or f"random Qwen3, {arguments.layers} x {arguments.width}"),
+        "model": arguments.model.name
+        if arguments.model
+        else f"random Qwen3, {arguments.layers} x {arguments.width}",
         **{name: getattr(arguments, name) for name in names},
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "load_average": [round(before, 2), round(os.getloadavg()[0], 2)],  # above cores: others ran
@@ -371,6 +403,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument(
+        "--sums", action="store_true", help="ask a chat model sums, as smollm2 does"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="longest completion")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--engines", nargs="+", default=["vllm", "transformers"])
