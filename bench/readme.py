@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from exgrpo_fast.run.report.figures import LEARNING, Figure
+from exgrpo_fast.run.report.figures import LEARNING, Computed, Curves
 from exgrpo_fast.run.report.reading import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ METRIC_OF = {  # name in the results -> metric of the page
     "entropy": "entropy",
     "completion_len": "completion_len_mean",
 }
-PANELS: tuple[Figure, ...] = (LEARNING[0], LEARNING[2], LEARNING[3])
+PANELS: tuple[Curves | Computed, ...] = (LEARNING[0], LEARNING[2], LEARNING[3])
 WIDTH, MARGIN, HEAD = 860, 24, 118  # pixels; HEAD: above the panels
 PANEL, GAP = 260, 16  # width of a panel, and between two
 PANEL_HEIGHT = 176
