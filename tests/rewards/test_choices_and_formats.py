@@ -7,7 +7,7 @@ import pytest
 from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rewards.selftest.adversarial import adversarial_answers
 from exgrpo_fast.rewards.verifiers.choices import multiple_choice
-from exgrpo_fast.rewards.verifiers.formats import boxed_once, think_format
+from exgrpo_fast.rewards.verifiers.functions import boxed_once, think_format
 
 
 def choice(completion: str, gold: str = "C") -> tuple[float, str]:

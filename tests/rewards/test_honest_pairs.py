@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 
-from exgrpo_fast.rewards.verifiers.calendars import as_date, time_in_form_of
 from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
 from exgrpo_fast.rewards.verifiers.intervals import as_intervals, half_open_as_in_english
 from exgrpo_fast.rewards.verifiers.mathematics import math_verify
 from exgrpo_fast.rewards.verifiers.notation import latex
-from exgrpo_fast.rewards.verifiers.number_words import in_digits
 from exgrpo_fast.rewards.verifiers.quantities import in_unit_of, quantity, rational
-from exgrpo_fast.rewards.verifiers.words import same_text
+from exgrpo_fast.rewards.verifiers.words import as_date, in_digits, same_text, time_in_form_of
 
 PAIRS = [
     json.loads(line)

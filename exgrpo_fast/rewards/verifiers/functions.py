@@ -1,4 +1,4 @@
-"""The built-in rewards: `exact`, `gsm8k`, `last_number` and `reasoning_gym` here, the others in separate files.
+"""The built-in rewards. `math_verify` and `multiple_choice` are in separate files.
 
 Imported by the reward workers: it loads no torch, and reasoning-gym only when it is asked for.
 """
@@ -24,7 +24,6 @@ from exgrpo_fast.rewards.judgement import (
 )
 from exgrpo_fast.rewards.verifiers import extraction
 from exgrpo_fast.rewards.verifiers.choices import multiple_choice
-from exgrpo_fast.rewards.verifiers.formats import boxed_once, think_format
 from exgrpo_fast.rewards.verifiers.mathematics import math_verify
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
 
@@ -36,7 +35,8 @@ def exact(
 ) -> list[Judgement]:
     """1.0 where the final answer is the gold answer, character by character after cleaning.
 
-    A gold answer that is a number rather than a text is compared as a number. A completion without a box, `####` or `<answer>` is taken as a whole.
+    A gold answer that is a number rather than a text is compared as a number. A completion without a
+    box, `####` or `<answer>` is taken as a whole.
     """
     return [_exact(text, gold) for text, gold in zip(completions, answer, strict=True)]
 
@@ -191,6 +191,51 @@ def _load_gym() -> None:
             "the reward 'reasoning_gym' needs the package reasoning-gym: "
             "pip install 'exgrpo-fast[gym]'"
         ) from None
+
+
+# --- the form of a completion, whatever it says -----------------------------------------------------
+# They know no gold answer: for adding to a reward that does, with a small weight.
+
+
+def boxed_once(
+    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+) -> list[Judgement]:
+    r"""1.0 for exactly one `\boxed{...}` after the thinking, closed and with something in it.
+
+    Other reasons: `no_answer`, and `several_boxes`.
+    """
+    return [_boxed_once(completion) for completion in completions]
+
+
+def _boxed_once(completion: str) -> Judgement:
+    text = extraction.visible_part(completion)
+    if text.count("\\boxed") > 1:
+        return 0.0, "several_boxes"
+    return CORRECT if extraction.clean(extraction.last_box(text) or "") else NO_ANSWER
+
+
+def think_format(
+    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+) -> list[Judgement]:
+    """1.0 for thoughts in one `<think>...</think>`, then an answer.
+
+    A prompt that ends in `<think>`, as some chat templates make them, has opened it already. Other
+    reasons: `no_think` (not opened first thing, not closed, or empty), `think_twice`, `no_answer`.
+    """
+    return [_think_format(*row) for row in zip(prompts, completions, strict=True)]
+
+
+def _think_format(prompt: str, completion: str) -> Judgement:
+    opened_by_prompt = prompt.rstrip().endswith("<think>")
+    before, opened, rest = ("", "<think>", completion)
+    if not opened_by_prompt:
+        before, opened, rest = completion.partition("<think>")
+    thoughts, closed, answer = rest.partition("</think>")
+    if before.strip() or not opened or not closed or not thoughts.strip():
+        return 0.0, "no_think"
+    if any(tag in text for tag in ("<think>", "</think>") for text in (thoughts, answer)):
+        return 0.0, "think_twice"
+    return CORRECT if answer.strip() else NO_ANSWER
 
 
 # --- all of them ----------------------------------------------------------------------------------

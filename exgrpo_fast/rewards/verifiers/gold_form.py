@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from exgrpo_fast.rewards.verifiers.calendars import time_in_form_of
 from exgrpo_fast.rewards.verifiers.numerals import number
 from exgrpo_fast.rewards.verifiers.quantities import rational
+from exgrpo_fast.rewards.verifiers.words import time_in_form_of
 
 MAX_CHARS = 512
 

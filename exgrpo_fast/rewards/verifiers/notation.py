@@ -11,10 +11,9 @@ import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 
-from exgrpo_fast.rewards.verifiers.calendars import as_date
 from exgrpo_fast.rewards.verifiers.intervals import half_open_as_in_english
-from exgrpo_fast.rewards.verifiers.number_words import in_digits
 from exgrpo_fast.rewards.verifiers.numerals import plain_form
+from exgrpo_fast.rewards.verifiers.words import as_date, in_digits
 
 MAX_CHARS = 2048  # a longer text is not read but refused
 
