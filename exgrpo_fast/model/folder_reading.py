@@ -13,6 +13,8 @@ from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import transformers  # whose own modules are loaded where they are used
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 from transformers import GenerationConfig, PreTrainedTokenizerFast, logging
 from transformers.utils import cached_file
@@ -23,6 +25,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
 Tokenizer = Any
 _SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"}
+HUB_SECONDS = 3  # until the hub has to answer
 # Of tokenizers that have no tokens but those that the files name.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -74,6 +77,7 @@ class PlainConfig(SimpleNamespace):
 def plain_config(name: str, key: str = "model.name") -> PlainConfig:
     """PolicyError for a hub name that cannot be reached, for a file that is no JSON object, and for a
     size that is no number."""
+    _refuse_unreachable_hub(name, key)
     try:
         found = PlainConfig(**json.loads(Path(str(cached_file(name, CONFIG))).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -82,6 +86,21 @@ def plain_config(name: str, key: str = "model.name") -> PlainConfig:
         if size in _SIZES and type(value) not in (int, NoneType):
             raise PolicyError(f"{key} {name}: {CONFIG}: {size} {value!r} is no number")
     return found
+
+
+def _refuse_unreachable_hub(name: str, key: str) -> None:
+    """PolicyError where a name would have to come from a hub that does not answer: one try, where
+    the download itself makes six in half a minute."""
+    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, CONFIG), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=HUB_SECONDS)
+    except (HfHubHTTPError, FileMetadataError, OfflineModeIsEnabled, ValueError):
+        return  # an answer, none wanted, or no such name: transformers has the words
+    except Exception:  # of the HTTP client, which differs between versions
+        raise PolicyError(
+            f"{key} {name}: no folder of this name, and {constants.ENDPOINT} cannot be reached"
+        ) from None
 
 
 def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:

@@ -371,3 +371,20 @@ def test_a_folder_that_cannot_be_used_is_said_in_one_line(
     assert found.said.startswith("exgrpo-fast: ") and found.said.count("\n") == 1
     assert case.said in found.said
     assert not found.has_torch
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path) -> None:
+    hub = "http://127.0.0.1:9"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1 + 2?", "answer": "3"}))
+    words = words_of(Case("hub", lambda folder: None, "", more=("--model.name", "nobody/none")))
+    done = subprocess.run(
+        [sys.executable, "-m", "exgrpo_fast", *words],
+        cwd=tmp_path,
+        env=environment() | {"HF_ENDPOINT": hub},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"exgrpo-fast: model.name nobody/none: no folder of this name, and {hub} cannot be reached\n"
+    )
