@@ -180,7 +180,8 @@ def test_the_slurm_script_is_bash_and_comes_back() -> None:
     script = path.read_text()
     assert_goes_on_by_itself(options_of(script))
     headers = re.findall(r"^#SBATCH --([\w-]+)", script, flags=re.M)
-    assert {"nodes", "requeue", "signal", "open-mode", "time"} <= set(headers)
+    assert {"nodes", "requeue", "no-kill", "signal", "open-mode", "time"} <= set(headers)
+    assert '--nnodes "1:$SLURM_JOB_NUM_NODES"' in script, "the nodes that are left go on"
     assert "trap stop_and_requeue USR1" in script and "scontrol requeue" in script
 
 

@@ -1,11 +1,12 @@
 #!/bin/bash
-# Four nodes of 8 GPUs train; rollout servers run elsewhere, at the addresses in SERVERS.
+# Up to four nodes of 8 GPUs train; rollout servers run elsewhere, at the addresses in SERVERS.
 #
 #   SERVERS='["http://node4:8100", "http://node4:8101"]' EXGRPO_FAST_KEY=... sbatch slurm.sh
 #
 # A worker that fails, or hangs for `--deadline` seconds (300): torchrun ends all workers and starts
-# them again from the newest checkpoint, three times. A pre-emption, a time limit, a node that
-# is lost: Slurm puts the job back into the queue, and it goes on from there.
+# them again from the newest checkpoint, three times. A node that is lost: the same, on the others.
+# A pre-emption, a time limit, the loss of the first node: Slurm puts the job back into the queue, and
+# it goes on from there.
 
 #SBATCH --job-name=exgrpo
 #SBATCH --nodes=4
@@ -14,6 +15,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
 
@@ -32,8 +34,8 @@ stop_and_requeue() {
 }
 trap stop_and_requeue USR1
 
-srun --kill-on-bad-exit=0 torchrun \
-    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 3 \
+srun --no-kill --kill-on-bad-exit=0 torchrun \
+    --nnodes "1:$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m exgrpo_fast train exgrpo --out "$RUN" --resume auto \
     --model.name /shared/models/mine --data.train /shared/data/train.jsonl \

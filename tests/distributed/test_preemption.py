@@ -5,8 +5,10 @@ What the heartbeat of each rank finds is tested in tests/run/test_rank_watch.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +18,8 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked
-from several_processes import environment, is_alive, workers_of
-from toy_runs import SECONDS, command, make_inputs, run, steps
+from several_processes import TORCHRUN, environment, is_alive, workers_of
+from toy_runs import SECONDS, arguments, command, make_inputs, run, steps
 
 from exgrpo_fast.run.checkpoint.format import Checkpoints
 
@@ -103,6 +105,60 @@ def test_a_rank_that_is_frozen_is_found_and_all_start_again(folder: Path) -> Non
     assert log.count("rank 1 is frozen: no sign of life for 24 s; all ranks end") == 1
     assert "frozen" in (folder / "hung" / "run.log").read_text()
     assert_unbroken(folder, "hung", newest_step(folder / "hung"))
+
+
+@pytest.mark.slow  # torchrun waits half a minute for a node that may still come
+def test_a_node_that_is_lost_leaves_the_run_to_the_other(folder: Path) -> None:
+    """Two agents of one rank each, of which one is enough (`--nnodes 1:2`)."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "a"]
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    words = [*TORCHRUN[:3], *elastic, *meeting, "--local-addr", "127.0.0.1"]
+    words += arguments(folder, 2, "elastic", *LONG, "--resume", "auto")
+    with contextlib.ExitStack() as stack:
+        agents = [stack.enter_context(started(words, folder, "0.log"))]
+        until_it_listens(port)  # the first one has the store, which is not to be lost
+        agents.append(stack.enter_context(started(words, folder, "1.log")))
+        until_step(folder / "elastic", 2, agents[0])
+        workers = workers_of(agents[1].pid)
+        for pid in (agents[1].pid, *workers):  # the agent first: it would start them again
+            os.kill(pid, signal.SIGKILL)
+        stopped_at = steps(folder / "elastic")[-1]["step"]
+        until_step(folder / "elastic", stopped_at + 3, agents[0])
+        agents[0].send_signal(signal.SIGTERM)
+        agents[0].wait(60)
+    log = (folder / "0.log").read_text()
+    assert log.count("resumed after step") == 1
+    last = newest_step(folder / "elastic")
+    ended = run(folder, 1, "unbroken", *LONG, "--stop-after", str(last))
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    for found, wanted in zip(steps(folder / "elastic"), steps(folder / "unbroken"), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+        assert found["reward_mean"] == wanted["reward_mean"]
+
+
+def until_it_listens(port: int) -> None:
+    end = time.monotonic() + SECONDS
+    while True:
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+            return
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@contextmanager
+def started(words: list[str], folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
+    with (folder / name).open("w") as log:
+        process = subprocess.Popen(
+            words, cwd=folder, env=environment(), stdout=log, stderr=log, text=True
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_a_main_thread_that_hangs_ends_its_rank_with_its_stacks(tmp_path: Path) -> None:

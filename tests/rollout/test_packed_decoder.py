@@ -102,7 +102,8 @@ def test_in_bfloat16_the_error_is_that_of_the_model(
 ) -> None:
     monkeypatch.setattr(packed_weights, "LEAST_ELEMENTS", least)
     exact = make_policy(name)
-    policy = Policy(make_policy(name).model.to(weights), compute_dtype=torch.bfloat16)
+    model: Any = make_policy(name).model
+    policy = Policy(model.to(weights), compute_dtype=torch.bfloat16)
     requests = requests_of([4, 11, 1])
     passes: list[int] = []
     policy.model.register_forward_pre_hook(lambda *_: passes.append(1))

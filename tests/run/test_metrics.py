@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from exgrpo_fast.experience.hindsight.source import HindsightReport
+from exgrpo_fast.rollout.mismatch import Mismatch
 from exgrpo_fast.run.display.columns import COLUMNS
 from exgrpo_fast.run.display.steps import StepLine, evaluation_line, plain_line
 from exgrpo_fast.run.metrics import METRICS, PHASES, SECTIONS
@@ -39,7 +41,7 @@ def test_every_listed_metric_is_written_by_somebody() -> None:
     written = string_literals(*(f"exgrpo_fast/{room}" for room in trainer), "kernels")
     assert set(PHASES) <= written
     written |= {f"seconds_{phase}" for phase in PHASES}
-    written |= HindsightReport().metrics().keys()
+    written |= HindsightReport().metrics().keys() | asdict(Mismatch()).keys()
     assert METRICS.keys() - written == set()
 
 
