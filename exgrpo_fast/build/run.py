@@ -62,11 +62,14 @@ def open_run(
     """
     prepare_process(device)
     refuse_impossible_attention(config, device)
-    start, tokenizer = open_model_folder(config, folder, screen, device=device, processes=processes)
     are_tried = rewards is not None
     if processes.is_main and not are_tried:
         rewards = make_rewards(config)
     with rewards or contextlib.nullcontext():
+        start, tokenizer = open_model_folder(
+            config, folder, screen, device=device, processes=processes
+        )
+        path = str(resume_from / "hf") if resume_from else start
         train, held_out = load_data(config, tokenizer, screen)
         processes.run_on_rank0(lambda: are_tried or check_rewards(config, rewards, train[0]))
         check_questions(config, start, train, held_out, rewards, screen, processes)
@@ -78,7 +81,7 @@ def open_run(
         )
         with reserve_engine(
             config,
-            str(resume_from / "hf") if resume_from else start,
+            path,
             tokenizer,
             device=device,
             processes=processes,
@@ -119,7 +122,6 @@ def open_run(
                     if config.rollout.generate_ahead:  # restoring asks servers that may have others
                         engine.sync(state["num_steps"])
                     restore_run(trainer, state)
-                    trainer.writer.committed = trainer.num_steps
                 rehearse_and_check(config, trainer, tokenizer, train[0], expected)
                 yield trainer
 
@@ -221,3 +223,4 @@ def restore_run(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.load_state_dict(state)
     except ValueError as error:
         raise ConfigError(f"--resume: {error}") from None
+    trainer.writer.committed = trainer.num_steps

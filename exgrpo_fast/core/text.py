@@ -48,6 +48,8 @@ def _cut(line: str, limit: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; its type where it has none."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    """Of its message, with the second one where the first only announces it; its type where it has
+    none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, logging
 from transformers.utils import cached_file
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import first_line
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
@@ -60,7 +61,7 @@ def model_config(name: str, key: str = "model.name") -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
-        raise PolicyError(f"{key} {name}: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: {first_line(error)}") from None
 
 
 class PlainConfig(SimpleNamespace):
@@ -81,7 +82,7 @@ def plain_config(name: str, key: str = "model.name") -> PlainConfig:
     try:
         found = PlainConfig(**json.loads(Path(str(cached_file(name, CONFIG))).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise PolicyError(f"{key} {name}: {CONFIG}: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: {CONFIG}: {first_line(error)}") from None
     for size, value in vars(found.get_text_config()).items():
         if size in _SIZES and type(value) not in (int, NoneType):
             raise PolicyError(f"{key} {name}: {CONFIG}: {size} {value!r} is no number")
@@ -110,7 +111,7 @@ def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the Rust reader of tokenizer.json raises nothing narrower
-        raise PolicyError(f"{key} {name}: no tokenizer: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: no tokenizer: {first_line(error)}") from None
     _refuse_endless(tokenizer, f"{key} {name}")
     return tokenizer
 
@@ -127,7 +128,7 @@ def plain_tokenizer(name: str, key: str = "model.name") -> Tokenizer | None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
         settings = json.loads(Path(str(cached_file(name, "tokenizer_config.json"))).read_text())
     except Exception as error:
-        raise PolicyError(f"{key} {name}: no tokenizer: {_first_line(error)}") from None
+        raise PolicyError(f"{key} {name}: no tokenizer: {first_line(error)}") from None
     if tokenizer.eos_token_id is None and settings.get("tokenizer_class") not in _PLAIN_CLASSES:
         return None
     _refuse_endless(tokenizer, f"{key} {name}")
@@ -144,14 +145,6 @@ def has_file(name: str, file: str) -> bool:
 def _refuse_endless(tokenizer: Tokenizer, subject: str) -> None:
     if tokenizer.eos_token_id is None:
         raise PolicyError(f"{subject}: its tokenizer has no eos_token; set one and save it")
-
-
-def _first_line(error: Exception) -> str:
-    """Of its message; with the second one, where the first only announces it."""
-    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        repr(error)
-    ]
-    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from exgrpo_fast.core.dtensor import full_tensor, replicated, shard_like
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import first_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # peft's format names weights from its own wrapper on
@@ -72,8 +73,8 @@ def add_adapter(
         try:
             peft.inject_adapter_in_model(config, model)
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LoraError(f"model.lora.targets: {model.config.model_type}: {reason}") from None
+            subject = f"model.lora.targets: {model.config.model_type}"
+            raise LoraError(f"{subject}: {first_line(error)}") from None
     _check_adapted(model)
     for parameter in trainable(model):
         parameter.data = parameter.data.float()  # bfloat16 would round the updates away

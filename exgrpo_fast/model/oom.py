@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.text import first_line
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def until_it_fits(
         try:
             return work()
         except torch.OutOfMemoryError as error:
-            cause = str(error).splitlines()[0]
+            cause = first_line(error)
         # outside the handler, whose traceback holds the tensors of the failed attempt
         shrink(cause)
         log.warning("out of memory in %s, done again in smaller pieces: %s", during, cause)

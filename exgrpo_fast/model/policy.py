@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
+from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
@@ -377,7 +378,7 @@ def load_model(
             **({"quantization_config": quantization} if quantization else {}),
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise PolicyError(f"model.name {name}: {str(error).splitlines()[0]}") from None
+        raise PolicyError(f"model.name {name}: {first_line(error)}") from None
     model, loading = loaded
     refuse_other_weights(
         model.state_dict(),

@@ -137,9 +137,8 @@ class PackOnHost:
 class BatchSums:
     """What the packs of one update, or of several, add up to."""
 
-    counts: Counter[str] = field(
-        default_factory=Counter
-    )  # loss, tokens, and those of `tokens_read`
+    # loss, tokens, and those of `tokens_read`
+    counts: Counter[str] = field(default_factory=Counter)
     metrics: MetricSums = field(default_factory=MetricSums)
     replay_ratios: list[Tensor] = field(default_factory=list)  # of replayed tokens, by pack
     guided: list[GuidedTokens] = field(default_factory=list)  # by pack

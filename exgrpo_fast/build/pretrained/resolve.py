@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from exgrpo_fast.build.pretrained import smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once, is_whole
-from exgrpo_fast.core.text import clean_line
+from exgrpo_fast.core.text import clean_line, first_line
 from exgrpo_fast.model.folder_reading import PolicyError, quiet_libraries
 from exgrpo_fast.model.gguf_file import find_gguf, refuse_unreadable
 from exgrpo_fast.run.display import Screen
@@ -108,7 +108,7 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
             )
         model, loading = loaded
     except Exception as error:  # a damaged file makes three libraries stumble, each its way
-        why = clean_line(str(error).splitlines()[0] if str(error) else repr(error), max_line=200)
+        why = clean_line(first_line(error), max_line=200)
         raise PolicyError(
             f"{key}: {file.name} is damaged, or transformers cannot map it: {why}"
         ) from None

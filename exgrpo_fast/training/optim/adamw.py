@@ -31,10 +31,8 @@ _PACKAGES = {"flash_adamw": "flashoptim", "adamw_8bit": "torchao"}
 RESIDUAL = "error_bits"
 BLOCK = 256  # weights that share a scale in adamw_8bit
 GROUP = 32  # weights that share a scale in flash_adamw
-CODES, SCALES = (
-    "::quantized",
-    "::scales",
-)  # flashoptim keeps a moment under two keys with these ends
+# flashoptim keeps a moment under two keys with these ends
+CODES, SCALES = "::quantized", "::scales"
 PLAIN_BFLOAT16 = (
     "plain bfloat16 weights do not learn at the learning rates of RL: at 1e-6 about 98 % of the "
     "updates of a step are below half a step of the dtype and are rounded away"
