@@ -29,94 +29,80 @@ _MODEL = "actor_rollout_ref.model"
 # docs/from-trl-and-verl.md shows it; tests/with_trl and tests/with_verl look the names up.
 OTHER_NAMES = {
     "model.name": Names(
-        trl="model_name_or_path",
-        verl="actor_rollout_ref/model.path",
-        note="a `.gguf` file or `smollm2`, too",
+        "model_name_or_path", "actor_rollout_ref/model.path", "a `.gguf` file or `smollm2`, too"
     ),
     "model.dtype": Names(
-        trl="dtype bf16",
+        "dtype bf16",
         note="of the computation; `model.weights` is how they are kept",
         earlier="torch_dtype",
     ),
-    "model.attention": Names(trl="attn_implementation"),
+    "model.attention": Names("attn_implementation"),
     "model.gradient_checkpointing": Names(
-        trl="gradient_checkpointing", verl=f"{_MODEL}/enable_gradient_checkpointing"
+        "gradient_checkpointing", f"{_MODEL}/enable_gradient_checkpointing"
     ),
-    "model.quantization": Names(trl="load_in_4bit", note="`nf4`"),
-    "model.lora.rank": Names(trl="lora_r", verl=f"{_MODEL}/lora_rank"),
-    "model.lora.alpha": Names(trl="lora_alpha", verl=f"{_MODEL}/lora_alpha"),
-    "model.lora.dropout": Names(trl="lora_dropout"),
-    "model.lora.targets": Names(trl="lora_target_modules", verl=f"{_MODEL}/target_modules"),
-    "data.train": Names(
-        trl="dataset_name", verl="data/train_files", note="a file, hub name or gym task"
-    ),
+    "model.quantization": Names("load_in_4bit", note="`nf4`"),
+    "model.lora.rank": Names("lora_r", f"{_MODEL}/lora_rank"),
+    "model.lora.alpha": Names("lora_alpha", f"{_MODEL}/lora_alpha"),
+    "model.lora.dropout": Names("lora_dropout"),
+    "model.lora.targets": Names("lora_target_modules", f"{_MODEL}/target_modules"),
+    "data.train": Names("dataset_name", "data/train_files", "a file, hub name or gym task"),
     "data.eval": Names(verl="data/val_files"),
     "data.prompt_field": Names(verl="data/prompt_key", note="found under its usual names"),
     "data.max_prompt_tokens": Names(verl="data/max_prompt_length", earlier="max_prompt_length"),
     "data.overlong_prompts": Names(verl="data/filter_overlong_prompts"),
     "reward.functions": Names(
-        trl="reward_funcs",
-        verl="reward/custom_reward_function.path",
-        note="TRL's signature: docs/rewards.md",
+        "reward_funcs", "reward/custom_reward_function.path", "TRL's signature: docs/rewards.md"
     ),
-    "reward.weights": Names(trl="reward_weights"),
-    "rollout.group_size": Names(trl="num_generations", verl="actor_rollout_ref/rollout.n"),
+    "reward.weights": Names("reward_weights"),
+    "rollout.group_size": Names("num_generations", "actor_rollout_ref/rollout.n"),
     "rollout.prompts_per_step": Names(
-        trl="generation_batch_size per_device_train_batch_size",
-        verl="data/train_batch_size",
-        note="questions; TRL counts completions",
+        "generation_batch_size per_device_train_batch_size",
+        "data/train_batch_size",
+        "questions; TRL counts completions",
     ),
-    "rollout.max_completion_tokens": Names(
-        trl="max_completion_length", verl="data/max_response_length"
-    ),
-    "rollout.temperature": Names(trl="temperature", verl=f"{_ROLLOUT}/temperature"),
-    "rollout.top_p": Names(
-        trl="top_p", verl=f"{_ROLLOUT}/top_p", note="needs `rollout.top_k`: docs/rollouts.md"
-    ),
-    "rollout.top_k": Names(trl="top_k", verl=f"{_ROLLOUT}/top_k", note="0, not -1, for all"),
-    "rollout.min_p": Names(trl="min_p"),
-    "rollout.engine": Names(trl="use_vllm vllm_mode", verl="actor_rollout_ref/rollout.name"),
+    "rollout.max_completion_tokens": Names("max_completion_length", "data/max_response_length"),
+    "rollout.temperature": Names("temperature", f"{_ROLLOUT}/temperature"),
+    "rollout.top_p": Names("top_p", f"{_ROLLOUT}/top_p", "needs `rollout.top_k`: docs/rollouts.md"),
+    "rollout.top_k": Names("top_k", f"{_ROLLOUT}/top_k", "0, not -1, for all"),
+    "rollout.min_p": Names("min_p"),
+    "rollout.engine": Names("use_vllm vllm_mode", "actor_rollout_ref/rollout.name"),
     "rollout.kv_cache_gib": Names(
-        trl="vllm_gpu_memory_utilization",
-        verl=f"{_ROLLOUT}/gpu_memory_utilization",
-        note="in GiB, not a share of the GPU",
+        "vllm_gpu_memory_utilization",
+        f"{_ROLLOUT}/gpu_memory_utilization",
+        "in GiB, not a share of the GPU",
     ),
-    "rollout.sleep": Names(trl="vllm_enable_sleep_mode", verl=f"{_ROLLOUT}/free_cache_engine"),
+    "rollout.sleep": Names("vllm_enable_sleep_mode", f"{_ROLLOUT}/free_cache_engine"),
     "rollout.max_batch_sequences": Names(verl=f"{_ROLLOUT}/max_num_seqs"),
-    "rollout.server.urls": Names(trl="vllm_server_base_url"),
+    "rollout.server.urls": Names("vllm_server_base_url"),
     "rollout.dynamic_sampling.enabled": Names(verl="algorithm/filter_groups.enable"),
     "rollout.dynamic_sampling.max_extra_batches": Names(
         verl="algorithm.filter_groups/max_num_gen_batches"
     ),
     "algorithm.advantage": Names(
-        trl="scale_rewards",
-        verl="algorithm/adv_estimator algorithm/norm_adv_by_std_in_grpo",
-        note="`grpo` divides by the std, `dr_grpo` does not",
+        "scale_rewards",
+        "algorithm/adv_estimator algorithm/norm_adv_by_std_in_grpo",
+        "`grpo` divides by the std, `dr_grpo` does not",
     ),
-    "algorithm.aggregation": Names(
-        trl="loss_type", verl=f"{_ACTOR}/loss_agg_mode", note="see below"
-    ),
+    "algorithm.aggregation": Names("loss_type", f"{_ACTOR}/loss_agg_mode", "see below"),
     "algorithm.surrogate": Names(verl=f"{_ACTOR}/policy_loss.loss_mode", note="see below"),
-    "algorithm.ratio_level": Names(trl="importance_sampling_level", note="`sequence` is GSPO"),
-    "algorithm.clip_low": Names(trl="epsilon", verl=f"{_ACTOR}/clip_ratio {_ACTOR}/clip_ratio_low"),
+    "algorithm.ratio_level": Names("importance_sampling_level", note="`sequence` is GSPO"),
+    "algorithm.clip_low": Names("epsilon", f"{_ACTOR}/clip_ratio {_ACTOR}/clip_ratio_low"),
     "algorithm.clip_high": Names(
-        trl="epsilon_high",
-        verl=f"{_ACTOR}/clip_ratio_high",
-        note="not taken from `clip_low`: set both",
+        "epsilon_high", f"{_ACTOR}/clip_ratio_high", "not taken from `clip_low`: set both"
     ),
     "algorithm.dual_clip": Names(
-        trl="delta", verl=f"{_ACTOR}/clip_ratio_c", note="a bound of the reward side; `null` = off"
+        "delta", f"{_ACTOR}/clip_ratio_c", "a bound of the reward side; `null` = off"
     ),
     "algorithm.entropy_coef": Names(verl=f"{_ACTOR}/entropy_coeff"),
     "algorithm.kl.coef": Names(
-        trl="beta",
-        verl=f"{_ACTOR}/kl_loss_coef {_ACTOR}/use_kl_loss algorithm.kl_ctrl/kl_coef",
-        note="in the loss, never in the reward",
+        "beta",
+        f"{_ACTOR}/kl_loss_coef {_ACTOR}/use_kl_loss algorithm.kl_ctrl/kl_coef",
+        "in the loss, never in the reward",
     ),
-    "algorithm.kl.estimator": Names(trl="use_bias_correction_kl", verl=f"{_ACTOR}/kl_loss_type"),
-    "algorithm.kl.rebase_at_step": Names(trl="ref_model_sync_steps", note="once, at this step"),
-    "algorithm.kl.previous_share": Names(trl="ref_model_mixup_alpha"),
-    "algorithm.tokens.high_entropy_share": Names(trl="top_entropy_quantile"),
+    "algorithm.kl.estimator": Names("use_bias_correction_kl", f"{_ACTOR}/kl_loss_type"),
+    "algorithm.kl.rebase_at_step": Names("ref_model_sync_steps", note="once, at this step"),
+    "algorithm.kl.previous_share": Names("ref_model_mixup_alpha"),
+    "algorithm.tokens.high_entropy_share": Names("top_entropy_quantile"),
     "algorithm.tokens.clip_cov": Names(verl=f"{_ACTOR}.policy_loss/clip_cov_ratio"),
     "algorithm.tokens.clip_cov_range": Names(
         verl=f"{_ACTOR}.policy_loss/clip_cov_lb {_ACTOR}.policy_loss/clip_cov_ub"
@@ -125,44 +111,40 @@ OTHER_NAMES = {
     "algorithm.quantile": Names(earlier="quantile_k"),
     "algorithm.tv_low": Names(earlier="dppo_mask_low"),
     "algorithm.tv_high": Names(earlier="dppo_mask_high"),
-    "algorithm.overlong.mask_truncated": Names(trl="mask_truncated_completions"),
+    "algorithm.overlong.mask_truncated": Names("mask_truncated_completions"),
     "algorithm.overlong.soft_penalty_tokens": Names(earlier="overlong_buffer.len"),
-    "algorithm.mismatch.correction": Names(trl="vllm_importance_sampling_correction"),
+    "algorithm.mismatch.correction": Names("vllm_importance_sampling_correction"),
     "algorithm.mismatch.max_ratio": Names(
-        trl="vllm_importance_sampling_clip_max", earlier="vllm_importance_sampling_cap"
+        "vllm_importance_sampling_clip_max", earlier="vllm_importance_sampling_cap"
     ),
-    "algorithm.mismatch.min_ratio": Names(trl="vllm_importance_sampling_clip_min"),
-    "train.lr": Names(trl="learning_rate", verl=f"{_ACTOR}/optim.lr"),
-    "train.optimizer": Names(trl="optim"),
-    "train.weight_decay": Names(
-        trl="weight_decay", verl=f"{_ACTOR}/optim.weight_decay", note="matrices alone"
-    ),
-    "train.betas": Names(trl="adam_beta1 adam_beta2", verl=f"{_ACTOR}/optim.betas", note="a pair"),
+    "algorithm.mismatch.min_ratio": Names("vllm_importance_sampling_clip_min"),
+    "train.lr": Names("learning_rate", f"{_ACTOR}/optim.lr"),
+    "train.optimizer": Names("optim"),
+    "train.weight_decay": Names("weight_decay", f"{_ACTOR}/optim.weight_decay", "matrices alone"),
+    "train.betas": Names("adam_beta1 adam_beta2", f"{_ACTOR}/optim.betas", "a pair"),
     "train.warmup_steps": Names(
         verl=f"{_ACTOR}.optim/lr_warmup_steps", note="optimiser updates; the rate then stays"
     ),
     "train.max_grad_norm": Names(verl=f"{_ACTOR}/grad_clip"),
     "train.max_steps": Names(
-        trl="num_train_epochs",
-        verl="trainer/total_epochs trainer/total_training_steps",
-        note="steps, never epochs",
+        "num_train_epochs",
+        "trainer/total_epochs trainer/total_training_steps",
+        "steps, never epochs",
     ),
     "train.minibatches": Names(
-        trl="steps_per_generation",
-        verl=f"{_ACTOR}/ppo_mini_batch_size",
-        note="how many, not how large",
+        "steps_per_generation", f"{_ACTOR}/ppo_mini_batch_size", "how many, not how large"
     ),
     "train.max_tokens_per_microbatch": Names(
-        trl="gradient_accumulation_steps",
-        verl=f"{_ACTOR}/ppo_max_token_len_per_gpu {_ACTOR}/ppo_micro_batch_size_per_gpu",
-        note="packed tokens; the gradient does not depend on it",
+        "gradient_accumulation_steps",
+        f"{_ACTOR}/ppo_max_token_len_per_gpu {_ACTOR}/ppo_micro_batch_size_per_gpu",
+        "packed tokens; the gradient does not depend on it",
     ),
-    "eval.every": Names(trl="eval_steps", verl="trainer/test_freq"),
-    "eval.n": Names(trl="num_generations_eval", verl=f"{_ROLLOUT}/val_kwargs.n"),
-    "checkpoint.every": Names(trl="save_steps", verl="trainer/save_freq"),
-    "checkpoint.keep": Names(trl="save_total_limit", verl="trainer/max_actor_ckpt_to_keep"),
-    "log.to": Names(trl="report_to", verl="/trainer.logger"),
-    "log.completions_every": Names(trl="log_completions"),
+    "eval.every": Names("eval_steps", "trainer/test_freq"),
+    "eval.n": Names("num_generations_eval", f"{_ROLLOUT}/val_kwargs.n"),
+    "checkpoint.every": Names("save_steps", "trainer/save_freq"),
+    "checkpoint.keep": Names("save_total_limit", "trainer/max_actor_ckpt_to_keep"),
+    "log.to": Names("report_to", "/trainer.logger"),
+    "log.completions_every": Names("log_completions"),
 }
 FOREIGN = {
     name: key

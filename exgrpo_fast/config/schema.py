@@ -6,7 +6,7 @@ import importlib.util
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from exgrpo_fast.config.method import (
     AlgorithmConfig,
@@ -27,6 +27,7 @@ from exgrpo_fast.config.sections import (
     Section,
     TrainConfig,
     WarmStartConfig,
+    key,
 )
 from exgrpo_fast.core.packs import tokens_of_share
 
@@ -34,7 +35,7 @@ from exgrpo_fast.core.packs import tokens_of_share
 class Config(Section):
     """Top level."""
 
-    method: str = Field(default="grpo", description="name shown in the summary")
+    method: str = key("grpo", "name shown in the summary")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     reward: RewardConfig = RewardConfig()
