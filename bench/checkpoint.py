@@ -26,7 +26,7 @@ from exgrpo_fast.build.run import open_run
 from exgrpo_fast.config import load_config
 from exgrpo_fast.run.checkpoint.format import folder_bytes
 from exgrpo_fast.run.directory import RunFolder
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.trainer import Trainer
 
 # The warm start only makes the responses stop; a short one gives a realistic step.
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name), resume=False)
         with open_run(
-            config, folder, NullScreen(), device=arguments.device, resume_from=None
+            config, folder, Screen(), device=arguments.device, resume_from=None
         ) as trainer:
             result = measure(trainer, arguments.rounds)
         folder.close()

@@ -35,7 +35,7 @@ from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 
 SAMPLES = 8  # of each prompt
 NEVER = 2**30  # an end token that is never drawn
@@ -124,7 +124,7 @@ def main() -> None:
         found = measure(arguments.work, arguments.model, arguments.sequences, arguments.tokens)
         print(json.dumps(found))
         return
-    folder = model_folder(arguments.model, NullScreen())
+    folder = model_folder(arguments.model, Screen())
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         **machine("cpu"),

@@ -24,7 +24,7 @@ from exgrpo_fast.config import Config, load_config
 from exgrpo_fast.model.folder_reading import load_tokenizer
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.rollout.engine import Request, Sampling, request_seed
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 from exgrpo_kernels import linear_logprob, linear_policy_loss
 
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -39,7 +39,7 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
     tokenizer = load_tokenizer(str(model))
     policy = make_policy(config, str(model), device="cpu")
     engine = make_transformers_engine(config, policy, tokenizer)
-    questions = load_data(config, tokenizer, NullScreen())[1][:num_questions]
+    questions = load_data(config, tokenizer, Screen())[1][:num_questions]
     requests = [
         Request(q.prompt_ids, request_seed(0, "sparsity", q.id, k))
         for q in questions
@@ -100,7 +100,7 @@ def measure(config, model: Path, num_questions: int) -> list[dict]:
 def points_of(run: Path, config: Config) -> dict[int, Path]:
     """Folders of the policy by finished steps."""
     name, warm_start = config.model.name or "", run / "warm_start"
-    start = warm_start if warm_start.exists() else Path(model_folder(name, NullScreen()))
+    start = warm_start if warm_start.exists() else Path(model_folder(name, Screen()))
     checkpoints = {
         int(folder.name.removeprefix("step_")): folder / "hf"
         for folder in run.glob("checkpoints/step_*")

@@ -22,11 +22,11 @@ def warm_start(recipe: str, path: Path, seed: int) -> None:
         return
     from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
     from exgrpo_fast.config import load_config
-    from exgrpo_fast.run.display import NullScreen
+    from exgrpo_fast.run.display import Screen
 
     path.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(recipe, [("train.seed", str(seed))])
-    prepare_quickstart(config, path, NullScreen(), device="cpu")
+    prepare_quickstart(config, path, Screen(), device="cpu")
 
 
 def train(folder: Path, recipe: str, options: Sequence[str]) -> None:

@@ -54,8 +54,8 @@ from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.directory import RunFolder
-from exgrpo_fast.run.display import NullScreen
-from exgrpo_fast.run.sinks import NullSink
+from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.trainer import Trainer
 
@@ -198,7 +198,7 @@ class Workshop:
         config = self.config({}, seed=0)
         texts = [f"{q}\n{s}" for q, s in imitated_pairs(config, task_of(config))[:2000]]
         self.tokenizer: Tokenizer = make_tokenizer(texts)
-        self.train, held_out = load_data(config, self.tokenizer, NullScreen())
+        self.train, held_out = load_data(config, self.tokenizer, Screen())
         self.held_out = held_out[:QUESTIONS]
         self.pools: dict[str, RewardPool] = {}
         self.before: dict[Path, float] = {}  # held-out accuracy of the starts
@@ -251,9 +251,7 @@ class Workshop:
         """Weights that show their steps, and weights that guess; made once for a seed."""
         path = self.runs / f"seed{seed}" / "ends.pt"
         if not path.exists():
-            learn = functools.partial(
-                warm_start, policy, batch_size=40, seed=seed, screen=NullScreen()
-            )
+            learn = functools.partial(warm_start, policy, batch_size=40, seed=seed, screen=Screen())
             pairs = imitated_pairs(config, task_of(config), guess_share=0.0)
             learn(tokenize_examples(pairs, self.tokenizer), batches=BASE_BATCHES, lr=3e-3)
             steps = {name: value.clone() for name, value in policy.model.state_dict().items()}
@@ -272,8 +270,8 @@ class Workshop:
                 "eval": config.eval.model_copy(update={"n": completions, "k": [1, completions]}),
             }
         )
-        verifier = make_verifier(config, self.rewards(config), self.tokenizer, NullScreen())
-        return make_evaluator(config, engine, verifier, NullScreen())
+        verifier = make_verifier(config, self.rewards(config), self.tokenizer, Screen())
+        return make_evaluator(config, engine, verifier, Screen())
 
 
 def task_of(config: Config) -> GymTask:
@@ -361,8 +359,8 @@ def trainer_of(
         held_out=shop.held_out,
         tokenizer=shop.tokenizer,
         folder=RunFolder(folder, resume=False),
-        screen=NullScreen(),
-        sink=NullSink(),
+        screen=Screen(),
+        sink=MetricSink(),
         prior=make_prior(config, policy, shop.tokenizer, engine, None),
     )
 

@@ -26,7 +26,7 @@ from exgrpo_fast.experience.replay.past_logs import (
 from exgrpo_fast.experience.replay.starting_pool import pool_vocabulary, write_pool
 from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer
 from exgrpo_fast.model.packing import Ragged
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 
 SCORED_AT_ONCE = 512
 
@@ -66,7 +66,7 @@ def import_rollouts(
     `correct_from`: the reward of a correct completion; None: 1 of each reward function.
     """
     prepare_process(device)
-    name = model_folder(config.model.name or "", NullScreen())
+    name = model_folder(config.model.name or "", Screen())
     tokenizer = load_tokenizer(name)
     source = config.data.train
     assert isinstance(source, str)

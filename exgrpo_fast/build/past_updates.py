@@ -25,7 +25,7 @@ from exgrpo_fast.memory.fit import resolve_auto
 from exgrpo_fast.model.folder_reading import model_files
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.run.checkpoint.format import load_state, verify
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.saved_updates import read_update, saved_steps
 from exgrpo_fast.training.step_metrics import float32_hex
@@ -76,7 +76,7 @@ class PastRun:
         """The folder of the policy that the run began with."""
         if self.config.model.name == "quickstart":
             return str(self.folder / "warm_start")
-        return model_folder(self.config.model.name or "", NullScreen())
+        return model_folder(self.config.model.name or "", Screen())
 
     def losses(self) -> dict[int, str]:
         """step -> the run's own loss, as `loss_hex`."""

@@ -39,7 +39,7 @@ from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.run.sinks import MetricSink, NullSink
+from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.preflight import rehearse
 from exgrpo_fast.training.trainer import Trainer
 
@@ -175,7 +175,7 @@ def open_sink(
     """The metrics of a run after `num_steps`, on rank 0; what an interrupted run wrote about later
     steps is dropped."""
     if not processes.is_main:
-        return NullSink()
+        return MetricSink()
     clean_journal_after(num_steps, folder, screen)
     return make_sink(config, folder, screen, resumed_from=num_steps)
 

@@ -30,7 +30,7 @@ from exgrpo_fast.rollout.engine import EngineLost
 from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
 from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
 from exgrpo_fast.run.directory import RunFolder
-from exgrpo_fast.run.display import NullScreen, Screen
+from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.display.live import make_screen
 from exgrpo_fast.run.rank_watch import watched_ranks
 from exgrpo_fast.run.report import write_report
@@ -71,7 +71,7 @@ def train_run(
     """
     started = time.perf_counter()
     folder.start_log()
-    screen = make_screen() if rank.is_main else NullScreen()
+    screen = make_screen() if rank.is_main else Screen()
     if supervised:
         # On the supervisor's SIGABRT: the stacks of all threads.
         faulthandler.enable(file=folder.log.open("a"))

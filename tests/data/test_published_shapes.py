@@ -12,7 +12,7 @@ from exgrpo_fast.build.data import load_data
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.data import BadRow, DataError, check_data, load_questions
 from exgrpo_fast.rewards import RewardPool, RewardSample, check_golds
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 
 SHAPES = Path(__file__).parent / "shapes"
 
@@ -249,7 +249,7 @@ def test_a_file_that_is_all_held_out_leaves_nothing_to_train_on(tokenizer) -> No
     path = str(SHAPES / "trl_text.jsonl")
     config = validate({"data": {"train": path, "eval": path}})
     with pytest.raises(ConfigError, match="data.train: all of its 3 questions are held out"):
-        load_data(config, tokenizer, NullScreen())
+        load_data(config, tokenizer, Screen())
     config = validate({"data": {"train": path, "eval": path, "eval_size": 1}})
-    train, held_out = load_data(config, tokenizer, NullScreen())
+    train, held_out = load_data(config, tokenizer, Screen())
     assert (len(train), len(held_out)) == (2, 1)

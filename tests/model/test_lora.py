@@ -39,7 +39,7 @@ from exgrpo_fast.model.lora import (
 from exgrpo_fast.model.policy import load_model
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.run.checkpoint.format import load_state
-from exgrpo_fast.run.sinks import NullSink
+from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.trainer import Trainer
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -299,7 +299,7 @@ def test_the_transformers_engine_draws_from_the_adapted_model(
     start = len(questions[0].prompt_ids) - 1
     exact = logprobs[start:-1].gather(1, drawn.token_ids[:, None])[:, 0]
     assert (drawn.logprobs - exact).abs().max() < 1e-5
-    assert isinstance(trainer.sink, NullSink)
+    assert type(trainer.sink) is MetricSink
 
 
 def test_inputs_of_adapters_are_not_copied_to_float32(model_folder: Path) -> None:

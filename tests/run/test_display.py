@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.display.columns import COLUMNS, fitting_columns
 from exgrpo_fast.run.display.formatting import duration, excerpt, short, sparkline
 from exgrpo_fast.run.display.live import RichScreen, make_screen
@@ -347,13 +347,13 @@ def test_an_evaluation_stays_in_the_scrollback():
 
 
 def test_closing_twice_or_unused_is_fine():
-    for screen in (rich_screen()[0], plain()[0], NullScreen()):
+    for screen in (rich_screen()[0], plain()[0], Screen()):
         screen.close()
         screen.close()
 
 
 def test_null_screen_does_nothing():
-    screen = NullScreen()
+    screen = Screen()
     with screen.phase("rollout", total=3) as advance:
         advance(3)
     screen.step(FULL, total_steps=3)

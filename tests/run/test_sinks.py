@@ -23,7 +23,7 @@ from exgrpo_fast.run.sinks import (
     CompletionLog,
     FanOut,
     JsonlSink,
-    NullSink,
+    MetricSink,
     TensorBoardSink,
     WandbSink,
     numbers,
@@ -248,7 +248,7 @@ def test_a_failing_wandb_is_switched_off_with_one_warning(monkeypatch, tmp_path)
 
 
 def test_fan_out_survives_a_sink_that_cannot_close():
-    class Stubborn(NullSink):
+    class Stubborn(MetricSink):
         def close(self):
             raise RuntimeError("no\x1b[2J")
 

@@ -11,12 +11,12 @@ import torch
 from conftest import make_questions
 
 from exgrpo_fast.run.checkpoint.format import load_state, verify
-from exgrpo_fast.run.sinks import NullSink
+from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.step_metrics import peak_memory_gib
 from exgrpo_fast.training.trainer import MAX_BAD_UPDATES, NumericalStop
 
 
-class Log(NullSink):
+class Log(MetricSink):
     def __init__(self, on_step=lambda step: None) -> None:
         self.rows: list[dict] = []
         self.on_step = on_step

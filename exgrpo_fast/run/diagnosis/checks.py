@@ -7,8 +7,7 @@ stands for the value of a step, so that a single batch raises no alarm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from exgrpo_fast.run.diagnosis.logs import Log, Series
 
@@ -93,14 +92,23 @@ def tail(values: Sequence[float]) -> Sequence[float]:
     return values[-max(WINDOW, len(values) // 4) :]
 
 
-def head(values: Sequence[float]) -> Sequence[float]:
-    return values[:WINDOW]
+def ends(log: Log, signal: str) -> tuple[float, float] | None:
+    """Mean of the first `WINDOW` values and of the last quarter; None where they would overlap."""
+    values = log.values(signal)
+    return None if len(values) < 2 * WINDOW else (mean(values[:WINDOW]), mean(tail(values)))
 
 
 def gained(log: Log) -> float | None:
     """Reward of the last quarter minus that of the first steps."""
-    rewards = log.values("reward")
-    return None if len(rewards) < 2 * WINDOW else mean(tail(rewards)) - mean(head(rewards))
+    rewards = ends(log, "reward")
+    return rewards and rewards[1] - rewards[0]
+
+
+def wrong(
+    log: Log, check: str, text: str, key: str, signal: str, holds: Callable[[float], bool]
+) -> Finding:
+    """A fault since `holds` is true of the signal; `key`: of KEYS."""
+    return Finding(check, True, text, since(log.series[signal], holds), KEYS[log.trainer][key])
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -129,65 +137,44 @@ def zero_variance(log: Log) -> Iterator[Finding]:
 
 def entropy(log: Log) -> Iterator[Finding]:
     """Below a fifth of its start exploration is nearly over; wrong where reward no longer gains."""
-    values = log.values("entropy")
-    if len(values) < 2 * WINDOW:
-        return
-    first, last = mean(head(values)), mean(tail(values))
+    first, last = ends(log, "entropy") or (0.0, 0.0)
     if first <= 0:
         return
     if last < 0.2 * first:
-        begun = since(log.series["entropy"], lambda value: value < 0.2 * first)
-        rose = gained(log)
-        yield Finding(
-            "entropy collapse",
-            rose is None or rose <= 0.02,
-            f"{first:.3g} -> {last:.3g} nats",
-            begun,
-            KEYS[log.trainer]["entropy"],
+        text, rose = f"{first:.3g} -> {last:.3g} nats", gained(log)
+        found = wrong(
+            log, "entropy collapse", text, "entropy", "entropy", lambda value: value < 0.2 * first
         )
-    if last > max(2.0 * first, first + 0.5):
-        begun = since(log.series["entropy"], lambda value: value > max(2.0 * first, first + 0.5))
+        yield replace(found, is_wrong=rose is None or rose <= 0.02)
+    high = max(2.0 * first, first + 0.5)
+    if last > high:
         text = f"{first:.3g} -> {last:.3g} nats: the policy drifts towards noise"
-        yield Finding("entropy growth", True, text, begun, KEYS[log.trainer]["lr"])
+        yield wrong(log, "entropy growth", text, "lr", "entropy", lambda value: value > high)
 
 
-class Limit(NamedTuple):
-    """A signal whose last quarter may not exceed `limit`."""
-
-    signal: str
-    limit: float
-    check: str
-    text: str  # with the value
-    key: str
-
-
-# Truncation: a truncated completion has no answer, so the limit shapes the reward. Mismatch: ten
-# times what bfloat16 rounding makes. The others are far outside trust region and reference.
-LIMITS = (
-    Limit("truncated", 0.2, "truncation", "{:.0%} of completions reach the length limit", "length"),
-    Limit(
+# Signals whose last quarter may not exceed a limit: (signal, limit, check, text, key). Truncation: a
+# truncated completion has no answer, so the limit shapes the reward. Mismatch: ten times what
+# bfloat16 rounding makes. The others are far outside trust region and reference.
+DRIFT = "ratio and KL drift"
+LIMITS = [
+    ("truncated", 0.2, "truncation", "{:.0%} of completions reach the length limit", "length"),
+    (
         "mismatch",
         0.02,
         "engine mismatch",
         "engine and trainer differ by {:.3g} nats a token",
         "sync",
     ),
-    Limit("clip_frac", 0.3, "ratio and KL drift", "{:.3g} of tokens are clipped", "lr"),
-    Limit(
+    ("clip_frac", 0.3, DRIFT, "{:.3g} of tokens are clipped", "lr"),
+    (
         "kl_behaviour",
         0.1,
-        "ratio and KL drift",
+        DRIFT,
         "{:.3g} nats between behaviour and updated policy, per token",
         "lr",
     ),
-    Limit(
-        "kl_ref",
-        0.5,
-        "ratio and KL drift",
-        "{:.3g} nats from the reference policy, per token",
-        "kl",
-    ),
-)
+    ("kl_ref", 0.5, DRIFT, "{:.3g} nats from the reference policy, per token", "kl"),
+]
 
 
 def limits(log: Log) -> Iterator[Finding]:
@@ -195,35 +182,33 @@ def limits(log: Log) -> Iterator[Finding]:
     for signal, limit, check, text, key in LIMITS:
         values = log.values(signal)
         if values and (value := mean(tail(values))) > limit:
-            begun = since(log.series[signal], lambda v, limit=limit: v > limit)
-            yield Finding(check, True, text.format(value), begun, KEYS[log.trainer][key])
+            yield wrong(log, check, text.format(value), key, signal, lambda v, most=limit: v > most)
 
 
 def length_growth(log: Log) -> Iterator[Finding]:
     """Twice the length without more reward: the reward favours length."""
-    values, rose = log.values("length"), gained(log)
-    if len(values) < 2 * WINDOW or rose is None:
+    lengths, rose = ends(log, "length"), gained(log)
+    if lengths is None or rose is None:
         return
-    first, last = mean(head(values)), mean(tail(values))
+    first, last = lengths
     if last > 2 * first and rose <= 0.02:
-        begun = since(log.series["length"], lambda value: value > 2 * first)
         text = f"{first:.0f} -> {last:.0f} tokens, reward {rose:+.3f}"
-        yield Finding("length growth", True, text, begun, KEYS[log.trainer]["length"])
+        yield wrong(log, "length growth", text, "length", "length", lambda value: value > 2 * first)
 
 
 def reward_faults(log: Log) -> Iterator[Finding]:
     """A reward that fails counts as 0 or as nothing; one that never differs teaches nothing."""
     errors = log.values("reward_errors")
     if errors and (share := mean(tail(errors))) > 0.05:
-        begun = since(log.series["reward_errors"], lambda value: value > 0.05)
         text = f"the reward fails on {share:.0%} of completions"
-        yield Finding("reward faults", True, text, begun, KEYS[log.trainer]["reward"])
+        yield wrong(log, "reward faults", text, "reward", "reward_errors", lambda v: v > 0.05)
     rewards = log.values("reward")
     if len(rewards) >= WINDOW and max(rewards) == min(rewards):
-        text = f"every step has the same mean reward, {rewards[0]:.3g}"
-        yield Finding(
-            "reward faults", True, text, log.series["reward"][0][0], KEYS[log.trainer]["reward"]
+        text, begun = (
+            f"every step has the same mean reward, {rewards[0]:.3g}",
+            log.series["reward"][0][0],
         )
+        yield Finding("reward faults", True, text, begun, KEYS[log.trainer]["reward"])
 
 
 def reward_fall(log: Log) -> Iterator[Finding]:
@@ -241,48 +226,29 @@ def reward_fall(log: Log) -> Iterator[Finding]:
 
 def updates(log: Log) -> Iterator[Finding]:
     """Learning rate and gradient norm."""
-    rates = log.values("lr")
+    rates, lr_key = log.values("lr"), KEYS[log.trainer]["lr"]
     if rates and max(rates) == 0.0:
-        yield Finding(
-            "learning rate",
-            True,
-            "it is 0 in every step",
-            log.series["lr"][0][0],
-            KEYS[log.trainer]["lr"],
-        )
+        begun = log.series["lr"][0][0]
+        yield Finding("learning rate", True, "it is 0 in every step", begun, lr_key)
     uses_lora = bool((log.config.get("model") or {}).get("lora"))
     # Full fine-tunes by RL use 1e-6 to 1e-5; toys and adapters more.
     if rates and not uses_lora and max(rates) > 1e-4 and log.trainer != "exgrpo-fast":
         text = f"{max(rates):.1e} is large for a full fine-tune"
-        yield Finding("learning rate", False, text, None, KEYS[log.trainer]["lr"])
-    norms = log.values("grad_norm")
-    if len(norms) >= 2 * WINDOW:
-        first, last = mean(head(norms)), mean(tail(norms))
-        if first > 0 and last > 20 * first:
-            begun = since(log.series["grad_norm"], lambda value: value > 20 * first)
-            text = f"{first:.3g} -> {last:.3g}"
-            yield Finding(
-                "gradient norm",
-                True,
-                text,
-                begun,
-                f"{KEYS[log.trainer]['lr']}, {KEYS[log.trainer]['clip']}",
-            )
+        yield Finding("learning rate", False, text, None, lr_key)
+    first, last = ends(log, "grad_norm") or (0.0, 0.0)
+    if first > 0 and last > 20 * first:
+        text = f"{first:.3g} -> {last:.3g}"
+        found = wrong(
+            log, "gradient norm", text, "clip", "grad_norm", lambda value: value > 20 * first
+        )
+        yield replace(found, key=f"{lr_key}, {found.key}")
     skipped = log.values("skipped_updates")
     if skipped and sum(skipped) > 0.2 * len(skipped):
         text = f"{sum(skipped):.0f} updates in {len(skipped)} steps were refused or empty"
         yield Finding("updates", False, text, None, KEYS[log.trainer]["group"])
 
 
-CHECKS = (
-    reward_faults,
-    zero_variance,
-    limits,
-    entropy,
-    length_growth,
-    reward_fall,
-    updates,
-)
+CHECKS = (reward_faults, zero_variance, limits, entropy, length_growth, reward_fall, updates)
 
 
 def diagnose(log: Log) -> list[Finding]:

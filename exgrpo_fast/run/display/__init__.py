@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 from exgrpo_fast.core.types import Metrics
 
@@ -20,43 +19,22 @@ Advance = Callable[..., None]  # advance(count=1)
 Row = Mapping[str, Any]  # one trajectory, named as in the completion tables
 
 
-class Screen(Protocol):
-    """Where the trainer reports phases, steps and completions to its user."""
-
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        """A long piece of work; the block calls `advance(count=1)` as it proceeds."""
-        ...
-
-    def step(self, metrics: Metrics, *, total_steps: int) -> None:
-        """The metrics of a finished step."""
-        ...
-
-    def completions(self, rows: Sequence[Row]) -> None:
-        """The trajectories of one group: shows the best and the worst."""
-        ...
-
-    def note(self, text: str) -> None:
-        """One message that stays on the screen."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class NullScreen:
-    """Shows nothing."""
+class Screen:
+    """Where the trainer reports phases, steps and completions to its user; this one shows nothing."""
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """A long piece of work; the block calls `advance(count=1)` as it proceeds."""
         yield lambda count=1: None
 
     def step(self, metrics: Metrics, *, total_steps: int) -> None:
-        pass
+        """The metrics of a finished step."""
 
     def completions(self, rows: Sequence[Row]) -> None:
-        pass
+        """The trajectories of one group: shows the best and the worst."""
 
     def note(self, text: str) -> None:
-        pass
+        """One message that stays on the screen."""
 
     def close(self) -> None:
         pass

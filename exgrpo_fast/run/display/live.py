@@ -55,7 +55,7 @@ REWARD_TITLE = "   reward "
 SKIPPED = "! update skipped"  # once; the mark is in the step's row
 
 
-class RichScreen:
+class RichScreen(Screen):
     """A live region (run, phases, latest steps); what leaves it scrolls, so that nothing is lost.
 
     Steps wait in the live table and move up into the scrollback as single lines, always before

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.core.types import Metrics
-from exgrpo_fast.run.display import Advance, Row
+from exgrpo_fast.run.display import Advance, Row, Screen
 from exgrpo_fast.run.display.formatting import (
     best_and_worst,
     duration,
@@ -22,7 +22,7 @@ from exgrpo_fast.run.display.formatting import (
 from exgrpo_fast.run.display.steps import Clock, StepReader, evaluation_line, plain_line
 
 
-class PlainScreen:
+class PlainScreen(Screen):
     """Plain lines for files, pipes and dumb terminals: one a step, no carriage returns.
 
     A phase is reported only when it is slow. The first of its name is reported after `first_after`
@@ -82,9 +82,6 @@ class PlainScreen:
 
     def note(self, text: str) -> None:
         self._print(text)
-
-    def close(self) -> None:
-        pass
 
     def _print(self, text: str) -> None:
         # A closed pipe or a full disk under a redirected output must not end a run.
