@@ -34,7 +34,7 @@ SAMPLE_TOLERANCE = 3e-5
 
 @dataclass(eq=False)
 class FreshSource:
-    """`sample` generates; `score` replaces the engine's log-probs by the trainer's.
+    """`start` generates; `score` replaces the engine's log-probs by the trainer's.
 
     What lies between the two is measured, and by `mismatch` corrected in the tokens' weights.
     `engine_scores`: the engine's log-probs and entropies are the policy's up to rounding.
@@ -52,22 +52,10 @@ class FreshSource:
         assert not engine_scores or self.mismatch.correction == "none"
         self.sampling = replace(self.sampling, entropies=engine_scores)
 
-    def sample(
-        self,
-        questions: Sequence[Question],
-        counts: Sequence[int],
-        *,
-        step: int,
-        observer: Observer = UNOBSERVED,
-    ) -> list[list[Completion]]:
-        """`counts[i]` completions of question i, in order."""
-        generation = self.start(questions, counts, step=step)
-        return by_question(generation.wait(observer), counts)
-
     def start(
         self, questions: Sequence[Question], counts: Sequence[int], *, step: int
     ) -> Generation:
-        """The same, on its way: one completion after the other, to be parted by `by_question`."""
+        """`counts[i]` completions of question i, on their way, one question after the other."""
         requests = [
             Request(question.prompt_ids, request_seed(self.seed, step, question.id, sample))
             for question, count in zip(questions, counts, strict=True)
@@ -153,8 +141,3 @@ def agree(completions: Sequence[Completion], scores: Mapping[int, LogprobsAndEnt
         for place, of_policy in scores.items()
         for ours, theirs in zip(of_policy, scores_of(completions[place]), strict=True)
     )
-
-
-def by_question(completions: Sequence[Completion], counts: Sequence[int]) -> list[list[Completion]]:
-    following = iter(completions)
-    return [[next(following) for _ in range(count)] for count in counts]

@@ -70,7 +70,7 @@ def scored(
     source: FreshSource, tokenizer: Any, step: int = 1
 ) -> tuple[list[Trajectory], list[Completion], Any]:
     question = make_questions(tokenizer, ["a"])[0]
-    (completions,) = source.sample([question], [COUNT], step=step)
+    completions = source.start([question], [COUNT], step=step).wait()
     trajectories, mismatch = source.score([question] * COUNT, completions, step=step)
     return trajectories, completions, mismatch
 
@@ -160,8 +160,7 @@ def test_the_gradient_is_that_after_a_scoring_pass(
     slow = make_test_trainer(questions, algorithm=algorithm, rollout={"scoring": "always"})
     groups = []
     for source in (quick.collector.fresh, slow.collector.fresh):
-        sampled = source.sample(questions, [4] * 4, step=1)
-        completions = [completion for of_one in sampled for completion in of_one]
+        completions = source.start(questions, [4] * 4, step=1).wait()
         fresh, _ = source.score([q for q in questions for _ in range(4)], completions, step=1)
         groups.append(
             [

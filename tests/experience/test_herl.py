@@ -14,11 +14,11 @@ import torch
 from conftest import ScriptedEngine, make_questions, terms_of
 
 from exgrpo_fast.core.types import Completion, Group, Trajectory, Verdict
-from exgrpo_fast.experience.hindsight.source import HindsightSource
+from exgrpo_fast.experience.hindsight import HindsightSource
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.experience.scoring import StreamingScorer
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling
-from exgrpo_fast.run.display import NullScreen
+from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.collector import NothingScored, PhaseTimer
 from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.trainer import Trainer
@@ -330,7 +330,7 @@ def test_eval_revises_what_failed_until_it_is_right(tokenizer, make_test_trainer
     evaluator = Evaluator(
         engine,
         trainer.collector.verifier,
-        NullScreen(),
+        Screen(),
         sampling=Sampling(16),
         n=2,
         ks=[1],
@@ -367,9 +367,9 @@ def test_responses_are_scored_while_others_are_generated(tokenizer, make_test_tr
                 done.append((len(self.samples), self.future.num_done))
 
     grading = Watch(collector.verifier, [questions[0]] * 2 + [questions[1]] * 2)
-    completions = collector.fresh.sample(questions, [2, 2], step=1, observer=grading)
+    completions = collector.fresh.start(questions, [2, 2], step=1).wait(grading)
     assert done[-1] == (2, 2), "the first two were not scored before the others were finished"
-    texts = [collector.verifier.decode(c.token_ids.tolist()) for of in completions for c in of]
+    texts = [collector.verifier.decode(c.token_ids.tolist()) for c in completions]
     assert [v.reward for v in grading.verdicts()] == [float(len(t) % 2 == 0) for t in texts]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from metric_names import METRICS, PAGE, ROWS
 
-from exgrpo_fast.experience.hindsight.source import HindsightReport
+from exgrpo_fast.experience.hindsight import HindsightReport
 from exgrpo_fast.rollout.mismatch import Mismatch
 from exgrpo_fast.run.display.columns import COLUMNS
 from exgrpo_fast.run.display.steps import StepLine, evaluation_line, plain_line

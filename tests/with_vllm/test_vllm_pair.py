@@ -150,4 +150,5 @@ def test_guided_completions_are_made_beside_fresh_ones(policies, vllm_models) ->
 def test_the_prior_keeps_its_cache_and_seldom_asks_twice(policies, vllm_models) -> None:
     resampler = make_resampler(policies, vllm_models)
     completions = resampler.start(REQUESTS).finish()
+    assert isinstance(resampler.scorer, VllmPrior)
     assert resampler.scorer.num_retries <= 0.01 * sum(r.rounds for r in completions)

@@ -50,7 +50,9 @@ class MaskedCache:
         for place, ids in sequences.items():
             row = self.row_of[place]
             known = min(_common(self.read[row], ids), len(ids) - counts[place])
-            self._hide(row, known)
+            # What follows the known tokens of the row becomes holes.
+            self.visible_BS[row, self.slots[row][known:]] = False
+            del self.read[row][known:], self.slots[row][known:]
             missing[place] = ids[known:]
         return self.go_on(missing, keep=max(counts.values()))
 
@@ -61,11 +63,6 @@ class MaskedCache:
         self.read, self.slots = [self.read[r] for r in rows], [self.slots[r] for r in rows]
         self.visible_BS = self.visible_BS[rows]
         self.cache.batch_select_indices(torch.tensor(rows, device=self.policy.device))
-
-    def _hide(self, row: int, known: int) -> None:
-        """What follows the first `known` tokens of a row becomes holes."""
-        self.visible_BS[row, self.slots[row][known:]] = False
-        del self.read[row][known:], self.slots[row][known:]
 
     def go_on(self, fed: dict[int, list[int]], keep: int) -> Tensor:
         """place -> the tokens that follow what it has read -> logits [B, keep, V], the last ones."""
@@ -213,7 +210,6 @@ class TransformersPrior(PrefixSession):
     that scored the draft it replaces: no forward of its own."""
 
     prefix_block: int | None = None
-    num_retries: int = 0
     scored: dict[int, Tensor]  # place -> logits [m, V] of the drafts of this round
     starts: dict[int, int]  # place -> length of their prefix
 
@@ -225,22 +221,16 @@ class TransformersPrior(PrefixSession):
         distributions: bool = False,
     ) -> ReadyResult[list[DraftScores]]:
         cache = self.open([prefix.place for prefix in prefixes])
+        pairs = [(p.place, p.token_ids, draft) for p, draft in zip(prefixes, drafts, strict=True)]
         # The last draft is not read: nothing is predicted from it yet.
-        sequences = {
-            prefix.place: [*prefix.token_ids, *draft[:-1]]
-            for prefix, draft in zip(prefixes, drafts, strict=True)
-        }
-        counts = {p.place: len(d) for p, d in zip(prefixes, drafts, strict=True)}
+        sequences = {place: [*ids, *draft[:-1]] for place, ids, draft in pairs}
         with self.inference():
-            logits_BnV = cache.go_to(sequences, counts)
-        self.scored = {
-            prefix.place: logits_BnV[cache.row_of[prefix.place], -len(draft) :]
-            for prefix, draft in zip(prefixes, drafts, strict=True)
-        }
-        self.starts = {prefix.place: len(prefix.token_ids) for prefix in prefixes}
-        found = []
-        for prefix, draft in zip(prefixes, drafts, strict=True):
-            logprobs_mV = self.logprobs(self.scored[prefix.place])
+            logits_BnV = cache.go_to(sequences, {place: len(draft) for place, _, draft in pairs})
+        self.starts = {place: len(ids) for place, ids, _ in pairs}
+        self.scored, found = {}, []
+        for place, _, draft in pairs:
+            self.scored[place] = logits_BnV[cache.row_of[place], -len(draft) :]
+            logprobs_mV = self.logprobs(self.scored[place])
             chosen = _chosen(logprobs_mV, draft).cpu()
             found.append(DraftScores(chosen, logprobs_mV.cpu() if distributions else None))
         return ReadyResult(found)

@@ -20,7 +20,7 @@ to pi_old is. docs/eapo.md says which are unbiased for what.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch import Tensor
 Importance = Literal[
     "none", "sis_token", "sis_seq", "sis_geo", "flag_token", "exact_token", "exact_traj", "mis"
 ]
-IMPORTANCES: tuple[str, ...] = get_args(Importance)
 NEEDS_LAW: frozenset[str] = frozenset({"exact_token", "exact_traj", "mis"})
 
 

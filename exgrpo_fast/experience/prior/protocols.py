@@ -98,7 +98,6 @@ class PriorScorer(Protocol):
     """The prior, frozen."""
 
     prefix_block: int | None  # tokens in a block of its prefix cache, where drafts must mind it
-    num_retries: int  # calls that had to be asked twice, since the start
 
     def score(
         self,

@@ -54,7 +54,6 @@ class PackedPrior:
     it, by the rank that has read it."""
 
     prefix_block: int | None = None
-    num_retries: int = 0
 
     def __init__(self, prior: Policy, *, num_tokens: int, vocabulary_size: int) -> None:
         """`num_tokens`: ids of the tokenizer, beyond which a row of the head is padding;

@@ -27,13 +27,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Rule = Literal["ratio", "soft_ratio", "defensive", "entropy", "kl", "tv", "js", "random", "none"]
-RULES: tuple[str, ...] = get_args(Rule)
 
 
 def log_ratio(logp: Tensor, logr: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class VllmPrior:
     def __init__(self, model: VllmModel) -> None:
         self.model = model
         self.prefix_block: int | None = model.cache_block_tokens
-        self.num_retries = 0
+        self.num_retries = 0  # calls that had to be asked twice
 
     def score(
         self,

@@ -54,7 +54,6 @@ class EnumeratedEngine:
 
     concurrent = False
     prefix_block: int | None = None
-    num_retries = 0
 
     def __init__(self, problem: Tabular, choices: Choices) -> None:
         self.problem, self.choices = problem, choices
@@ -125,7 +124,7 @@ def test_blocks_change_nothing(rule, threshold: float, block_tokens: int) -> Non
 class Script:
     """Drafts, scores and draws as they are listed, one completion; notes what it was asked."""
 
-    concurrent, num_retries = False, 0
+    concurrent = False
 
     def __init__(self, drafts, scores, draws, *, prefix_block=None, late: int = 0) -> None:
         self.drafts, self.scores, self.draws = list(drafts), list(scores), list(draws)

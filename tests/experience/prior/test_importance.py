@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from tabular import Path, Tabular
 
-from exgrpo_fast.experience.prior.importance import IMPORTANCES, balance_weight, columns_of, mixture
+from exgrpo_fast.experience.prior.importance import Importance, balance_weight, columns_of, mixture
 from exgrpo_fast.experience.prior.triggers import Trigger
 
 SIX = 6e-7
@@ -190,6 +191,6 @@ def test_e9_the_positive_filter_only_rescales() -> None:
 
 
 def test_all_modes_are_tried() -> None:
-    assert set(IMPORTANCES) == {
+    assert set(get_args(Importance)) == {
         "none", "sis_token", "sis_seq", "sis_geo", "flag_token", "exact_token", "exact_traj", "mis",
     }  # fmt: skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from exgrpo_fast.experience.prior.triggers import (
-    RULES,
     STATE_STATISTICS,
+    Rule,
     Trigger,
     entropy,
     js,
@@ -84,7 +85,7 @@ def contexts(count: int, size: int = 7):
     return logits.softmax(-1), other.softmax(-1)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", get_args(Rule))
 def test_every_law_sums_to_one_and_flags_come_at_its_rate(rule) -> None:
     p, r = contexts(300)
     threshold = {"tv": 0.2, "js": 0.02, "kl": 0.1}.get(rule, 0.5)
@@ -139,7 +140,7 @@ def test_what_a_model_cannot_say() -> None:
     drafted; neither makes a number that is none."""
     p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     r = torch.tensor([[0.4, 0.0, 0.6]], dtype=torch.float64)
-    for rule in RULES:
+    for rule in get_args(Rule):
         law = law_of(rule, 0.3, 0.5, p, r)
         assert bool(law.emitted_NV.isfinite().all()), rule
         assert float(law.emitted_NV.sum()) == pytest.approx(1.0), rule

@@ -14,16 +14,15 @@ weight r / (r + gamma) and no clip (eqs. 11 and 12). Its prompt, being a prompt,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from exgrpo_fast.core.types import Group, Question, Trajectory
+from exgrpo_fast.core.types import Group, Question, Trajectory, Verdict
 from exgrpo_fast.experience.fresh import FreshSource
-from exgrpo_fast.experience.hindsight.prompt import HindsightPrompt
 from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 
 Choice = Literal["at_least", "always"]
@@ -129,8 +128,7 @@ class HindsightSource:
         asked = [c.asked for c in candidates if c.asked]
         originals = [c.original for c in candidates]
         grading = StreamingScorer(self.verifier, originals, drafts=[c.draft for c in candidates])
-        sampled = self.fresh.sample(asked, [1] * len(asked), step=step, observer=grading)
-        completions = [completion for of_one in sampled for completion in of_one]
+        completions = self.fresh.start(asked, [1] * len(asked), step=step).wait(grading)
         trajectories, _ = self.fresh.score(asked, completions, step=step, observer=grading)
         verdicts = grading.verdicts()
         return [
@@ -189,3 +187,72 @@ def choose_candidates(group: Group, count: int, rng: np.random.Generator) -> lis
         return trajectory.truncated, trajectory.num_tokens, int(lot[i])
 
     return sorted(tied, key=preference)[:count]
+
+
+# --- the prompt -----------------------------------------------------------------------------------
+
+ANSWER = "The final answer is right."
+
+
+def hindsight_text(task: str, draft: str, met: Sequence[str], missed: Sequence[str]) -> str:
+    """The user message."""
+    parts = [task, "Your earlier solution:", draft]
+    if met:
+        parts.append("What it met:\n" + "\n".join(f"- {text}" for text in met))
+    parts.append("What it missed:\n" + "\n".join(f"- {text}" for text in missed))
+    parts.append(
+        "Find the mistake, keep what is right, and write one complete new solution. "
+        "Do not speak of the earlier one."
+    )
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class HindsightPrompt:
+    """Question, draft and verdict -> the question as it is asked for a revision.
+
+    It shows the task, the earlier solution, and which requirements that met and missed, in their
+    public words. It never shows the reference answer, and it is never cut: one that is too long is
+    no prompt.
+    `public_texts`: the words of each rubric, known once a worker has loaded them; without any, the
+    answer alone is spoken of.
+    """
+
+    tokenizer: Any
+    public_texts: Callable[[], Mapping[str, str]]
+    max_prompt_tokens: int
+
+    def ask(
+        self, question: Question, draft: str, verdict: Verdict, *, revision: int
+    ) -> Question | None:
+        """None when the prompt would be longer than allowed."""
+        conversation = list(question.conversation)
+        task = conversation[-1]["content"]
+        text = hindsight_text(task, draft, *self._met_and_missed(verdict))
+        conversation[-1] = {"role": "user", "content": text}
+        prompt, ids = self._render(conversation)
+        if len(ids) > self.max_prompt_tokens:
+            return None
+        return Question(
+            id=f"{question.id}/revision{revision}",
+            prompt_ids=tuple(ids),
+            prompt=prompt,
+            answer=question.answer,
+            columns=question.columns,
+            conversation=question.conversation,
+        )
+
+    def _met_and_missed(self, verdict: Verdict) -> tuple[list[str], list[str]]:
+        texts = self.public_texts()
+        checks = [(texts.get(name, name), met) for name, met in verdict.checks]
+        checks = checks or [(ANSWER, verdict.successful)]
+        return [text for text, met in checks if met], [text for text, met in checks if not met]
+
+    def _render(self, conversation: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+            return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = "\n\n".join(message["content"] for message in conversation)
+        return text, self.tokenizer(text)["input_ids"]

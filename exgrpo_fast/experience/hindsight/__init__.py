@@ -1,1 +1,0 @@
-"""Revision of failed completions in hindsight (HeRL)."""
