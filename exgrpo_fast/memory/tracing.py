@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+from exgrpo_fast.model.attention.layout import Scoring
 from exgrpo_fast.model.attention.sdpa import SideBySideBlock, attend
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.policy import recompute_layers
@@ -271,7 +272,7 @@ def _one_sequence(
     columns = torch.arange(query.shape[2], device=query.device)
     block = SideBySideBlock(columns, columns, columns, shape=(1, len(columns)), taken=columns)
     gathered = block.gather(*(x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)))
-    out = attend(block, *gathered, scaling=scaling, window=None, dropout=0.0)
+    out = attend(block, *gathered, Scoring(scaling))
     return out[None], None
 
 

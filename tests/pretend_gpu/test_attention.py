@@ -7,7 +7,7 @@ import torch
 from pretend_gpu.machine import pretend_gpu
 
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName
-from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.layout import AttentionLayout, Scoring
 
 LAYOUT = AttentionLayout(
     prompt_lengths=torch.tensor([3, 5]),
@@ -25,12 +25,12 @@ def test_shared_key_heads(name: BackendName, dtype: torch.dtype, window: int | N
     generator = torch.Generator().manual_seed(0)
     sizes = (4, 2, 2)  # heads of queries, keys, values
     given = [torch.randn(20, heads, 8, generator=generator).to(dtype) for heads in sizes]
-    options = {"scaling": None, "window": window, "dropout": 0.0}
-    expected = BACKENDS["sdpa"](LAYOUT, torch.device("cpu"))(*given, **options)
+    scoring = Scoring(window=window)
+    expected = BACKENDS["sdpa"](LAYOUT, torch.device("cpu"))(*given, scoring=scoring)
     with pretend_gpu() as gpu:
         attention = BACKENDS[name](LAYOUT, torch.device("cuda"))
         with gpu.waits.during() as waits:
-            found = attention(*(tensor.to("cuda") for tensor in given), **options)
+            found = attention(*(tensor.to("cuda") for tensor in given), scoring=scoring)
         found = found.cpu()
         assert gpu.whole_scores == []
         assert len(waits) == 3  # the copies of this test

@@ -7,7 +7,6 @@ more positions before it.
     layout.py       where prompts and completions lie in a pack
     backends.py     which back ends there are, and which can run here
     interface.py    the way in: what transformers' layers call
-    sdpa.py  flash.py  varlen.py  flex.py      one back end each
-    query_runs.py   the indices that flash and varlen share
+    sdpa.py  flex.py  varlen.py    the back ends; flash and varlen share one file
     blocks.py       one block of sequences after the other, at the memory of one
 """

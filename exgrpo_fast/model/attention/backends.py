@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from exgrpo_fast.model.attention import flash, flex, sdpa, varlen
-from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention import flex, sdpa, varlen
+from exgrpo_fast.model.attention.layout import AttentionLayout, Scoring
 
 BackendName = Literal["flash", "varlen", "flex", "sdpa"]
 AUTO: list[BackendName] = ["flash", "varlen", "sdpa"]  # in this order, as far as they can run
@@ -23,17 +23,12 @@ class PackedAttention(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
+        scoring: Scoring,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size], keys and values [L, key heads, head size] -> as the queries.
 
-        `scaling`: of the scores, None = 1 / sqrt(head size); `window`: tokens that are seen, the
-        own one included, None = all; `sinks`: [heads], a score that takes its share of the softmax
-        and has no value (gpt-oss).
+        `sinks`: [heads], a score that takes its share of the softmax and has no value (gpt-oss).
         """
         ...
 
@@ -45,51 +40,40 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[BackendName, Backend] = {
-    "flash": flash.Flash,
+    "flash": varlen.Flash,
     "varlen": varlen.Varlen,
     "flex": flex.Flex,
     "sdpa": sdpa.SideBySide,
 }
 
 
-def choose(
-    asked: BackendName | Literal["auto"],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    model: Any = None,
-    dropout: bool = False,
-    sinks: bool = False,
-) -> BackendName:
-    """`asked` with `auto` resolved; arguments as for `refusal`."""
+class Facts(TypedDict, total=False):
+    """What decides whether a back end can run."""
+
+    device: Required[torch.device | str]
+    dtype: Required[torch.dtype]  # the compute dtype
+    model: Any  # the transformers config, where it is known already
+    dropout: bool  # whether attention weights are dropped
+    sinks: bool  # whether the model has attention sinks
+
+
+def choose(asked: BackendName | Literal["auto"], **facts: Unpack[Facts]) -> BackendName:
+    """`asked` with `auto` resolved."""
     if asked != "auto":
         return asked
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "model": model}
-    where |= {"dropout": dropout, "sinks": sinks}
-    return next(name for name in AUTO if refusal(name, **where) is None)
+    return next(name for name in AUTO if refusal(name, **facts) is None)
 
 
-def refusal(
-    name: str,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    model: Any = None,
-    dropout: bool = False,
-    sinks: bool = False,
-) -> str | None:
-    """Why a back end cannot run, as the end of a sentence that begins with its name; else None.
-
-    `dtype`: the compute dtype; `model`: the transformers config, where it is known already;
-    `dropout`: whether attention weights are dropped; `sinks`: whether the model has attention sinks.
-    """
+def refusal(name: str, **facts: Unpack[Facts]) -> str | None:
+    """Why a back end cannot run, as the end of a sentence that begins with its name; else None."""
     if name == "sdpa":
         return None
-    if dropout and name != "flash":
+    if facts.get("dropout") and name != "flash":
         return "has no dropout, which model.dropout asks for; take sdpa or auto"
-    if sinks and name != "flex":
+    if facts.get("sinks") and name != "flex":
         return "has no attention sinks, which this model has; take sdpa or auto"
-    return _device_refusal(name, torch.device(device), dtype) or _model_refusal(name, model)
+    refused = _device_refusal(name, torch.device(facts["device"]), facts["dtype"])
+    return refused or _model_refusal(name, facts.get("model"))
 
 
 def _device_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -103,7 +87,7 @@ def _device_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str 
         return "needs a GPU of compute capability 8.0 or more; take sdpa or auto"
     if name == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "needs flash-attn: pip install 'exgrpo-fast[flash]'; or take auto"
-    if name == "varlen" and varlen.kernel() is None:
+    if name == "varlen" and varlen.varlen_kernel() is None:
         return "needs torch 2.11 or later; take sdpa or auto"
     return None
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from exgrpo_fast.model.attention.layout import Scoring
+
 
 @dataclass(frozen=True)
 class Block:
@@ -27,8 +29,8 @@ class Block:
 
 
 OneBlock = TypeVar("OneBlock", bound=Block)
-# (block, its queries, its keys, its values, sinks) -> its outputs, [answered, heads, head size]
-Attend = Callable[[OneBlock, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+# (block, its queries, its keys, its values, scoring, sinks) -> its outputs, [answered, heads, head size]
+Attend = Callable[[OneBlock, Tensor, Tensor, Tensor, Scoring, Tensor | None], Tensor]
 
 
 def block_by_block(
@@ -37,8 +39,7 @@ def block_by_block(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    dropout: float,
+    scoring: Scoring,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The outputs of all blocks, in the order of the pack.
@@ -46,9 +47,9 @@ def block_by_block(
     Several blocks are made again in the backward pass, one at a time, so that what they gather is
     held for one of them alone. With dropout, whose noise would be another, they are kept.
     """
-    if len(blocks) > 1 and not dropout:
-        return _Remade.apply(attend, blocks, query, key, value, sinks)  # pyright: ignore
-    made = [attend(block, *block.gather(query, key, value), sinks) for block in blocks]
+    if len(blocks) > 1 and not scoring.dropout:
+        return _Remade.apply(attend, blocks, scoring, query, key, value, sinks)  # pyright: ignore
+    made = [attend(block, *block.gather(query, key, value), scoring, sinks) for block in blocks]
     if len(blocks) == 1:
         return made[0]
     places = torch.arange(len(query), device=query.device)
@@ -62,16 +63,17 @@ class _Remade(torch.autograd.Function):
         ctx: Any,
         attend: Attend[OneBlock],
         blocks: Sequence[OneBlock],
+        scoring: Scoring,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
     ) -> Tensor:
-        ctx.attend, ctx.blocks = attend, blocks
+        ctx.attend, ctx.blocks, ctx.scoring = attend, blocks, scoring
         ctx.save_for_backward(query, key, value, sinks)
         out = value.new_empty(*query.shape[:2], value.shape[2])
         for block in blocks:
-            out[block.answered] = attend(block, *block.gather(query, key, value), sinks)
+            out[block.answered] = attend(block, *block.gather(query, key, value), scoring, sinks)
         return out
 
     @staticmethod
@@ -84,7 +86,7 @@ class _Remade(torch.autograd.Function):
             inputs = [x.detach().requires_grad_() for x in block.gather(*saved)]
             own = [] if sinks is None else [sinks.detach().requires_grad_()]
             with torch.enable_grad():
-                out = ctx.attend(block, *inputs, *(own or [None]))
+                out = ctx.attend(block, *inputs, ctx.scoring, *(own or [None]))
             found = torch.autograd.grad(out, inputs + own, _rows(grads[0], block.answered))
             del out, inputs
             rows = (block.query_rows, block.key_rows, block.key_rows)
@@ -92,7 +94,7 @@ class _Remade(torch.autograd.Function):
                 _add_rows(total, of_part, part)
             if total_sinks is not None:
                 total_sinks += found[-1]
-        return None, None, *totals, total_sinks
+        return None, None, None, *totals, total_sinks
 
 
 def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:

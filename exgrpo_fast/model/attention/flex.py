@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import (
 )
 
 from exgrpo_fast.core.transfer import to_device
-from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.layout import AttentionLayout, Scoring
 
 
 class Flex:
@@ -35,18 +35,15 @@ class Flex:
         query: Tensor,  # [L, heads, head size]
         key: Tensor,  # [L, key heads, head size]
         value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
+        scoring: Scoring,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size]."""
-        assert not dropout, "flex_attention has no dropout"
+        assert not scoring.dropout, "flex_attention has no dropout"
         out, aux = _flex_attention(query.device.type)(
             *(x.transpose(0, 1)[None] for x in (query, key, value)),
-            block_mask=self._mask(window),
-            scale=scaling,
+            block_mask=self._mask(scoring.window),
+            scale=scoring.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=sinks is not None),
         )

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.attention.backends import PackedAttention
+from exgrpo_fast.model.attention.layout import Scoring
 from exgrpo_fast.model.attention.sdpa import attend_with_sinks
 
 ATTENTION = "exgrpo_packed"
@@ -76,9 +77,8 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     packed.num_calls += 1
-    out = packed.attention(
-        query, key, value, scaling=scaling, window=sliding_window, dropout=dropout, sinks=s_aux
-    )
+    scoring = Scoring(scaling, sliding_window, dropout)
+    out = packed.attention(query, key, value, scoring, s_aux)
     return out[None], None
 
 

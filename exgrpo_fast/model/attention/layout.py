@@ -12,9 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Scoring(NamedTuple):
+    """How a layer scores its keys, and what it drops."""
+
+    scaling: float | None = None  # of the scores; None: 1 / sqrt(head size)
+    window: int | None = None  # tokens that are seen, the own one included; None: all
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

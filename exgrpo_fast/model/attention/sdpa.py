@@ -12,7 +12,6 @@ Legend of shapes: that of layout.py, and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.blocks import Block, block_by_block
-from exgrpo_fast.model.attention.layout import AttentionLayout
+from exgrpo_fast.model.attention.layout import AttentionLayout, Scoring
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,11 @@ class SideBySide:
         query: Tensor,  # [L, heads, head size]
         key: Tensor,  # [L, key heads, head size]
         value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
+        scoring: Scoring,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """[L, heads, head size]."""
-        of_block = partial(attend, scaling=scaling, window=window, dropout=dropout)
-        return block_by_block(
-            of_block, self.blocks, query, key, value, dropout=dropout, sinks=sinks
-        )
+        return block_by_block(attend, self.blocks, query, key, value, scoring, sinks)
 
 
 def attend(
@@ -75,14 +68,11 @@ def attend(
     query: Tensor,  # [B * C, heads, head size]
     key: Tensor,  # [B * C, key heads, head size]
     value: Tensor,
+    scoring: Scoring,
     sinks: Tensor | None = None,  # [heads]
-    *,
-    scaling: float | None,
-    window: int | None,
-    dropout: float,
 ) -> Tensor:
     """[answered, heads, head size]."""
-    mask = block.window(window)
+    mask = block.window(scoring.window)
     # Fused kernels then want as many key heads as heads; the one that shares them takes no float32,
     # and without any SDPA would hold all scores [B, heads, C, C].
     wants_all_heads = query.is_cuda and query.dtype == torch.float32
@@ -90,20 +80,21 @@ def attend(
         shared = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     query, key, value = (x.unflatten(0, block.shape).transpose(1, 2) for x in (query, key, value))
-    options: dict[str, Any] = {"is_causal": mask is None, "dropout_p": dropout}
+    options: dict[str, Any] = {"is_causal": mask is None, "dropout_p": scoring.dropout}
     if sinks is not None:
         # A query in front for the sink's key in front: the mask stays square, and causal.
         mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
         query = F.pad(query, (0, 0, 1, 0))
-        out = attend_with_sinks(query, key, value, sinks, mask=mask, scaling=scaling, **options)
-        out = out[:, :, 1:]
+        out = attend_with_sinks(
+            query, key, value, sinks, mask=mask, scaling=scoring.scaling, **options
+        )[:, :, 1:]
     else:
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            scale=scaling,
+            scale=scoring.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
             **options,
         )

@@ -1,19 +1,142 @@
-"""torch's own kernel for sequences of varying length: CUDA, bfloat16 or float16, no dropout."""
+"""Kernels for sequences of varying length, flash-attn's and torch's own: CUDA, bfloat16 or float16.
+
+A sequence is a completion. Its keys and values are those of its prompt and its own; its queries are
+its own, and the first completion of a prompt brings the prompt's along. So the queries of all
+sequences, one behind the other, are the pack as it stands, and keys and values alone are gathered.
+The last query stands beside the last key: causality is aligned to the bottom right.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exgrpo_fast.model.attention.layout import AttentionLayout
-from exgrpo_fast.model.attention.query_runs import QueryRun, RunByRun
+from exgrpo_fast.core.transfer import to_device
+from exgrpo_fast.model.attention.blocks import Block, block_by_block, greedy_blocks
+from exgrpo_fast.model.attention.layout import AttentionLayout, Scoring
+
+# Keys and values of twice the pack are what the side-by-side back end holds, whose queries and
+# outputs are gathered as well: no back end takes more than the memory plan knows of.
+GATHERED_KEYS = 2
 
 
-def kernel() -> Callable[..., Tensor] | None:
+@dataclass(frozen=True)
+class QueryRun(Block):
+    """Neighbouring sequences of a pack, for one call of a kernel."""
+
+    cu_seqlens_q: Tensor  # int32 [sequences + 1], where sequences begin and end among the queries
+    cu_seqlens_k: Tensor  # int32 [sequences + 1], and among the keys
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @property
+    def extents(self) -> tuple[Tensor, Tensor, int, int]:
+        """In the order in which both kernels take them."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
+
+
+class RunByRun(ABC):
+    """One pack's attention by a kernel that is called for each run."""
+
+    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
+        self.runs = query_runs(layout, device)
+
+    def __call__(
+        self,
+        query: Tensor,  # [L, heads, head size]
+        key: Tensor,  # [L, key heads, head size]
+        value: Tensor,
+        scoring: Scoring,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """[L, heads, head size]."""
+        assert sinks is None, "this kernel has no attention sinks"
+        return block_by_block(self.attend, self.runs, query, key, value, scoring)
+
+    @abstractmethod
+    def attend(
+        self,
+        run: QueryRun,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scoring: Scoring,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """The outputs of one run, for the rows of the pack that it gathers."""
+
+
+class Flash(RunByRun):
+    """The `flash` back end for one pack."""
+
+    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
+        super().__init__(layout, device)
+        self.kernel = flash_kernel()
+
+    def attend(
+        self,
+        run: QueryRun,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scoring: Scoring,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        return self.kernel(
+            query,
+            key,
+            value,
+            *run.extents,
+            dropout_p=scoring.dropout,
+            softmax_scale=scoring.scaling,
+            causal=True,
+            # tokens to the left of the query's own, which is seen as well
+            window_size=(-1, -1) if scoring.window is None else (scoring.window - 1, 0),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+def flash_kernel() -> Any:
+    """`flash_attn_varlen_func`; since 2.1 its causal mask is aligned to the bottom right."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func
+
+
+class Varlen(RunByRun):
+    """The `varlen` back end for one pack, which has no dropout."""
+
+    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
+        found = varlen_kernel()
+        assert found is not None, "torch.nn.attention.varlen is missing"
+        super().__init__(layout, device)
+        self.kernel = found
+
+    def attend(
+        self,
+        run: QueryRun,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scoring: Scoring,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        assert not scoring.dropout, "varlen_attn has no dropout"
+        # (-1, 0) is causal; else tokens to the left of the query's own, which is seen as well
+        window = (-1 if scoring.window is None else scoring.window - 1, 0)
+        return self.kernel(
+            query, key, value, *run.extents, scale=scoring.scaling, window_size=window
+        )
+
+
+def varlen_kernel() -> Callable[..., Tensor] | None:
     """`varlen_attn`, FlashAttention-2 with its causal mask aligned to the bottom right.
 
     None where this torch has none, or one that takes neither scale nor window.
@@ -30,36 +153,47 @@ def kernel() -> Callable[..., Tensor] | None:
     return partial(varlen_attn, **grouped)  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
-class Varlen(RunByRun):
-    """The `varlen` back end for one pack."""
+def query_runs(layout: AttentionLayout, device: torch.device) -> list[QueryRun]:
+    """One run, or several where it would gather more than `GATHERED_KEYS` for each token.
 
-    def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
-        found = kernel()
-        assert found is not None, "torch.nn.attention.varlen is missing"
-        super().__init__(layout, device)
-        self.kernel = found
+    Several gather half as many each: the pack's own keys and values are kept beside them.
+    """
+    asking, own, whole = layout.asking, layout.completion_lengths, layout.sequence_lengths
+    lengths_q = torch.where(layout.is_first, whole, own)[asking]
+    lengths_k = whole[asking]
+    most = GATHERED_KEYS * layout.num_tokens
+    capacity = most if int(lengths_k.sum()) <= most else most // 2
+    runs, start = [], 0
+    for members in greedy_blocks(lengths_k.tolist(), capacity=capacity):
+        sequences, stop = asking[members].tolist(), start + int(lengths_q[members].sum())
+        places = slice(start, stop)
+        runs.append(_run(layout, sequences, places, lengths_q[members], lengths_k[members], device))
+        start = stop
+    return runs
 
-    def attend(
-        self,
-        run: QueryRun,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        dropout: float,
-    ) -> Tensor:
-        assert not dropout, "varlen_attn has no dropout"
-        return self.kernel(
-            query,
-            key,
-            value,
-            run.cu_seqlens_q,
-            run.cu_seqlens_k,
-            run.max_seqlen_q,
-            run.max_seqlen_k,
-            scale=scaling,
-            # (-1, 0) is causal; else tokens to the left of the query's own, which is seen as well
-            window_size=(-1 if window is None else window - 1, 0),
-        )
+
+def _run(
+    layout: AttentionLayout,
+    sequences: Sequence[int],
+    places: slice,
+    lengths_q: Tensor,
+    lengths_k: Tensor,
+    device: torch.device,
+) -> QueryRun:
+    key_rows = torch.cat([layout.sequence_places(s) for s in sequences])
+    key_rows, cu_seqlens_q, cu_seqlens_k = to_device(
+        [key_rows, _cumulative(lengths_q), _cumulative(lengths_k)], device
+    )
+    return QueryRun(
+        query_rows=places,
+        key_rows=key_rows,
+        answered=places,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=int(lengths_q.max()),
+        max_seqlen_k=int(lengths_k.max()),
+    )
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

@@ -11,9 +11,10 @@ import torch.nn.attention.flex_attention as flex_attention
 from attention_cases import SHAPES, FlashAttn, VarlenAttn, each_alone, layout_of
 from transformers import DeepseekV3Config, LlamaConfig, Qwen3Config
 
-from exgrpo_fast.model.attention import backends, flash, query_runs, sdpa, varlen
+from exgrpo_fast.model.attention import backends, sdpa, varlen
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
 from exgrpo_fast.model.attention.blocks import greedy_blocks
+from exgrpo_fast.model.attention.layout import Scoring
 
 CPU, NAMES = torch.device("cpu"), list(BACKENDS)
 # flex_attention is slow where it is not compiled
@@ -26,8 +27,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, FlashAttn]:
     """In the place of what runs on CUDA alone; flex_attention's backward needs no more than leave."""
     found = {"flash": FlashAttn(), "varlen": VarlenAttn()}
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
-    monkeypatch.setattr(flash, "kernel", lambda: found["flash"])
-    monkeypatch.setattr(varlen, "kernel", lambda: partial(found["varlen"], enable_gqa=True))
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: found["flash"])
+    monkeypatch.setattr(varlen, "varlen_kernel", lambda: partial(found["varlen"], enable_gqa=True))
     return found
 
 
@@ -62,7 +63,7 @@ def test_outputs_and_gradients_are_those_of_each_completion_alone(
     how: dict[str, Any] = {"scaling": scaling, "window": window}
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         inputs = random_heads(layout.num_tokens, heads=heads, key_heads=key_heads, dtype=dtype)
-        found = outputs_and_gradients(partial(attention, dropout=0.0, **how), inputs)
+        found = outputs_and_gradients(partial(attention, scoring=Scoring(**how)), inputs)
         expected = outputs_and_gradients(partial(each_alone, SHAPES[shape], **how), inputs)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -82,15 +83,13 @@ def test_attention_sinks_take_their_share_of_each_softmax(
     qkv = random_heads(layout.num_tokens, heads=4, key_heads=2, dtype=torch.float64)
     sinks = torch.tensor([-1.0, 0.0, 1.5, 3.0], dtype=torch.float64)
     inputs = [*qkv[:3], sinks, qkv[3]]
-    found = outputs_and_gradients(
-        lambda q, k, v, s: attention(q, k, v, dropout=0.0, sinks=s, **how), inputs
-    )
+    found = outputs_and_gradients(lambda q, k, v, s: attention(q, k, v, Scoring(**how), s), inputs)
     expected = outputs_and_gradients(
         lambda q, k, v, s: each_alone(SHAPES[shape], q, k, v, sinks=s, **how), inputs
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
-    without = attention(*qkv[:3], dropout=0.0, **how)
+    without = attention(*qkv[:3], scoring=Scoring(**how))
     assert (found[0] - without).abs().max() > 0.1
 
 
@@ -101,18 +100,18 @@ def test_prompts_are_gathered_within_bounds(name: BackendName, kernels: Any) -> 
     layout = layout_of(shape)
     inputs = random_heads(layout.num_tokens, heads=2, key_heads=1, dtype=torch.float64)
     attention = BACKENDS[name](layout, CPU)
-    attention(*inputs[:3], scaling=None, window=None, dropout=0.0)
+    attention(*inputs[:3], scoring=Scoring())
     keys = kernels[name].keys
     assert sum(keys) == sum(40 + length for length in shape[0][1]) == 335
     assert len(keys) == 8 and max(keys) <= layout.num_tokens
     del keys[:]
-    outputs_and_gradients(partial(attention, scaling=None, window=None, dropout=0.0), inputs)
+    outputs_and_gradients(partial(attention, scoring=Scoring()), inputs)
     assert sorted(keys) == sorted(2 * keys[:8]), "each block is made again in the backward pass"
 
 
 def test_nothing_is_gathered_twice_where_nothing_is_shared() -> None:
     layout = layout_of(SHAPES["nothing shared"])
-    (run,) = query_runs.query_runs(layout, CPU)
+    (run,) = varlen.query_runs(layout, CPU)
     assert run.key_rows.tolist() == list(range(layout.num_tokens))
     assert torch.equal(run.cu_seqlens_q, run.cu_seqlens_k)
 
@@ -188,12 +187,12 @@ def test_varlen_wants_scale_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def told(query, key, value, *rest, scale=None, window_size=None, enable_gqa=False) -> None: ...
 
-    assert varlen.kernel() is not None  # of every torch that is supported
+    assert varlen.varlen_kernel() is not None  # of every torch that is supported
     monkeypatch.setattr(module, "varlen_attn", told)
-    found = varlen.kernel()
+    found = varlen.varlen_kernel()
     assert found is not None and found.keywords == {"enable_gqa": True}  # pyright: ignore
     monkeypatch.setattr(module, "varlen_attn", old)
-    assert varlen.kernel() is None
+    assert varlen.varlen_kernel() is None
     monkeypatch.setattr(module, "varlen_attn", new)
-    untold = varlen.kernel()
+    untold = varlen.varlen_kernel()
     assert untold is not None and untold.keywords == {}  # pyright: ignore

@@ -21,7 +21,7 @@ from transformers import (
 
 from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.config import ConfigError, validate
-from exgrpo_fast.model.attention import flash, varlen
+from exgrpo_fast.model.attention import varlen
 from exgrpo_fast.model.attention.backends import BackendName
 from exgrpo_fast.model.lora import add_adapter
 from exgrpo_fast.model.packing import Pack, Ragged, pack
@@ -64,9 +64,9 @@ def make_model(name: str) -> PreTrainedModel:
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back ends whose kernels run on CUDA alone get them by their documentation."""
-    monkeypatch.setattr(flash, "kernel", FlashAttn)
+    monkeypatch.setattr(varlen, "flash_kernel", FlashAttn)
     told = functools.partial(functools.partial, enable_gqa=True)
-    monkeypatch.setattr(varlen, "kernel", lambda: told(VarlenAttn()))
+    monkeypatch.setattr(varlen, "varlen_kernel", lambda: told(VarlenAttn()))
     monkeypatch.setattr("exgrpo_fast.model.policy.refusal", lambda name, **where: None)
 
 
