@@ -174,7 +174,7 @@ def test_a_sharded_pass_is_checked_before_each_collective() -> None:
 
 
 def test_fsdp_calls_the_hooks_of_a_sharded_parameter_and_goes_back_twice() -> None:
-    """gradient_release: with the shard of each gradient, in both passes over one graph. fsdp.py: a
+    """gradient_release: with the shard of each gradient, in both passes over one graph. sharded_policy.py: a
     module knows whether a pass has begun."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:

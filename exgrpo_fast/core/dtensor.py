@@ -128,16 +128,12 @@ def read_shards(
     tensors: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        if name in names:
-            tensors[name] = _room_for(stored, mesh)
+        dtype = stored.properties.dtype
+        if name in names and mesh is None:
+            tensors[name] = torch.empty(stored.size, dtype=dtype)
+        elif name in names:  # FSDP2 parts the first dimension of everything
+            placed = {"device_mesh": mesh, "placements": [Shard(0)]}
+            tensors[name] = empty(stored.size, dtype=dtype, **placed)
     with warnings.catch_warnings(action="ignore"):  # that it reads on its own
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
-
-
-def _room_for(stored: TensorStorageMetadata, mesh: DeviceMesh | None) -> Tensor:
-    """FSDP2 parts the first dimension of everything."""
-    dtype = stored.properties.dtype
-    if mesh is None:
-        return torch.empty(stored.size, dtype=dtype)
-    return empty(stored.size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])

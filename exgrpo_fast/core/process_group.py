@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -174,7 +174,7 @@ class Processes:
         found = self.gather(dict(figures))
         for name in figures:
             values = [part[name] for part in found]
-            if any_differs(values):
+            if len({json.dumps(value) for value in values}) > 1:  # as JSON: NaN equals itself
                 raise RanksDiverged(
                     f"{what}: the processes differ in {name}: {', '.join(map(str, values))}; "
                     f"the last checkpoint can be resumed"
@@ -183,11 +183,6 @@ class Processes:
 
 SINGLE_PROCESS = Processes()
 LOST = ("gloo", "Gloo", "NCCL", "onnection", "Broken pipe")  # in the errors of a collective
-
-
-def any_differs(values: Sequence[Any]) -> bool:
-    """Compared as JSON, so that NaN equals itself."""
-    return len({json.dumps(value) for value in values}) > 1
 
 
 @contextlib.contextmanager

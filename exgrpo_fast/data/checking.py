@@ -167,11 +167,7 @@ def _names(row: Mapping[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-class _Absent:
-    pass
-
-
-_ABSENT = _Absent()
+_ABSENT = object()
 
 
 def _lookup(row: Mapping[str, Any], name: str) -> Any:
@@ -212,7 +208,7 @@ class _Checker:
             answer = full if is_gym else _gold(full)
             prompt = self._without_answer(prompt, answer)
             content = content_id(prompt, answer)
-            identity = content if self.id_field is None else self._id(row, self.id_field)
+            identity = content if self.id_field is None else _id(row, self.id_field)
             if identity in self.seen and not is_gym:
                 where, known = self.seen[identity]
                 if known == content:
@@ -222,34 +218,29 @@ class _Checker:
                 raise Fault(f"another question than line {line}, id '{printable(identity)}'")
         except Fault as fault:
             return BadRow(row.where, str(fault))
-        if identity in self.seen:
-            identity = self._numbered(identity)
+        if identity in self.seen:  # a generator may draw the same question twice
+            numbered = (f"{identity}-{n}" for n in itertools.count(2))
+            identity = next(new for new in numbered if new not in self.seen)
         asked = content_id(prompt, "")
         self.num_contradicting += asked in self.prompts and not is_gym
         self.prompts.add(asked)
         self.seen[identity] = (row.where, content)
-        return CheckedRow(
-            row.where, identity, prompt, answer, self._columns(row, given, full, answer)
-        )
+        # Every other field; the answer's, too, where a reward may ask for it by its own name.
+        columns = {k: v for k, v in row.fields.items() if k not in (self.prompt_field, "answer")}
+        if answer != full:
+            columns.setdefault("solution", full)
+        if not isinstance(given, str):
+            columns["answer"] = given
+        return CheckedRow(row.where, identity, prompt, answer, columns)
 
     def notes(self) -> list[str]:
-        notes = []
-        if self.num_repeated:
-            notes.append(f"{self.num_repeated} rows repeat a question: merged")
-        if self.num_contradicting:
-            notes.append(
-                f"{self.num_contradicting} rows ask a question again, with another answer: all kept"
-            )
-        if self.num_stripped:
-            notes.append(
-                f"{self.num_stripped} rows end with the assistant's answer: left out of the prompt"
-            )
-        if self.num_continued:
-            notes.append(
-                f"{self.num_continued} rows end with a message of the assistant: completions "
-                "continue it"
-            )
-        return notes
+        counted = [
+            (self.num_repeated, "repeat a question: merged"),
+            (self.num_contradicting, "ask a question again, with another answer: all kept"),
+            (self.num_stripped, "end with the assistant's answer: left out of the prompt"),
+            (self.num_continued, "end with a message of the assistant: completions continue it"),
+        ]
+        return [f"{count} rows {what}" for count, what in counted if count]
 
     def _without_answer(
         self, prompt: str | list[dict[str, Any]], answer: str
@@ -264,26 +255,6 @@ class _Checker:
             raise Fault(f"field '{self.prompt_field}': nothing but the assistant's answer")
         self.num_stripped += 1
         return prompt[:-1]
-
-    @staticmethod
-    def _id(row: Row, id_field: str) -> str:
-        given = _value(row, id_field)
-        if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-            raise Fault(f"field '{id_field}': {kind(given)} instead of an id")
-        return str(given)
-
-    def _numbered(self, identity: str) -> str:
-        """A generator may draw the same question twice; that is no fault of a file."""
-        return next(new for n in itertools.count(2) if (new := f"{identity}-{n}") not in self.seen)
-
-    def _columns(self, row: Row, given: Any, full: str, answer: str) -> dict[str, Any]:
-        """Every other field; the answer's, too, where a reward may ask for it by its own name."""
-        columns = {k: v for k, v in row.fields.items() if k not in (self.prompt_field, "answer")}
-        if answer != full:
-            columns.setdefault("solution", full)
-        if not isinstance(given, str):
-            columns["answer"] = given
-        return columns
 
 
 def content_id(prompt: str | Sequence[Mapping[str, Any]], answer: str) -> str:
@@ -302,6 +273,13 @@ def _value(row: Row, name: str) -> Any:
     if value is _ABSENT:
         raise Fault(f"missing field '{name}'")
     return value
+
+
+def _id(row: Row, name: str) -> str:
+    given = _value(row, name)
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise Fault(f"field '{name}': {kind(given)} instead of an id")
+    return str(given)
 
 
 def _prompt(value: Any, name: str) -> str | list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data.checking import (
     CheckedRow,
-    DataReport,
     FieldNames,
     check_data,
     content_id,
@@ -63,12 +62,20 @@ def load_questions(
             elif len(made.prompt_ids) <= max_prompt_tokens:
                 questions.append(made)
             elif overlong_prompts == "refuse":
-                raise DataError(_overlong(row, made, max_prompt_tokens))
+                raise DataError(
+                    f"{row.where}: the prompt has {len(made.prompt_ids)} tokens, above "
+                    f"data.max_prompt_tokens {max_prompt_tokens} (data.overlong_prompts drop leaves "
+                    f"such rows out)"
+                )
             else:
                 num_overlong += 1
         if len(questions) >= wanted:
             break
-    _refuse_too_many(report, bad_rows, max_bad_rows)
+    if len(bad_rows) > max_bad_rows * report.num_rows:
+        raise DataError(
+            f"data {report.name}: {len(bad_rows)} of {report.num_rows} rows are malformed, "
+            f"data.max_bad_rows allows {max_bad_rows:g} of them; the first: {bad_rows[0]}"
+        )
     if not questions[:wanted]:
         raise DataError(
             f"data {report.name}: no usable question in {report.num_rows} rows: {len(bad_rows)} "
@@ -86,21 +93,6 @@ def first_questions(
     if len(bad) == len(made):
         raise none_usable(source, bad)
     return [question for question in made if isinstance(question, Question)]
-
-
-def _overlong(row: CheckedRow, question: Question, limit: int) -> str:
-    return (
-        f"{row.where}: the prompt has {len(question.prompt_ids)} tokens, above "
-        f"data.max_prompt_tokens {limit} (data.overlong_prompts drop leaves such rows out)"
-    )
-
-
-def _refuse_too_many(report: DataReport, bad_rows: Sequence[BadRow], max_bad_rows: float) -> None:
-    if len(bad_rows) > max_bad_rows * report.num_rows:
-        raise DataError(
-            f"data {report.name}: {len(bad_rows)} of {report.num_rows} rows are malformed, "
-            f"data.max_bad_rows allows {max_bad_rows:g} of them; the first: {bad_rows[0]}"
-        )
 
 
 def question_from_text(

@@ -7,7 +7,7 @@ import datetime
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Rows:
-    for number, row in enumerate(parquet_rows(path), start=1):
-        yield _plain_row(f"{path}:{number}", row)
+    return _plain_rows(str(path), parquet_rows(path))
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {
@@ -175,10 +174,11 @@ _OTHER_SUFFIXES = {
 # --- rows of a table ------------------------------------------------------------------------------
 
 
-def _plain_row(where: str, row: Mapping[str, Any]) -> Row | BadRow:
-    fields = {str(key): _plain(value) for key, value in row.items()}
-    fault = text_fault(fields)
-    return BadRow(where, fault) if fault else Row(where, fields)
+def _plain_rows(source: str, rows: Iterable[Any]) -> Rows:
+    for number, row in enumerate(rows, start=1):
+        where, fields = f"{source}:{number}", _plain(dict(row))
+        fault = text_fault(fields)
+        yield BadRow(where, fault) if fault else Row(where, fields)
 
 
 def _plain(value: Any) -> Any:
@@ -219,8 +219,7 @@ def _hub_rows(source: str) -> Rows:
         raise DataError(
             f"data '{source}': no such file, and as a hub dataset: {first_line(error)}"
         ) from None
-    for number, row in enumerate(rows, start=1):
-        yield _plain_row(f"{source}:{number}", dict(row))
+    yield from _plain_rows(source, rows)
 
 
 # --- tasks of reasoning-gym -----------------------------------------------------------------------

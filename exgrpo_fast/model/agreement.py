@@ -72,7 +72,7 @@ class PassCheck:
         module.set_custom_reduce_scatter(_CheckedReduceScatter(self))
 
 
-class _CheckedAllGather(DefaultAllGather):
+class _Checked:
     """`allocate` comes before, so that memory does not run out between check and collective."""
 
     def __init__(self, check: PassCheck) -> None:
@@ -80,13 +80,13 @@ class _CheckedAllGather(DefaultAllGather):
 
     def __call__(self, *tensors: Any, **options: Any) -> Any:
         self.check()
-        return super().__call__(*tensors, **options)
+        collective: Any = super()
+        return collective.__call__(*tensors, **options)
 
 
-class _CheckedReduceScatter(DefaultReduceScatter):
-    def __init__(self, check: PassCheck) -> None:
-        self.check = check
+class _CheckedAllGather(_Checked, DefaultAllGather):
+    pass
 
-    def __call__(self, *tensors: Any, **options: Any) -> Any:
-        self.check()
-        return super().__call__(*tensors, **options)
+
+class _CheckedReduceScatter(_Checked, DefaultReduceScatter):
+    pass

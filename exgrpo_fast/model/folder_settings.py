@@ -14,11 +14,7 @@ import jinja2
 import transformers
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
-from exgrpo_fast.model.folder_reading import (
-    GENERATION,
-    PolicyError,
-    generation_settings,
-)
+from exgrpo_fast.model.folder_reading import GENERATION, PolicyError, generation_settings
 
 # Rotary embeddings whose frequencies follow the longest sequence that is read with them.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -206,31 +202,21 @@ def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
 
     `dropout`: whether the update follows that of the config.
     """
-    found = [f"{key} {value}" for key, value in sampling_defaults(name).items()]
+    values = generation_settings(name)
+    found = [
+        f"{key} {values[key]}"
+        for key, neutral in SAMPLING.items()
+        if values.get(key) is not None and values[key] not in neutral
+    ]
     if getattr(config, "use_cache", True) is False:
         found.append("use_cache False")
     if not dropout:
-        found += [f"{key} {value}" for key, value in dropout_settings(config).items()]
+        found += [
+            f"{key} {value}"
+            for key, value in config.to_dict().items()
+            if "drop" in key and isinstance(value, float) and value > 0.0
+        ]
     return found
-
-
-def sampling_defaults(name: str) -> dict[str, Any]:
-    """Of generation_config.json, those that would change what is drawn."""
-    values = generation_settings(name)
-    return {
-        key: values[key]
-        for key, neutral in SAMPLING.items()
-        if values.get(key) is not None and values[key] not in neutral
-    }
-
-
-def dropout_settings(config: Any) -> dict[str, float]:
-    """Probabilities of dropout in a model's config."""
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if "drop" in key and isinstance(value, float) and value > 0.0
-    }
 
 
 # --- end of a turn --------------------------------------------------------------------------------
@@ -244,13 +230,9 @@ def unlisted_turn_end(tokenizer: Any, eos_token_ids: Iterable[int]) -> str | Non
     if not getattr(tokenizer, "chat_template", None):
         return None
     answer = "42"
-    asked = [{"role": "user", "content": "6 x 7?"}]
+    turns = [{"role": "user", "content": "6 x 7?"}, {"role": "assistant", "content": answer}]
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                [*asked, {"role": "assistant", "content": answer}], tokenize=False
-            )
-        )
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template is a program; data loading says what it refuses
         return None
     behind = text[text.rfind(answer) + len(answer) :]

@@ -183,8 +183,9 @@ def merged_weights(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[str
     `tied`: a weight that stands under two names comes twice, as an engine that packs its weights
     needs it.
     """
-    state = [*model.named_parameters(remove_duplicate=not tied), *_saved_buffers(model)]
-    for name, weight in state:
+    saved = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, weight in [*model.named_parameters(remove_duplicate=not tied), *buffers]:
         if ".lora_" in name:
             continue
         layer_name, _, leaf = name.rpartition(".")
@@ -251,11 +252,6 @@ def random_adapter(model: nn.Module, *, seed: int = 0, share: float = 0.3) -> It
         with torch.no_grad():
             for b, before in kept:
                 b.copy_(before)
-
-
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    saved = model.state_dict().keys()
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def plain(weight: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.transfer import to_device
-from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, choose, refusal
+from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, Facts, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
 from exgrpo_fast.model.folder_reading import PolicyError, read_generation_config
 from exgrpo_fast.model.folder_settings import positions, refuse_unsupported
 from exgrpo_fast.model.frozen import hold_linear_layers_in
 from exgrpo_fast.model.head_gradient import summed_in_place
-from exgrpo_fast.model.lora import merged_weights
+from exgrpo_fast.model.lora import merged_weights, trainable
 from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
 from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack, padded_ids
 from exgrpo_fast.model.renamed import checkpointing_enable
@@ -120,17 +120,22 @@ class Policy:
         if model.get_output_embeddings() is None:
             raise PolicyError(f"{model.config.model_type}: the model has no language-model head")
         self.attention: BackendName = self._choose_attention(attention)
-        self.own_attention: str = _own_attention(model)
+        chosen = str(model.config._attn_implementation)  # by transformers, unless it was a policy's
+        self.own_attention = "eager" if chosen == ATTENTION else chosen
         model.set_attn_implementation(ATTENTION)
         if gradient_checkpointing:
             recompute_layers(model)
         if tile_tokens:
-            _check_tileable(model)
+            if not all(map(dense_mlp, decoder_layers(model))):
+                raise PolicyError(
+                    f"model.tile_tokens: the layers of {model.config.model_type} have no dense MLP "
+                    f"to run over tiles; set it to 0"
+                )
             run_in_tiles(model, tile_tokens)
         model.train()
 
     def _choose_attention(self, asked: BackendName | Literal["auto"]) -> BackendName:
-        facts: dict[str, Any] = {
+        facts: Facts = {
             "device": self.device,
             "dtype": self.compute_dtype,
             "model": self.model.config,
@@ -154,7 +159,7 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        layer = self._head_layer()
+        layer: Any = self.model.get_output_embeddings()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
@@ -163,12 +168,9 @@ class Policy:
         """Tokens that one pass reads, as they fit: `sizes` holds them."""
         return self.sizes.max_tokens_per_microbatch
 
-    def _head_layer(self) -> Any:
-        return self.model.get_output_embeddings()
-
     @property
     def trainable_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return trainable(self.model)
 
     def freeze(self) -> None:
         """Train nothing, from now on: a reference, a prior, a copy for generation."""
@@ -274,6 +276,9 @@ class Policy:
                     continue
                 weight, bias, softcap = self.head_for(hidden_ND)
                 places = packed.places_in(completions)
+                kept_ids = None
+                if kept is not None:
+                    (kept_ids,) = to_device([padded_ids(kept.pick(places))], self.device)
                 out = linear_logprob(
                     hidden_ND,
                     weight,
@@ -281,7 +286,7 @@ class Policy:
                     bias=bias,
                     temperature=self.temperature,
                     softcap=softcap,
-                    kept_ids=self._kept_ids(kept, places),
+                    kept_ids=kept_ids,
                     chunk_rows=self.sizes.chunk_rows,
                 )
                 del hidden_ND, weight  # the next pack needs the room
@@ -289,13 +294,6 @@ class Policy:
                 logprobs[rows], entropies[rows] = out.logprobs, out.entropy
         self.processes.all_reduce_sum_(found)  # each is 0 in all processes but one
         return Scores(logprobs, entropies, completions.lengths)
-
-    def _kept_ids(self, kept: Ragged | None, places: Tensor) -> Tensor | None:
-        """Those of some tokens, on the device."""
-        if kept is None:
-            return None
-        (ids,) = to_device([padded_ids(kept.pick(places))], self.device)
-        return ids
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its Hugging Face name, layer after layer, adapters merged in float32.
@@ -388,17 +386,3 @@ def load_model(
         unexpected=loading["unexpected_keys"],
     )
     return model
-
-
-def _own_attention(model: Any) -> str:
-    """The implementation that transformers has chosen for it."""
-    own = str(model.config._attn_implementation)
-    return "eager" if own == ATTENTION else own  # it has been a policy's before
-
-
-def _check_tileable(model: PreTrainedModel) -> None:
-    if not all(map(dense_mlp, decoder_layers(model))):
-        raise PolicyError(
-            f"model.tile_tokens: the layers of {model.config.model_type} have no dense MLP to "
-            f"run over tiles; set it to 0"
-        )
