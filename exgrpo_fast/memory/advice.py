@@ -27,12 +27,8 @@ class Change:
     update_bytes: float = 0.0
 
     def __str__(self) -> str:
-        words = " ".join(f"--{key} {_text(value)}" for key, value in self.keys.items())
+        words = " ".join(f"--{key} {str(value).lower()}" for key, value in self.keys.items())
         return f"{words} (update {self.update_bytes / GIB:.1f} GiB; {self.cost})"
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changes(config: Config) -> Iterator[Change]:

@@ -24,12 +24,7 @@ from exgrpo_fast.memory.trainer_memory import Head, States, Update
 
 def share(held: States, count: int) -> States:
     """Of one rank of `count`."""
-    return States(
-        weights=held.weights / count,
-        optimiser=held.optimiser / count,
-        references=held.references / count,
-        gradients=held.gradients / count,
-    )
+    return States(**{name: num_bytes / count for name, num_bytes in vars(held).items()})
 
 
 @dataclass(frozen=True)

@@ -276,9 +276,5 @@ def _one_sequence(
     return out[None], None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> Iterator[Tensor] | None:
-    return None
-
-
 AttentionInterface.register(ATTENTION, _one_sequence)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

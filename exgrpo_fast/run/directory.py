@@ -168,16 +168,13 @@ def _owner_of(lock: TextIO) -> str:
     for _ in range(20):
         lock.seek(0)
         owner = lock.read(200).strip()
-        if owner and not _names_a_dead_process(owner):
-            return owner
+        if owner:
+            # The previous owner's name, which the present one has not replaced yet?
+            _, number, _, host = owner.split(" ", 3)
+            if host != socket.gethostname() or not _is_dead(number):
+                return owner
         time.sleep(0.05)
     return owner or "unknown"
-
-
-def _names_a_dead_process(owner: str) -> bool:
-    """Whether it is the previous owner's name, which the present one has not replaced yet."""
-    _, number, _, host = owner.split(" ", 3)
-    return host == socket.gethostname() and _is_dead(number)
 
 
 def _is_dead(number: str) -> bool:

@@ -237,19 +237,19 @@ class FanOut(MetricSink):
 # --- completions ---------------------------------------------------------------------------------
 
 COMPLETION_COLUMNS = {
-    "step": "int64",
-    "question_id": "string",
-    "source": "string",
-    "prompt": "string",
-    "completion": "string",
-    "answer": "string",
-    "reward": "float32",
-    "reason": "string",
-    "num_tokens": "int32",
-    "truncated": "bool",
-    "advantage": "float32",
-    "mean_entropy": "float32",
-    "mean_logprob": "float32",
+    "step": pa.int64(),
+    "question_id": pa.string(),
+    "source": pa.string(),
+    "prompt": pa.string(),
+    "completion": pa.string(),
+    "answer": pa.string(),
+    "reward": pa.float32(),
+    "reason": pa.string(),
+    "num_tokens": pa.int32(),
+    "truncated": pa.bool_(),
+    "advantage": pa.float32(),
+    "mean_entropy": pa.float32(),
+    "mean_logprob": pa.float32(),
 }
 
 
@@ -291,17 +291,15 @@ class CompletionLog:
 
 
 def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    types = {"int64": pa.int64(), "int32": pa.int32(), "float32": pa.float32()}
-    types |= {"string": pa.string(), "bool": pa.bool_()}
     arrays = {
-        name: pa.array([_cell(row.get(name), kind) for row in rows], types[kind])
+        name: pa.array([_cell(row.get(name), kind) for row in rows], kind)
         for name, kind in COMPLETION_COLUMNS.items()
     }
     pq.write_table(pa.table(arrays), path, compression="zstd")
 
 
-def _cell(value: Any, kind: str) -> Any:
-    if kind == "string" and value is not None:
+def _cell(value: Any, kind: pa.DataType) -> Any:
+    if kind == pa.string() and value is not None:
         # The text stays as the policy wrote it; only what UTF-8 cannot hold is escaped.
         return str(value).encode("utf-8", "backslashreplace").decode()
     return strict(value) if hasattr(value, "tolist") else value

@@ -15,7 +15,7 @@ from exgrpo_fast.rewards.selftest.adversarial import (
     adversarial_answers,
     box,
 )
-from exgrpo_fast.rewards.selftest.check_reward import Gold, built_in_golds, check_reward, golds_of
+from exgrpo_fast.rewards.selftest.check_reward import built_in_golds, check_reward, golds_of
 from exgrpo_fast.rewards.verifiers.functions import math_verify
 
 ADVERSARIAL = adversarial_answers()
@@ -89,7 +89,7 @@ def test_code_in_an_answer_does_not_run() -> None:
 
 # --- reward-test ----------------------------------------------------------------------------------
 
-GOLDS = [Gold("q", "1"), Gold("q", "2"), Gold("q", "2")]
+GOLDS = [RewardSample("q", "", answer) for answer in "122"]
 FEW = [
     Adversarial("sleeper", "sleep"),
     Adversarial("liar", "cheat"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,17 +148,14 @@ def known_questions(snapshot: Snapshot) -> list[StoredQuestion]:
     owner, count = columns["question"], len(snapshot["questions"])
     lowest = torch.full((count,), torch.inf).scatter_reduce_(0, owner, columns["entropy"], "amin")
     newest = torch.full((count,), -1).scatter_reduce_(0, owner, columns["birth_step"], "amax")
-    values = {
-        "id": snapshot["questions"],
-        **{
-            name: of_question[name].tolist()
-            for name in ("bucket", "retired", "visits", "last_visit")
-        },
-        "trajectories": num_trajectories(snapshot).tolist(),
-        "lowest_entropy": [known(entropy) for entropy in lowest.tolist()],
-        "newest": [step if step >= 0 else None for step in newest.tolist()],
-    }
-    return [StoredQuestion(**row) for row in rows_of(values)]
+    columns_of_questions = (
+        snapshot["questions"],
+        *(of_question[name].tolist() for name in ("bucket", "retired", "visits", "last_visit")),
+        num_trajectories(snapshot).tolist(),
+        [known(entropy) for entropy in lowest.tolist()],
+        [step if step >= 0 else None for step in newest.tolist()],
+    )
+    return [StoredQuestion(*row) for row in zip(*columns_of_questions, strict=True)]
 
 
 def find_question(snapshot: Snapshot, question_id: str) -> StoredQuestion:
@@ -179,18 +176,19 @@ def stored_trajectories(snapshot: Snapshot, question_id: str) -> list[StoredTraj
         Ragged(snapshot[name], lengths).pick(mine).split()
         for name in ("token_ids", "behaviour_logprobs")
     )
-    values = {
-        "token_ids": [ids.tolist() for ids in tokens],
-        "mean_logprob": [float(of_one.mean()) for of_one in logprobs],
-        "entropy": [known(entropy) for entropy in columns["entropy"][mine].tolist()],
-        **{name: columns[name][mine].tolist() for name in ("reward", "birth_step", "truncated")},
-    }
-    return [StoredTrajectory(**row) for row in rows_of(values)]
-
-
-def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """{'a': [1, 2], 'b': [3, 4]} -> [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]"""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    names = ("reward", "birth_step", "entropy", "truncated")
+    rows = zip(tokens, logprobs, *(columns[name][mine].tolist() for name in names), strict=True)
+    return [
+        StoredTrajectory(
+            token_ids=ids.tolist(),
+            reward=reward,
+            birth_step=birth_step,
+            entropy=known(entropy),
+            mean_logprob=float(of_one.mean()),
+            truncated=truncated,
+        )
+        for ids, of_one, reward, birth_step, entropy, truncated in rows
+    ]
 
 
 def known(entropy: float) -> float | None:

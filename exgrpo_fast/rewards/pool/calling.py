@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from exgrpo_fast.core.types import RewardSample
 from exgrpo_fast.rewards.judgement import Result, RewardError, RewardFunction, describe
 
 # An awaited reward is cancelled a little before the alarm: a cancelled coroutine can tidy up.
@@ -18,18 +19,9 @@ class SoftTimeout(BaseException):
     """Raised by the timer inside a reward; no Exception, so that `except Exception` lets it by."""
 
 
-class Sample(NamedTuple):
-    """A `RewardSample` as it arrives in the worker."""
-
-    prompt: str
-    completion: str
-    answer: str
-    columns: dict[str, Any]
-
-    @property
-    def of_row(self) -> dict[str, Any]:
-        """The columns; the answer among them as the row has it, where it is no text."""
-        return {"answer": self.answer, **self.columns}
+def of_row(sample: RewardSample) -> dict[str, Any]:
+    """The columns; the answer among them as the row has it, where it is no text."""
+    return {"answer": sample.answer, **sample.columns}
 
 
 class EventLoop:
@@ -91,13 +83,13 @@ class LoadedReward:
         return getattr(self.function, "max_cpu_seconds", 0.0)
 
     def __call__(
-        self, samples: Sequence[Sample], run: Callable[[Awaitable[Any]], Any]
+        self, samples: Sequence[RewardSample], run: Callable[[Awaitable[Any]], Any]
     ) -> list[Result]:
         """One result each; `run` awaits what an async function returns."""
         given = self._arguments(samples)
         missing = self._missing(given)
         if missing:
-            there = ", ".join(samples[0].of_row)
+            there = ", ".join(of_row(samples[0]))
             detail = f"asks for the column '{missing}'; columns there: {there}"
             return [Result(0.0, "missing_column", detail)] * len(samples)
         returned = self.function(**{name: given[name] for name in self._accepted(given)})
@@ -107,17 +99,17 @@ class LoadedReward:
             return [Result(None, "ok")]
         return as_results(returned, len(samples))
 
-    def check_gold(self, sample: Sample) -> Result:
+    def check_gold(self, sample: RewardSample) -> Result:
         check = getattr(self.function, "check_gold", None)
         if check is None:
             return Result(None, "")
         return as_results(check(sample.answer, sample.columns), 1)[0]
 
-    def _arguments(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def _arguments(self, samples: Sequence[RewardSample]) -> dict[str, Any]:
         if self._takes_one:
             [one] = samples
-            return {**one.of_row, "prompt": one.prompt, "completion": one.completion}
-        rows = [sample.of_row for sample in samples]
+            return {**of_row(one), "prompt": one.prompt, "completion": one.completion}
+        rows = [of_row(sample) for sample in samples]
         names = dict.fromkeys(name for row in rows for name in row)
         return {
             **{name: [row.get(name) for row in rows] for name in names},

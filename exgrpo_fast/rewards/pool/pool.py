@@ -123,9 +123,8 @@ class RewardPool:
         self._memory = memory_bytes or (MEMORY_BUILT_IN if built_in else MEMORY_USER)
         self._worn_bytes = WORN_BYTES if built_in else self._memory // 2
         self._selector = selectors.DefaultSelector()
-        self._per_group: bool | None = (
-            None  # whether a function is; known once a worker has started
-        )
+        # Whether a function is; known once a worker has started
+        self._per_group: bool | None = None
         self._unsent: list[ScoreFuture] = []  # with samples that are no jobs yet
         self._waiting: deque[Job] = deque()
         self._workers: list[_Worker] = []
@@ -178,9 +177,9 @@ class RewardPool:
             self._is_trying = False
         faults = FAULTS if samples else FAULTS[:-1]
         if all(scored.reason.startswith(faults) for scored in found):
-            hint = (
-                "; completions are texts, not lists of messages" if _of_messages(self.fault) else ""
-            )
+            hint = ""
+            if "string indices must be integers" in self.fault:  # `completion[0]["content"]`
+                hint = "; completions are texts, not lists of messages"
             raise RewardError(f"{self.fault or f'the reward failed: {found[0].reason}'}{hint}")
 
     # --- while something else goes on -------------------------------------------------------------
@@ -267,7 +266,11 @@ class RewardPool:
         started = self._start_missing()
         self._take_jobs()
         self._dispatch()
-        events = self._selector.select(0.0 if started or not wait else self._until_deadline())
+        seconds = 0.0
+        if wait and not started:
+            waited = [self._deadline(w) for w in self._workers if w.jobs or not w.ready]
+            seconds = max(0.0, min(waited, default=0.0) - time.monotonic())
+        events = self._selector.select(seconds)
         for key, mask in events:
             if mask & selectors.EVENT_WRITE:
                 key.data.flush()
@@ -285,10 +288,6 @@ class RewardPool:
             if future.complete or not grouped:
                 self._waiting += future.take_jobs(per_group=grouped)
         self._unsent = [future for future in self._unsent if future.has_unsent]
-
-    def _until_deadline(self) -> float:
-        waited = [self._deadline(w) for w in self._workers if w.jobs or not w.ready]
-        return max(0.0, min(waited, default=0.0) - time.monotonic())
 
     def _deadline(self, worker: _Worker) -> float:
         seconds = START_SECONDS
@@ -398,13 +397,12 @@ class RewardPool:
     def _replace_worn(self) -> None:
         """One at a time, and only while the spare can take over at once."""
         if len(self._workers) > self._max_busy and all(worker.ready for worker in self._workers):
-            worn = next((w for w in self._workers if w.idle and self._is_worn(w)), None)
-            if worn is not None:
-                self._remove(worn)
-
-    def _is_worn(self, worker: _Worker) -> bool:
-        grown = worker.resident_bytes - worker.start_bytes
-        return worker.num_jobs >= WORN_JOBS or grown >= self._worn_bytes
+            for worker in self._workers:
+                grown = worker.resident_bytes - worker.start_bytes
+                is_worn = worker.num_jobs >= WORN_JOBS or grown >= self._worn_bytes
+                if worker.idle and is_worn:
+                    self._remove(worker)
+                    break
 
     def _kill_late(self) -> bool:
         now, killed = time.monotonic(), False
@@ -459,11 +457,6 @@ class RewardPool:
         self._workers.remove(worker)
         self._killed.append(worker)
         worker.kill()
-
-
-def _of_messages(fault: str) -> bool:
-    """Whether a function has taken a text for a list of messages: `completion[0]["content"]`."""
-    return "string indices must be integers" in fault
 
 
 def _hard_seconds(reference: str, timeout_seconds: float) -> float:

@@ -27,13 +27,13 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from exgrpo_fast.core.heartbeat import die_with
+from exgrpo_fast.core.types import RewardSample
 from exgrpo_fast.rewards.judgement import Result, RewardError, describe
 from exgrpo_fast.rewards.loading import load_function
 from exgrpo_fast.rewards.pool.calling import (
     AWAITED_SHARE,
     EventLoop,
     LoadedReward,
-    Sample,
     SoftTimeout,
 )
 from exgrpo_fast.rewards.rubrics.rubrics import RubricReward, RubricText
@@ -43,7 +43,7 @@ REARM_SECONDS = 0.25  # the alarm repeats, in case a bare `except:` or a __del__
 
 def main() -> None:
     jobs, replies = _take_pipes()
-    _ignore_terminal_signals()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
     messages = _messages(jobs)
     setup = next(messages, None)
     if setup is None:
@@ -62,7 +62,7 @@ def main() -> None:
     for message in messages:  # ends when the pool closes the pipe or dies
         for job_id, samples, checking_gold in message["jobs"]:
             started = time.perf_counter()
-            results = run([Sample(*sample) for sample in samples], checking_gold)
+            results = run([RewardSample(*sample) for sample in samples], checking_gold)
             milliseconds = round((time.perf_counter() - started) * 1000, 3)
             reply = {"id": job_id, "ms": milliseconds, "resident_bytes": resident()}
             _send(replies, {**reply, "results": results})
@@ -80,10 +80,6 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     os.close(nothing)
     os.dup2(2, 1)
     return jobs, replies
-
-
-def _ignore_terminal_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business
 
 
 def _limit_memory(num_bytes: int) -> None:
@@ -124,13 +120,13 @@ class _Runner:
         self._soft_seconds = soft_seconds
         self._event_loop = EventLoop()
 
-    def __call__(self, samples: Sequence[Sample], checking_gold: bool) -> list[list[Result]]:
+    def __call__(self, samples: Sequence[RewardSample], checking_gold: bool) -> list[list[Result]]:
         """For each sample one result of each reward."""
         of_rewards = [self._of_one(reward, samples, checking_gold) for reward in self._rewards]
         return [list(results) for results in zip(*of_rewards, strict=True)]
 
     def _of_one(
-        self, reward: LoadedReward, samples: Sequence[Sample], checking_gold: bool
+        self, reward: LoadedReward, samples: Sequence[RewardSample], checking_gold: bool
     ) -> list[Result]:
         if checking_gold:
             return [self._timed(reward, 1, lambda s=s: [reward.check_gold(s)])[0] for s in samples]
@@ -138,7 +134,7 @@ class _Runner:
             return self._timed(reward, len(samples), lambda: self._call(reward, samples))
         return [self._timed(reward, 1, lambda s=s: self._call(reward, [s]))[0] for s in samples]
 
-    def _call(self, reward: LoadedReward, samples: Sequence[Sample]) -> list[Result]:
+    def _call(self, reward: LoadedReward, samples: Sequence[RewardSample]) -> list[Result]:
         seconds = AWAITED_SHARE * reward.seconds(self._soft_seconds) * len(samples)
         return reward(samples, lambda awaitable: self._event_loop.run(awaitable, seconds))
 

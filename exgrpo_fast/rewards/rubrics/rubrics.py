@@ -47,7 +47,8 @@ class Rubric:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise RewardError(f"a rubric needs a name, got {self.name!r}")
-        if self.weight is not None and not _is_finite(self.weight):
+        is_number = isinstance(self.weight, int | float) and math.isfinite(self.weight)
+        if self.weight is not None and not is_number:
             raise RewardError(f"rubric '{self.name}': weight {self.weight!r} is not a number")
         if self.check is not None and not callable(self.check):
             raise RewardError(f"rubric '{self.name}': its check is no function")
@@ -83,10 +84,6 @@ class JudgeRequest(NamedTuple):
     prompt: str
     response: str
     rubrics: tuple[tuple[str, float], ...]  # what is asked for, and its weight
-
-
-def _is_finite(weight: Any) -> bool:
-    return isinstance(weight, int | float) and math.isfinite(weight)
 
 
 # --- from checks to a reward ----------------------------------------------------------------------

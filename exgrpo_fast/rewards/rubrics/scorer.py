@@ -58,7 +58,8 @@ class RubricScorer:
         asked = [self._unchecked(*pair) for pair in zip(samples, scored, strict=True)]
         places = [place for place, names in enumerate(asked) if names]
         on_finished(len(samples) - len(places))
-        answers = self._ask([self._request(samples[place], asked[place]) for place in places])
+        requests = [self._request(samples[place], asked[place]) for place in places]
+        answers = self._needed_judge().judge(requests) if requests else []
         for place, answer in zip(places, answers, strict=True):
             scored[place] = self._join(scored[place], asked[place], answer)
         on_finished(len(places))
@@ -76,9 +77,6 @@ class RubricScorer:
         return JudgeRequest(
             sample.prompt, sample.completion, tuple((t.public_text, t.weight) for t in texts)
         )
-
-    def _ask(self, requests: Sequence[JudgeRequest]) -> list[list[bool] | None]:
-        return self._needed_judge().judge(requests) if requests else []
 
     def _needed_judge(self) -> Judge:
         if self._judge is None:

@@ -48,10 +48,6 @@ def box(answer: str) -> str:
 
 
 def _endless() -> dict[str, str]:
-    return {**_powers(), **_factorials(), **_sums(), **_integrals(), **_of_large_numbers()}
-
-
-def _powers() -> dict[str, str]:
     towers = {
         f"tower_{base}_{height}": _tower(base, height)
         for base in (2, 9, 10)
@@ -78,15 +74,7 @@ def _powers() -> dict[str, str]:
         "power_of_sums_apart": "(a+b+c+d)^{99} - (a+b+c+d)^{98}",
         "root_of_power": "\\sqrt{9^{9^{9}}}",
         "root_of_high_order": "\\sqrt[9999]{9999!}",
-    }
-
-
-def _tower(base: int, height: int) -> str:
-    return str(base) if height == 1 else f"{base}^{{{_tower(base, height - 1)}}}"
-
-
-def _factorials() -> dict[str, str]:
-    return {
+        # factorials
         **{f"factorial_1e{n}": f"1{'0' * n}!" for n in (3, 4, 6, 7, 9)},
         "factorial_stacked": "9" + "!" * 30,
         "factorial_in_brackets": "((((3!)!)!)!)!",
@@ -98,11 +86,7 @@ def _factorials() -> dict[str, str]:
         "binomial_middling": "\\binom{9999}{5000}",
         "binomial_factorial": "\\binom{9999}{5000}!",
         "binomial_nested": "\\binom{\\binom{99}{49}}{\\binom{98}{49}}",
-    }
-
-
-def _sums() -> dict[str, str]:
-    return {
+        # sums and products
         "sum_harmonic": "\\sum_{i=1}^{9999999999} \\frac{1}{i}",
         "sum_of_sines": "\\sum_{i=1}^{9999999999} \\sin(i)",
         "sum_of_factorials": "\\sum_{i=1}^{99999} i!",
@@ -114,22 +98,14 @@ def _sums() -> dict[str, str]:
         "product_of_sums": "\\prod_{i=1}^{999} (x+i)",
         "limit": "\\lim_{x \\to 0} \\frac{\\sin(\\tan x) - \\tan(\\sin x)}{x^{99}}",
         "derivatives": "\\frac{d}{dx} x^{x^{x^{x^{x}}}}",
-    }
-
-
-def _integrals() -> dict[str, str]:
-    return {
+        # integrals
         "integral_gauss": "\\int_0^1 e^{x^2} dx",
         "integral_of_x_to_the_x": "\\int_0^1 x^x dx",
         "integral_nested": "\\int_0^1 \\int_0^1 \\int_0^1 e^{xyz} \\sin(x^y) dx dy dz",
         "integral_of_roots": "\\int_0^9 \\sqrt{x^5 + \\sqrt{x^3 + \\sqrt{x + 1}}} dx",
         "integral_of_tangents": "\\int \\tan(\\tan(\\tan x)) \\sin(x^x) dx",
         "integral_rational": "\\int \\frac{x^{17} + 1}{x^{23} + x^{11} + 5} dx",
-    }
-
-
-def _of_large_numbers() -> dict[str, str]:
-    return {
+        # functions of large numbers
         "sine_of_tower": "\\sin(9^{9^{9}})",
         "sine_of_factorial": "\\sin(999!)",
         "logarithm_of_tower": "\\log(9^{9^{9}})",
@@ -145,6 +121,10 @@ def _of_large_numbers() -> dict[str, str]:
         "floats_of_huge_mantissa": "9" * 50 + "e" + "9" * 4,
         "matrix_power": "\\begin{pmatrix} 1 & 1 \\\\ 1 & 0 \\end{pmatrix}^{9999}",
     }
+
+
+def _tower(base: int, height: int) -> str:
+    return str(base) if height == 1 else f"{base}^{{{_tower(base, height - 1)}}}"
 
 
 # --- nested, long, large --------------------------------------------------------------------------

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from exgrpo_fast.core.types import RewardSample
 from exgrpo_fast.data import DataError, check_data
@@ -56,32 +55,24 @@ _FORMULAS = [
 _OWN_GOLDS = {"gsm8k": _NUMBERS, "last_number": _NUMBERS, "multiple_choice": list("ABCDEFGHIJ")}
 
 
-class Gold(NamedTuple):
-    """A row, as far as a reward is concerned."""
-
-    prompt: str
-    answer: str
-    columns: Mapping[str, Any] = MappingProxyType({})
-
-
-def built_in_golds(functions: Sequence[str]) -> list[Gold]:
-    """A few dozen answers of every kind that the first function is made for."""
+def built_in_golds(functions: Sequence[str]) -> list[RewardSample]:
+    """A few dozen answers of every kind that the first function is made for; no completions."""
     answers = _OWN_GOLDS.get(functions[0], _NUMBERS + _FORMULAS)
-    return [Gold("", answer) for answer in answers]
+    return [RewardSample("", "", answer) for answer in answers]
 
 
 def golds_of(
     paths: Sequence[str], *, prompt_field: str | None = None, answer_field: str | None = None
-) -> list[Gold]:
-    """The good rows of all files. DataError where a file cannot be read or has none."""
-    golds: list[Gold] = []
+) -> list[RewardSample]:
+    """The good rows of all files, without completions. DataError where a file cannot be read or has none."""
+    golds: list[RewardSample] = []
     for path in paths:
         report = check_data(Path(path), prompt_field=prompt_field, answer_field=answer_field)
         if not report.rows:
             raise DataError(f"{path}: no good row; see exgrpo-fast check-data {path}")
         for row in report.rows:
             prompt = row.prompt if isinstance(row.prompt, str) else ""
-            golds.append(Gold(prompt, row.answer, row.columns))
+            golds.append(RewardSample(prompt, "", row.answer, row.columns))
     return golds
 
 
@@ -162,7 +153,7 @@ class Trial:
 
 def check_reward(
     functions: Sequence[str],
-    golds: Sequence[Gold],
+    golds: Sequence[RewardSample],
     *,
     adversarial: Sequence[Adversarial] | None = None,
     workers: int = 2,
@@ -173,8 +164,8 @@ def check_reward(
     """
     adversarial = adversarial_answers() if adversarial is None else adversarial
     others = list(_answers_of_others(golds))
-    gold_samples = [_sample(gold, gold.answer) for gold in golds]
-    other_samples = [_sample(gold, answer) for gold, answer in others]
+    gold_samples = [gold._replace(completion=box(gold.answer)) for gold in golds]
+    other_samples = [gold._replace(completion=box(answer)) for gold, answer in others]
     columns = golds[0].columns  # of the first row, so that a reward that asks for some has them
     adversarial_samples = [RewardSample("", n.completion, n.gold, columns) for n in adversarial]
     with RewardPool(functions, workers=workers) as pool:
@@ -206,11 +197,7 @@ def check_reward(
     )
 
 
-def _sample(gold: Gold, answer: str) -> RewardSample:
-    return RewardSample(gold.prompt, box(answer), gold.answer, gold.columns)
-
-
-def _answers_of_others(golds: Sequence[Gold]) -> Iterable[tuple[Gold, str]]:
+def _answers_of_others(golds: Sequence[RewardSample]) -> Iterable[tuple[RewardSample, str]]:
     """Each row with the next answer that reads differently."""
     for index, gold in enumerate(golds):
         for distance in range(1, len(golds)):

@@ -59,10 +59,6 @@ class Copied(NamedTuple):
     model: dict[str, Tensor]
     state: dict[str, Any]
 
-    def learned(self) -> dict[str, Tensor]:
-        """Weights and moments; what replay keeps may hold infinities of its own."""
-        return split_tensors({"model": self.model, "learner": self.state.get("learner", {})})[1]
-
     @property
     def num_bytes(self) -> int:
         tensors = [*self.model.values(), *split_tensors(self.state)[1].values()]
@@ -171,7 +167,10 @@ class CheckpointWriter:
 
     def _write(self, copied: Copied) -> None:
         try:
-            if name := self._not_finite(copied):
+            # Weights and moments; what replay keeps may hold infinities of its own.
+            learned = {"model": copied.model, "learner": copied.state.get("learner", {})}
+            names = self._group.gather(first_not_finite(split_tensors(learned)[1]))
+            if name := next(filter(None, names), None):
                 raise NumericalStop(
                     f"step {self._step}: {name} holds a value that is not finite; "
                     f"nothing was saved, the last checkpoint is the one before"
@@ -179,11 +178,6 @@ class CheckpointWriter:
             self._commit(copied)
         except Exception as error:  # of the other thread: `wait` raises it in this one
             self._error = error
-
-    def _not_finite(self, copied: Copied) -> str | None:
-        """The name of a weight or a moment that is not finite on any rank, if there is one."""
-        names = self._group.gather(first_not_finite(copied.learned()))
-        return next((name for name in names if name is not None), None)
 
     def _commit(self, copied: Copied) -> None:
         state, shards = separate_shards(copied.state)
@@ -227,6 +221,7 @@ class CheckpointWriter:
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor whose shard on this rank is not finite."""
     for name, tensor in tensors.items():
         shard = local_shard(tensor)
         if shard.is_floating_point() and not shard.isfinite().all():

@@ -124,7 +124,8 @@ class RichScreen(Screen):
             if evaluation:
                 self._scroll(Text(f"step {line.step} · {evaluation}", "bold cyan"))
             else:
-                self._scroll(keep=self._num_rows_kept())
+                # Room is left for the run line, the phases and the header.
+                self._scroll(keep=max(1, min(self.ROWS, self.console.height - 6)))
 
     def completions(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -154,10 +155,6 @@ class RichScreen(Screen):
             columns = fitting_columns(self.console.width)
             parts += [header_text(columns), *(row_text(line, columns) for line in self._rows)]
         return Group(*parts)
-
-    def _num_rows_kept(self) -> int:
-        """Rows that leave room for the run line, the phases and the header."""
-        return max(1, min(self.ROWS, self.console.height - 6))
 
     def _start(self) -> None:
         if not self._live.is_started and not self._closed.is_set():

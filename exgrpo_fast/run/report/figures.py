@@ -54,7 +54,7 @@ class Curves:
     def compare(self, runs: Sequence[Run]) -> list[str]:
         return [
             line_figure(
-                self._title_of(legend),
+                self.title if len(self.metrics) == 1 else f"{self.title}: {legend}",
                 [
                     Line(run.name, run.series(metric), colour, self.smooth)
                     for colour, run in enumerate(runs, start=1)
@@ -64,9 +64,6 @@ class Curves:
             )
             for legend, metric in self.metrics.items()
         ]
-
-    def _title_of(self, legend: str) -> str:
-        return self.title if len(self.metrics) == 1 else f"{self.title}: {legend}"
 
 
 @dataclass(frozen=True)
