@@ -6,7 +6,7 @@
    by the largest element (what cut-cross-entropy filters by, with the target's tile always kept),
    with rows in natural order and in ours, and what is dropped is left out, put back as one value
    per tile, or as one value per row along the mean of W. Density and error of dX and dW of each.
-2. Break-even. Time of the gathered products of plain PyTorch beside the dense ones, over densities
+2. Break-even. Time of the sparse products of plain PyTorch beside the dense ones, over densities
    of random bitmaps: where `runtime.BREAK_EVEN_DENSITY` of a CPU comes from.
 The results are JSON and a figure; on a GPU the second part is `gpu.py tiles`.
 """
@@ -121,7 +121,7 @@ def fastest(call: Callable[[], object], repeats: int = 5) -> float:
 
 
 def break_even(rows: int, vocab: int, hidden: int) -> list[dict]:
-    """Seconds of both products of one chunk, gathered and dense."""
+    """Seconds of both products of one chunk, sparse and dense."""
     dz = runtime.empty_logits(rows, vocab, torch.float32, torch.device("cpu")).normal_()
     w, h = torch.randn(vocab, hidden), torch.randn(rows, hidden)
     dx, dw = torch.empty(rows, hidden), torch.zeros(vocab, hidden)
@@ -140,8 +140,8 @@ def break_even(rows: int, vocab: int, hidden: int) -> list[dict]:
             sparse_backward.weight_gradient_add(dw, dz, h, kept, overwrite=False)
 
         sparse()
-        gathered, whole = fastest(sparse), fastest(dense)
-        found.append({"density": density, "to_dense": gathered / whole, "dense_ms": 1e3 * whole})
+        ours, whole = fastest(sparse), fastest(dense)
+        found.append({"density": density, "to_dense": ours / whole, "dense_ms": 1e3 * whole})
     return found
 
 

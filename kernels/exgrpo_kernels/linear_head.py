@@ -401,7 +401,7 @@ def sparse_products(head: LinearHead) -> Any:
         from exgrpo_kernels import sparse_kernels
 
         return sparse_kernels
-    return sparse_backward.GatheredProducts()
+    return sparse_backward
 
 
 # ---- sums over the chunks ------------------------------------------------------------------------

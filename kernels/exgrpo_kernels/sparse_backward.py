@@ -11,8 +11,7 @@ It is relative to the mean of the batch, not to the row: rows of weight or advan
 rows of high weight are kept. The share that is dropped is returned as a metric.
 
 `masked_reference` is the specification: the dense products of the masked gradient.
-Legend: R rows of a chunk, V vocabulary, D hidden, G groups of ROWS rows, T tiles of COLUMNS columns,
-L columns that a block of rows needs.
+Legend: R rows of a chunk, V vocabulary, D hidden, G groups of ROWS rows, T tiles of COLUMNS columns.
 """
 
 from collections import defaultdict
@@ -26,8 +25,6 @@ from exgrpo_kernels import runtime
 
 # A tile: as many rows as an output block of dX has, as many columns as one step of its inner loop.
 ROWS, COLUMNS = 128, 64
-# Columns that are copied together on a CPU: as many rows of the weight, and of its gradient.
-GATHERED = 2048
 
 TAILS = ("drop", "centroid", "dense_dw")
 DEFAULT_THRESHOLD = 1e-4
@@ -95,83 +92,46 @@ def masked_reference(dlogits_RV: Tensor, kept_GT: Tensor) -> Tensor:
 # ---- products in plain PyTorch -------------------------------------------------------------------
 
 
-def row_blocks(kept_GT: Tensor, num_rows: int, num_columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, columns (L,)) that every group of rows keeps, at most GATHERED columns at a time.
+def kept_runs(
+    kept_GT: Tensor, num_rows: int, num_columns: int
+) -> Iterator[tuple[slice, list[slice]]]:
+    """The rows of every group, and the columns that it keeps: a slice for each run of tiles.
 
     Reads the values of a CPU.
     """
-    within = torch.arange(COLUMNS, device=kept_GT.device)
-    for group, needed in enumerate(kept_GT):
-        tiles = needed.nonzero()
-        if len(tiles):
-            columns = (tiles * COLUMNS + within).flatten()
-            rows = slice(group * ROWS, min((group + 1) * ROWS, num_rows))
-            for part in columns[columns < num_columns].split(GATHERED):
-                yield rows, part
-
-
-class GatheredProducts:
-    """Both products over kept tiles, for all chunks of one call.
-
-    Gathers go into buffers that are reused: allocations of changing sizes fragmented the heap by
-    up to 100 MiB.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def hidden_gradient_into(
-        self, out_RD: Tensor, dlogits_RV: Tensor, weight_VD: Tensor, kept_GT: Tensor
-    ) -> None:
-        """out = dlogits @ weight over the kept tiles; groups of rows without any become 0."""
-        out_RD.zero_()
-        for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
-            part = self._gather("dlogits", dlogits_RV[rows], 1, columns).to(out_RD.dtype)
-            weight = self._gather("rows", weight_VD, 0, columns).to(out_RD.dtype)
-            out_RD[rows].addmm_(part, weight)
-
-    def weight_gradient_add(
-        self,
-        out_VD: Tensor,
-        dlogits_RV: Tensor,
-        hidden_RD: Tensor,
-        kept_GT: Tensor,
-        *,
-        overwrite: bool,
-    ) -> None:
-        """out += dlogits.T @ hidden over the kept tiles, or `=` when overwriting."""
-        if overwrite:
-            out_VD.zero_()
-        hidden_RD = hidden_RD.to(out_VD.dtype)
-        for rows, columns in row_blocks(kept_GT, *dlogits_RV.shape):
-            part = self._gather("dlogits", dlogits_RV[rows], 1, columns).to(out_VD.dtype)
-            product = self._buffer("rows", (len(columns), out_VD.shape[1]), out_VD)
-            out_VD.index_add_(0, columns, torch.mm(part.t(), hidden_RD[rows], out=product))
-
-    def _gather(self, name: str, source: Tensor, dim: int, columns: Tensor) -> Tensor:
-        shape = (len(source), len(columns)) if dim == 1 else (len(columns), source.shape[1])
-        return torch.index_select(source, dim, columns, out=self._buffer(name, shape, source))
-
-    def _buffer(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        count = shape[0] * shape[1]
-        buffer = self._buffers.get((name, like.dtype))
-        if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[name, like.dtype] = like.new_empty(count)
-        return buffer[:count].view(shape)
+    edges_GT = torch.nn.functional.pad(kept_GT.to(torch.int8), (1, 1)).diff(dim=1)
+    for group, edges in enumerate(edges_GT):
+        rows = slice(group * ROWS, min((group + 1) * ROWS, num_rows))
+        starts, stops = ((edges == sign).nonzero()[:, 0] * COLUMNS for sign in (1, -1))
+        runs = zip(starts.tolist(), stops.clamp(max=num_columns).tolist(), strict=True)
+        yield rows, [slice(*run) for run in runs]
 
 
 def hidden_gradient_into(
     out_RD: Tensor, dlogits_RV: Tensor, weight_VD: Tensor, kept_GT: Tensor
 ) -> None:
-    GatheredProducts().hidden_gradient_into(out_RD, dlogits_RV, weight_VD, kept_GT)
+    """out = dlogits @ weight over the kept tiles; groups of rows without any become 0.
+
+    A product for each run of tiles: gathering them first costs more than their larger product saves.
+    """
+    out_RD.zero_()
+    for rows, runs in kept_runs(kept_GT, *dlogits_RV.shape):
+        out, dlogits = out_RD[rows], dlogits_RV[rows]
+        for columns in runs:
+            out.addmm_(dlogits[:, columns].to(out.dtype), weight_VD[columns].to(out.dtype))
 
 
 def weight_gradient_add(
     out_VD: Tensor, dlogits_RV: Tensor, hidden_RD: Tensor, kept_GT: Tensor, *, overwrite: bool
 ) -> None:
-    GatheredProducts().weight_gradient_add(
-        out_VD, dlogits_RV, hidden_RD, kept_GT, overwrite=overwrite
-    )
+    """out += dlogits.T @ hidden over the kept tiles, or `=` when overwriting."""
+    if overwrite:
+        out_VD.zero_()
+    hidden_RD = hidden_RD.to(out_VD.dtype)
+    for rows, runs in kept_runs(kept_GT, *dlogits_RV.shape):
+        dlogits_VR, hidden = dlogits_RV[rows].t(), hidden_RD[rows]
+        for columns in runs:
+            out_VD[columns].addmm_(dlogits_VR[columns].to(out_VD.dtype), hidden)
 
 
 # ---- dropped tiles, replaced by one number each --------------------------------------------------
