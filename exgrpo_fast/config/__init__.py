@@ -36,30 +36,3 @@ from exgrpo_fast.config.schema import (
     require_engine,
 )
 from exgrpo_fast.config.sections import PREFERRED_TOKENS, ConfigError, GymTask
-
-__all__ = [
-    "Config",
-    "ConfigError",
-    "GymTask",
-    "MAY_CHANGE",
-    "PREFERRED_TOKENS",
-    "StrictLoader",
-    "all_keys",
-    "dump_yaml",
-    "engine_kind",
-    "require_engine",
-    "from_dotted",
-    "hint",
-    "keys_by_last_word",
-    "load_config",
-    "read_yaml",
-    "recipe_names",
-    "refuse_other_config",
-    "refuse_engine_world_size",
-    "refuse_small_packs",
-    "refuse_world_size",
-    "require",
-    "suggest",
-    "validate",
-    "with_values",
-]

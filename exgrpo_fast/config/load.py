@@ -109,23 +109,19 @@ def dump_yaml(config: Config) -> str:
 def _find(source: str) -> tuple[str, str]:
     """(text, name) of a recipe or a file."""
     if source in recipe_names():
-        return (
-            resources.files("exgrpo_fast.config") / "recipes" / f"{source}.yaml"
-        ).read_text(), source
+        recipes = resources.files("exgrpo_fast.config") / "recipes"
+        return (recipes / f"{source}.yaml").read_text(), source
     path = Path(source)
     if path.suffix in {".yaml", ".yml"} or path.exists():
         try:
             return path.read_text(encoding="utf-8"), source
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {source}: {_cause(error)}") from None
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"config file {source}: {why}") from None
     raise ConfigError(
         f"unknown recipe '{source}'{suggest(source, recipe_names())}; "
         f"recipes: {', '.join(recipe_names())}; or give a .yaml file"
     )
-
-
-def _cause(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -233,15 +229,10 @@ def format_validation_error(error: ValidationError) -> str:
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 
-_UNION_TAGS = {
-    "str",
-    "GymTask",
-    "int",
-    "float",
-    "constrained-float",
-    "literal['auto','off']",
-    "literal['auto']",
-}  # pydantic names the union member it tried
+# pydantic names the union member it tried.
+_UNION_TAGS = (
+    "str GymTask int float constrained-float literal['auto','off'] literal['auto']".split()
+)
 
 
 def paths_below(value: Any, path: list[str]) -> Iterator[list[str]]:

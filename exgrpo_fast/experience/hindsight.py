@@ -181,12 +181,8 @@ def choose_candidates(group: Group, count: int, rng: np.random.Generator) -> lis
     best = max(group.rewards)
     tied = [i for i, reward in enumerate(group.rewards) if reward >= best - TIE]
     lot = rng.permutation(len(group.trajectories))
-
-    def preference(i: int) -> tuple[bool, int, int]:
-        trajectory = group.trajectories[i]
-        return trajectory.truncated, trajectory.num_tokens, int(lot[i])
-
-    return sorted(tied, key=preference)[:count]
+    of = group.trajectories
+    return sorted(tied, key=lambda i: (of[i].truncated, of[i].num_tokens, int(lot[i])))[:count]
 
 
 # --- the prompt -----------------------------------------------------------------------------------

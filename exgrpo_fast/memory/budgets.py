@@ -64,26 +64,15 @@ def engine_plan(
     block = CACHE_BLOCK_TOKENS[device]
     one_sequence = -(-length // block) * block * kv_bytes_per_token(model, dtype=dtype)
     wanted = one_sequence * (rollout.max_batch_sequences + 1)
-    if device == "cpu":
-        return EnginePlan(
-            _kv_bytes(config, min(wanted, CPU_CACHE_BYTES), one_sequence),
-            rollout.max_batch_sequences,
-            length,
-            sleeps=False,
-        )
-    usable = int((1 - RESERVE) * device_bytes) - num_parameters * BYTES[dtype]
-    awake, asleep = usable - trainer_bytes, usable - resident_bytes
-    sleeps = (
-        trainer_bytes > 0
-        and {"always": True, "never": False, "auto": awake < wanted}[rollout.sleep]
-    )
-    room = asleep if sleeps else awake
-    return EnginePlan(
-        _kv_bytes(config, min(wanted, room), one_sequence),
-        rollout.max_batch_sequences,
-        length,
-        sleeps=sleeps,
-    )
+    room, sleeps = CPU_CACHE_BYTES, False
+    if device != "cpu":
+        usable = int((1 - RESERVE) * device_bytes) - num_parameters * BYTES[dtype]
+        awake, asleep = usable - trainer_bytes, usable - resident_bytes
+        may_sleep = {"always": True, "never": False, "auto": awake < wanted}[rollout.sleep]
+        sleeps = trainer_bytes > 0 and may_sleep
+        room = asleep if sleeps else awake
+    kv_cache_bytes = _kv_bytes(config, min(wanted, room), one_sequence)
+    return EnginePlan(kv_cache_bytes, rollout.max_batch_sequences, length, sleeps)
 
 
 def _kv_bytes(config: Config, planned: int, one_sequence: int) -> int:

@@ -251,13 +251,8 @@ class Planner:
     def _offloaded(self, made: Update, tokens: int, weights: torch.dtype) -> Update:
         """Without the checkpoints of the layers, which have the embedding's dtype."""
         gone = self.model.num_hidden_layers * tokens * self.model.hidden_size * weights.itemsize
-        return replace(
-            made,
-            saved=made.saved - gone,
-            forward=made.forward - gone,
-            loss=made.loss - gone,
-            backward=made.backward - gone,
-        )
+        names = ("saved", "forward", "loss", "backward")
+        return replace(made, **{name: getattr(made, name) - gone for name in names})
 
     def _frozen_copy(self, config: Config, passes: Passes) -> float:
         """Bytes of one reference; shards keep the dtype of the weights, to be gathered in another."""

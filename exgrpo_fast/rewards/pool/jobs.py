@@ -39,7 +39,7 @@ class ScoreFuture:
     verdicts: list[Verdict | None] = field(default_factory=list)  # in order; None: not known yet
     num_done: int = 0
     complete: bool = False  # no sample will be added
-    _unsent: list[tuple[int, RewardSample]] = field(default_factory=list)
+    unsent: list[tuple[int, RewardSample]] = field(default_factory=list)  # no jobs yet
     _jobs: list[Job] = field(default_factory=list)
     _job_of_text: dict[str, Job] = field(default_factory=dict)
 
@@ -47,17 +47,13 @@ class ScoreFuture:
     def done(self) -> bool:
         return self.num_done == len(self.verdicts)
 
-    @property
-    def has_unsent(self) -> bool:
-        return bool(self._unsent)
-
     def add(self, samples: Sequence[RewardSample]) -> None:
-        self._unsent += enumerate(samples, start=len(self.verdicts))
+        self.unsent += enumerate(samples, start=len(self.verdicts))
         self.verdicts += [None] * len(samples)
 
     def take_jobs(self, *, per_group: bool) -> list[Job]:
         """The jobs of what was added since the last call."""
-        unsent, self._unsent = self._unsent, []
+        unsent, self.unsent = self.unsent, []
         return self._group_jobs(unsent) if per_group else self._single_jobs(unsent)
 
     def _single_jobs(self, unsent: Iterable[tuple[int, RewardSample]]) -> list[Job]:

@@ -63,22 +63,6 @@ MEMORY_BUILT_IN = 512 << 20  # address space; math-verify starts with 63 MB, rea
 MEMORY_USER = 8 << 30  # a user's function may import torch
 
 
-class _Worker(WorkerProcess):
-    """A worker process, what it has been given, and since when we wait for it."""
-
-    def __init__(self, setup: Mapping[str, Any], selector: selectors.BaseSelector) -> None:
-        super().__init__(setup, selector)
-        self.ready = False
-        self.jobs: deque[Job] = deque()  # unanswered, in the order they were sent
-        self.waited_since = time.monotonic()  # its start, then its first unanswered job
-        self.num_jobs = 0
-        self.start_bytes = self.resident_bytes = 0
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and not self.jobs
-
-
 class RewardPool:
     """Reward functions in killable processes.
 
@@ -127,8 +111,8 @@ class RewardPool:
         self._per_group: bool | None = None
         self._unsent: list[ScoreFuture] = []  # with samples that are no jobs yet
         self._waiting: deque[Job] = deque()
-        self._workers: list[_Worker] = []
-        self._killed: list[_Worker] = []  # not yet out of the system's table
+        self._workers: list[WorkerProcess] = []
+        self._killed: list[WorkerProcess] = []  # not yet out of the system's table
         self._failed_starts = 0
         self._logged: set[tuple[str, str]] = set()
         self.fault = ""  # the last error of a function, in a line
@@ -261,7 +245,7 @@ class RewardPool:
 
     def _turn(self, *, wait: bool) -> bool:
         """Do once what can be done; True where there was something. `wait`: until there is."""
-        self._killed[:] = [worker for worker in self._killed if not worker.gone()]
+        self._killed[:] = [worker for worker in self._killed if worker.process.poll() is None]
         self._replace_worn()
         started = self._start_missing()
         self._take_jobs()
@@ -287,9 +271,9 @@ class RewardPool:
             grouped = self._per_group and not future.checking_gold
             if future.complete or not grouped:
                 self._waiting += future.take_jobs(per_group=grouped)
-        self._unsent = [future for future in self._unsent if future.has_unsent]
+        self._unsent = [future for future in self._unsent if future.unsent]
 
-    def _deadline(self, worker: _Worker) -> float:
+    def _deadline(self, worker: WorkerProcess) -> float:
         seconds = START_SECONDS
         if worker.ready:
             seconds = self._hard_seconds * (len(worker.jobs[0].samples) if worker.jobs else 1)
@@ -301,7 +285,7 @@ class RewardPool:
             if self._waiting:
                 self._send(worker)
 
-    def _send(self, worker: _Worker) -> None:
+    def _send(self, worker: WorkerProcess) -> None:
         # The last jobs are spread over all workers rather than queued behind one.
         most = min(JOBS_PER_MESSAGE, -(-len(self._waiting) // self._max_busy))
         num_chars = 0
@@ -314,7 +298,7 @@ class RewardPool:
         lines = [f"[{first + i}, {job.text}]" for i, job in enumerate(worker.jobs)]
         worker.write(f'{{"jobs": [{", ".join(lines)}]}}')
 
-    def _receive(self, worker: _Worker) -> bool:
+    def _receive(self, worker: WorkerProcess) -> bool:
         """Read a worker's messages, or notice its end; True where there was either."""
         replies = worker.read()
         if replies is None:
@@ -332,7 +316,7 @@ class RewardPool:
                 self.rubrics = {name: RubricText(*r) for name, r in reply["rubrics"].items()}
         return bool(replies)
 
-    def _settle(self, worker: _Worker, reply: Mapping[str, Any]) -> None:
+    def _settle(self, worker: WorkerProcess, reply: Mapping[str, Any]) -> None:
         assert reply["id"] == worker.num_jobs - len(worker.jobs)
         job = worker.jobs.popleft()
         worker.waited_since = time.monotonic()
@@ -392,7 +376,7 @@ class RewardPool:
             "memory_bytes": self._memory,
             "soft_seconds": self._soft_seconds,
         }
-        self._workers.append(_Worker(setup, self._selector))
+        self._workers.append(WorkerProcess(setup, self._selector))
 
     def _replace_worn(self) -> None:
         """One at a time, and only while the spare can take over at once."""
@@ -422,7 +406,7 @@ class RewardPool:
                 self._count_failed_start(f"not ready after {START_SECONDS:g} s")
         return killed
 
-    def _on_worker_exit(self, worker: _Worker) -> None:
+    def _on_worker_exit(self, worker: WorkerProcess) -> None:
         """A worker is gone without our doing. Its job need not be the cause, and is tried again."""
         self._remove(worker)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -443,7 +427,7 @@ class RewardPool:
     def _names(self) -> str:
         return ", ".join(Path(reference).name for reference in self.functions)
 
-    def _requeue(self, worker: _Worker) -> None:
+    def _requeue(self, worker: WorkerProcess) -> None:
         self._waiting.extendleft(reversed(worker.jobs))
         worker.jobs.clear()
 
@@ -453,7 +437,7 @@ class RewardPool:
             self._failed_starts = 0
             raise RewardError(f"the reward worker does not start ({self._names}): it {how}")
 
-    def _remove(self, worker: _Worker) -> None:
+    def _remove(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)
         self._killed.append(worker)
         worker.kill()
@@ -465,14 +449,17 @@ def _hard_seconds(reference: str, timeout_seconds: float) -> float:
 
 
 def _shut_down(
-    workers: list[_Worker], killed: list[_Worker], selector: selectors.BaseSelector, owner: int
+    workers: list[WorkerProcess],
+    killed: list[WorkerProcess],
+    selector: selectors.BaseSelector,
+    owner: int,
 ) -> None:
     if os.getpid() != owner:  # a forked child ends; the workers are its parent's
         return
     for worker in workers:
         worker.kill()
     for worker in [*workers, *killed]:
-        worker.wait()
+        worker.process.wait()
     workers.clear()
     killed.clear()
     selector.close()

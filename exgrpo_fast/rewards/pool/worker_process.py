@@ -14,8 +14,12 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
+
+from exgrpo_fast.rewards.pool.jobs import Job
 
 # Everything else, tokens of Hugging Face, W&B or a cloud above all, stays out of the workers.
 _KEPT_ENVIRONMENT = (
@@ -32,7 +36,10 @@ def inside_worker() -> bool:
 
 
 class WorkerProcess:
-    """A running worker. `selector` reports it, with this object as data, when a pipe is ready."""
+    """A running worker, what it has been given, and since when the pool waits for it.
+
+    `selector` reports it, with this object as data, when a pipe is ready.
+    """
 
     def __init__(self, setup: Mapping[str, Any], selector: selectors.BaseSelector) -> None:
         self.process = subprocess.Popen(
@@ -48,10 +55,19 @@ class WorkerProcess:
         self._jobs, self._replies = self.process.stdin, self.process.stdout
         self._selector = selector
         self._incoming, self._outgoing = bytearray(), bytearray()
+        self.ready = False
+        self.jobs: deque[Job] = deque()  # unanswered, in the order they were sent
+        self.waited_since = time.monotonic()  # its start, then its first unanswered job
+        self.num_jobs = 0
+        self.start_bytes = self.resident_bytes = 0
         for pipe in (self._jobs, self._replies):
             os.set_blocking(pipe.fileno(), False)
         selector.register(self._replies, selectors.EVENT_READ, self)
         self.write(json.dumps({**setup, "parent": os.getpid()}))
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and not self.jobs
 
     def write(self, message: str) -> None:
         """Send one message, as much of it as the pipe takes now; `flush` sends the rest."""
@@ -88,20 +104,13 @@ class WorkerProcess:
         return [json.loads(line) for line in lines]
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, children of the reward included. `wait` takes it away."""
+        """SIGKILL to the whole group, children of the reward included; a large one takes a while to be gone."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # not waited for yet: the id is still ours
         for pipe in (self._jobs, self._replies):
             if pipe in self._selector.get_map():
                 self._selector.unregister(pipe)
             pipe.close()
-
-    def gone(self) -> bool:
-        """Whether the killed process is out of the system's table; a large one takes a while."""
-        return self.process.poll() is not None
-
-    def wait(self) -> None:
-        self.process.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -158,7 +158,7 @@ class Judge:
         return [None if tasks[r] in late else tasks[r].result() for r in requests]
 
     async def _answer(self, request: JudgeRequest) -> Answer | None:
-        key = _key(self.model, request)
+        key = hashlib.sha256(json.dumps([self.model, *request]).encode()).digest()
         if key in self._answers:
             return self._answers[key]
         try:
@@ -231,10 +231,6 @@ def make_messages(request: JudgeRequest, *, marker: str) -> list[dict[str, str]]
 
 def _fenced(name: str, text: str, marker: str) -> list[str]:
     return [f"<<< {name} {marker}", text, f">>> {name} {marker}", ""]
-
-
-def _key(model: str, request: JudgeRequest) -> bytes:
-    return hashlib.sha256(json.dumps([model, *request]).encode()).digest()
 
 
 # --- what comes back ------------------------------------------------------------------------------

@@ -79,7 +79,6 @@ EXGRPO = {
 TRL = {
     "reward": _named("reward"),
     "zero_variance": _named("frac_reward_zero_std"),
-    "reward_std": _named("reward_std"),
     "entropy": _named("entropy"),
     "clip_frac": _named("clip_ratio/region_mean", "cispo_clip_ratio"),
     "kl_ref": _named("kl"),

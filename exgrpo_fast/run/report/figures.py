@@ -70,11 +70,8 @@ class Curves:
 class Computed:
     """A figure of one run that a function draws; runs are compared by `compared`."""
 
-    of_run: Callable[[Run], str]
+    draw: Callable[[Run], str]
     compared: Sequence[Curves] = ()
-
-    def draw(self, run: Run) -> str:
-        return self.of_run(run)
 
     def compare(self, runs: Sequence[Run]) -> list[str]:
         return [drawn for curves in self.compared for drawn in curves.compare(runs)]
