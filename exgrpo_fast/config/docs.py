@@ -58,11 +58,9 @@ def rows(section: type[BaseModel], path: str) -> list[str]:
     for name, info in section.model_fields.items():
         if section_of(info.annotation) and not info.description:
             continue  # a table of its own
-        default = (
-            ""
-            if info.is_required()
-            else f"`{json.dumps(info.get_default(call_default_factory=True))}`"
-        )
+        default = ""
+        if not info.is_required():
+            default = f"`{json.dumps(info.get_default(call_default_factory=True))}`"
         found = values(schema["properties"][name], schema.get("$defs", {}))
         key, text = f"{path}.{name}".lstrip("."), str(info.description).replace("|", "\\|")
         lines.append(f"| `{key}` | {default} | {found} | {text} |")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from exgrpo_fast.config.sections import (
+    AboveOne,
+    Between,
     Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
+    Share,
     key,
 )
 
@@ -66,9 +67,7 @@ class DistillationConfig(Section):
         "to the teacher: sampled = reverse KL of the sampled token, as an advantage; "
         "others over the whole vocabulary",
     )
-    mixture: Annotated[float, Field(gt=0.0, lt=1.0)] = key(
-        0.5, "of divergence jsd: the teacher's share of the middle"
-    )
+    mixture: Between = key(0.5, "of divergence jsd: the teacher's share of the middle")
     coef: PositiveFloat = key(1.0, "weight of the divergence")
     rewards: bool = key(True, "beside it, the advantages of the groups")
 
@@ -80,7 +79,7 @@ class DistillationConfig(Section):
 class TokensConfig(Section):
     """Advantages of single tokens, by their entropies and log-probs: docs/losses.md."""
 
-    high_entropy_share: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+    high_entropy_share: Share = key(
         1.0, "only this share of tokens, of highest entropy, has an advantage"
     )
     divide_by: Literal["kept", "all"] = key(
@@ -89,9 +88,7 @@ class TokensConfig(Section):
     entropy_shaping: NonNegativeFloat = key(
         0.0, "advantages grow by so much x the token's entropy; 0 = not"
     )
-    entropy_shaping_cap: Annotated[float, Field(gt=1.0)] = key(
-        2.0, "but at most by |advantage| / cap"
-    )
+    entropy_shaping_cap: AboveOne = key(2.0, "but at most by |advantage| / cap")
     clip_cov: Fraction = key(0.0, "Clip-Cov: share of tokens, drawn, without a gradient")
     clip_cov_range: tuple[float, float] = key(
         (1.0, 5.0), "drawn from tokens whose covariance lies between"
@@ -108,9 +105,7 @@ class AlgorithmConfig(Section):
     std: Literal["population", "sample"] = key(
         "population", "of advantage grpo and quantile: over K, or over K - 1 as verl's"
     )
-    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] = key(
-        0.4, "of a group's rewards, the baseline of advantage quantile"
-    )
+    quantile: Between = key(0.4, "of a group's rewards, the baseline of advantage quantile")
     surrogate: Literal["clip", "cispo", "sapo", "reinforce"] = key(
         "clip", "policy loss: docs/losses.md"
     )
@@ -119,7 +114,7 @@ class AlgorithmConfig(Section):
     )
     clip_low: PositiveFloat | None = key(0.2, "ratio is clipped below 1 - clip_low; null = not")
     clip_high: PositiveFloat | None = key(0.2, "ratio is clipped above 1 + clip_high; null = not")
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = key(
+    dual_clip: AboveOne | None = key(
         None, "largest ratio where the advantage is negative; null = none"
     )
     tv_low: PositiveFloat | None = key(

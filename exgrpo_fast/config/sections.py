@@ -14,6 +14,9 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]  # not 0
+Between = Annotated[float, Field(gt=0.0, lt=1.0)]  # neither 0 nor 1
+AboveOne = Annotated[float, Field(gt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 # Packed tokens that keep a GPU busy; more cost memory and win little.
@@ -229,9 +232,7 @@ class RolloutConfig(Section):
     group_size: Positive = key(8, "K, completions of a question")
     max_completion_tokens: Positive = key(2048, "longest completion")
     temperature: PositiveFloat = key(1.0, "of sampling, and of every log-prob in the loss")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = key(
-        1.0, "the likeliest tokens up to this sum; needs top_k: docs/rollouts.md"
-    )
+    top_p: Share = key(1.0, "the likeliest tokens up to this sum; needs top_k: docs/rollouts.md")
     top_k: NonNegative = key(0, "so many of the likeliest tokens; 0 = all")
     min_p: BelowOne = key(0.0, "tokens of at least this share of the likeliest; needs top_k")
     max_batch_sequences: Positive = key(256, "sequences decoded at a time")
@@ -308,7 +309,7 @@ class EvalConfig(Section):
     n: Positive = key(8, "samples per question")
     k: list[Positive] = key([1, 8], "pass@k; at most n, and 1 and n if not given", min_length=1)
     temperature: NonNegativeFloat = key(1.0, "0 = greedy")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = key(1.0, "nucleus sampling")
+    top_p: Share = key(1.0, "nucleus sampling")
     every: NonNegative = key(0, "steps between evaluations; 0 = before and after")
     examples: NonNegative = key(0, "held-out questions of which one completion is printed")
 

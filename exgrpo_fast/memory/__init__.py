@@ -5,5 +5,5 @@ training   weights, gradients, optimiser, activations, loss chunk
 sharded    the same on one rank of FSDP2
 budgets    vLLM's keys and values, the replay buffer
 planner    all of it beside the size of the device, as a table; how `auto` is resolved
-advice     what to change where it does not fit     fit   the plan of this machine or another GPU
+fit        the plan of this machine or another GPU, and what to change where it does not fit
 """

@@ -121,30 +121,25 @@ def _make_handler(page: LivePage, token: str) -> type[BaseHTTPRequestHandler]:
         server_version, sys_version = "exgrpo-fast", ""
         timeout = REQUEST_SECONDS
 
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
         def log_message(self, format: str, *arguments: Any) -> None:
             """Nothing: a line would hold the token."""
 
-        def _answer(self, *, with_body: bool) -> None:
+        def do_GET(self) -> None:
             if not hmac.compare_digest(self.path.encode(), f"/{token}/".encode()):
-                return self._send(404, b"not found\n", {}, with_body=with_body)
+                return self._send(404, b"not found\n")
             if not is_admitted(self.headers):
-                return self._send(403, b"not from here\n", {}, with_body=with_body)
+                return self._send(403, b"not from here\n")
             try:
                 current = page.current()
             except UserError as error:
-                return self._send(503, f"{error}\n".encode(), {}, with_body=with_body)
-            tag = {"ETag": current.version}
+                return self._send(503, f"{error}\n".encode())
             if self.headers.get("If-None-Match") == current.version:
-                return self._send(304, b"", tag, with_body=False)
-            self._send(200, current.html, tag, with_body=with_body)
+                return self._send(304, b"", ETag=current.version)
+            self._send(200, current.html, ETag=current.version)
 
-        def _send(self, code: int, body: bytes, more: dict[str, str], *, with_body: bool) -> None:
+        do_HEAD = do_GET
+
+        def _send(self, code: int, body: bytes, **more: str) -> None:
             headers = HEADERS | more | {"Content-Length": str(len(body))}
             if code >= 400:
                 headers["Content-Type"] = "text/plain; charset=utf-8"
@@ -153,7 +148,7 @@ def _make_handler(page: LivePage, token: str) -> type[BaseHTTPRequestHandler]:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if with_body:
+                if self.command != "HEAD":
                     self.wfile.write(body)
 
     return Handler

@@ -18,7 +18,7 @@ from exgrpo_fast.config import Config, ConfigError, load_config
 from exgrpo_fast.core.process_group import Processes
 from exgrpo_fast.core.torchrun import RankInfo
 from exgrpo_fast.memory import fit as planning
-from exgrpo_fast.memory.advice import cheapest
+from exgrpo_fast.memory.fit import cheapest
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.sharded import gathered
 from exgrpo_fast.memory.trainer_memory import Head

@@ -18,8 +18,7 @@ from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.build.run import run_preflight
 from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config, validate, with_values
-from exgrpo_fast.memory.advice import cheapest, refusal
-from exgrpo_fast.memory.fit import Expected, machine_of, plan_run, resolve_auto
+from exgrpo_fast.memory.fit import Expected, cheapest, machine_of, plan_run, refusal, resolve_auto
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.trainer_memory import (

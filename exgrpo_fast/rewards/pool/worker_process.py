@@ -104,7 +104,7 @@ class WorkerProcess:
         return [json.loads(line) for line in lines]
 
     def kill(self) -> None:
-        """SIGKILL to the whole group, children of the reward included; a large one takes a while to be gone."""
+        """SIGKILL to the whole group, children of the reward included; it does not wait."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # not waited for yet: the id is still ours
         for pipe in (self._jobs, self._replies):

@@ -83,11 +83,10 @@ def joined(parts: Iterable[str]) -> str:
 
 def best_and_worst(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """The rows to show, named; equal rewards are ordered by length (long failures are instructive)."""
-
-    def order(row: Row) -> tuple[float, float]:
-        return number_of(row, "reward") or 0.0, -(number_of(row, "num_tokens") or 0.0)
-
-    ranked = sorted(rows, key=order)
+    ranked = sorted(
+        rows,
+        key=lambda r: (number_of(r, "reward") or 0.0, -(number_of(r, "num_tokens") or 0.0)),
+    )
     if len(ranked) < 2:
         return [("only", row) for row in ranked]
     return [("best", ranked[-1]), ("worst", ranked[0])]

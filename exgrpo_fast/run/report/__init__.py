@@ -59,7 +59,6 @@ def write_page(path: Path, page: str) -> None:
 def render(run: Run, *, live: bool = False) -> str:
     """The whole page of a run; `live`: with a script that asks its server for a newer one."""
     subject, name = safe_text(_subject(run), 200), safe_text(run.name, 200)
-    environment = {key: value for key, value in run.environment.items() if key != "checks"}
     header = f"<h1>{subject}</h1>{status(run, live=live)}{headline(run)}{signal(run)}{facts(run)}"
     main = (
         _sections((section.title, section.draw(run)) for section in EXPERIENCE_SECTIONS)
@@ -67,7 +66,7 @@ def render(run: Run, *, live: bool = False) -> str:
         + _sections((section.title, section.draw(run)) for section in MACHINE_SECTIONS)
         + "<h2>What was run</h2>"
         + _table_section("Configuration", run.config)
-        + _table_section("Environment", environment)
+        + _table_section("Environment", run.shown_environment)
         + _table_section("Summary", run.summary)
     )
     return _page(f"{subject} · {name}", name, header, main, live=live)

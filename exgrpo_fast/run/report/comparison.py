@@ -38,14 +38,7 @@ def results(runs: Sequence[Run]) -> str:
 
 
 def _drawn_results(runs: Sequence[Run]) -> str:
-    changes = [
-        (
-            run.name,
-            _measured(run.evaluation("eval_before")),
-            _measured(run.evaluation("eval_after")),
-        )
-        for run in runs
-    ]
+    changes = [(r.name, _measured(r, "eval_before"), _measured(r, "eval_after")) for r in runs]
     marks = [evaluations(run, colour) for colour, run in enumerate(runs, start=1)]
     lines = [
         Line(run.name, [(mark.x, mark.y) for mark in of_run], colour, smooth=False)
@@ -57,10 +50,9 @@ def _drawn_results(runs: Sequence[Run]) -> str:
     )
 
 
-def _measured(evaluation: Mapping[str, Any] | None) -> Measured | None:
-    if evaluation is None:
-        return None
-    return Measured(float(evaluation["avg_at_n"]), interval(evaluation))
+def _measured(run: Run, key: str) -> Measured | None:
+    found = run.evaluation(key)
+    return Measured(float(found["avg_at_n"]), interval(found)) if found else None
 
 
 def _evaluated(evaluation: Mapping[str, Any] | None) -> str:
@@ -90,10 +82,7 @@ def _last_reward(run: Run) -> str:
 def differences(runs: Sequence[Run]) -> str:
     """The keys of config and environment whose values are not the same in all runs."""
     configs = [dict(flat(run.config)) for run in runs]
-    environments = [
-        dict(flat({key: value for key, value in run.environment.items() if key != "checks"}))
-        for run in runs
-    ]
+    environments = [dict(flat(run.shown_environment)) for run in runs]
     return (
         "<h2>What differs</h2>"
         + _differing("Configuration", runs, configs)

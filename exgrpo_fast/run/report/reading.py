@@ -48,6 +48,10 @@ class Run:
         return value if good else None
 
     @property
+    def shown_environment(self) -> dict[str, Any]:
+        return {key: value for key, value in self.environment.items() if key != "checks"}
+
+    @property
     def last_step(self) -> int:
         return self.steps[-1]["step"] if self.steps else 0
 
