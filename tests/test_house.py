@@ -46,8 +46,8 @@ LIGHT += ["model.folder_reading", "model.folder_settings", "model.gguf_file", "m
 LIGHT += ["build.folder", "build.before_torch", "build.rewards"]
 LIGHT += ["memory.budgets", "experience.replay.plan", "experience.prior.compatibility"]
 LIGHT += ["rollout.vllm.versions"]
-# The bodies of `train`, which its arguments import inside a function.
-HEAVY = ["cli.train_run", "cli.train_again"]
+# The body of `train`, which its arguments import inside a function.
+HEAVY = ["cli.train_run"]
 
 
 def room_of(path: Path) -> str:

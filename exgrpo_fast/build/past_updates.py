@@ -25,7 +25,9 @@ from exgrpo_fast.memory.fit import resolve_auto
 from exgrpo_fast.model.folder_reading import model_files
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.run.checkpoint.format import load_state, verify
+from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.sinks import JsonlSink
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.saved_updates import read_update, saved_steps
 from exgrpo_fast.training.step_metrics import float32_hex
@@ -85,9 +87,10 @@ class PastRun:
 
 
 def train_again(
-    past: PastRun, config: Config, out: Path, *, device: str, deterministic: bool = False
+    past: PastRun, config: Config, out: RunFolder, *, device: str, deterministic: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The metrics of each step; behind the last one `out`/hf holds the weights."""
+    """The metrics of each step, logged to `out`; behind the last one its hf/ holds the weights."""
+    sink = JsonlSink(out.metrics)
     prepare_process(device)
     if deterministic:
         use_deterministic_algorithms()
@@ -110,11 +113,12 @@ def train_again(
     losses = past.losses()
     for step in range(past.first, past.last + 1):
         groups, objective = read_update(past.updates, step)
-        yield _step(step, learner, groups, objective, past, config) | {
-            "run_loss_hex": losses.get(step)
-        }
+        metrics = _step(step, learner, groups, objective, past, config)
+        metrics["run_loss_hex"] = losses.get(step)
+        sink.log(step, metrics)
+        yield metrics
     folder = HuggingFaceFolder(policy, files.tokenizer)
-    folder.write(out / "hf", folder.tensors())
+    folder.write(out.path / "hf", folder.tensors())
 
 
 def _step(

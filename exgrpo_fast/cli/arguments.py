@@ -8,15 +8,12 @@ import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
 from exgrpo_fast.core.http_client import EndpointError, authorization, checked_url
 from exgrpo_fast.data import CheckedRow, check_first_rows
-from exgrpo_fast.rewards import RewardError, check_reference
-
-if TYPE_CHECKING:
-    from exgrpo_fast.rewards import RewardPool
+from exgrpo_fast.rewards import RewardError, RewardPool, check_reference
 
 FirstRows = dict[str, list[CheckedRow]]  # by their source
 
@@ -46,12 +43,20 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
     return made
 
 
+def add_fields(command: argparse.ArgumentParser, section: str = "") -> None:
+    """`section`: of the config, with a dot, where the values are config keys."""
+    usual = {
+        "prompt": "prompt, problem, question or messages",
+        "answer": "answer, or another usual name",
+    }
+    for field, default in usual.items():
+        name = f"{field}_field"
+        command.add_argument(f"--{field}-field", dest=section + name, help=f"default: {default}")
+
+
 def add_memory(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--device-memory-gib",
-        type=gibibytes,
-        help="plan for a GPU of this size, not for this one",
-    )
+    text = "plan for a GPU of this size, not for this one"
+    command.add_argument("--device-memory-gib", type=gibibytes, help=text)
 
 
 # --- argument types ------------------------------------------------------------------------------

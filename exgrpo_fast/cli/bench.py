@@ -1,4 +1,5 @@
-"""`exgrpo-fast bench`: the scripts of bench/, each with its own options and its JSON result."""
+"""`exgrpo-fast bench` and `results`: the scripts of bench/ and the tables made from their results,
+which lie beside the package in the repository."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def add_bench(commands: Any) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """The script's own exit code."""
-    scripts = dict(benchmarks(Path(exgrpo_fast.__file__).parents[1] / "bench"))
+    scripts = dict(benchmarks(bench_folder()))
     if not scripts:
         raise ConfigError(
             "bench: the benchmarks are not in the package; run it from the repository"
@@ -47,6 +48,10 @@ def bench(arguments: argparse.Namespace) -> int:
     return subprocess.run(command).returncode
 
 
+def bench_folder() -> Path:
+    return Path(exgrpo_fast.__file__).parents[1] / "bench"
+
+
 def benchmarks(folder: Path) -> Iterator[tuple[str, Path]]:
     """(name, script) of every file that can be run; the others are what these share."""
     for path in sorted(folder.glob("*.py")):
@@ -56,3 +61,17 @@ def benchmarks(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+
+
+def add_results(commands: Any) -> None:
+    text = "measured tables, and the command that measures each again; without a name: a list"
+    c = add_command(commands, "results", results, text)
+    c.add_argument("names", nargs="*", metavar="NAME", help="such as replay_study, step, packing")
+
+
+def results(arguments: argparse.Namespace) -> int:
+    """The exit code of bench/doc_tables.py."""
+    script = bench_folder() / "doc_tables.py"
+    if not script.exists():
+        raise ConfigError("results: they are not in the package; run it from the repository")
+    return subprocess.run([sys.executable, str(script), *arguments.names]).returncode

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
     add_command,
+    add_fields,
     choose_device,
     looks_local,
     natural,
@@ -22,8 +23,8 @@ from exgrpo_fast.cli.arguments import (
     require_absent,
     require_file,
 )
-from exgrpo_fast.cli.eval import MAX_PROMPT_TOKENS
-from exgrpo_fast.config import ConfigError, from_dotted, load_config, validate
+from exgrpo_fast.cli.eval import with_limits
+from exgrpo_fast.config import ConfigError, load_config
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line, clean_text
 from exgrpo_fast.data import CheckedRow, check_data
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from exgrpo_fast.experience.replay.inspect import StoredQuestion, StoredTrajectory
 
 BAR_WIDTH = 40  # characters, of the longest bar
-PROMPT_AND_ANSWER = {
-    "prompt": "prompt, problem, question or messages",
-    "answer": "answer, or another usual name",
-}
 SORT_KEYS = ("bucket", "trajectories", "visits", "entropy", "age")  # of `buffer ls`
 
 
@@ -55,8 +52,8 @@ def add_buffer(commands: Any) -> None:
 
     text = (
         "the stored questions, one a line: last = step of the last visit, stored = trajectories, "
+        "entropy = the lowest of them, born = step of the newest"
     )
-    text += "entropy = the lowest of them, born = step of the newest"
     a = action("ls", buffer_ls, text)
     a.add_argument(
         "--sort", metavar="KEY", choices=SORT_KEYS, default="bucket", help=" | ".join(SORT_KEYS)
@@ -89,8 +86,7 @@ def add_buffer(commands: Any) -> None:
     a.add_argument(
         "--data", dest="data.train", metavar="FILE", required=True, help="the questions of the run"
     )
-    for field, default in PROMPT_AND_ANSWER.items():
-        a.add_argument(f"--{field}-field", dest=f"data.{field}_field", help=f"default: {default}")
+    add_fields(a, "data.")
     a.add_argument("--id-field", dest="data.id_field", help="as data.id_field of the run")
     a.add_argument(
         "--max-completion-tokens",
@@ -174,9 +170,7 @@ def buffer_import(arguments: argparse.Namespace) -> int:
     require_file(values["data.train"], "--data")
     if looks_local(values["model.name"]):
         require_file(values["model.name"], "--model")
-    longest = MAX_PROMPT_TOKENS + values["rollout.max_completion_tokens"]
-    limits = {"data.max_prompt_tokens": MAX_PROMPT_TOKENS}
-    config = validate(from_dotted(values | limits | {"train.max_tokens_per_microbatch": longest}))
+    config = with_limits(values)
     device = choose_device(arguments.device)
     from exgrpo_fast.build.past_rollouts import import_rollouts
 

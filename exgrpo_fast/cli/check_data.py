@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from exgrpo_fast import data
-from exgrpo_fast.cli.arguments import add_command, require_file
+from exgrpo_fast.cli.arguments import add_command, add_fields, require_file
 from exgrpo_fast.cli.output import print_lines
 
 
@@ -14,8 +14,7 @@ def add_check_data(commands: Any) -> None:
     text = "every bad row of a file, with line and reason"
     c = add_command(commands, "check-data", check_data, text)
     c.add_argument("file", metavar="FILE", help="as data.train: .jsonl, .json, .parquet")
-    c.add_argument("--prompt-field", help="default: prompt, problem, question or messages")
-    c.add_argument("--answer-field", help="default: answer, or another usual name")
+    add_fields(c)
 
 
 def check_data(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""`exgrpo-fast eval`: avg@n and pass@k of a model. Its options of the model are those of `sample` too."""
+"""`exgrpo-fast eval`: avg@n and pass@k of a model; and `sample`: completions of one question, with
+reward, length and mean log-prob."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
     add_command,
+    add_fields,
     check_before_torch,
     choose_device,
     first_rows,
@@ -20,6 +22,7 @@ from exgrpo_fast.cli.arguments import (
     require_tokenizer,
 )
 from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
+from exgrpo_fast.core.text import clean_text
 
 if TYPE_CHECKING:
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
@@ -49,6 +52,16 @@ def add_eval(commands: Any) -> None:
     add_model_options(c)
 
 
+def add_sample(commands: Any) -> None:
+    c = add_command(commands, "sample", sample, "look at completions with their rewards")
+    c.add_argument("--data", metavar="FILE", help="take the question from this file")
+    c.add_argument("--row", type=int, default=0, help="which question of it (0)")
+    c.add_argument("--prompt", metavar="TEXT", help="or ask this")
+    c.add_argument("-n", dest="eval.n", type=positive, default=4, help="completions (4)")
+    add_model_options(c)
+    c.set_defaults(**{"eval.k": [1]})
+
+
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Options of the model and its sampling; those that are config keys have the key as `dest`."""
     add = command.add_argument
@@ -61,12 +74,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         default=["math_verify"],
         help="reward function (math_verify)",
     )
-    add(
-        "--prompt-field",
-        dest="data.prompt_field",
-        help="default: prompt, problem, question or messages",
-    )
-    add("--answer-field", dest="data.answer_field", help="default: answer, or another usual name")
+    add_fields(command, "data.")
     add(
         "--system-prompt",
         dest="data.system_prompt",
@@ -116,6 +124,36 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def sample(arguments: argparse.Namespace) -> int:
+    if arguments.data:
+        require_file(arguments.data, "--data")
+    elif not arguments.prompt:
+        raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
+    if arguments.data:
+        model = evaluated_model(arguments, [arguments.data])
+        questions, row = model.read(arguments.data), arguments.row
+        if not 0 <= row < len(questions):
+            raise ConfigError(
+                f"--row {row}: {arguments.data} has questions 0 to {len(questions) - 1}"
+            )
+        question = questions[row]
+    else:
+        model = evaluated_model(arguments, [], prompt=arguments.prompt)
+        question = model.question(arguments.prompt)
+    with model.evaluator(question) as evaluator:
+        samples = evaluator.sample([question])
+    print(clean_text(f"question  {question.prompt}\nanswer    {question.answer or '(none given)'}"))
+    for sample in samples:
+        completion, verdict = sample.completion, sample.verdict
+        reward = f"reward {verdict.reward:g} ({verdict.reason})"
+        figures = (
+            f"{len(completion.token_ids)} tokens, mean log-prob {completion.logprobs.mean():.3f}"
+        )
+        print(f"\n--- {reward if question.answer else 'no answer to compare with'}, {figures}")
+        print(clean_text(sample.text))
+    return 0
+
+
 def evaluated_model(
     arguments: argparse.Namespace, sources: Sequence[str], *, prompt: str | None = None
 ) -> EvaluatedModel:
@@ -125,12 +163,11 @@ def evaluated_model(
         require_model(str(config.model.name), "--model")
     require_tokenizer(str(config.model.name), "--model")
     shortens = vars(arguments)["rollout.max_completion_tokens"] is None
-    served = endpoint is not None
     rewards = check_before_torch(
         config,
         first_rows(config, sources),
         prompt=prompt,
-        tokenizer_only=served,
+        tokenizer_only=endpoint is not None,
         shortens=shortens,
     )
     from exgrpo_fast.build.evaluated_model import EvaluatedModel
@@ -155,6 +192,11 @@ def model_config(arguments: argparse.Namespace) -> Config:
     elif max(ks) > values["eval.n"]:
         raise ConfigError(f"-k {max(ks)} needs as many samples: -n is {values['eval.n']}")
     require_rewards(values["reward.functions"], "--reward")
+    return with_limits(values)
+
+
+def with_limits(values: dict[str, Any]) -> Config:
+    """The config of dotted keys, with room for the longest sequence that can be read."""
     longest = MAX_PROMPT_TOKENS + values["rollout.max_completion_tokens"]
     limits = {"data.max_prompt_tokens": MAX_PROMPT_TOKENS}
     return validate(from_dotted(values | limits | {"train.max_tokens_per_microbatch": longest}))

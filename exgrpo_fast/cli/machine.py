@@ -33,6 +33,8 @@ from exgrpo_fast.rollout.vllm.versions import (
 
 Status = Literal["ok", "warn", "fail"]
 ABSENT = "not installed"
+GLIBC = "glibc, which keeps freed memory in runs on a CPU"
+OTHER_ALLOCATOR = "another one than glibc's, or as the environment says"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, A
         *check_devices(devices, versions["torch"]),
         *check_room(room),
         *check_environment(os.environ),
-        check_allocator(),
+        Check("allocator", "ok", GLIBC if can_keep() else OTHER_ALLOCATOR),
         *check_vllm(model),
     ]
     if self_test and versions["torch"] != ABSENT:
@@ -237,13 +239,6 @@ def check_room(room: dict[str, Any]) -> list[Check]:
         else Check("memory", "warn", ram, "loading a model of 1.5 billion parameters needs 8 GiB"),
         Check("disk", "ok", disk) if free >= 30 else Check("disk", "warn", disk, small_disk),
     ]
-
-
-def check_allocator() -> Check:
-    """Whether runs on a CPU keep the memory that they free."""
-    if can_keep():
-        return Check("allocator", "ok", "glibc, which keeps freed memory in runs on a CPU")
-    return Check("allocator", "ok", "another one than glibc's, or as the environment says")
 
 
 _OPEN_DOORS = (

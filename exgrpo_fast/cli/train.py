@@ -1,6 +1,6 @@
 """`exgrpo-fast train`: arguments, dry run and supervisor.
 
-The run itself is `train_run.py`, with --from-rollouts `train_again.py`.
+The run itself is `train_run.py`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
 from exgrpo_fast.core.torchrun import place_of
 from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
+from exgrpo_fast.run.report.reading import flat
 from exgrpo_fast.run.supervisor import DEADLINE_SECONDS, Supervisor
 
 
@@ -151,7 +152,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def train_from_rollouts(arguments: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    """Exit code 0. Every step is compared with the run's own."""
+    """Exit code 0. The updates of a run's saved steps made again; every loss is compared with the
+    run's own. UserError for steps that were not saved and for keys that cannot differ."""
     run, steps = Path(arguments.from_rollouts), arguments.steps
     if steps is None:
         raise ConfigError("train --from-rollouts RUN: give --steps A:B")
@@ -161,17 +163,24 @@ def train_from_rollouts(arguments: argparse.Namespace, overrides: Sequence[tuple
     before = load_config(str(run / "config.yaml"))
     config = load_config(str(run / "config.yaml"), overrides)
     device = choose_device(arguments.device)
-    from exgrpo_fast.cli.train_again import train_on_saved  # seconds of imports
+    from exgrpo_fast.build.past_updates import PastRun, refuse_fixed, train_again
 
-    return train_on_saved(
-        run,
-        steps,
-        before,
-        config,
-        out=Path(arguments.out or f"runs/from_{run.name}"),
-        device=device,
-        deterministic=arguments.deterministic,
-    )
+    refuse_fixed(dict(flat(before.model_dump())), dict(flat(config.model_dump())), config)
+    past = PastRun(run, before, *steps)
+    past.check()
+    out, deterministic = Path(arguments.out or f"runs/from_{run.name}"), arguments.deterministic
+    with contextlib.closing(RunFolder(out, resume=False)) as folder:
+        folder.write_text("config.yaml", dump_yaml(config))
+        steps_made = train_again(past, config, folder, device=device, deterministic=deterministic)
+        for metrics in steps_made:
+            same = metrics["loss_hex"] == metrics["run_loss_hex"]
+            print(
+                f"step {metrics['step']}  loss {metrics['loss']:.6g}  "
+                f"{'the same as in the run' if same else 'other than in the run'}  "
+                f"grad norm {metrics['grad_norm']}",
+                flush=True,
+            )
+    return 0
 
 
 def step_range(text: str) -> tuple[int, int]:
