@@ -29,7 +29,7 @@ import torch
 from loss import machine
 
 from exgrpo_fast.build.pretrained import model_folder
-from exgrpo_fast.build.quickstart.warm_start import Example, imitate
+from exgrpo_fast.build.quickstart.prepare import Example, imitate
 from exgrpo_fast.core.allocator import keep_freed_memory
 from exgrpo_fast.model.folder_reading import load_tokenizer, quiet_libraries
 from exgrpo_fast.model.policy import Policy, load_model

@@ -42,10 +42,9 @@ from exgrpo_fast.build.data import load_data
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_evaluator, make_policy, make_verifier
-from exgrpo_fast.build.quickstart.prepare import imitated_pairs
+from exgrpo_fast.build.quickstart.prepare import imitated_pairs, tokenize_examples, warm_start
 from exgrpo_fast.build.quickstart.solutions import answer
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
-from exgrpo_fast.build.quickstart.warm_start import tokenize_examples, warm_start
 from exgrpo_fast.build.rewards import make_rewards
 from exgrpo_fast.config import Config, GymTask, load_config
 from exgrpo_fast.core.rng import seed_everything

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from exgrpo_fast.build.models import (
 )
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.core.process_group import Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
 from exgrpo_fast.experience.prior.protocols import Prior
@@ -254,38 +255,33 @@ def make_writer(
             "packages": package_versions(),
         },
     )
-    model = HuggingFaceFolder(policy, tokenizer)
+    journal = find_layer(engine, JournalledEngine)
     return CheckpointWriter(
         checkpoints,
-        model,
+        HuggingFaceFolder(policy, tokenizer),
         processes=policy.processes,
         warn=screen.note,
-        on_committed=journal_cleanup(engine),
+        # rollouts that a checkpoint has made superfluous
+        on_committed=journal.forget_before if journal else lambda step: None,
     )
 
 
-def journal_cleanup(engine: RolloutEngine) -> Callable[[int], None]:
-    """Deletes the rollouts that a checkpoint has made superfluous."""
-    journal = find_layer(engine, JournalledEngine)
-    return journal.forget_before if journal else lambda step: None
-
-
-def make_sink(
-    config: Config, folder: RunFolder, screen: Screen, *, resumed_from: int
+def open_sink(
+    config: Config, folder: RunFolder, screen: Screen, num_steps: int, processes: Processes
 ) -> MetricSink:
+    """The metrics of a run after `num_steps`, on rank 0; what an interrupted run wrote about later
+    steps, which will be done again, is dropped."""
+    if not processes.is_main:
+        return MetricSink()
+    JsonlSink(folder.metrics).truncate_after(num_steps)
+    CompletionLog(folder.completions).truncate_after(num_steps)
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.clear_leftovers()
+    if names := checkpoints.set_aside_after(num_steps):
+        screen.note(f"later checkpoints are set aside: {', '.join(names)}")
     sinks: list[MetricSink] = [JsonlSink(folder.metrics)]
     if "tensorboard" in config.log.to:
-        sinks.append(TensorBoardSink(folder.path / "tensorboard", resumed_from=resumed_from))
+        sinks.append(TensorBoardSink(folder.path / "tensorboard", resumed_from=num_steps))
     if "wandb" in config.log.to:
         sinks.append(WandbSink("exgrpo-fast", folder.path.name, config.model_dump(mode="json")))
     return FanOut(sinks, warn=screen.note)
-
-
-def clean_journal_after(step: int, folder: RunFolder, screen: Screen) -> None:
-    """Drop what an interrupted run wrote about steps that will be done again."""
-    JsonlSink(folder.metrics).truncate_after(step)
-    CompletionLog(folder.completions).truncate_after(step)
-    checkpoints = Checkpoints(folder.checkpoints)
-    checkpoints.clear_leftovers()
-    if names := checkpoints.set_aside_after(step):
-        screen.note(f"later checkpoints are set aside: {', '.join(names)}")

@@ -235,20 +235,16 @@ def plan_engine(config: Config, folder: str, *, device: str, shared: bool) -> En
         if made.engine is None:
             raise ConfigError(made.engine_error or "rollout.engine: no plan for vLLM")
         return made.engine
+    with torch.device("meta"):  # from the shapes alone: nothing is allocated
+        num_parameters = AutoModelForCausalLM.from_config(model).num_parameters()
     return engine_plan(
         config,
         model,
-        num_parameters=count_parameters(model),
+        num_parameters=num_parameters,
         dtype=config.model.compute_dtype(device),
         device=device,
         device_bytes=num_bytes,
     )
-
-
-def count_parameters(model: Any) -> int:
-    """From the shapes alone: nothing is allocated."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model).num_parameters()
 
 
 def prior_runs_in_vllm(config: Config, plan: EnginePlan) -> bool:

@@ -134,14 +134,12 @@ def check_teacher(config: Config, policy: ModelFiles, read: Reader = model_files
             f"{TEACHER} {name} has another tokenizer ({len(theirs)} tokens) than model.name "
             f"({len(own)} tokens)"
         )
-    rows, teachers = (_head_rows(one) for one in (policy, files))
+    # Of the language-model head, padding included; None: only the class of the model knows it.
+    rows, teachers = (
+        getattr(one.config.get_text_config(), "vocab_size", None) for one in (policy, files)
+    )
     if distillation.is_over_vocabulary and None not in (rows, teachers) and rows != teachers:
         raise ConfigError(
             f"{TEACHER} {name} has a head of {teachers} tokens, model.name one of {rows}; divergence "
             f"{distillation.divergence} compares them one by one, set it to sampled"
         )
-
-
-def _head_rows(files: ModelFiles) -> int | None:
-    """Of the language-model head, padding included; None: only the class of the model knows it."""
-    return getattr(files.config.get_text_config(), "vocab_size", None)

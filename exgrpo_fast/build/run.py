@@ -5,11 +5,11 @@ weights are loaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exgrpo_fast.build.assembly import clean_journal_after, make_sink, make_trainer
+from exgrpo_fast.build.assembly import make_trainer, open_sink
 from exgrpo_fast.build.data import load_data, refuse_bad_golds
 from exgrpo_fast.build.engines import build_engine, reserve_engine
 from exgrpo_fast.build.environment import prepare_process
@@ -39,7 +39,6 @@ from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.run.checkpoint.format import load_state
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
-from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.preflight import rehearse
 from exgrpo_fast.training.trainer import Trainer
 
@@ -72,7 +71,10 @@ def open_run(
         path = str(resume_from / "hf") if resume_from else start
         train, held_out = load_data(config, tokenizer, screen)
         processes.run_on_rank0(lambda: are_tried or check_rewards(config, rewards, train[0]))
-        check_questions(config, start, train, held_out, rewards, screen, processes)
+        questions = [*train, *held_out]
+        refuse_too_long(config, start, longest_prompt=max(len(q.prompt_ids) for q in questions))
+        if config.data.check_answers:
+            processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
         seed_everything(config.train.seed)
@@ -151,33 +153,6 @@ def open_policy(
     )
     refuse_broken_weights(policy, path)
     return policy
-
-
-def check_questions(
-    config: Config,
-    start: str,
-    train: Sequence[Question],
-    held_out: Sequence[Question],
-    rewards: RewardPool | None,
-    screen: Screen,
-    processes: Processes,
-) -> None:
-    """UserError where prompts are too long, or a gold answer is not accepted."""
-    questions = [*train, *held_out]
-    refuse_too_long(config, start, longest_prompt=max(len(q.prompt_ids) for q in questions))
-    if config.data.check_answers:
-        processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
-
-
-def open_sink(
-    config: Config, folder: RunFolder, screen: Screen, num_steps: int, processes: Processes
-) -> MetricSink:
-    """The metrics of a run after `num_steps`, on rank 0; what an interrupted run wrote about later
-    steps is dropped."""
-    if not processes.is_main:
-        return MetricSink()
-    clean_journal_after(num_steps, folder, screen)
-    return make_sink(config, folder, screen, resumed_from=num_steps)
 
 
 def rehearse_and_check(

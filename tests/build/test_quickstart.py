@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from exgrpo_fast.build.quickstart.prepare import imitated_pairs, prepare_quickstart
+from exgrpo_fast.build.quickstart.prepare import (
+    imitated_pairs,
+    prepare_quickstart,
+    tokenize_examples,
+    warm_start,
+)
 from exgrpo_fast.build.quickstart.solutions import guess, solved_examples, worked_solution
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
-from exgrpo_fast.build.quickstart.warm_start import tokenize_examples, warm_start
 from exgrpo_fast.config import ConfigError, GymTask, load_config
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy

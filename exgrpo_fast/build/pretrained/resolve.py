@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import shutil
 import sys
@@ -75,11 +76,9 @@ def _make_smollm2(out: Path, screen: Screen) -> None:
 
 def converted(file: Path) -> Path:
     """Where the weights of this file belong: by its content, so that a new file is a new folder."""
-    digest = xxhash.xxh3_64()
     try:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+            digest = hashlib.file_digest(stream, xxhash.xxh3_64)
     except OSError as error:
         raise PolicyError(f"model.name {file}: {error.strerror}") from None
     return cache_root() / "gguf" / f"{file.stem}-{digest.hexdigest()}"
