@@ -177,7 +177,8 @@ class _ForwardCheck:
             self._attempt("end token", lambda: self._check_end_tokens(engine, eos_token_ids))
         if has_adapter(self.policy.model):
             self._attempt("adapter", lambda: self._check_adapter(probe.pick(PAIR)))
-        self._check_checkpoint()
+        if (fault := checkpoint_fault(self.policy.model)) is not None:
+            raise ForwardMismatch(self.family, "checkpoint", fault)
         return ForwardReport(self.gaps, self.tolerance)
 
     # --- parts ---
@@ -228,12 +229,6 @@ class _ForwardCheck:
             with running_merged(model), self.policy.as_loaded():
                 merged = plain_logprobs(self.policy, probe)
             self._compare("adapter", merged, adapted)
-
-    def _check_checkpoint(self) -> None:
-        """Names and shapes of what is saved are those of the class; the rest of each is its own."""
-        fault = checkpoint_fault(self.policy.model)
-        if fault is not None:
-            raise ForwardMismatch(self.family, "checkpoint", fault)
 
     # --- comparing ---
 
@@ -287,18 +282,12 @@ class _ForwardCheck:
             return ""
         # The longest sequence is the first of its pack, and has no neighbour before it; so all
         # tokens are compared as a set: sorted by the sum of each state.
-        for number, (ours, theirs) in enumerate(zip(packed, plain, strict=False)):
-            if not _same_states(ours, theirs):
+        for number, layer in enumerate(zip(packed, plain, strict=False)):
+            ours, theirs = (torch.cat(list(states)) for states in layer)
+            furthest = float(torch.cdist(ours, theirs).amin(-1).max())
+            if not furthest <= 1e-2 * float(theirs.norm(dim=-1).mean()):
                 return f", from layer {number} on"
         return ""
-
-
-def _same_states(packed: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
-    """Whether every state of the packed pass is one of the plain pass, up to rounding."""
-    ours, theirs = torch.cat(list(packed)), torch.cat(list(plain))
-    return float(torch.cdist(ours, theirs).amin(-1).max()) <= 1e-2 * float(
-        theirs.norm(dim=-1).mean()
-    )
 
 
 def gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

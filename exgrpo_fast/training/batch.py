@@ -120,17 +120,6 @@ class SeveralPacks(UserError):
     """An update that does not go into one pack on each rank; it has changed nothing."""
 
 
-def require_one_pack(count: int, max_tokens: int, ranks: int = 1) -> None:
-    """SeveralPacks where an update came to more than one pack for each of `ranks`."""
-    if count > ranks:
-        limit = "one" if ranks == 1 else f"{ranks}, one on each rank"
-        raise SeveralPacks(
-            f"train.gradient_release: an update came to {count} packs of at most {max_tokens} "
-            f"tokens, and can only be {limit}; raise train.max_tokens_per_microbatch or "
-            f"train.minibatches"
-        )
-
-
 class TrainingPack(NamedTuple):
     """All that one forward and backward pass needs."""
 
@@ -177,8 +166,13 @@ class UpdateBatch:
             longest, total = extent(*sequences)
             limit = min(limit, tokens_of_share(total, longest, ranks))
         packs = pack(*sequences, max_tokens=limit, device=policy.device)
-        if at_most_one:
-            require_one_pack(len(packs), limit, ranks)
+        if at_most_one and len(packs) > ranks:
+            most = "one" if ranks == 1 else f"{ranks}, one on each rank"
+            raise SeveralPacks(
+                f"train.gradient_release: an update came to {len(packs)} packs of at most {limit} "
+                f"tokens, and can only be {most}; raise train.max_tokens_per_microbatch or "
+                f"train.minibatches"
+            )
         for packed, counts in policy.assign_packs(packs):
             terms = [self.terms[i] for i in packed.index]
             yield TrainingPack(packed, terms, self._columns(packed, terms, counts), counts)

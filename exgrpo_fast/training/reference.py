@@ -92,16 +92,13 @@ class Reference:
 
     # --- persistence ---
 
-    @property
-    def _is_rebased(self) -> bool:
-        return self.rebase_at_step is not None and self.num_steps >= self.rebase_at_step
-
     def state_dict(self) -> dict[str, Any]:
         """What cannot be read from the initial model's folder again."""
         state: dict[str, Any] = {"num_steps": self.num_steps}
         if self.previous is not None:
             state["previous"] = dict(self.previous.model.named_parameters())
-        if self._is_rebased and isinstance(self.base, Policy):
+        is_rebased = self.rebase_at_step is not None and self.num_steps >= self.rebase_at_step
+        if is_rebased and isinstance(self.base, Policy):
             state["base"] = dict(self.base.model.named_parameters())
         return state
 
@@ -117,7 +114,11 @@ class BehaviourReference:
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The same groups, `behaviour_logprobs` as their `ref_logprobs`."""
-        return [replace(g, trajectories=tuple(map(_with_own, g.trajectories))) for g in groups]
+
+        def with_own(trajectory: Trajectory) -> Trajectory:
+            return replace(trajectory, ref_logprobs=trajectory.behaviour_logprobs)
+
+        return [replace(g, trajectories=tuple(map(with_own, g.trajectories))) for g in groups]
 
     def follow(self, policy: Policy) -> None:
         """Nothing is kept."""
@@ -130,10 +131,6 @@ class BehaviourReference:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing was saved."""
-
-
-def _with_own(trajectory: Trajectory) -> Trajectory:
-    return replace(trajectory, ref_logprobs=trajectory.behaviour_logprobs)
 
 
 def copy_weights(source: Policy, target: Policy) -> None:

@@ -89,13 +89,17 @@ class Trainer:
         last = self.max_steps
         if stop_after is not None:
             last = min(last, self.num_steps + stop_after)
-        with self._listen_to_signals(), self._finish_pending_save():
-            with contextlib.suppress(Interrupted):  # the step stays begun
-                while self.num_steps < last and not self._should_stop():
-                    batch, metrics = self.step()
-                    self._publish(batch, metrics | self._evaluation_due())
-                    self._save_if_due()
-            self.save()
+        with self._listen_to_signals():
+            try:
+                with contextlib.suppress(Interrupted):  # the step stays begun
+                    while self.num_steps < last and not self._should_stop():
+                        batch, metrics = self.step()
+                        self._publish(batch, metrics | self._evaluation_due())
+                        self._save_if_due()
+                self.save()
+            except Exception:  # must not take along a checkpoint that is being written
+                self.writer.join()
+                raise
 
     def evaluate(self) -> Evaluation:
         return self.evaluator(self.eval_questions)
@@ -104,7 +108,8 @@ class Trainer:
         if not self._due(self.eval_every) or self.num_steps == self.max_steps:
             return {}
         with contextlib.suppress(Interrupted):
-            return evaluation_metrics(self.evaluator(self.eval_questions, self._raise_if_stopped))
+            found = self.evaluator(self.eval_questions, self._raise_if_stopped)
+            return {"eval_avg_at_n": found.avg_at_n, "eval_pass_at_k": found.pass_at_k}
         return {}
 
     # --- saving ---
@@ -187,15 +192,6 @@ class Trainer:
             raise Interrupted
 
     @contextlib.contextmanager
-    def _finish_pending_save(self) -> Iterator[None]:
-        """An error of a step must not take along a checkpoint that is being written."""
-        try:
-            yield
-        except Exception:
-            self.writer.join()
-            raise
-
-    @contextlib.contextmanager
     def _listen_to_signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM lets what is being learned be finished and gives up what is
         being generated; the second one ends the run at once."""
@@ -212,7 +208,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
-    return {"eval_avg_at_n": evaluation.avg_at_n, "eval_pass_at_k": evaluation.pass_at_k}

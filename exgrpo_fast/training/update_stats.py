@@ -36,13 +36,6 @@ class GuidedTokens(NamedTuple):
     redrawn: Tensor  # bool
     clipped: Tensor  # bool
 
-    @staticmethod
-    def of_lists(
-        ratios: Sequence[float], redrawn: Sequence[bool], clipped: Sequence[bool]
-    ) -> GuidedTokens:
-        flags = (torch.tensor(part, dtype=torch.bool) for part in (redrawn, clipped))
-        return GuidedTokens(torch.tensor(ratios), *flags)
-
 
 def tokens_read(packed: Pack) -> dict[str, int]:
     """What a forward pass reads: input tokens, padding included; of them prompt and completion tokens;
@@ -111,10 +104,6 @@ class PackOnHost:
     lengths: tuple[int, ...]  # completion tokens of each sequence
     read: dict[str, int]  # see `tokens_read`
 
-    @staticmethod
-    def of(part: TrainingPack) -> PackOnHost:
-        return PackOnHost(part.terms, part.pack.lengths, tokens_read(part.pack))
-
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
@@ -178,7 +167,14 @@ class BatchSums:
                     Counter(counts),
                     MetricSums(sums, rows),
                     [torch.tensor(ratio) for ratio in ratios],
-                    [GuidedTokens.of_lists(*parts) for parts in guided],
+                    [
+                        GuidedTokens(
+                            torch.tensor(found),
+                            torch.tensor(redrawn).bool(),
+                            torch.tensor(clipped).bool(),
+                        )
+                        for found, redrawn, clipped in guided
+                    ],
                 )
             )
         return total
@@ -204,7 +200,7 @@ class UnreadSums:
         self._sent: HostRead | None = None
 
     def add(self, part: TrainingPack, result: PolicyLoss) -> None:
-        pack = PackOnHost.of(part)
+        pack = PackOnHost(part.terms, part.pack.lengths, tokens_read(part.pack))
         self._packs.append((pack, list(result.metrics)))
         scalars = [result.loss.detach(), *result.metrics.values()]
         self._figures.append(torch.stack([x.double() for x in scalars]))

@@ -42,43 +42,39 @@ class ServerConnection:
 
     def post(self, route: str, body: Mapping[str, Any], *, deadline: float) -> Any:
         """The answer of one command. `deadline`: seconds."""
-        try:
-            response = self.client.post(route, json=body, timeout=self._timeout(deadline))
-        except httpx2.HTTPError as error:
-            raise self._lost(route, error, deadline) from None
+        with self._losses(route, deadline) as timeout:
+            response = self.client.post(route, json=body, timeout=timeout)
         return self._checked(response).get("result")
 
     def health(self, *, deadline: float = CONNECT_SECONDS) -> dict[str, Any]:
-        try:
-            response = self.client.get("/health", timeout=self._timeout(deadline))
-        except httpx2.HTTPError as error:
-            raise self._lost("/health", error, deadline) from None
+        with self._losses("/health", deadline) as timeout:
+            response = self.client.get("/health", timeout=timeout)
         return self._checked(response)
 
     def lines(self, route: str, body: Mapping[str, Any], *, deadline: float) -> Iterator[dict]:
         """JSON lines of an answer; `deadline`: seconds that may pass without one."""
-        try:
-            with self.client.stream(
-                "POST", route, json=body, timeout=self._timeout(deadline)
-            ) as response:
-                if response.status_code != 200:
-                    response.read()
-                    self._checked(response)
-                for line in response.iter_lines():
-                    yield json.loads(line)
-        except httpx2.HTTPError as error:
-            raise self._lost(route, error, deadline) from None
+        with (
+            self._losses(route, deadline) as timeout,
+            self.client.stream("POST", route, json=body, timeout=timeout) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                self._checked(response)
+            for line in response.iter_lines():
+                yield json.loads(line)
 
     def close(self) -> None:
         self.client.close()
 
-    def _timeout(self, deadline: float) -> httpx2.Timeout:
-        return httpx2.Timeout(deadline, connect=CONNECT_SECONDS)
-
-    def _lost(self, route: str, error: Exception, deadline: float) -> EngineLost:
-        slow = isinstance(error, httpx2.TimeoutException)
-        why = f"no progress for {deadline:g} s" if slow else (str(error) or type(error).__name__)
-        return EngineLost(f"rollout engine {self.name} is lost at {route}: {why}")
+    @contextlib.contextmanager
+    def _losses(self, route: str, deadline: float) -> Iterator[httpx2.Timeout]:
+        """The timeout of a request; an error of HTTP inside is an EngineLost."""
+        try:
+            yield httpx2.Timeout(deadline, connect=CONNECT_SECONDS)
+        except httpx2.HTTPError as error:
+            slow = isinstance(error, httpx2.TimeoutException)
+            why = f"no progress for {deadline:g} s" if slow else str(error) or type(error).__name__
+            raise EngineLost(f"rollout engine {self.name} is lost at {route}: {why}") from None
 
     def _checked(self, response: httpx2.Response) -> dict[str, Any]:
         try:

@@ -29,7 +29,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ from exgrpo_fast.rollout.server.weight_transfer import Receiver, make_receiver
 from exgrpo_fast.rollout.vllm.model import VllmModel
 from exgrpo_fast.rollout.wire import pack_completion, unpack_requests
 
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 BEAT_SECONDS = 1.0
 MAX_BODY_BYTES = 256 << 20
 
@@ -194,19 +195,25 @@ def make_app(loop: EngineLoop, key: str) -> Starlette:
             return refusal(400, str(error))
         return StreamingResponse(stream(loop, delivery, lines), media_type="application/jsonl")
 
-    async def join(request: HttpRequest) -> Response:
-        return await answer(loop, request, lambda body: loop.join(body))
+    commands: dict[str, Callable[[dict[str, Any]], None]] = {
+        "join": loop.join,
+        "update": lambda body: loop.update(body["announced"], int(body["version"])),
+        "pause": lambda body: loop.pause(True),
+        "resume": lambda body: loop.pause(False),
+    }
 
-    async def update(request: HttpRequest) -> Response:
-        return await answer(
-            loop, request, lambda body: loop.update(body["announced"], int(body["version"]))
-        )
+    def answering(command: Callable[[dict[str, Any]], None]) -> Endpoint:
+        """Runs one command; a failure is reported in one line."""
 
-    async def pause(request: HttpRequest) -> Response:
-        return await answer(loop, request, lambda body: loop.pause(True))
+        async def answer(request: HttpRequest) -> Response:
+            try:
+                body = await read_json(request)
+                result = await asyncio.wrap_future(loop.ask(lambda: command(body)))
+            except Exception as error:
+                return refusal(400, f"{type(error).__name__}: {error}")
+            return JSONResponse({"result": result})
 
-    async def resume(request: HttpRequest) -> Response:
-        return await answer(loop, request, lambda body: loop.pause(False))
+        return answer
 
     async def health(request: HttpRequest) -> Response:
         model = loop.model
@@ -221,7 +228,7 @@ def make_app(loop: EngineLoop, key: str) -> Starlette:
             }
         )
 
-    def guarded(endpoint: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
+    def guarded(endpoint: Endpoint) -> Endpoint:
         async def check(request: HttpRequest) -> Response:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), key.encode()):
@@ -230,8 +237,8 @@ def make_app(loop: EngineLoop, key: str) -> Starlette:
 
         return check
 
-    posts = [generate, join, update, pause, resume]
-    routes = [Route(f"/{f.__name__}", guarded(f), methods=["POST"]) for f in posts]
+    posts = {"generate": generate} | {name: answering(c) for name, c in commands.items()}
+    routes = [Route(f"/{name}", guarded(f), methods=["POST"]) for name, f in posts.items()]
     return Starlette(routes=[*routes, Route("/health", guarded(health), methods=["GET"])])
 
 
@@ -255,18 +262,6 @@ async def stream(
     finally:  # also where the reader hung up
         if delivery.place_of:
             loop.ask(lambda: loop.abandon(delivery))
-
-
-async def answer(
-    loop: EngineLoop, request: HttpRequest, command: Callable[[dict[str, Any]], Any]
-) -> Response:
-    """Run one command; a failure is reported in one line."""
-    try:
-        body = await read_json(request)
-        result = await asyncio.wrap_future(loop.ask(lambda: command(body)))
-    except Exception as error:
-        return refusal(400, f"{type(error).__name__}: {error}")
-    return JSONResponse({"result": result})
 
 
 async def read_json(request: HttpRequest) -> dict[str, Any]:

@@ -39,12 +39,21 @@ class VllmEngine(LocalEngine):
         observer: Observer = UNOBSERVED,
     ) -> list[Completion]:
         self.wake()
+        model, completions = self.model, dict[int, Completion]()
         try:
             with untouched_random_state():
-                return run_requests(self.model, requests, sampling, observer)
+                place_of = {model.add(request, sampling): i for i, request in enumerate(requests)}
+                while len(completions) < len(requests):
+                    model.step()
+                    finished = {place_of[key]: c for key, c in model.take(place_of).items()}
+                    completions |= finished
+                    if finished:
+                        observer.finished(list(finished), list(finished.values()))
+                    observer.on_poll()
         except BaseException:
-            self.model.drop_requests()
+            model.drop_requests()
             raise
+        return [completions[i] for i in range(len(requests))]
 
     def wake(self) -> None:
         """With the weights it had, where it sleeps."""
@@ -73,19 +82,3 @@ class VllmEngine(LocalEngine):
 
     def close(self) -> None:
         self.model.close()
-
-
-def run_requests(
-    model: VllmModel, requests: Sequence[Request], sampling: Sampling, observer: Observer
-) -> list[Completion]:
-    """Step the engine until all requests have their completions."""
-    place_of = {model.add(request, sampling): i for i, request in enumerate(requests)}
-    completions: dict[int, Completion] = {}
-    while len(completions) < len(requests):
-        model.step()
-        finished = {place_of[key]: c for key, c in model.take(place_of).items()}
-        completions |= finished
-        if finished:
-            observer.finished(list(finished), list(finished.values()))
-        observer.on_poll()
-    return [completions[i] for i in range(len(requests))]

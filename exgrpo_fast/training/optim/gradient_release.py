@@ -76,7 +76,8 @@ class ReleasingOptimiser(Optimiser):
 
     def step(self) -> UpdateOutcome:
         """Apply the gradient of the pack, in a second pass. HalfApplied where that does not fit."""
-        norm = self._norm()
+        norm_P = torch.stack([self._norms[p] for p in self.parameters if p in self._norms])
+        norm = norm_over_ranks(torch.linalg.vector_norm(norm_P), self.parameters[0])
         outcome = self.check(float(norm))
         if outcome.skipped is None:
             try:
@@ -91,11 +92,6 @@ class ReleasingOptimiser(Optimiser):
                 ) from None
         self.discard()
         return outcome
-
-    def _norm(self) -> Tensor:
-        """Of the whole gradient, over all ranks."""
-        norm_P = torch.stack([self._norms[p] for p in self.parameters if p in self._norms])
-        return norm_over_ranks(torch.linalg.vector_norm(norm_P), self.parameters[0])
 
     def _second_pass(self, norm: Tensor) -> None:
         assert self._loss is not None, "no pack came before"
