@@ -106,7 +106,7 @@ def make_question_selector(config: Config) -> QuestionSelector | None:
     if replay.questions == "gaussian":
         return gaussian_buckets(mean=replay.bucket_mean, sigma=replay.bucket_sigma)
     if replay.questions == "uniform":
-        return uniform_questions()
+        return uniform_questions
     if replay.questions == "medium":
         return medium_questions(
             low=replay.medium_low,

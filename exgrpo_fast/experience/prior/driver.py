@@ -26,7 +26,7 @@ from exgrpo_fast.experience.prior.protocols import (
     Draft,
     Drafter,
     DraftScores,
-    PendingResult,
+    EngineResult,
     Prefix,
     PriorScorer,
     T,
@@ -208,7 +208,7 @@ class Session:
     def _finished(self, completion: GuidedCompletion) -> bool:
         return completion.ended or len(completion.token_ids) >= self.resampler.max_completion_tokens
 
-    def _wait(self, phase: str, ask: Callable[[], PendingResult[T]]) -> Generator[bool, None, T]:
+    def _wait(self, phase: str, ask: Callable[[], EngineResult[T]]) -> Generator[bool, None, T]:
         """The answer; yields while it is late. The seconds of the phase run until it is there."""
         start = time.perf_counter()
         pending = ask()

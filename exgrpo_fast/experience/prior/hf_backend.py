@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from exgrpo_fast.experience.prior.mixture import completion_logprobs, known_ids, pad_logprobs
-from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, EngineResult, Prefix
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, PolicyError, inference
 from exgrpo_fast.model.renamed import cache_argument
@@ -160,7 +160,7 @@ class TransformersDrafter(PrefixSession):
         seeds: Sequence[int],
         *,
         distributions: bool = False,
-    ) -> ReadyResult[list[Draft]]:
+    ) -> EngineResult[list[Draft]]:
         cache = self.open([prefix.place for prefix in prefixes])
         tokens: list[list[int]] = [[] for _ in prefixes]
         found: list[list[Tensor]] = [[] for _ in prefixes]  # log-probs: scalars, or [V]
@@ -180,18 +180,17 @@ class TransformersDrafter(PrefixSession):
                 if not going:
                     break
                 logits_BnV = cache.go_on({prefixes[i].place: tokens[i][-1:] for i in going}, keep=1)
-        return ReadyResult(
-            [_draft(t, torch.stack(lp), distributions) for t, lp in zip(tokens, found, strict=True)]
-        )
+        drafts = []
+        for ids, values in zip(tokens, found, strict=True):
+            logprobs = torch.stack(values)
+            if distributions:
+                drafts.append(Draft(ids, _chosen(logprobs, ids), logprobs))
+            else:
+                drafts.append(Draft(ids, logprobs))
+        return EngineResult(drafts)
 
     def _finished(self, tokens: Sequence[int], length: int) -> bool:
         return len(tokens) >= length or tokens[-1] in self.eos_token_ids
-
-
-def _draft(tokens: list[int], logprobs: Tensor, distributions: bool) -> Draft:
-    if not distributions:
-        return Draft(tokens, logprobs)
-    return Draft(tokens, _chosen(logprobs, tokens), logprobs)
 
 
 def _chosen(logprobs_mV: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -219,7 +218,7 @@ class TransformersPrior(PrefixSession):
         drafts: Sequence[Sequence[int]],
         *,
         distributions: bool = False,
-    ) -> ReadyResult[list[DraftScores]]:
+    ) -> EngineResult[list[DraftScores]]:
         cache = self.open([prefix.place for prefix in prefixes])
         pairs = [(p.place, p.token_ids, draft) for p, draft in zip(prefixes, drafts, strict=True)]
         # The last draft is not read: nothing is predicted from it yet.
@@ -233,13 +232,13 @@ class TransformersPrior(PrefixSession):
             logprobs_mV = self.logprobs(self.scored[place])
             chosen = _chosen(logprobs_mV, draft).cpu()
             found.append(DraftScores(chosen, logprobs_mV.cpu() if distributions else None))
-        return ReadyResult(found)
+        return EngineResult(found)
 
-    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> ReadyResult[list[Drawn]]:
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> EngineResult[list[Drawn]]:
         rows = [self.scored[p.place][len(p.token_ids) - self.starts[p.place]] for p in prefixes]
         drawn_A, chosen_A = draw_tokens(self.logprobs(torch.stack(rows)), seeds, 0)
         pairs = zip(drawn_A.tolist(), chosen_A.tolist(), strict=True)
-        return ReadyResult([Drawn(token, logprob) for token, logprob in pairs])
+        return EngineResult([Drawn(token, logprob) for token, logprob in pairs])
 
     def whole_completions(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]

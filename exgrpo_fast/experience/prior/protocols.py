@@ -3,7 +3,7 @@ guided completions that the collector uses.
 
 Every call names whole prefixes, so an engine without memory can answer it (with a prefix cache it
 is cheap); one that keeps its own cache finds what it has already read (hf_backend.py).
-An engine that is stepped returns a PendingResult, which becomes ready later.
+The result of an engine that is stepped becomes ready later.
 
 Legend: m drafted tokens, V tokens of the vocabulary.
 """
@@ -19,7 +19,6 @@ from exgrpo_fast.core.types import Question, Trajectory
 from exgrpo_fast.experience.prior.guidance_metrics import GuidanceCost
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 
 class Prefix(NamedTuple):
@@ -49,23 +48,14 @@ class Drawn(NamedTuple):
     logprob: float
 
 
-class PendingResult(Protocol[T_co]):
-    """A result that may not be there yet."""
-
-    def ready(self) -> bool:
-        """Makes what progress can be made without waiting; whether `result` is there."""
-        ...
-
-    def result(self) -> T_co: ...
-
-
-class ReadyResult(Generic[T]):
-    """The result of an engine that works inside the call."""
+class EngineResult(Generic[T]):
+    """A result that may not be there yet; as it stands, of an engine that works inside the call."""
 
     def __init__(self, value: T) -> None:
         self.value = value
 
     def ready(self) -> bool:
+        """Makes what progress can be made without waiting; whether `result` is there."""
         return True
 
     def result(self) -> T:
@@ -84,7 +74,7 @@ class Drafter(Protocol):
         seeds: Sequence[int],
         *,
         distributions: bool = False,
-    ) -> PendingResult[list[Draft]]:
+    ) -> EngineResult[list[Draft]]:
         """At most `lengths[i]` tokens after each prefix, at temperature 1 from the whole
         distribution, each draft a function of its prefix and its seed."""
         ...
@@ -105,11 +95,11 @@ class PriorScorer(Protocol):
         drafts: Sequence[Sequence[int]],
         *,
         distributions: bool = False,
-    ) -> PendingResult[list[DraftScores]]:
+    ) -> EngineResult[list[DraftScores]]:
         """The log-probability of every drafted token behind its prefix, in one pass."""
         ...
 
-    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> PendingResult[list[Drawn]]:
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> EngineResult[list[Drawn]]:
         """One token after each prefix. A prefix is one of the last `score`, with none or some of
         its draft appended."""
         ...

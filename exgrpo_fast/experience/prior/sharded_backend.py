@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exgrpo_fast.experience.prior.hf_backend import draw_tokens
 from exgrpo_fast.experience.prior.mixture import completion_logprobs, logprobs
-from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, EngineResult, Prefix
 from exgrpo_fast.model.packing import Pack, Ragged
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling
@@ -36,14 +36,14 @@ class EngineDrafter:
         seeds: Sequence[int],
         *,
         distributions: bool = False,
-    ) -> ReadyResult[list[Draft]]:
+    ) -> EngineResult[list[Draft]]:
         assert not distributions, "an engine returns no whole distributions"
         requests = [
             Request(tuple(prefix.token_ids), seed, length)
             for prefix, length, seed in zip(prefixes, lengths, seeds, strict=True)
         ]
         completions = self.engine.generate(requests, Sampling(max(lengths)))
-        return ReadyResult([Draft(c.token_ids.tolist(), c.logprobs) for c in completions])
+        return EngineResult([Draft(c.token_ids.tolist(), c.logprobs) for c in completions])
 
     def forget(self) -> None:
         """The engine keeps nothing of a session."""
@@ -70,7 +70,7 @@ class PackedPrior:
         drafts: Sequence[Sequence[int]],
         *,
         distributions: bool = False,
-    ) -> ReadyResult[list[DraftScores]]:
+    ) -> EngineResult[list[DraftScores]]:
         assert not distributions, "whole distributions are not summed over the ranks"
         self.forget()
 
@@ -86,10 +86,10 @@ class PackedPrior:
             num_tokens=self.num_tokens,
             on_read=keep,
         )
-        return ReadyResult([DraftScores(logprobs_T) for logprobs_T in found])
+        return EngineResult([DraftScores(logprobs_T) for logprobs_T in found])
 
     @torch.no_grad()
-    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> ReadyResult[list[Drawn]]:
+    def draw(self, prefixes: Sequence[Prefix], seeds: Sequence[int]) -> EngineResult[list[Drawn]]:
         found = torch.zeros(2, len(prefixes), dtype=torch.float64)  # tokens, their log-probs
         own = [i for i, prefix in enumerate(prefixes) if prefix.place in self.read]
         with self.prior.passes():
@@ -101,7 +101,7 @@ class PackedPrior:
                 found[:, own] = torch.stack([values.double() for values in drawn]).cpu()
         self.prior.processes.all_reduce_sum_(found)
         pairs = zip(*found.tolist(), strict=True)
-        return ReadyResult([Drawn(int(token), logprob) for token, logprob in pairs])
+        return EngineResult([Drawn(int(token), logprob) for token, logprob in pairs])
 
     def _row(self, prefix: Prefix) -> Tensor:
         return self.read[prefix.place][len(prefix.token_ids) - self.starts[prefix.place]]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, EngineResult, Prefix
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.rollout.vllm.engine import VllmEngine
 from exgrpo_fast.rollout.vllm.model import VllmModel, untouched_random_state
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 @dataclass(eq=False)
-class Awaited(Generic[R]):
+class Awaited(EngineResult[R]):
     """The result of requests to one model; `ready` steps that model once."""
 
     model: VllmModel

@@ -85,14 +85,12 @@ def allocate(
     return taken
 
 
-def uniform_questions() -> QuestionSelector:
+def uniform_questions(
+    store: ExperienceStore, count: int, rng: np.random.Generator, step: int
+) -> list[int]:
     """Every stored question alike: ExGRPO's ablation "without question selection"."""
-
-    def draw(store: ExperienceStore, count: int, rng: np.random.Generator, step: int) -> list[int]:
-        stored = (store.bucket >= 0).nonzero().flatten().cpu().numpy()
-        return rng.choice(stored, size=min(count, len(stored)), replace=False).tolist()
-
-    return draw
+    stored = (store.bucket >= 0).nonzero().flatten().cpu().numpy()
+    return rng.choice(stored, size=min(count, len(stored)), replace=False).tolist()
 
 
 def medium_questions(

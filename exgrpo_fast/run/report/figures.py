@@ -6,6 +6,7 @@ colour for each run. A figure with nothing to draw is '', and vanishes from the 
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -122,18 +123,17 @@ def outcomes(run: Run) -> str:
 def reasons(run: Run) -> str:
     """The most frequent reasons of the rewards, as shares of the scored trajectories."""
     counted = [(step["step"], _reason_counts(step)) for step in run.steps]
-    totals: dict[str, float] = {}
+    totals: Counter[str] = Counter()
     for _, counts in counted:
-        for reason, count in counts.items():
-            totals[reason] = totals.get(reason, 0) + count
+        totals.update(counts)
     layers = []
-    for colour, reason in enumerate(sorted(totals, key=lambda r: -totals[r])[:NUM_REASONS], 1):
+    for colour, (reason, _) in enumerate(totals.most_common(NUM_REASONS), 1):
         points = [(s, c.get(reason, 0) / total) for s, c in counted if (total := sum(c.values()))]
         layers.append((clean_text(reason, max_line=40), points, colour))
     return stacked_figure("Reasons of the rewards", layers, top=1.0)
 
 
-def _reason_counts(step: Mapping[str, Any]) -> dict[str, float]:
+def _reason_counts(step: Mapping[str, Any]) -> dict[str, Any]:
     found = step.get("reasons")
     if not isinstance(found, dict):
         return {}
@@ -191,11 +191,11 @@ def phases(run: Run) -> str:
     smallest = SMALLEST_PHASE * run.total("step_seconds")
     timed = [name for name in PHASES if run.total(f"seconds_{name}") > smallest][:NUM_PHASES]
     layers = [(name, run.series(f"seconds_{name}"), i) for i, name in enumerate(timed, start=1)]
-    known: dict[int, float] = {}
+    known: dict[int, float] = defaultdict(float)
     for _, points, _ in layers:
         for step, seconds in points:
-            known[step] = known.get(step, 0.0) + seconds
-    rest = [(step, max(s - known.get(step, 0.0), 0.0)) for step, s in run.series("step_seconds")]
+            known[step] += seconds
+    rest = [(step, max(s - known[step], 0.0)) for step, s in run.series("step_seconds")]
     return stacked_figure("Seconds per step, by phase", [*layers, ("other", rest, 7)])
 
 

@@ -11,7 +11,7 @@ import torch
 from tabular import Tabular
 
 from exgrpo_fast.experience.prior.driver import GuidedCompletion, Resampler
-from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, Prefix, ReadyResult
+from exgrpo_fast.experience.prior.protocols import Draft, DraftScores, Drawn, EngineResult, Prefix
 from exgrpo_fast.experience.prior.triggers import Trigger
 from exgrpo_fast.rollout.engine import Request
 
@@ -68,20 +68,20 @@ class EnumeratedEngine:
             rows.append(self._row(self.problem.logp_SV, [*prefix, *tokens]))
             tokens.append(self.choices.choose(rows[-1].exp().tolist()))
         chosen = torch.stack([row[token] for row, token in zip(rows, tokens, strict=True)])
-        return ReadyResult([Draft(tokens, chosen, torch.stack(rows))])
+        return EngineResult([Draft(tokens, chosen, torch.stack(rows))])
 
     def score(self, prefixes, drafts, *, distributions=False):
         ((_, prefix),), (draft,) = prefixes, drafts
         rows = torch.stack(
             [self._row(self.problem.logr_SV, [*prefix, *draft[:k]]) for k in range(len(draft))]
         )
-        return ReadyResult([DraftScores(rows.gather(1, torch.tensor(draft)[:, None])[:, 0], rows)])
+        return EngineResult([DraftScores(rows.gather(1, torch.tensor(draft)[:, None])[:, 0], rows)])
 
     def draw(self, prefixes, seeds):
         ((_, prefix),) = prefixes
         row = self._row(self.problem.logr_SV, prefix)
         token = self.choices.choose(row.exp().tolist())
-        return ReadyResult([Drawn(token, float(row[token]))])
+        return EngineResult([Drawn(token, float(row[token]))])
 
     def whole_completions(self, prompts, completions):
         raise NotImplementedError
@@ -160,7 +160,7 @@ class Script:
         self.forgot += 1
 
 
-class Late:
+class Late(EngineResult):
     """A reply that is ready when it has been asked `late` times."""
 
     def __init__(self, value, late: int) -> None:

@@ -202,7 +202,7 @@ def test_drawn_questions_are_distinct_stored_and_as_many_as_wanted() -> None:
     assert sorted(draw(store, 99, rng, 0)) == everything
     store.retire(torch.tensor(everything[:5]))
     assert sorted(draw(store, 99, rng, 0)) == everything[5:]
-    assert draw(make_store(), 5, rng, 0) == uniform_questions()(make_store(), 5, rng, 0) == []
+    assert draw(make_store(), 5, rng, 0) == uniform_questions(make_store(), 5, rng, 0) == []
 
 
 @pytest.mark.parametrize(("stored", "drawn"), [(0, 0), (10, 10), (63, 63), (64, 64), (5000, 64)])
@@ -211,12 +211,12 @@ def test_o1_half_of_128_questions_are_drawn_where_so_many_are_stored(
 ) -> None:
     store = make_store(questions=5000, group_size=8)
     store.bucket[:stored] = 1 + torch.arange(stored, dtype=torch.int16) % 7
-    for selector in (gaussian_buckets(mean=0.5, sigma=0.125), uniform_questions()):
+    for selector in (gaussian_buckets(mean=0.5, sigma=0.125), uniform_questions):
         questions = selector(store, int(0.5 * 128), np.random.default_rng(0), 1)
         assert len(set(questions)) == len(questions) == drawn
 
 
-@pytest.mark.parametrize("selector", [gaussian_buckets(mean=0.5, sigma=0.125), uniform_questions()])
+@pytest.mark.parametrize("selector", [gaussian_buckets(mean=0.5, sigma=0.125), uniform_questions])
 def test_draws_depend_on_the_seed_and_on_what_is_stored_alone(selector: Callable) -> None:
     questions = list(range(20))
     items = [Item(q, (q, i)) for q in questions for i in range(1 + q % 2)]
@@ -238,7 +238,7 @@ def test_draws_depend_on_the_seed_and_on_what_is_stored_alone(selector: Callable
 
 def test_uniform_questions_are_uniform_over_the_stored() -> None:
     store, buckets = bucket_store()
-    draw, rng = uniform_questions(), np.random.default_rng(3)
+    draw, rng = uniform_questions, np.random.default_rng(3)
     drawn = [draw(store, 4, rng, 0) for _ in range(2000)]
     assert all(len(set(questions)) == 4 for questions in drawn)
     stored = [question for question, k in enumerate(buckets) if k >= 0]
