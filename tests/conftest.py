@@ -230,7 +230,7 @@ def make_test_trainer(
         return make_trainer(
             config,
             policy=policy,
-            reference=make_reference(config, str(model_folder), policy, device="cpu"),
+            reference=make_reference(config, str(model_folder), policy),
             engine=engine,
             prior=make_prior(config, policy, tokenizer, engine, None),
             rewards=rewards,

@@ -23,11 +23,7 @@ from exgrpo_fast.experience.hindsight import HindsightPrompt
 from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.scoring import Decode, Verifier
 from exgrpo_fast.model.attention.backends import choose, refusal
-from exgrpo_fast.model.folder_reading import (
-    Tokenizer,
-    end_of_sequence_ids,
-    read_generation_config,
-)
+from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, read_generation_config
 from exgrpo_fast.model.frozen import nf4
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.model.policy import Policy, load_model
@@ -160,7 +156,7 @@ def make_plain_policy(
 
 
 def make_reference(
-    config: Config, name: str, policy: Policy, *, device: str
+    config: Config, name: str, policy: Policy
 ) -> Reference | BehaviourReference | None:
     """The frozen policies of a KL term; with adapters the base is the policy with them switched off."""
     kl = config.algorithm.kl
@@ -168,34 +164,22 @@ def make_reference(
         return None
     if kl.reference == "behaviour":
         return BehaviourReference()
-
-    def frozen() -> Policy:
-        weights = getattr(torch, config.model.weights)
-        made = make_plain_policy(
-            config, name, dtype=weights, device=device, processes=policy.processes
-        )
-        made.sizes = policy.sizes  # on one device, what fits the one fits the other
-        return made
-
     keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(
-        AdapterOff(policy) if keeps_base else frozen(),
-        frozen() if kl.previous_share else None,
+        AdapterOff(policy) if keeps_base else frozen_beside(config, name, policy),
+        frozen_beside(config, name, policy) if kl.previous_share else None,
         previous_share=kl.previous_share,
         rebase_at_step=kl.rebase_at_step,
     )
 
 
-def make_teacher(config: Config, policy: Policy) -> Policy:
-    """The frozen model of `algorithm.distillation.teacher`, beside the policy."""
-    name, weights = config.algorithm.distillation.teacher, getattr(torch, config.model.weights)
-    assert name is not None
-    teacher = make_plain_policy(
-        config, name, dtype=weights, device=policy.device.type, processes=policy.processes
-    )
-    teacher.sizes = policy.sizes
-    teacher.freeze()
-    return teacher
+def frozen_beside(config: Config, name: str, policy: Policy) -> Policy:
+    """Another frozen model, a reference or a teacher, on the device of the policy."""
+    weights, device = getattr(torch, config.model.weights), policy.device.type
+    made = make_plain_policy(config, name, dtype=weights, device=device, processes=policy.processes)
+    made.sizes = policy.sizes  # on one device, what fits the one fits the other
+    made.freeze()
+    return made
 
 
 def make_distillation(config: Config, policy: Policy) -> VocabularyDistillation | None:
@@ -204,7 +188,7 @@ def make_distillation(config: Config, policy: Policy) -> VocabularyDistillation 
     distillation = config.algorithm.distillation
     if distillation.divergence == "sampled" or distillation.teacher is None:
         return None
-    teacher = make_teacher(config, policy)
+    teacher = frozen_beside(config, distillation.teacher, policy)
     for key, model in (("model.name", policy), ("algorithm.distillation.teacher", teacher)):
         if model.head.bias is not None or model.head.softcap is not None:
             raise ConfigError(

@@ -105,7 +105,7 @@ def train_again(
     adapter = adapter_of(config, resume_from)
     name = start if adapter or not resume_from else str(resume_from / "hf")
     policy = make_policy(config, name, device=device, adapter=adapter)
-    learner = make_learner(config, policy, make_reference(config, start, policy, device=device))
+    learner = make_learner(config, policy, make_reference(config, start, policy))
     if resume_from:
         state = load_state(resume_from)
         learner.load_state_dict(state["learner"])

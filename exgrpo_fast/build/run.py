@@ -109,7 +109,7 @@ def open_run(
                 trainer = make_trainer(
                     config,
                     policy=policy,
-                    reference=make_reference(config, start, policy, device=device),
+                    reference=make_reference(config, start, policy),
                     engine=engine,
                     prior=make_prior(config, policy, tokenizer, engine, reserved.vllm_prior),
                     rewards=rewards,

@@ -8,13 +8,7 @@ from typing import Any, Literal, Unpack
 
 from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data.checking import (
-    CheckedRow,
-    FieldNames,
-    check_data,
-    content_id,
-    none_usable,
-)
+from exgrpo_fast.data.checking import CheckedRow, FieldNames, check_data, content_id, none_usable
 from exgrpo_fast.data.sources import BadRow, DataError, Source
 
 TOKENIZER_BATCH = 1024

@@ -30,12 +30,7 @@ from torch import Tensor
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Completion
-from exgrpo_fast.model.lora import (
-    has_adapter,
-    merged_weights,
-    random_adapter,
-    running_merged,
-)
+from exgrpo_fast.model.lora import has_adapter, merged_weights, random_adapter, running_merged
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from exgrpo_fast.rollout.hf.engine import TransformersEngine

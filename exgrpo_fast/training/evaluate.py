@@ -115,16 +115,14 @@ class Evaluator:
 
     def _revise(self, samples: list[Sample], number: int) -> list[Sample]:
         assert self.prompt is not None
-        failed = [i for i, sample in enumerate(samples) if not sample.verdict.successful]
-        asked = {
-            i: question
-            for i in failed
-            if (
-                question := self.prompt.ask(
-                    samples[i].question, samples[i].text, samples[i].verdict, revision=number
-                )
-            )
-        }
+        asked: dict[int, Question] = {}
+        for i, (first, text, verdict) in enumerate(
+            (s.question, s.text, s.verdict) for s in samples
+        ):
+            if verdict.successful:
+                continue
+            if question := self.prompt.ask(first, text, verdict, revision=number):
+                asked[i] = question
         requests = [
             Request(question.prompt_ids, request_seed(self.seed, "revise", question.id, i % self.n))
             for i, question in asked.items()

@@ -36,14 +36,11 @@ class QueryRun(Block):
     max_seqlen_q: int
     max_seqlen_k: int
 
-    @property
-    def extents(self) -> tuple[Tensor, Tensor, int, int]:
-        """In the order in which both kernels take them."""
-        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
-
 
 class RunByRun(ABC):
     """One pack's attention by a kernel that is called for each run."""
+
+    kernel: Callable[..., Tensor]
 
     def __init__(self, layout: AttentionLayout, device: torch.device) -> None:
         self.runs = query_runs(layout, device)
@@ -58,19 +55,17 @@ class RunByRun(ABC):
     ) -> Tensor:
         """[L, heads, head size]."""
         assert sinks is None, "this kernel has no attention sinks"
-        return block_by_block(self.attend, self.runs, query, key, value, scoring)
+        options = self.options(scoring)
+
+        def attend(run: QueryRun, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+            lengths = (run.cu_seqlens_q, run.cu_seqlens_k, run.max_seqlen_q, run.max_seqlen_k)
+            return self.kernel(q, k, v, *lengths, **options)
+
+        return block_by_block(attend, self.runs, query, key, value, scoring)
 
     @abstractmethod
-    def attend(
-        self,
-        run: QueryRun,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scoring: Scoring,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """The outputs of one run, for the rows of the pack that it gathers."""
+    def options(self, scoring: Scoring) -> dict[str, Any]:
+        """What the kernel is told beside its inputs and their lengths."""
 
 
 class Flash(RunByRun):
@@ -80,27 +75,15 @@ class Flash(RunByRun):
         super().__init__(layout, device)
         self.kernel = flash_kernel()
 
-    def attend(
-        self,
-        run: QueryRun,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scoring: Scoring,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        return self.kernel(
-            query,
-            key,
-            value,
-            *run.extents,
-            dropout_p=scoring.dropout,
-            softmax_scale=scoring.scaling,
-            causal=True,
+    def options(self, scoring: Scoring) -> dict[str, Any]:
+        return {
+            "dropout_p": scoring.dropout,
+            "softmax_scale": scoring.scaling,
+            "causal": True,
             # tokens to the left of the query's own, which is seen as well
-            window_size=(-1, -1) if scoring.window is None else (scoring.window - 1, 0),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+            "window_size": (-1, -1) if scoring.window is None else (scoring.window - 1, 0),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
 
 
 def flash_kernel() -> Any:
@@ -119,21 +102,11 @@ class Varlen(RunByRun):
         super().__init__(layout, device)
         self.kernel = found
 
-    def attend(
-        self,
-        run: QueryRun,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scoring: Scoring,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def options(self, scoring: Scoring) -> dict[str, Any]:
         assert not scoring.dropout, "varlen_attn has no dropout"
         # (-1, 0) is causal; else tokens to the left of the query's own, which is seen as well
         window = (-1 if scoring.window is None else scoring.window - 1, 0)
-        return self.kernel(
-            query, key, value, *run.extents, scale=scoring.scaling, window_size=window
-        )
+        return {"scale": scoring.scaling, "window_size": window}
 
 
 def varlen_kernel() -> Callable[..., Tensor] | None:

@@ -104,8 +104,7 @@ class TransformersEngine(LocalEngine):
         def shrink(cause: str) -> None:
             count = min(self.max_batch_sequences, len(requests))
             if count == 1:
-                lengths = (len(r.prompt_ids) + r.limit(sampling) for r in requests[:count])
-                longest = max(lengths)
+                longest = len(requests[0].prompt_ids) + requests[0].limit(sampling)
                 raise nothing_smaller(
                     self.policy.model,
                     during="generation",
