@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.model.lora import add_adapter, random_adapter, save_plain
@@ -81,17 +81,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(family: str) -> PreTrainedModel:
-    """2 layers, width 64; weights as large as after training, so that attention has a say."""
+def tiny_config(family: str) -> PreTrainedConfig:
+    """2 layers, width 64."""
     kind = CONFIG_MAPPING[family]
     usual, renamed = kind(), getattr(kind, "attribute_map", {})
     known = {k: v for k, v in SMALL.items() if k not in renamed and hasattr(usual, k)}
     tokens = {"pad_token_id", "bos_token_id", "eos_token_id"}
     known = {k: v for k, v in known.items() if k in tokens or getattr(usual, k) is not None}
     values = {k: v for k, v in (known | FAMILIES[family]).items() if v is not None}
-    config = kind(**values)
+    return kind(**values)
+
+
+def shell_of(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """Weights as large as after training, so that attention has a say."""
+    config = tiny_config(family)
+    shell = shell_of(config)
     assert shell.num_parameters() < LARGEST, f"{family}: {shell.num_parameters()} parameters"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.api.inputs import Reward, Rows, as_references, as_source, make_config
-from exgrpo_fast.cli.arguments import choose_device
+from exgrpo_fast.cli.arguments import data_files, require_file, require_rewards
+from exgrpo_fast.cli.eval import open_model
 from exgrpo_fast.config import Config, require
 from exgrpo_fast.rewards.loading import stop_where_imported
 
@@ -36,12 +38,16 @@ def evaluate(
             "reward.functions": as_references(reward, Path(folder)),
             "eval.n": n,
             "eval.k": list(k),
+            "data.eval": source,
         }
         config = make_config(Config(), values | keys)
         require(config.model.name, "model.name", "a folder or a hub name")
-        from exgrpo_fast.build.evaluated_model import EvaluatedModel
-
-        evaluated = EvaluatedModel(config, device=choose_device(device))
-        questions = evaluated.read(source)
-        with evaluated.evaluator(questions[0]) as evaluator:
-            return evaluator(questions).as_dict()
+        for key, file in data_files(config).items():
+            require_file(file, key)
+        require_rewards(config.reward.functions, "reward.functions")
+        files = list(data_files(config).values())
+        evaluated = open_model(config, files, key="model.name", device=device)
+        with evaluated.rewards or contextlib.nullcontext():
+            questions = evaluated.read(source)
+            with evaluated.evaluator(questions[0]) as evaluator:
+                return evaluator(questions).as_dict()

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.api.inputs import Reward, Rows, as_references, as_source, make_config
-from exgrpo_fast.cli.arguments import check_inputs, choose_device
+from exgrpo_fast.cli.arguments import (
+    check_before_torch,
+    check_inputs,
+    choose_device,
+    require_tokenizer,
+)
 from exgrpo_fast.config import Config, refuse_other_config, refuse_world_size
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.torchrun import place_of
@@ -97,12 +102,16 @@ def train(
         values["reward.functions"] = as_references(reward, inputs)
     config = make_config(recipe, values)
     refuse_world_size(config, rank.count)
-    check_inputs(config)
+    rows = check_inputs(config)
+    require_tokenizer(str(config.model.name), "model.name")
     resumes = resume != "never"
     folder = RunFolder(out, resume=resumes) if rank.is_main else GuestFolder(out)
-    with contextlib.closing(folder):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(folder))
         if resumes:
             refuse_other_config(folder.config, config)
+        rewards = check_before_torch(config, rows, weights=not resumes) if rank.is_main else None
+        stack.enter_context(rewards or contextlib.nullcontext())
         from exgrpo_fast.cli.train_run import EXIT_SIGNAL, train_run
 
         code = train_run(
@@ -113,6 +122,7 @@ def train(
             stop_after=stop_after,
             deterministic=deterministic,
             rank=rank,
+            rewards=rewards,
         )
     if code and code < EXIT_SIGNAL:
         raise RunStopped(f"the run stopped with code {code}: {out}/run.log has the cause", code)

@@ -1,7 +1,7 @@
 """What can be wrong with models, rewards and the first rows of the data, found before torch is loaded.
 
 Each rule is one that the run itself follows later, when it opens the folder and reads all rows; so
-what is not known yet, such as the tokenizer of a GGUF file, is refused then.
+what is not known yet, such as the weights of a GGUF file, is refused then.
 """
 
 from __future__ import annotations
@@ -9,34 +9,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from exgrpo_fast.build.folder import (
+    allowed,
     check_prior,
     check_settings,
     check_teacher,
     positions_of,
     refuse_longer_than,
 )
+from exgrpo_fast.build.pretrained import cached_folder
+from exgrpo_fast.build.quickstart.toy_model import CHAT_TEMPLATE
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
-from exgrpo_fast.config import Config
+from exgrpo_fast.config import Config, ConfigError, GymTask
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data import CheckedRow, first_questions, question_from_text
+from exgrpo_fast.data import CheckedRow, check_first_rows, first_questions, question_from_text
 from exgrpo_fast.model.folder_reading import (
     ModelFiles,
     PlainConfig,
+    TemplateAlone,
     Tokenizer,
     plain_config,
     plain_tokenizer,
     quiet_libraries,
 )
 from exgrpo_fast.model.folder_settings import (
+    refuse_broken_template,
     refuse_quantised,
     refuse_unknown_type,
     refuse_unsupported,
 )
-from exgrpo_fast.model.gguf_file import find_gguf, refuse_unreadable
+from exgrpo_fast.model.gguf_file import find_gguf, read_usable_header
 from exgrpo_fast.model.weight_files import read_shapes, refuse_other_shapes
 from exgrpo_fast.rewards import RewardPool
 
-MADE_HERE = ("quickstart", "smollm2")  # names of models that are no folders before the run
+QUICKSTART, SMOLLM2 = "quickstart", "smollm2"  # models that are no folders before the run
 
 
 def check_before_torch(
@@ -57,11 +62,27 @@ def check_before_torch(
     """
     name = config.model.name or ""
     quiet_libraries()
-    if name in MADE_HERE:
-        return None
+    rows = {**rows, **_first_of_tasks(config)}
+    if name == QUICKSTART:
+        if weights and config.data.train is not None:
+            solved_task(config)
+        return _tried_rewards(
+            config, _questions(config, rows, prompt, TemplateAlone(CHAT_TEMPLATE))
+        )
+    if name == SMOLLM2:
+        folder = cached_folder(name)
+        if folder is None:
+            return None
+        name, weights = folder, False  # verified by their digests
     if (file := find_gguf(name)) is not None:
-        refuse_unreadable(file, f"model.name {name}")
-        return None
+        header = read_usable_header(file, f"model.name {name}")
+        if header is None:
+            return None
+        template = TemplateAlone(header.chat_template)
+        refuse_broken_template(template, name, system_prompt=config.data.system_prompt)
+        if not shortens:
+            refuse_longer_than(allowed(config, header.positions), config, name, 1)
+        return _tried_rewards(config, _questions(config, rows, prompt, template))
     model = None if tokenizer_only else _supported_config(name, "model.name")
     if model is not None:
         refuse_quantised(model, name)
@@ -83,6 +104,23 @@ def check_before_torch(
         check_prior(config, policy, _checked_files)
         check_teacher(config, policy, _checked_files)
     return _tried_rewards(config, questions)
+
+
+def solved_task(config: Config) -> GymTask:
+    """The task that the quickstart's model is made for; ConfigError for others."""
+    task = config.data.train
+    if not isinstance(task, GymTask) or task.gym != "chain_sum":
+        raise ConfigError(
+            "model.name quickstart: data.train must be the gym task chain_sum, the one with "
+            "generated solutions; train another task from a model of yours"
+        )
+    return task
+
+
+def _first_of_tasks(config: Config) -> dict[str, list[CheckedRow]]:
+    """The first row of each gym task; files were read already."""
+    tasks = [task for task in (config.data.train, config.data.eval) if isinstance(task, GymTask)]
+    return {str(task): check_first_rows(task.model_dump()) for task in tasks}
 
 
 def _supported_config(name: str, key: str) -> PlainConfig:

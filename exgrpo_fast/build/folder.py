@@ -51,7 +51,7 @@ def check_settings(config: Config, name: str, model: Any, tokenizer: Tokenizer) 
     template that cannot be read."""
     refuse_quantised(model, name)
     refuse_unsupported(model)
-    refuse_broken_template(tokenizer, name)
+    refuse_broken_template(tokenizer, name, system_prompt=config.data.system_prompt)
     text = model.get_text_config()
     refuse_small_embedding(text, tokenizer, name)
     generation = read_generation_config(name)
@@ -104,7 +104,11 @@ def completion_room(config: Config, name: str, *, longest_prompt: int) -> int:
 
 def positions_of(config: Config, model: Any) -> Positions | None:
     """None: there is no limit, or train.allow_mismatch lifts it."""
-    found = positions(model.get_text_config())
+    return allowed(config, positions(model.get_text_config()))
+
+
+def allowed(config: Config, found: Positions | None) -> Positions | None:
+    """As `positions_of`, of what a model has."""
     return None if found and found.is_rotary and config.train.allow_mismatch else found
 
 

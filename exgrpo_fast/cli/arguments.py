@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
 from exgrpo_fast.core.http_client import EndpointError, authorization, checked_url
-from exgrpo_fast.data import CheckedRow, check_first_rows
+from exgrpo_fast.data import CheckedRow, check_first_rows, names_file
 from exgrpo_fast.rewards import RewardError, RewardPool, check_reference
 
 FirstRows = dict[str, list[CheckedRow]]  # by their source
@@ -124,12 +124,12 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> FirstR
 
 
 def data_files(config: Config) -> dict[str, str]:
-    """Key -> file of rows, of the sources that are files."""
+    """Key -> file of rows, of the sources that are files or are called like one."""
     sources = {"data.train": config.data.train, "data.eval": config.data.eval}
     return {
         key: source
         for key, source in sources.items()
-        if isinstance(source, str) and Path(source).suffix in {".jsonl", ".json", ".parquet"}
+        if isinstance(source, str) and names_file(source)
     }
 
 
@@ -150,12 +150,16 @@ def require_servers(config: Config) -> None:
     server = config.rollout.server
     if config.rollout.engine != "vllm_server" or not server.urls:
         return
+    require_urls("rollout.server", server.urls, server.key_env)
+
+
+def require_urls(key: str, urls: Iterable[str], key_env: str | None) -> None:
     try:
-        for url in server.urls:
+        for url in urls:
             checked_url(url)
-        authorization(server.key_env)
+        authorization(key_env)
     except EndpointError as error:
-        raise ConfigError(f"rollout.server: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def require_model(name: str, key: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exgrpo_fast.cli.arguments import (
@@ -14,14 +14,16 @@ from exgrpo_fast.cli.arguments import (
     check_before_torch,
     choose_device,
     first_rows,
+    natural,
     positive,
     positives,
     require_file,
     require_model,
     require_rewards,
     require_tokenizer,
+    require_urls,
 )
-from exgrpo_fast.config import Config, ConfigError, from_dotted, validate
+from exgrpo_fast.config import Config, ConfigError, from_dotted, require_engine, validate
 from exgrpo_fast.core.text import clean_text
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def add_eval(commands: Any) -> None:
 def add_sample(commands: Any) -> None:
     c = add_command(commands, "sample", sample, "look at completions with their rewards")
     c.add_argument("--data", metavar="FILE", help="take the question from this file")
-    c.add_argument("--row", type=int, default=0, help="which question of it (0)")
+    c.add_argument("--row", type=natural, default=0, help="which question of it (0)")
     c.add_argument("--prompt", metavar="TEXT", help="or ask this")
     c.add_argument("-n", dest="eval.n", type=positive, default=4, help="completions (4)")
     add_model_options(c)
@@ -127,12 +129,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def sample(arguments: argparse.Namespace) -> int:
     if arguments.data:
         require_file(arguments.data, "--data")
-    elif not arguments.prompt:
+    elif not (arguments.prompt or "").strip():
         raise ConfigError("sample: give --prompt TEXT or --data FILE [--row I]")
     if arguments.data:
         model = evaluated_model(arguments, [arguments.data])
         questions, row = model.read(arguments.data), arguments.row
-        if not 0 <= row < len(questions):
+        if row >= len(questions):
             raise ConfigError(
                 f"--row {row}: {arguments.data} has questions 0 to {len(questions) - 1}"
             )
@@ -158,11 +160,32 @@ def evaluated_model(
     arguments: argparse.Namespace, sources: Sequence[str], *, prompt: str | None = None
 ) -> EvaluatedModel:
     """The model of the options, without its weights; `sources` or `prompt`: what it is asked."""
-    config, endpoint = model_config(arguments), endpoint_of(arguments)
-    if not endpoint:  # beside one the folder may hold a tokenizer alone
-        require_model(str(config.model.name), "--model")
-    require_tokenizer(str(config.model.name), "--model")
-    shortens = vars(arguments)["rollout.max_completion_tokens"] is None
+    return open_model(
+        model_config(arguments),
+        sources,
+        prompt=prompt,
+        endpoint=endpoint_of(arguments),
+        shortens=vars(arguments)["rollout.max_completion_tokens"] is None,
+        device=arguments.device,
+    )
+
+
+def open_model(
+    config: Config,
+    sources: Sequence[str],
+    *,
+    prompt: str | None = None,
+    endpoint: Mapping[str, Any] | None = None,
+    shortens: bool = False,
+    device: str | None = None,
+    key: str = "--model",
+) -> EvaluatedModel:
+    """The same of a config. `sources`: files; `key`: what the user calls the model."""
+    name, served = str(config.model.name), endpoint is not None
+    if not served:  # beside a server the folder may hold a tokenizer alone
+        require_model(name, key)
+        require_engine(config)
+    require_tokenizer(name, key)
     rewards = check_before_torch(
         config,
         first_rows(config, sources),
@@ -174,7 +197,7 @@ def evaluated_model(
 
     return EvaluatedModel(
         config,
-        device=choose_device(arguments.device),
+        device=choose_device(device),
         endpoint=endpoint,
         shorten=shortens,
         rewards=rewards,
@@ -206,6 +229,7 @@ def endpoint_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """url, model and key_env of a vLLM server that generates; None without --endpoint."""
     options = {"model": arguments.endpoint_model, "key_env": arguments.endpoint_key_env}
     if arguments.endpoint is not None:
+        require_urls("--endpoint", [arguments.endpoint], arguments.endpoint_key_env)
         return {"url": arguments.endpoint, **options}
     if any(options.values()):
         raise ConfigError(

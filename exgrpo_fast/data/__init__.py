@@ -26,7 +26,7 @@ from exgrpo_fast.data.questions import (
     load_questions,
     question_from_text,
 )
-from exgrpo_fast.data.sources import BadRow, DataError, Row, Source, read_rows
+from exgrpo_fast.data.sources import BadRow, DataError, Row, Source, names_file, read_rows
 
 __all__ = [
     "BadRow",
@@ -42,6 +42,7 @@ __all__ = [
     "content_id",
     "first_questions",
     "load_questions",
+    "names_file",
     "parse_row",
     "question_from_text",
     "read_rows",

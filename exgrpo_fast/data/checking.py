@@ -63,6 +63,9 @@ class FieldNames(TypedDict, total=False):
     id_field: str | None
 
 
+_OF_A_TASK: FieldNames = {"prompt_field": "prompt", "answer_field": "answer", "id_field": None}
+
+
 def check_data(source: Source, **names: Unpack[FieldNames]) -> DataReport:
     """Read a source and check each row: the usable ones, and the others with file:line and reason.
 
@@ -72,7 +75,7 @@ def check_data(source: Source, **names: Unpack[FieldNames]) -> DataReport:
     name = source_name(source)
     is_file = isinstance(source, str | Path)
     if not is_file:
-        names = {"prompt_field": "prompt", "answer_field": "answer"}
+        names = _OF_A_TASK
     rows = iter(read_rows(source))
     first = list(itertools.islice(rows, FIRST_ROWS))
     checker = _checker_of(name, first, names)
@@ -97,11 +100,14 @@ def check_data(source: Source, **names: Unpack[FieldNames]) -> DataReport:
     )
 
 
-def check_first_rows(source: str, **names: Unpack[FieldNames]) -> list[CheckedRow]:
-    """The usable ones of the first rows. DataError where a source has no rows or fields, or none of
-    its first rows is usable."""
-    first = list(itertools.islice(read_rows(source), FIRST_ROWS))
+def check_first_rows(source: Source, **names: Unpack[FieldNames]) -> list[CheckedRow]:
+    """The usable ones of the first rows, of a gym task of its first alone. DataError where a source has
+    no rows or fields, or none of its first rows is usable."""
+    is_file = isinstance(source, str | Path)
+    first = list(itertools.islice(read_rows(source), FIRST_ROWS if is_file else 1))
     name = source_name(source)
+    if not is_file:
+        names = _OF_A_TASK
     checker = _checker_of(name, first, names)
     checked = [row if isinstance(row, BadRow) else checker.check(row) for row in first]
     bad = [row for row in checked if isinstance(row, BadRow)]

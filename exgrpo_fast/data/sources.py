@@ -7,6 +7,7 @@ import datetime
 import difflib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,16 @@ def read_rows(source: Source) -> Rows:
         if not path.is_file():
             raise DataError(_no_file(path))
         return _file_rows(path, _READERS[suffix])
-    if path.is_file() or suffix in _OTHER_SUFFIXES:
+    if names_file(path):
         accepted = ", ".join(_READERS)
         raise DataError(f"data file {path}: unknown kind '{path.suffix}'; accepted: {accepted}")
     return _hub_rows(str(source))
+
+
+def names_file(source: str | Path) -> bool:
+    """Whether it is a file or is called like one; else a dataset of the hub is meant."""
+    path = Path(source)
+    return path.is_file() or path.suffix.lower() in {*_READERS, *_OTHER_SUFFIXES}
 
 
 def source_name(source: Source) -> str:
@@ -213,6 +220,7 @@ def _hub_rows(source: str) -> Rows:
         raise DataError(
             f"data '{source}' is no file, and hub datasets need: pip install 'exgrpo-fast[train]'"
         ) from None
+    datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub's client raises types of four libraries
@@ -240,7 +248,9 @@ def gym_items(
 ) -> Iterator[dict[str, Any]]:
     """question, answer and metadata of each, as reasoning-gym makes them."""
     try:
-        import reasoning_gym.factory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of packages that it loads
+            import reasoning_gym.factory
     except ImportError:
         raise DataError(f"gym task '{name}' needs: pip install 'exgrpo-fast[gym]'") from None
     tasks = reasoning_gym.factory.DATASETS

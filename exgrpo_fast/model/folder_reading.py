@@ -8,8 +8,9 @@ A `name` is a folder or a hub name; `key` is the key of the config that gave it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import transformers  # whose own modules are loaded where they are used
@@ -18,6 +19,7 @@ from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineMod
 from huggingface_hub.utils import logging as hub_logging
 from transformers import GenerationConfig, PreTrainedTokenizerFast, logging
 from transformers.utils import cached_file
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import first_line
@@ -60,7 +62,7 @@ def model_config(name: str, key: str = "model.name") -> Any:
     """PolicyError where the folder's config cannot be read."""
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise PolicyError(f"{key} {name}: {first_line(error)}") from None
 
 
@@ -84,7 +86,7 @@ def plain_config(name: str, key: str = "model.name") -> PlainConfig:
     except (OSError, ValueError, TypeError) as error:
         raise PolicyError(f"{key} {name}: {CONFIG}: {first_line(error)}") from None
     for size, value in vars(found.get_text_config()).items():
-        if size in _SIZES and type(value) not in (int, NoneType):
+        if size in _SIZES and value is not None and not (type(value) is int and value > 0):
             raise PolicyError(f"{key} {name}: {CONFIG}: {size} {value!r} is no number")
     return found
 
@@ -112,27 +114,58 @@ def load_tokenizer(name: str, key: str = "model.name") -> Tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the Rust reader of tokenizer.json raises nothing narrower
         raise PolicyError(f"{key} {name}: no tokenizer: {first_line(error)}") from None
-    _refuse_endless(tokenizer, f"{key} {name}")
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(_endless(f"{key} {name}"))
     return tokenizer
 
 
 def plain_tokenizer(name: str, key: str = "model.name") -> Tokenizer | None:
-    """What tokenizer.json, tokenizer_config.json and the chat template say.
+    """What the tokenizer's files, tokenizer_config.json and the chat template say.
 
-    None without tokenizer.json, and where the end token may be one that the tokenizer's class
-    brings. PolicyError for files that cannot be read, and as `load_tokenizer`.
+    None where neither tokenizer.json nor the class that tokenizer_config.json names tells how to read
+    them, and where the end token may come from another class. PolicyError for files that cannot be
+    read, and as `load_tokenizer`.
     """
-    if not has_file(name, "tokenizer.json") or not has_file(name, "tokenizer_config.json"):
+    if not has_file(name, "tokenizer_config.json"):
         return None
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
         settings = json.loads(Path(str(cached_file(name, "tokenizer_config.json"))).read_text())
+        named = settings.get("tokenizer_class")
+        classes = [PreTrainedTokenizerFast] * has_file(name, "tokenizer.json")
+        if named not in _PLAIN_CLASSES:  # its own end token, and files of other names
+            classes += filter(None, [getattr(transformers, str(named), None)])
+        for kind in classes:
+            tokenizer = kind.from_pretrained(name, trust_remote_code=False)
+            if tokenizer.eos_token_id is not None:
+                return tokenizer
     except Exception as error:
         raise PolicyError(f"{key} {name}: no tokenizer: {first_line(error)}") from None
-    if tokenizer.eos_token_id is None and settings.get("tokenizer_class") not in _PLAIN_CLASSES:
-        return None
-    _refuse_endless(tokenizer, f"{key} {name}")
-    return tokenizer
+    if classes and named in _PLAIN_CLASSES:
+        raise PolicyError(_endless(f"{key} {name}"))
+    return None
+
+
+class TemplateAlone:
+    """A chat template whose tokenizer is not read yet: it makes the texts, and no ids of them."""
+
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template = chat_template
+
+    def __call__(self, texts: Sequence[str], **options: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[] for _ in texts]}
+
+    def apply_chat_template(
+        self, conversation: list[Any], *, tokenize: bool, add_generation_prompt: bool = False
+    ) -> Any:
+        """A text of each conversation, or of the only one, without the special tokens by name."""
+        is_one = isinstance(conversation[0], dict)
+        texts, _ = render_jinja_template(
+            [conversation] if is_one else conversation,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), ""),
+        )
+        return texts[0] if is_one else texts
 
 
 def has_file(name: str, file: str) -> bool:
@@ -142,9 +175,8 @@ def has_file(name: str, file: str) -> bool:
         return False
 
 
-def _refuse_endless(tokenizer: Tokenizer, subject: str) -> None:
-    if tokenizer.eos_token_id is None:
-        raise PolicyError(f"{subject}: its tokenizer has no eos_token; set one and save it")
+def _endless(subject: str) -> str:
+    return f"{subject}: its tokenizer has no eos_token; set one and save it"
 
 
 def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenizer) -> list[int]:
@@ -178,8 +210,8 @@ def generation_settings(name: str) -> dict[str, Any]:
     """What generation_config.json says; nothing where there is none."""
     try:
         path = cached_file(name, GENERATION)
-        return json.loads(Path(path).read_text()) if path else {}
+        return dict(json.loads(Path(path).read_text())) if path else {}
     except OSError:
         return {}
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise PolicyError(f"model.name {name}: {GENERATION}: {error}") from None

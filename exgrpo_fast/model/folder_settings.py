@@ -16,6 +16,7 @@ from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
 from exgrpo_fast.model.folder_reading import GENERATION, PolicyError, generation_settings
 
+QUESTION = {"role": "user", "content": "6 x 7?"}
 # Rotary embeddings whose frequencies follow the longest sequence that is read with them.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Of a generation config: what changes which tokens are drawn, with the values that change nothing.
@@ -129,19 +130,33 @@ def refuse_unsupported(config: Any) -> None:
         raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
 
 
-def refuse_broken_template(tokenizer: Any, name: str) -> None:
-    """PolicyError for a chat template that is no Jinja. One that raises may only refuse some
-    conversations: reading the data shows it."""
+def refuse_broken_template(tokenizer: Any, name: str, *, system_prompt: str | None = None) -> None:
+    """PolicyError for a chat template that is no Jinja, and for one that leaves out the question or
+    the system prompt. One that raises may only refuse some conversations: reading the data shows it."""
     if not getattr(tokenizer, "chat_template", None):
         return
+
+    def is_left_out(role: str, text: str, *others: dict[str, str]) -> bool:
+        one, other = (
+            tokenizer.apply_chat_template([{"role": role, "content": t}, *others], tokenize=False)
+            for t in (text, f"{text} Or not?")
+        )
+        return one == other
+
+    left_out = None
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "6 x 7?"}], tokenize=False)
+        if is_left_out("user", QUESTION["content"]):
+            left_out = "the question"
+        elif system_prompt and is_left_out("system", system_prompt, QUESTION):
+            left_out = "data.system_prompt"
     except jinja2.TemplateSyntaxError as error:
         raise PolicyError(
             f"model.name {name}: line {error.lineno} of its chat template: {error.message}"
         ) from None
     except Exception:
         return
+    if left_out is not None:
+        raise PolicyError(f"model.name {name}: its chat template leaves out {left_out}")
 
 
 def refuse_quantised(config: Any, name: str) -> None:
@@ -230,7 +245,7 @@ def unlisted_turn_end(tokenizer: Any, eos_token_ids: Iterable[int]) -> str | Non
     if not getattr(tokenizer, "chat_template", None):
         return None
     answer = "42"
-    turns = [{"role": "user", "content": "6 x 7?"}, {"role": "assistant", "content": answer}]
+    turns = [QUESTION, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template is a program; data loading says what it refuses

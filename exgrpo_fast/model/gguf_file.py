@@ -19,6 +19,7 @@ from packaging.version import Version
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from exgrpo_fast.model.folder_reading import PolicyError
+from exgrpo_fast.model.folder_settings import Positions
 
 READS_MERGES = Version("5.18")  # before, transformers fails on the tokenizer of a GGUF file
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -68,9 +69,9 @@ def find_gguf(name: str) -> Path | None:
     return path
 
 
-def refuse_unreadable(file: Path, subject: str) -> None:
-    """PolicyError for what is no GGUF file, for one that is cut, and for an architecture that
-    transformers cannot map."""
+def read_usable_header(file: Path, subject: str) -> Header | None:
+    """As `read_header`. PolicyError for what is no GGUF file, for one that is cut, and for an
+    architecture that transformers cannot map."""
     if importlib.util.find_spec("gguf") is None:
         raise PolicyError(f"{subject}: GGUF files need: pip install 'exgrpo-fast[train]' (gguf)")
     with file.open("rb") as stream:
@@ -88,7 +89,7 @@ def refuse_unreadable(file: Path, subject: str) -> None:
     except (struct.error, UnicodeDecodeError, KeyError):
         raise PolicyError(f"{subject}: {file.name} is damaged: its header cannot be read") from None
     if header is None:
-        return
+        return None
     if header.num_bytes > file.stat().st_size:
         raise PolicyError(
             f"{subject}: {file.name} is damaged: {file.stat().st_size} bytes of {header.num_bytes}"
@@ -99,6 +100,7 @@ def refuse_unreadable(file: Path, subject: str) -> None:
             f"{subject}: transformers {transformers.__version__} maps no GGUF file of architecture "
             f"{kind}"
         )
+    return header
 
 
 def _is_mapped(architecture: str) -> bool:
@@ -113,6 +115,18 @@ def _letters(name: str) -> str:
 class Header(NamedTuple):
     settings: dict[str, Any]  # those that are no arrays
     num_bytes: int  # of the whole file, without padding behind the last tensor
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.settings.get("tokenizer.chat_template")
+
+    @property
+    def positions(self) -> Positions | None:
+        """As those of the config that transformers makes of the file."""
+        most = self.settings.get(f"{self.settings.get('general.architecture')}.context_length")
+        is_rotary = any(".rope." in name for name in self.settings)
+        why = "max_position_embeddings"
+        return Positions(most, why, is_rotary, binds=not is_rotary) if most else None
 
 
 def read_header(file: Path) -> Header | None:

@@ -375,6 +375,8 @@ def load_model(
             output_loading_info=True,
             **({"quantization_config": quantization} if quantization else {}),
         )
+    except KeyError as error:  # a value of its config.json that transformers has no code for
+        raise PolicyError(f"model.name {name}: config.json: transformers has no {error}") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(f"model.name {name}: {first_line(error)}") from None
     model, loading = loaded

@@ -1,7 +1,7 @@
 """The files of a folder's weights, checked by their names and headers. Loads no torch.
 
-Which weights a model has only its class says: `load_model` compares them. Of the families in
-`LLAMA_LIKE` the config says enough to find other shapes and another number of layers before.
+Which weights a model has only its class says: `load_model` compares them. Of every family the config
+says the shape of the embedding and the number of layers before, of those in `LLAMA_LIKE` most shapes.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ LLAMA_LIKE = {
 }  # fmt: skip
 EMBEDDING = "model.embed_tokens.weight"
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the names of a stack of layers and of one in it
+# What families call these sizes in their config.json.
+_WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size", "n_embd", "d_model")
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def refuse_other_shapes(config: Any, shapes: Shapes, subject: str) -> None:
@@ -86,6 +89,8 @@ def refuse_other_shapes(config: Any, shapes: Shapes, subject: str) -> None:
     are known before the model's class is loaded."""
     expected = llama_shapes(config)
     if not expected.keys() & shapes.keys():  # of another family, or under other names
+        if not getattr(config, "quantization_config", None):
+            refuse_other_sizes(config.get_text_config(), shapes, subject)
         return
     mismatched = [
         (weight, shapes[weight], shape)
@@ -99,6 +104,32 @@ def refuse_other_shapes(config: Any, shapes: Shapes, subject: str) -> None:
         missing=expected.keys() - shapes.keys() - {EMBEDDING},  # may be saved as the head
         unexpected=shapes.keys() - expected.keys(),
     )
+
+
+def refuse_other_sizes(config: Any, shapes: Shapes, subject: str) -> None:
+    """PolicyError where no weight has the shape of the config's embedding, or the only stack of layers
+    has another number of them; whatever the family and its names."""
+    rows, width, depth = (
+        next(filter(None, (_number(config, key) for key in keys)), None)
+        for keys in (("vocab_size",), _WIDTHS, _DEPTHS)
+    )
+    if shapes and rows and width and [rows, width] not in map(list, shapes.values()):
+        raise PolicyError(
+            f"{subject}: no weight in its files is {[rows, width]}, as the embedding is by its "
+            f"config.json"
+        )
+    layers: dict[str, set[int]] = {}
+    for stack, number in (found.groups() for name in shapes if (found := _LAYER.match(name))):
+        layers.setdefault(stack, set()).add(int(number))
+    if len(layers) != 1 or not depth:  # a tower of images has layers of its own
+        return
+    ((stack, found),) = layers.items()
+    # Layers that predict further tokens lie behind the others; transformers leaves them out.
+    ignored = _number(config, "num_nextn_predict_layers") or 0
+    if not depth <= len(found) <= depth + ignored:
+        raise PolicyError(
+            f"{subject}: its files hold {len(found)} layers ({stack}), and its config.json {depth}"
+        )
 
 
 def llama_shapes(config: Any) -> dict[str, list[int]]:

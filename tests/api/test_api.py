@@ -6,6 +6,7 @@ import ast
 import json
 import linecache
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,57 @@ def test_a_script_without_a_main_guard_trains_with_its_own_function(
     assert "AVG" in done.stdout
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(0 < step["reward_mean"] < 1 for step in steps)
+
+
+MISTAKES = """
+import json, sys
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+loaded_by_transformers = "torch" in sys.modules  # as 5.17 does
+from exgrpo_fast import evaluate, train
+from exgrpo_fast.core.errors import UserError
+
+def raises(completions, **columns):
+    raise KeyError("score")
+
+rows, found = {rows}, []
+model = {model!r}
+keys = dict(out="run", max_completion_tokens=8)
+for call in (
+    lambda: train(model, rows, raises, **keys),
+    lambda: train("broken", rows, **keys),
+    lambda: train(model, "nowhere.jsonl", **keys),
+    lambda: evaluate(model, rows, raises, max_completion_tokens=8),
+    lambda: evaluate("broken", rows),
+    lambda: evaluate("./nowhere", rows),
+    lambda: evaluate(model, "nowhere.jsonl"),
+    lambda: evaluate(model, rows, "nowhere.py:f"),
+):
+    try:
+        call()
+    except UserError as error:
+        found.append(str(error))
+print(json.dumps([found, "torch" in sys.modules and not loaded_by_transformers]))
+"""
+
+
+def test_mistakes_are_found_before_torch_is_loaded(tmp_path: Path, model_folder: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "broken")
+    (tmp_path / "broken/chat_template.jinja").write_text("{% if %}")
+    (tmp_path / "script.py").write_text(MISTAKES.format(rows=ROWS, model=str(model_folder)))
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said, has_torch = json.loads(done.stdout)
+    expected = ("KeyError: 'score'", "line 1 of its chat template", "nowhere.jsonl does not exist")
+    expected += (*expected[:2], "./nowhere does not exist", expected[2], "no file nowhere.py")
+    assert len(said) == len(expected)
+    assert all(part in line and "\n" not in line for part, line in zip(expected, said, strict=True))
+    assert not has_torch
 
 
 UNDER_TORCHRUN = """

@@ -415,7 +415,16 @@ def test_shapes_by_the_config_are_those_of_the_class(
 
 def test_other_names_and_families_are_left_to_the_class() -> None:
     sizes = SIZES | {"head_dim": 12, "model_type": "llama"}
-    refuse_other_shapes(PlainConfig(**sizes), {"embed_tokens.weight": [1, 1]}, "model.name m")
+    named = {"embed_tokens.weight": [301, 48], "layers.0.q.weight": [7, 48], "layers.1.q": [1]}
+    refuse_other_shapes(PlainConfig(**sizes), named, "model.name m")
+    quantised = PlainConfig(**sizes, quantization_config={"quant_method": "awq"})
+    refuse_other_shapes(quantised, {"embed_tokens.weight": [1, 1]}, "model.name m")
+    ahead = {**named, "layers.2.q": [1]}  # a layer that predicts a further token
+    refuse_other_shapes(PlainConfig(**sizes, num_nextn_predict_layers=1), ahead, "model.name m")
+    two_towers = {**ahead, "vision.layers.0.q": [1]}
+    refuse_other_shapes(PlainConfig(**sizes), two_towers, "model.name m")
+    with pytest.raises(PolicyError, match="hold 3 layers"):
+        refuse_other_shapes(PlainConfig(**sizes), ahead, "model.name m")
     for other in ({"model_type": "gpt2"}, {"quantization_config": {"quant_method": "awq"}}):
         assert llama_shapes(PlainConfig(**sizes | other)) == {}
     tied = {**llama_shapes(PlainConfig(**sizes)), "lm_head.weight": [301, 48]}

@@ -18,8 +18,11 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from several_processes import environment
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    GPT2Config,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3NextConfig,
@@ -74,9 +77,30 @@ def config(made: PreTrainedConfig) -> Damage:
     return lambda folder: made.save_pretrained(folder)
 
 
-def slow_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_text("{}")
+def slow_tokenizer(*changes: Damage) -> Damage:
+    """vocab.json and merges.txt, as GPT-2 has them, in the place of tokenizer.json."""
+
+    def make(folder: Path) -> None:
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(map(" ".join, model["merges"])))
+        special = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|end|>")
+        setting("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", **special)(folder)
+        for change in changes:
+            change(folder)
+
+    return make
+
+
+def family(config: PreTrainedConfig, **values: Any) -> Damage:
+    """Weights of another family than Llama's, whose config is changed then."""
+
+    def make(folder: Path) -> None:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        setting("config.json", **values)(folder)
+
+    return make
 
 
 def beside(name: str, change: Damage) -> Damage:
@@ -111,12 +135,25 @@ def gguf(content: bytes) -> Damage:
     return make
 
 
-def gguf_header(architecture: str) -> bytes:
-    """One setting, and one tensor of 4 times 8 floats that is not there."""
-    words = [text.encode() for text in ("general.architecture", architecture, "token_embd.weight")]
-    key, value, name = (struct.pack("<Q", len(word)) + word for word in words)
-    tensor = name + struct.pack("<IQQIQ", 2, 8, 4, 0, 0)
-    return b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + key + struct.pack("<I", 8) + value + tensor
+def gguf_header(architecture: str, chat_template: str = "", context_length: int = 0) -> bytes:
+    """Settings, and one tensor of 4 times 8 floats that is not there."""
+
+    def word(text: str) -> bytes:
+        return struct.pack("<Q", len(text)) + text.encode()
+
+    tensor = word("token_embd.weight") + struct.pack("<IQQIQ", 2, 8, 4, 0, 0)
+    settings = [word("general.architecture") + struct.pack("<I", 8) + word(architecture)]
+    if chat_template:
+        settings += [word("tokenizer.chat_template") + struct.pack("<I", 8) + word(chat_template)]
+    if context_length:
+        key = word(f"{architecture}.context_length")
+        settings += [key + struct.pack("<II", 4, context_length)]
+    counts = struct.pack("<IQQ", 3, 1, len(settings))
+    return b"GGUF" + counts + b"".join(settings) + tensor
+
+
+def usable_gguf(chat_template: str = "", context_length: int = 0) -> Damage:
+    return gguf(gguf_header("llama", chat_template, context_length) + bytes(200))
 
 
 def truncated(folder: Path) -> None:
@@ -180,6 +217,17 @@ def reward(name: str) -> tuple[str, str]:
 
 
 MESSAGES = ("--data.train", "messages.jsonl")
+_ENDS = {"bos_token_id": 1, "eos_token_id": 1}
+GPT2 = GPT2Config(vocab_size=284, n_embd=64, n_layer=2, n_head=4, **_ENDS)
+MIXTRAL = MixtralConfig(
+    vocab_size=284,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=2,
+)
 CASES = [
     Case("template", template("{% for m in messages %}{{ m."), "line 1 of its chat template: "),
     Case("template", template("{% if %}"), "line 1 of its chat template: ", "sample"),
@@ -192,7 +240,10 @@ CASES = [
     Case("raises", template("{{ a.b.c }}"), "--prompt: the chat template refuses it:", "sample"),
     Case(
         "system prompt",
-        template("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"),
+        template(
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{{ messages[0].content }}"
+        ),
         "the chat template refuses it: no",
         more=("--data.system_prompt", "Be brief."),
     ),
@@ -245,11 +296,27 @@ CASES = [
         lambda f: (sharded(f), setting("config.json", hidden_size=32)(f)),
         "[284, 64] in its files",
     ),
+    Case("slow tokenizer", slow_tokenizer(truncated), "model.safetensors is damaged: "),
+    Case("slow tokenizer", slow_tokenizer(template("{% if %}")), "line 1 of its chat template: "),
     Case(
         "slow tokenizer",
-        lambda f: (slow_tokenizer(f), truncated(f)),
-        "model.safetensors is damaged: ",
+        slow_tokenizer(no_template),
+        "tokenizer has no chat template",
+        more=MESSAGES,
     ),
+    Case("slow tokenizer", slow_tokenizer(without("merges.txt")), "no tokenizer: ", "sample"),
+    Case("slow tokenizer", slow_tokenizer(text("vocab.json", "{")), "no tokenizer: ", "eval"),
+    Case(
+        "slow tokenizer",
+        lambda f: (slow_tokenizer()(f), rewards(f)),
+        "KeyError: 'score'",
+        more=reward("rewards.py:raises"),
+    ),
+    Case("gpt2", family(GPT2, n_embd=32), "no weight in its files is [284, 32], as the embedding"),
+    Case("gpt2", family(GPT2, n_layer=3), "hold 2 layers (transformer.h), and its config.json 3"),
+    Case("gpt2", family(GPT2, n_layer=1), "hold 2 layers (transformer.h), and its config.json 1"),
+    Case("mixtral", family(MIXTRAL, num_hidden_layers=3), "hold 2 layers (model.layers)", "eval"),
+    Case("mixtral", family(MIXTRAL, hidden_size=32), "is [284, 32], as the embedding is", "doctor"),
     Case("prior", beside("prior", another_token), "different tokenizers", more=(*PRIOR, "prior")),
     Case("prior", nothing, "prior/config.json does not exist", more=(*PRIOR, "prior")),
     Case(
@@ -290,6 +357,21 @@ CASES = [
         "is no GGUF file" if HAS_GGUF else "pip install 'exgrpo-fast[train]' (gguf)",
     ),
     Case("template", template("{% if %}"), "line 1 of its chat template: ", "dry-run"),
+    Case("deaf", template("{{ 'hello' }}"), "its chat template leaves out the question"),
+    Case(
+        "deaf",
+        template("{{ messages[-1].content }}"),
+        "its chat template leaves out data.system_prompt",
+        "eval",
+        ("--system-prompt", "Be brief."),
+    ),
+    Case("generation", text("generation_config.json", "[1]"), "generation_config.json: "),
+    Case("layers", setting("config.json", num_hidden_layers=-2), "num_hidden_layers -2 is no"),
+    Case(
+        "csv", nothing, "rows.csv does not exist; did you mean", more=("--data.train", "rows.csv")
+    ),
+    Case("endpoint", nothing, "--endpoint: the base URL", "eval", ("--endpoint", "nonsense")),
+    Case("a blank", nothing, "give --prompt TEXT or --data FILE", "sample", ("--prompt", " ")),
     Case("no weights", without("model.safetensors"), "holds no model.safetensors", "doctor"),
     Case("hub", nothing, "nobody/none: config.json: ", more=("--model.name", "nobody/none")),
     Case("hub", nothing, "nobody/none: config.json: ", "eval", ("--model", "nobody/none")),
@@ -300,6 +382,37 @@ if READS_GGUF:
         Case("gguf", gguf(gguf_header("llama")), "m.gguf is damaged: 126 bytes of 256"),
         Case("gguf", gguf(gguf_header("llama")[:40]), "its header cannot be read", "sample"),
         Case("gguf", gguf(gguf_header("grokk") + bytes(160)), "maps no GGUF file of arch", "eval"),
+        Case("gguf", usable_gguf("{% if %}"), "line 1 of its chat template: "),
+        Case("gguf", usable_gguf(), "the tokenizer has no chat template", more=MESSAGES),
+        Case("gguf", usable_gguf("{{ a.b.c }}"), "the chat template refuses it:", "eval"),
+        Case("gguf", usable_gguf(context_length=8), "are more than the 8 positions of model"),
+        Case(
+            "gguf",
+            lambda f: (rewards(f), usable_gguf("{{ bos_token + messages[0].content }}")(f)),
+            "KeyError: 'score'",
+            more=reward("rewards.py:raises"),
+        ),
+    ]
+if importlib.util.find_spec("reasoning_gym") is not None:
+    QUICKSTART, GYM = ("--model.name", "quickstart"), "{gym: chain_sum, size: 4}"
+    CASES += [
+        Case(
+            "gym", nothing, "did you mean 'chain_sum'?", more=("--data.train", "{gym: chain_sun}")
+        ),
+        Case("gym", nothing, "did you mean 'chain_sum'?", more=("--data.eval", "{gym: chain_sun}")),
+        Case(
+            "gym",
+            rewards,
+            "KeyError: 'score'",
+            more=("--data.train", GYM, *reward("rewards.py:raises")),
+        ),
+        Case("quickstart", nothing, "data.train must be the gym task chain_sum", more=QUICKSTART),
+        Case(
+            "quickstart",
+            rewards,
+            "KeyError: 'score'",
+            more=(*QUICKSTART, "--data.train", GYM, *reward("rewards.py:raises")),
+        ),
     ]
 PROGRAM = """
 import json, os, sys

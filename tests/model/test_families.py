@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from model_families import FAMILIES, ROWS, outcome
+from model_families import FAMILIES, ROWS, outcome, shell_of, tiny_config
+
+from exgrpo_fast.model.folder_reading import PlainConfig, PolicyError
+from exgrpo_fast.model.weight_files import refuse_other_shapes
 
 QUICK = ["llama", "gpt2", "gpt_oss", "gemma3_text", "mixtral", "stablelm"]
 
@@ -23,3 +26,15 @@ def test_usual_families_are_as_the_page_says(family: str) -> None:
 def test_families_are_as_the_page_says(family: str) -> None:
     """A newer transformers may move a family; `python tests/model_families.py` prints them all."""
     assert outcome(family) == ROWS[family]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_weights_are_those_of_their_own_config(family: str) -> None:
+    """And of none with a larger vocabulary, wherever config.json states the sizes."""
+    config = tiny_config(family)
+    shapes = {name: list(w.shape) for name, w in shell_of(config).state_dict().items()}
+    values = config.to_dict()
+    refuse_other_shapes(PlainConfig(**values), shapes, family)
+    with pytest.raises(PolicyError, match="embed|no weight"):
+        larger = values | {"vocab_size": values["vocab_size"] + 1}
+        refuse_other_shapes(PlainConfig(**larger), shapes, family)

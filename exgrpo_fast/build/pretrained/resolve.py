@@ -10,16 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from exgrpo_fast.build.pretrained import smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once, is_whole
 from exgrpo_fast.core.text import clean_line, first_line
 from exgrpo_fast.model.folder_reading import PolicyError, quiet_libraries
-from exgrpo_fast.model.gguf_file import find_gguf, refuse_unreadable
+from exgrpo_fast.model.gguf_file import find_gguf, read_usable_header
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.display.live import make_screen
 
@@ -90,7 +88,10 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
     By transformers' own reader, every weight dequantised. PolicyError, one line that begins with
     `key`, where the file is damaged, no GGUF, or of an architecture that transformers cannot map.
     """
-    refuse_unreadable(file, key)
+    read_usable_header(file, key)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     try:
         # The reader's progress bar heeds no setting of transformers.
         with contextlib.redirect_stderr(io.StringIO()):

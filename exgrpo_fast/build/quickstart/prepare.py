@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exgrpo_fast.build.before_torch import solved_task
 from exgrpo_fast.build.quickstart.solutions import solved_examples
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
-from exgrpo_fast.config import Config, ConfigError, GymTask
+from exgrpo_fast.config import Config, GymTask
 from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.model.policy import Policy
@@ -34,12 +35,7 @@ def prepare_quickstart(config: Config, path: Path, screen: Screen, *, device: st
     Held-out questions are kept out of the imitated examples. ConfigError when the task has no
     generated solutions.
     """
-    task = config.data.train
-    if not isinstance(task, GymTask) or task.gym != "chain_sum":
-        raise ConfigError(
-            "model.name quickstart: data.train must be the gym task chain_sum, the one with "
-            "generated solutions; train another task from a model of yours"
-        )
+    task = solved_task(config)
     settings, seed = config.warm_start, config.train.seed
     with screen.phase("make examples"):
         pairs = imitated_pairs(config, task)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import tokenizers
-import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from exgrpo_fast.model.folder_reading import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
 
@@ -49,6 +52,9 @@ def make_model(
     tokenizer: Tokenizer, *, seed: int, layers: int = 3, width: int = 128
 ) -> Qwen3ForCausalLM:
     """About 0.8 M parameters at the defaults; weights drawn from `seed` alone."""
+    import torch  # the chat template is read before
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
