@@ -76,7 +76,13 @@ class EndpointEngine(LocalEngine):
     ) -> list[Completion]:
         """EngineLost where a completion fails. Log-probs are the server's own: before
         temperature, unless it was started with --logprobs-mode processed_logprobs."""
-        self._check_lengths(requests, sampling)
+        longest = max((len(r.prompt_ids) + r.limit(sampling) for r in requests), default=0)
+        if self.max_model_len is not None and longest > self.max_model_len:
+            raise UserError(
+                f"endpoint {self.endpoint.base_url}: a prompt with its completion may take "
+                f"{longest} tokens, and the server allows {self.max_model_len} (its "
+                f"--max-model-len); lower --max-completion-tokens"
+            )
         return asyncio.run(self._generate(requests, sampling, observer))
 
     def sync(self, version: int) -> NoReturn:
@@ -85,15 +91,6 @@ class EndpointEngine(LocalEngine):
             f"endpoint {self.endpoint.base_url}: a plain vLLM server takes no weights; to train, "
             f"use rollout.engine vllm_server"
         )
-
-    def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        longest = max((len(r.prompt_ids) + r.limit(sampling) for r in requests), default=0)
-        if self.max_model_len is not None and longest > self.max_model_len:
-            raise UserError(
-                f"endpoint {self.endpoint.base_url}: a prompt with its completion may take "
-                f"{longest} tokens, and the server allows {self.max_model_len} (its "
-                f"--max-model-len); lower --max-completion-tokens"
-            )
 
     async def _served(self) -> dict[str, int | None]:
         async with self.endpoint.client() as client:

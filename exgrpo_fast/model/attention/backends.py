@@ -73,7 +73,12 @@ def refusal(name: str, **facts: Unpack[Facts]) -> str | None:
     if facts.get("sinks") and name != "flex":
         return "has no attention sinks, which this model has; take sdpa or auto"
     refused = _device_refusal(name, torch.device(facts["device"]), facts["dtype"])
-    return refused or _model_refusal(name, facts.get("model"))
+    if refused or facts.get("model") is None or name == "flex":
+        return refused
+    sizes = head_sizes(facts["model"])
+    if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
+        return f"has no kernel for heads of {sorted(sizes)}; take sdpa or auto"
+    return None
 
 
 def _device_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -89,15 +94,6 @@ def _device_refusal(name: str, device: torch.device, dtype: torch.dtype) -> str 
         return "needs flash-attn: pip install 'exgrpo-fast[flash]'; or take auto"
     if name == "varlen" and varlen.varlen_kernel() is None:
         return "needs torch 2.11 or later; take sdpa or auto"
-    return None
-
-
-def _model_refusal(name: str, model: Any) -> str | None:
-    if model is None:
-        return None
-    sizes = head_sizes(model)
-    if name != "flex" and (len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8):
-        return f"has no kernel for heads of {sorted(sizes)}; take sdpa or auto"
     return None
 
 

@@ -72,13 +72,8 @@ class AttentionLayout:
     def sequence_places(self, completion: int) -> Tensor:
         """[P + R]: the places in [L] of one completion and its prompt, in reading order."""
         prompt = int(self.prompt_of[completion])
-        return torch.cat(
-            [
-                _span(self.prompt_starts[prompt], self.prompt_lengths[prompt]),
-                _span(self.completion_starts[completion], self.completion_lengths[completion]),
-            ]
+        spans = (
+            (self.prompt_starts[prompt], self.prompt_lengths[prompt]),
+            (self.completion_starts[completion], self.completion_lengths[completion]),
         )
-
-
-def _span(start: Tensor, length: Tensor) -> Tensor:
-    return torch.arange(int(start), int(start + length))
+        return torch.cat([torch.arange(int(start), int(start + length)) for start, length in spans])

@@ -215,7 +215,9 @@ class _Forward:
     def __init__(self, model: Any, mask_UP: Tensor, num_tokens: int) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
-        preallocate(self.cache)
+        # Layers that keep every token get memory ahead; sliding layers, which drop tokens, stay.
+        layers = self.cache.layers
+        self.cache.layers = [PreallocatedLayer() if type(x) is DynamicLayer else x for x in layers]
         self.mask_BS = torch.nn.functional.pad(mask_UP, (0, num_tokens), value=1)
         self.num_read = 0
         accepted = inspect.signature(model.forward).parameters
@@ -277,8 +279,3 @@ class PreallocatedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Any) -> None:
         self.buffers.clear()  # keys and values leave them
         super().reorder_cache(beam_idx)
-
-
-def preallocate(cache: Cache) -> None:
-    """Layers that keep every token get memory ahead; sliding layers, which drop tokens, stay."""
-    cache.layers = [PreallocatedLayer() if type(x) is DynamicLayer else x for x in cache.layers]
