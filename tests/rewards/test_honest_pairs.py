@@ -174,6 +174,12 @@ def test_what_is_no_unit(text: str) -> None:
         ("7 apples", "7 pears", "7"),
         ("7 cm", "7 hours", None),
         ("7 cm", "7 in", None),
+        ("6 V", "6000 mV", "6"),
+        ("6 mW", "6 MW", "6000000000"),
+        ("2400 J", "2.4 kJ", "2400"),
+        ("3 Pa", "3 N / m^2", "3"),
+        ("3 Pa", "3 N", None),
+        ("5.4 cents", "5.4 cents per ounce", "27/5"),
     ],
 )
 def test_a_quantity_in_the_gold_unit(gold: str, found: str, value: str | None) -> None:
@@ -209,6 +215,12 @@ def test_what_is_no_quantity_in_several_units(text: str) -> None:
         ("x>0, x<5", "(0, 5)"),
         ("-1 \\leq x < 1", "[-1, 1)"),
         ("5 > x > 0", "(0, 5)"),
+        ("1<x<2 \\text{ or } x>3", "(1, 2) \\cup (3, \\infty)"),
+        ("x \\geq 5 \\text{ or } x = 3", "[5, \\infty) \\cup \\{3\\}"),
+        ("0 < x < 36, x \\neq 9", "(0, 36) \\setminus \\{9\\}"),
+        ("x \\neq 1 \\text{ and } x \\neq 2", "\\mathbb{R} \\setminus \\{1, 2\\}"),
+        ("x>5, x<2", "(-\\infty, 2) \\cup (5, \\infty)"),
+        ("\\frac{1}{2} < m", "m > \\frac{1}{2}"),
     ],
 )
 def test_inequalities_as_intervals(text: str, expected: str) -> None:
@@ -221,8 +233,9 @@ def test_inequalities_as_intervals(text: str, expected: str) -> None:
         "x<2",
         "x>2 \\text{ and } x>3",
         "x>2, y<3",
-        "1<x<2 \\text{ or } x>3",
         "1<x>2",
+        "x = 1 \\text{ or } x = 2",
+        "x<y<3",
         "42 or 41",
     ],
 )
@@ -259,6 +272,8 @@ def test_what_is_no_date(text: str) -> None:
         ("9:05", "9:05 PM", True),
         ("12:30 AM", "0:30", True),
         ("12:15 PM", "12:15", True),
+        ("16:30", "4:30 PM", True),
+        ("16:30", "4:30 AM", False),
     ],
 )
 def test_times_of_day(gold: str, found: str, same: bool) -> None:
@@ -275,6 +290,12 @@ def test_times_of_day(gold: str, found: str, same: bool) -> None:
         ("\\frac{11}{4}", "2-3/4", "\\frac{11}{4}"),
         ("\\frac{5}{4}", "2-3/4", "2-3/4"),
         ("60^\\circ", "\\frac{2\\pi}{6}", "\\frac{2\\cdot 180}{6}"),
+        ("\\frac{\\pi}{6}, \\pi", "30^\\circ, \\pi", "\\frac{30 \\cdot \\pi}{180}, \\pi"),
+        ("0.25", "P(X>1)=0.25", "0.25"),
+        ("(3, 4)", "\\vec{v} = (3, 4)", "(3, 4)"),
+        ("3", "\\sin(x) = 3", "\\sin(x) = 3"),
+        ("3", "2x = 3", "2x = 3"),
+        ("1234567", "12,34,567", "1234567"),
         ("2:3:5", "4:6:10", "2:3:5"),
         ("2:3:5", "2:5:3", "not proportional"),
         ("x \\equiv 3 \\pmod{7}", "4 \\pmod{7}", "x \\equiv 4 \\pmod{7}"),
@@ -282,6 +303,27 @@ def test_times_of_day(gold: str, found: str, same: bool) -> None:
 )
 def test_an_answer_in_the_form_of_the_gold_answer(gold: str, found: str, expected: str) -> None:
     assert in_form_of(gold, found) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "same"),
+    [
+        ("-t \\ln x", "t \\ln(1/x)", True),
+        ("-t \\ln x", "t \\ln x", False),
+        ("2\\ln x", "\\ln x^2", True),
+        ("\\frac{e^{2it}}{2+2i}", "\\frac{1-i}{4}e^{2it}", True),
+        ("\\frac{e^{2it}}{2+2i}", "\\frac{1+i}{4}e^{2it}", False),
+        ("C_1 e^{2x} + C_2 e^{-x}", "Ae^{-x}+Be^{2x}", True),
+        ("C_1 e^{2x} + C_2 e^{-x}", "Ae^{-x}+Be^{x}", False),
+        ("A + B^2", "B + A^2", False),
+        ("x^2", "x|x|", False),
+        ("\\sin x", "\\sin |x|", False),
+    ],
+)
+def test_expressions_agree_wherever_the_gold_answer_is_real(
+    gold: str, found: str, same: bool
+) -> None:
+    assert math_verify([""], [f"\\boxed{{{found}}}"], [gold])[0][0] == float(same)
 
 
 def test_none_is_zero_only_where_the_question_asks_how_many() -> None:

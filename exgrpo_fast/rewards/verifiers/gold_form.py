@@ -21,15 +21,33 @@ def in_form_of(gold: str, found: str) -> str:
         return found
     if number(gold) is not None and number(found) is not None:
         return found
-    for rewrite in (_number, _angle, _time_or_ratio, _structure, _conditions):
+    for rewrite in (_unnamed, _number, _angle, _time_or_ratio, _structure, _conditions):
         found = rewrite(gold, found)
     return found
 
+
+_NAMED = re.compile(
+    r"^(?!.*\b(?:not?|never|wrong|false)\b)(?:m\s*)?(?:\([a-zA-Z_,\\ ]+\)|\\(?:vec|hat|bar|overline|overrightarrow|math\w+|text|operatorname|boldsymbol)"
+    r"\s*\{[^{}=]*\}|\\(?:angle|triangle)\s*[A-Z]+|\\(?!(?:sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)"
+    r"[a-zA-Z]+|[A-Za-z]{1,3}|\|[A-Za-z]{1,2}\|)(?:_\{[^{}]*\}|_\w|'|\([^()]*\))*\s*=\s*(?=[^=<>]+$)"
+)
+
+
+def _unnamed(gold: str, found: str) -> str:
+    """`P(X > 1) = 0.25`, `\\vec{v} = (3, 4)` without the name, unless the gold answer has one."""
+    if "=" in gold:
+        return found
+    found = _NAMED.sub("", found)
+    return _POINT.sub("", found) if gold.startswith("(") else found
+
+
+_POINT = re.compile(r"(?:^|(?<=[,;]))\s*[A-Z]\s*(?=\([^()]*,)")
 
 # --- numbers --------------------------------------------------------------------------------------
 
 _DECIMAL = re.compile(r"-?\d+\.\d+(?![\d.,])")
 _WITH_COMMA = re.compile(r"(-?)(\d+|\d{1,3}(?:\.\d{3})+),(\d+)(?=[^\d.,]*$)")
+_INDIAN = re.compile(r"\d{1,2}(?:,\d\d)+,\d{3}")
 _MIXED = re.compile(
     r"(-?\d{1,9})\s*(?:-|\\text\s*\{\s*and(?: an?)?\s*\}|and)\s*"
     r"(?:(\d{1,9})/(\d{1,9})|\\frac\{(\d{1,9})\}\{(\d{1,9})\})"
@@ -39,6 +57,8 @@ _MIXED = re.compile(
 def _number(gold: str, found: str) -> str:
     if _DECIMAL.match(gold) and number(found) is None and (split := _WITH_COMMA.match(found)):
         return f"{split[1]}{split[2].replace('.', '')}.{split[3]}{found[split.end() :]}"
+    if _INDIAN.fullmatch(found) and number(gold) is not None:
+        return found.replace(",", "")
     if mixed := _MIXED.fullmatch(found):  # `2-3/4` may also be a difference
         whole, above, below = int(mixed[1]), int(mixed[2] or mixed[4]), int(mixed[3] or mixed[5])
         sign = -1 if mixed[1].startswith("-") else 1
@@ -50,8 +70,13 @@ def _number(gold: str, found: str) -> str:
 # --- angles ---------------------------------------------------------------------------------------
 
 _RADIANS = re.compile(
-    r"((?:[-\d\s{}()/.*]|\\frac|\\cdot|\\times|\\pi)*\\pi(?:[-\d\s{}()/.*]|\\frac|\\pi)*?)"
+    r"((?:[-\d\s{}()/.*,]|\\frac|\\cdot|\\times|\\pi)*\\pi(?:[-\d\s{}()/.*,]|\\frac|\\pi)*?)"
     r"\s*(?:\\text\s*\{\s*rad(?:ians?)?\s*\}|rad(?:ians?)?)?"
+)
+_IMPERIAL = re.compile(r"\b(?:in|inch|inches|ft|foot|feet)\b")
+_DEGREE = re.compile(
+    r"(-?\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*"
+    r"(?:\^\s*\{?\s*\\circ\s*\}?|(?:\\text\s*\{\s*)?degrees?\s*\}?)"
 )
 _DEGREES = re.compile(r"(.*\d.*?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|(?:\\text\s*\{\s*)?degrees?\s*\}?)")
 
@@ -59,8 +84,10 @@ _DEGREES = re.compile(r"(.*\d.*?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|(?:\\text\s*\{\s*
 def _angle(gold: str, found: str) -> str:
     if _DEGREES.fullmatch(gold) and (radians := _RADIANS.fullmatch(found)):
         return re.sub(r"(?<=[\d})])\s*\\pi", r"\\cdot 180", radians[1]).replace(r"\pi", "180")
-    if _RADIANS.fullmatch(gold) and (degrees := _DEGREES.fullmatch(found)):
-        return rf"\frac{{({degrees[1]}) \cdot \pi}}{{180}}"
+    if r"\pi" in gold and r"\circ" not in gold:
+        return _DEGREE.sub(r"\\frac{\1 \\cdot \\pi}{180}", found)
+    if _IMPERIAL.search(gold) and found.endswith("'"):
+        return f"{found[:-1]} ft"
     if _DEGREES.fullmatch(gold) and found.endswith("'"):
         return f"{found[:-1]} arcminutes"
     return found
@@ -68,12 +95,15 @@ def _angle(gold: str, found: str) -> str:
 
 # --- times and ratios -----------------------------------------------------------------------------
 
+_CLOCK = re.compile(r"^(\d{1,2}):([0-5]\d)$")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
-_TO = re.compile(r"\s*(?:\\text\s*\{\s*to\s*\}|(?<=\d)\s+to(?=\s+\d))\s*")
+_TO = re.compile(r"\s*(?:\\text\s*\{\s*(?:is )?to\s*\}|(?<=\d)\s+to(?=\s+\d))\s*")
 
 
 def _time_or_ratio(gold: str, found: str) -> str:
     found = time_in_form_of(gold, found)
+    if "hour" in gold and "min" in gold:
+        found = _CLOCK.sub(r"\1 hours \2 minutes", found)
     if _RATIO.fullmatch(gold):
         found = _TO.sub(":", found)
         if gold.count(":") == found.count(":") > 1 and _RATIO.fullmatch(found):
@@ -92,6 +122,7 @@ def _reduced(ratio: str) -> list[Fraction | None]:
 _COLUMN = re.compile(r"(\\begin\{[pb]matrix\})([^&]*)(\\end\{[pb]matrix\})")
 _TUPLE = re.compile(r"\(([^()]*,[^()]*)\)")
 _SET_OF_ONE_TUPLE = re.compile(r"\\\{\s*(\([^()]*\))\s*\\\}")
+_LIST, _SPACED = re.compile(r"\[[^][]*,[^][]*\]"), re.compile(r"-?\d+(?: -?\d+)+")
 _ROW = re.compile(r"\[([^][]*)\]")
 _BETWEEN_INTERVALS = re.compile(
     r"(?<=[\])])\s*(?:U|,|(?:\\text\s*\{\s*)?(?:or|and)(?:\s*\})?)\s*(?=[\[(])"
@@ -99,6 +130,10 @@ _BETWEEN_INTERVALS = re.compile(
 
 
 def _structure(gold: str, found: str) -> str:
+    if gold == r"\mathbb{R}" and found == "R":
+        return gold
+    if _LIST.fullmatch(gold) and _SPACED.fullmatch(found):
+        return f"[{', '.join(found.split())}]"
     if "\\cup" in gold:
         found = _BETWEEN_INTERVALS.sub(r" \\cup ", found)
     if "matrix}" in gold and found.startswith("[["):
@@ -152,7 +187,8 @@ _MODULUS = re.compile(r"(?:([a-z])\s*\\equiv)?\s*(.+?)\s*\\p?mod\s*(?:\{\s*(\d+)
 _EQUIVALENT = re.compile(r"^[a-z]?\s*\\equiv\s*")
 _CONSTANT = re.compile(r"\+\s*(?:[CcKk]|\\text\s*\{\s*const(?:ant)?\.?\s*\})$")  # of integration
 _FUNCTION = re.compile(r"^(?:y|[fgh]\(x\))\s*=\s*")
-_EXCEPTION = re.compile(r"\s*,\s*(?:[a-z]\s*\\neq|[nk]\s*\\geq)\s*[-\d]+$")
+_ORDER = re.compile(r"[<>]|\\[lgn]eq")
+_EXCEPTION = re.compile(r"\s*,\s*([a-z])\s*(?:\\[lgn]eq|[<>])\s*[-\d]+$")
 
 
 def _conditions(gold: str, found: str) -> str:
@@ -165,4 +201,7 @@ def _conditions(gold: str, found: str) -> str:
         found = _CONSTANT.sub("+C", found)
     if (prefix := _FUNCTION.match(gold)) and not gold[prefix.end() :].count("y"):
         found = _FUNCTION.sub(lambda _: prefix[0], found)
-    return found if "\\neq" in gold or "\\geq" in gold else _EXCEPTION.sub("", found)
+    exception = _EXCEPTION.search(found)
+    if exception is None or exception[1] not in gold or _ORDER.search(gold):
+        return found
+    return found[: exception.start()]

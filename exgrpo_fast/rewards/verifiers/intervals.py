@@ -3,52 +3,93 @@ r"""Intervals, unions and inequalities in one form. Pure standard library."""
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-_LESS, _MORE = r"<|\\leq?(?![a-zA-Z])|\\lt(?![a-zA-Z])", r">|\\geq?(?![a-zA-Z])|\\gt(?![a-zA-Z])"
-_HALF_LINE = re.compile(rf"([a-z])\s*(?:({_LESS})|({_MORE}))\s*([^<>=,;]+)")
-_CHAIN = re.compile(rf"([^<>=,;]+?)({_LESS}|{_MORE})\s*([a-z])\s*({_LESS}|{_MORE})([^<>=,;]+)")
+from exgrpo_fast.rewards.verifiers.quantities import rational
+
+_SIGN = re.compile(r"(<|>|\\(?:[lg]eq?|neq|[lg]t)(?![a-zA-Z]))")
+_UNKNOWN = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|mu)")
+_POINT = re.compile(rf"({_UNKNOWN.pattern})\s*=\s*([^=<>]+)")
+_TURNED = {"<": ">", ">": "<", r"\neq": r"\neq"} | {
+    rf"\{one}{rest}": rf"\{other}{rest}" for one, other in ("gl", "lg") for rest in ("e", "eq", "t")
+}
 _OR = re.compile(r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\bor\b|\\lor|\\vee)\s*")
 _AND = re.compile(r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*and\s*\}|\band\b|\\land|\\wedge|,)\s*")
 
 
+class _Bounds(NamedTuple):
+    unknown: str
+    start: str = ""  # with its bracket, as `[2`
+    end: str = ""
+    hole: str = ""
+    point: str = ""
+
+
 def as_intervals(text: str) -> str:
-    r"""`x < 2 or x \geq 3` as `(-\infty, 2) \cup [3, \infty)`, `x > 2 and x < 3` as `(2, 3)`.
+    r"""`x < 2 or 3 \leq x < 5` as `(-\infty, 2) \cup [3, 5)`, `x \neq 1` without 1.
 
-    Any other text as it is.
+    Any other text as it is, a single `x < 2` too, but that `2 > x` is turned round.
     """
-    if chain := _CHAIN.fullmatch(text):
-        left, one, _, other, right = (group.strip() for group in chain.groups())
-        if re.fullmatch(_MORE, one) and re.fullmatch(_MORE, other):
-            left, one, other, right = right, other, one, left
-        elif not (re.fullmatch(_LESS, one) and re.fullmatch(_LESS, other)):
-            return text
-        opening = "[" if "e" in one else "("
-        return f"{opening}{left}, {right}{']' if 'e' in other else ')'}"
-    if len(parts := _half_lines(_OR.split(text))) > 1:
-        return r" \cup ".join(f"{_start(part)}, {_end(part)}" for part in parts)
-    if len(parts := _half_lines(_AND.split(text))) == 2:
-        starts = [_start(part) for part in parts if part[3]]
-        ends = [_end(part) for part in parts if part[2]]
-        if len(starts) == len(ends) == 1 and parts[0][1] == parts[1][1]:
-            return f"{starts[0]}, {ends[0]}"
-    return text
+    signs = _SIGN.findall(text)
+    if not signs:
+        return text
+    alternatives = [[_bounds(part) for part in _AND.split(one)] for one in _OR.split(text)]
+    unknowns = {part and part.unknown for parts in alternatives for part in parts}
+    if len(unknowns) != 1 or None in unknowns:
+        return text
+    if len(signs) == 1 and r"\neq" not in text and len(alternatives) == 1:
+        value, sign, unknown = _SIGN.split(text)
+        turned = _UNKNOWN.fullmatch(unknown.strip())
+        return f"{unknown.strip()} {_TURNED[sign]} {value.strip()}" if turned else text
+    pieces = [
+        _intersection([part for part in parts if part], "," in one)
+        for parts, one in zip(alternatives, _OR.split(text), strict=True)
+    ]
+    return r" \cup ".join(pieces) if all(pieces) else text
 
 
-def _half_lines(parts: list[str]) -> list[re.Match[str]]:
-    found = [match for part in parts if (match := _HALF_LINE.fullmatch(part.strip()))]
-    return found if len(found) == len(parts) else []
+def _bounds(part: str) -> _Bounds | None:
+    if point := _POINT.fullmatch(part.strip()):
+        return _Bounds(point[1], point=point[2])
+    sides = [side.strip() for side in _SIGN.split(part)]
+    values, signs = sides[::2], sides[1::2]
+    unknown = [place for place, value in enumerate(values) if _UNKNOWN.fullmatch(value)]
+    if len(unknown) != 1 or len(signs) not in (1, 2) or not all(values) or "=" in part:
+        return None
+    if signs == [r"\neq"] and unknown == [0]:
+        return _Bounds(values[0], hole=values[1])
+    more = {sign[0] == ">" or sign.startswith(r"\g") for sign in signs}
+    if len(more) != 1 or r"\neq" in signs or len(signs) == 2 and unknown != [1]:
+        return None
+    at = unknown[0]
+    if more == {True}:
+        values, signs, at = values[::-1], signs[::-1], len(signs) - at
+    start = f"{'[' if 'e' in signs[at - 1] else '('}{values[at - 1]}" if at else ""
+    end = f"{values[at + 1]}{']' if 'e' in signs[at] else ')'}" if at < len(signs) else ""
+    return _Bounds(values[at], start, end)
 
 
-def _start(line: re.Match[str]) -> str:
-    if not line[3]:
-        return r"(-\infty"
-    return f"{'[' if line[3].startswith(chr(92) + 'ge') else '('}{line[4].strip()}"
+def _intersection(parts: list[_Bounds], listed: bool) -> str:
+    """Of at most one beginning and one end, without the holes; "" for anything else.
 
-
-def _end(line: re.Match[str]) -> str:
-    if not line[2]:
-        return r"\infty)"
-    return f"{line[4].strip()}{']' if line[2].startswith(chr(92) + 'le') else ')'}"
+    A list of what has nothing in common, `x < 1, x > 2`, is the union of it.
+    """
+    if any(part.point for part in parts):
+        return rf"\{{{parts[0].point}\}}" if len(parts) == 1 else ""
+    starts = [part.start for part in parts if part.start]
+    ends = [part.end for part in parts if part.end]
+    holes = [part.hole for part in parts if part.hole]
+    if len(starts) > 1 or len(ends) > 1:
+        return ""
+    if listed and len(parts) == 2 and starts and ends:
+        start, end = rational(starts[0][1:]), rational(ends[0][:-1])
+        if start is not None and end is not None and start > end:
+            return rf"(-\infty, {ends[0]} \cup {starts[0]}, \infty)"
+    whole = ", ".join((*(starts or [r"(-\infty"]), *(ends or [r"\infty)"])))
+    if not holes:
+        return whole
+    whole = whole if starts or ends else r"\mathbb{R}"
+    return rf"{whole} \setminus \{{{', '.join(holes)}\}}"
 
 
 _HALF_OPEN = re.compile(r"([][])([^][();,]+)[,;]([^][();,]+)([][])")

@@ -7,7 +7,9 @@ the package math-verify, unless `refusals.py` knows better; it is loaded only wh
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -126,9 +128,22 @@ def _by_mathematics(found: str, gold: str) -> Judgement:
         return 0.0, "unit"
     if _CAPITALS.fullmatch(gold) and _CAPITALS.fullmatch(found):  # an order, not a product
         return WRONG
+    gold, found = _both_signs(gold), _both_signs(found)
     return CORRECT if _equal(_parse_gold(gold), _parse(found)) else WRONG
 
 
+def _both_signs(text: str) -> str:
+    r"""`x = \frac{3 \pm \sqrt{5}}{2}` as the list of its two values."""
+    if r"\pm" not in text or "," in text and "(" in text:
+        return text
+    inner = _SET.sub(r"\1", _LEFT_SIDE.sub("", text)).split(",")
+    upper = [part.replace(r"\pm", "+").replace(r"\mp", "-") for part in inner]
+    lower = [part.replace(r"\pm", "-").replace(r"\mp", "+") for part in inner]
+    return ", ".join(dict.fromkeys(upper + lower))
+
+
+_LEFT_SIDE = re.compile(r"^[a-z](?:_\{[\d,]*\}|_\d)?\s*(?:=|\\in)\s*(?=[^=]+$)")
+_SET = re.compile(r"^\\\{(.*)\\\}$")
 _CAPITALS = re.compile(r"[A-Z]{2,}")
 
 
@@ -159,6 +174,10 @@ def _of_numerals(found: str, gold: str) -> Judgement | None:
     base, gold_base = _BASE.fullmatch(found.upper()), _BASE.fullmatch(gold.upper())
     if base and gold_base:  # math-verify drops the base
         return CORRECT if base.groups() == gold_base.groups() else WRONG
+    if gold_base and found.upper() == gold_base[1]:
+        return CORRECT
+    if base and base[1] == gold.upper() and base[2] == "16" and gold.isalnum():
+        return CORRECT if number(gold) is None else WRONG
     if base and number(gold) is not None and not _possible_numeral(*base.groups()):
         return WRONG
     return None
@@ -202,6 +221,7 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         ),
         r"\1{(\\frac{\2\\pi}{180})}",
     ),
+    (re.compile(r"(\\(?:sin|cos|tan|ln|log))\s*([a-z])\s*(?=\\cdot|\\times)"), r"(\1(\2))"),
     (re.compile(r"\bnp\.(arcsin|arccos|arctan|sin|cos|tan|exp|log|pi)\b"), r"\\\1"),
 ]
 
@@ -235,6 +255,7 @@ def _equal(gold: list[Any], found: list[Any]) -> bool:
     equal = bool(verify(gold, found, **options))
     if not equal and _is_complex(gold) | _is_complex(found):
         equal = bool(verify(_complex(gold), _complex(found), **options))
+    equal = equal or _agree_at_points(gold, found)
     return equal and not _differ_though_tiny(gold, found)
 
 
@@ -252,6 +273,58 @@ def _complex(parsed: list[Any]) -> list[Any]:
     (symbol,) = value.free_symbols
     unit = importlib.import_module("sympy").I
     return [value.subs(symbol, unit).doit().expand(complex=True), *parsed[1:]]
+
+
+def _agree_at_points(gold: list[Any], found: list[Any]) -> bool:
+    """Whether two expressions of the same variables agree wherever the gold answer is real.
+
+    At random points, four of them: an identity is found that sympy does not prove, such as
+    ln(1/x) = -ln x. With `i` in it an expression need not be real.
+    """
+    sympy = importlib.import_module("sympy")
+    one: Any = gold[0] if gold else None
+    other: Any = found[0] if found else None
+    if not (isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr)):
+        return False
+    names, of_found = (sorted(map(str, each.free_symbols)) for each in (one, other))
+    constants = [name for name in names if _CONSTANT.fullmatch(name)]
+    renamed = [name for name in of_found if name not in names or name in constants]
+    if not names or len(names) != len(of_found) or not len(constants) == len(renamed) < 4:
+        return False
+    return any(
+        _agree(one, other, dict(zip(renamed, order, strict=True)))
+        for order in itertools.permutations(constants)
+    )
+
+
+_CONSTANT = re.compile(r"[Cc]_\{?\d\}?")  # of integration: `A` and `B` will do for them
+
+
+def _agree(gold: Any, found: Any, renamed: Mapping[str, str]) -> bool:
+    unit = importlib.import_module("sympy").I
+    names = sorted(map(str, gold.free_symbols))
+    chosen, agreed = random.Random(0), 0
+    for attempt in range(16):
+        point = {name: chosen.uniform(0.3, 1.9) for name in names}
+        if attempt < 8:  # the first is negative throughout: x is not |x|
+            signs = (-1, 1) if attempt else (-1,)
+            point = {name: chosen.choice(signs) * value for name, value in point.items()}
+        if "i" in point:
+            point["i"] = unit
+        places = {s: point[renamed.get(str(s), str(s))] for s in found.free_symbols}
+        try:
+            value = complex(gold.subs({s: point[str(s)] for s in gold.free_symbols}).evalf())
+            difference = abs(value - complex(found.subs(places).evalf()))
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+            continue
+        if "i" not in point and abs(value.imag) > 1e-12 * abs(value):
+            continue
+        if not difference <= 1e-9 * abs(value):
+            return False
+        agreed += 1
+        if agreed == 4:
+            return True
+    return False
 
 
 def _differ_though_tiny(gold: list[Any], found: list[Any]) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from exgrpo_fast.rewards.verifiers.intervals import half_open_as_in_english
-from exgrpo_fast.rewards.verifiers.numerals import plain_form
+from exgrpo_fast.rewards.verifiers.numerals import WRAPPED, plain_form
 from exgrpo_fast.rewards.verifiers.words import as_date, in_digits
 
 MAX_CHARS = 2048  # a longer text is not read but refused
@@ -25,6 +25,10 @@ _SIGNS = {
     "⋅": r"\cdot ",
     "·": r"\cdot ",
     "∙": r"\cdot ",
+    "∶": ":",
+    "∨": r"\lor ",
+    "∧": r"\land ",
+    "‰": r"\text{ permille}",
     "÷": "/",
     "∕": "/",
     "⁄": "/",
@@ -109,6 +113,20 @@ def _column(match: re.Match[str]) -> str:
     return rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
 
 
+_UNIT_VECTOR = r"\\(?:mathbf|hat|vec|boldsymbol|bm)\s*\{?\s*(?:\\(?:mathbf|boldsymbol)\s*\{)?\s*\\?([ijk])(?:math)?\}*"
+
+
+def _vector(match: re.Match[str]) -> str:
+    r"""`3\mathbf{i} - \mathbf{k}` as `(3, 0, -1)`."""
+    terms = re.findall(rf"([-+]?[^-+]*?){_UNIT_VECTOR}", match[0])
+    parts = {
+        name: re.sub(r"^([-+]?)$", r"\g<1>1", c.replace(" ", "")).lstrip("+") for c, name in terms
+    }
+    if len(parts) != len(terms):
+        return match[0]
+    return f"({', '.join(parts.get(name, '0') for name in ('ijk' if 'k' in parts else 'ij'))})"
+
+
 def _ways(things: str, kind: str, taken: str) -> str:
     """`C(8, 3)`, `_8P_3`, `8C3`."""
     if kind == "C":
@@ -171,11 +189,14 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         # --- typesetting
         (r"^([*_`]{1,3})([^*_`]+)\1$", r"\2"),
         (
-            r"\\(?:large|Large|LARGE|huge|Huge|small|displaystyle|textstyle|bf|rm|it|mathstrut|checkmark"
-            r"|[bB]igg?[lrm]?(?=\s*[][(){}|\\])|(?:[hv]space\*?|v?phantom)\s*\{[^{}]*\})(?![a-zA-Z])",
+            r"\\(?:large|Large|LARGE|huge|Huge|small|displaystyle|textstyle|bf|rm|it|mathstrut|checkmark|blacksquare"
+            r"|[bB]igg?[lrm]?(?=\s*[][(){}|\\])|(?:[hv]space\*?|[hv]?phantom)\s*\{[^{}]*\})(?![a-zA-Z])",
             " ",
         ),
-        (r"\\(?:text)?color\s*\{[a-zA-Z]+\}|\\[bx]?cancel(?![a-zA-Z])|^\\#", ""),
+        (
+            r"\\(?:text)?color\s*\{[a-zA-Z]+\}|\\[bx]?cancel(?![a-zA-Z])|^\\#|\\(?:text|math)dollar(?![a-zA-Z])|\\bbox(?:\[[^][]*\])?",
+            "",
+        ),
         (r"^\s*(?:\\(?:therefore|Rightarrow|implies)(?![a-zA-Z])|=)\s*", ""),
         (r"\\(?:c|s|x|nice)frac(?![a-zA-Z])", r"\\frac"),
         (r"\\([lr])brace(?![a-zA-Z])", lambda m: "\\{" if m[1] == "l" else "\\}"),
@@ -192,12 +213,32 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (r"\\langle(?![a-zA-Z])(.*)\\rangle(?![a-zA-Z])", r"(\1)"),
         (r"\\([lg]e|ne)(?:qslant|q)?(?![a-zA-Z])", r"\\\1q"),
         (r"\\mathrm\s*\{([iedE])\}", r"\1"),
+        (r"\\math(?:bb|bf|ds)\s*\{?\s*([RZNQ])\s*\}?(?![a-zA-Z])", r"\\mathbb{\1}"),
+        (r"\\bigcup(?![a-zA-Z])", r"\\cup"),
+        (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),
+        (r"\\text\s*\{\s*\\?%\s*\}", r"\\%"),
+        (r"\\&", r"\\text{ and }"),
+        (
+            rf"\\(?:operatorname\*?|text|mathrm)\s*\{{\s*({_FUNCTIONS}|arc[a-z]+|c?tg)\s*\}}",
+            r"\\\1",
+        ),
+        (r"\\(arc)?tg(?![a-zA-Z])", r"\\\1tan"),
+        (r"\\(arc)?ctg(?![a-zA-Z])", r"\\\1cot"),
+        (
+            r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|\{?\s*\\(?:text|mathrm)\s*\{\s*o\s*\}\}?|o(?![a-z]))",
+            r"^\\circ",
+        ),
+        (rf"(-?\d+\.?\d*)\s*{_OPEN}per ?mille?{_CLOSE}$", r"\\frac{\1}{1000}"),
         (r"\\log_\{?e\}?(?![a-zA-Z])", r"\\ln"),
         (r"\\([dt]?binom)(\d)(\d)", r"\\\1{\2}{\3}"),
-        (r"\\frac\s*([\da-z])\s*([\da-z])", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\\pi|[\da-z])\s*([\da-z])", r"\\frac{\1}{\2}"),
         (r"(\\sqrt\[\d+\])\s*(\d|[a-z])", r"\1{\2}"),
-        (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?:\\|(?<![\\a-zA-Z]))sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?:times )?(?:the )?square root of (\d+)", r"\\sqrt{\1}"),
+        (r"\\lg(?![a-zA-Z])", r"\\log"),
+        (r"(?<=\d)\s*\\text\s*\{\s+\}(?=\d)", " "),
         (r"(?<![\\a-zA-Z])cbrt\s*\(([^()]*)\)", r"\\sqrt[3]{\1}"),
+        (r"(?<=[a-z])/sec(?![a-zA-Z(])", "/s"),
         (rf"(?<![\\a-zA-Z.])({_FUNCTIONS})(?![a-zA-Z{{}}])", r"\\\1"),
         (
             r"\\frac\s*\{(\\(?:text|mathrm)\{[a-zA-Z ]+\})\}\s*"
@@ -208,30 +249,47 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (
             r"^\s*\\text\s*\{(?!(?i:[^{}]*\b(?:not?|never|nobody|wrong|false|incorrect)\b))"
             r"[^{}\d]*(?:\bis|[:=])\s*\}\s*:?|^\\text\s*\{[A-Za-z ]*\}\s*[=:]"
-            r"|^\s*\\text\s*\{\s*(?:[Tt]he )?(?:points?|vertex|center|vector|interval|set)(?: is)?\s*\}"
+            r"|^\s*\\text\s*\{\s*(?:[Tt]he )?(?:points?|vertex|center|vector|interval|set|ratio)(?: is)?\s*\}"
             r"|^\\text\s*\{\s*[Aa]ll\s*\}\s*(?:[a-z]\s*\\text\s*\{\s*(?:with|such that|satisfying)\s*\})?",
             "",
         ),
         (
-            rf"^{_OPEN}(?:(?!(?i:not?|never|nobody|wrong|false|incorrect)\b)[A-Za-z]+ ){{0,3}}"
-            rf"(?:is|are|has|have|had|needs?|costs?|takes?|equals){_CLOSE}\s*(?=[-\d\\.])",
+            rf"^{_OPEN}(?:(?!(?i:not?|none|nothing|never|nobody|wrong|false|incorrect)\b)[A-Za-z]+ ){{0,3}}"
+            rf"(?:is|are|has|have|had|needs?|costs?|takes?|equals){_CLOSE}\s*(?=[-\d\\.])"
+            rf"|^{_OPEN}(?:[HS]he|It|They|[Tt]he [a-z]+|(?!Minus|Half|No|Never|[A-Z][a-z]+ times)[A-Z][a-z]+) "
+            rf"(?!less|minus|plus)[a-z]+s{_CLOSE}\s*(?=[-\d\\.])",
             "",
         ),
         (
             rf"^\s*(?:\\(?:approx|simeq|approxeq|sim)(?![a-zA-Z])|~"
-            rf"|{_OPEN}(?:exactly|approximately|approx\.?|about|roughly)(?![a-z]){_CLOSE}\s*(?=[-\d\\.]))\s*",
+            rf"|{_OPEN}(?:exactly|only|approximately|approx\.?|about|roughly)(?![a-z]){_CLOSE}\s*(?=[-\d\\.]|[a-z]\s*=))\s*",
             "",
         ),
         (r"^(?:P|E|\\Pr|\\mathbb\s*\{[PE]\})\s*\([^()]*=[^()]*\)\s*=\s*", ""),
         (rf"^{_OPEN}(?:minus|negative){_CLOSE}\s*(?=\d|\\frac)", "-"),
         (
-            rf"^{_OPEN}(?:US|USD|EUR|GBP|INR|Rs\.?|\\(?:pounds|euro|texteuro))(?![a-z]){_CLOSE}\s*(?=\d)",
+            rf"^{_OPEN}(?:US|USD|EUR|GBP|INR|CHF|JPY|CNY|RMB|CAD|AUD|Rs\.?|\\(?:pounds|euro|texteuro))"
+            rf"(?![a-z]){_CLOSE}\s*(?=\d)|(?<=\d)\s*/-$",
             "",
         ),
         (r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$", r"\\text{ \1}"),
         (rf"^\s*[a-z]\s*{_REAL}\s*,|\s*,\s*[a-zA-Z]\s*{_REAL}$", ""),
+        (r"^[a-z]\s*\\in\s*(?=\\\{|[\[(])", ""),
         (
-            rf"\s*,?\s*(?:\\text\s*\{{\s*for(?: all)?\s*\}}|for all|\\forall)\s*[a-z]\s*(?:{_REAL}|\\geq\s*\d)?$",
+            rf"\s*{_OPEN}(?:which )?(?:(?:is|are) )?(less|smaller|greater|more) than"
+            rf"( or equal to)?{_CLOSE}\s*(?=[-\d\\.])",
+            lambda m: (
+                f"{'<' if m[1] in ('less', 'smaller') else '>'} "
+                if not m[2]
+                else rf"\{m[1][0].replace('s', 'l').replace('m', 'g')}eq "
+            ),
+        ),
+        (
+            rf"^{_OPEN}(?:all|any|every) (?:real )?(?:numbers?|values?)(?: of)? ?([a-z])?{_CLOSE}\s*(?=[<>]|\\[lg]eq)",
+            lambda m: m[1] or "x",
+        ),
+        (
+            rf"\s*,?\s*(?:\\text\s*\{{\s*for(?: all| any)?(?: real)?\s*\}}|for all(?: real)?|\\forall)\s*[a-z]\s*(?:{_REAL}|(?:>|\\geq)\s*\d)?$",
             "",
         ),
         # --- numbers
@@ -263,6 +321,7 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (r"(?<![\d.,])\d{1,3}(?:[ ']\d{3})+(?![\d/'])", lambda m: re.sub("[ ']", "", m[0])),
         (r"(?<![\d./^_{])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d./])", _mixed),
         # --- numerals with a base, choices and orders of n things
+        (r"^\(?(?:0b)?[01]{1,4}(?:[ _][01]{4})+(?!\d)", lambda m: re.sub("[ _]", "", m[0])),
         (
             rf"^\(?([0-9A-F]+)\)?_\s*\{{?\s*{_OPEN}\(?(?:base\s*{_CLOSE}\s*)?([a-z]+|\d{{1,2}})\)?\}}{{0,2}}$"
             rf"|^([0-9A-F]+)\s*{_OPEN}\(?(?:in )?base[ -]?{_CLOSE}\s*([a-z]+|\d{{1,2}})\)?{_CLOSE}$",
@@ -283,7 +342,14 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (r"^([CP])_\{?(\d{1,4})\}?\^\{?(\d{1,4})\}?$", lambda m: _ways(m[2], m[1], m[3])),
         # --- units and times
         (r"^(\d+)\s*'\s*(\d+(?:\.\d+)?)\s*\"$", r"\1 ft \2 in"),
-        (r"^(\d+)\s*h\s*(\d+)\s*m$", r"\1 h \2 min"),
+        (rf"^(\d+)\s*{_OPEN}hr?s?{_CLOSE}\s*(\d+)\s*{_OPEN}m{_CLOSE}$", r"\1 h \2 min"),
+        (r"^(\d{1,2})h([0-5]\d)$", r"\1:\2"),
+        (rf"^{_OPEN}[Aa]t (?=\d{{1,2}}:\d\d)", ""),
+        (rf"^(\d{{1,2}}:\d\d)\s*{_OPEN}h(?:ou)?r?s?{_CLOSE}$", r"\1"),
+        (
+            rf"^(\d{{1,2}}[:.]\d\d)\s*{_OPEN}(?:in the (morning|afternoon|evening)|at night){_CLOSE}$",
+            lambda m: f"{m[1]} {'A' if m[2] == 'morning' else 'P'}M",
+        ),
         (
             r"^(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*(\d+(?:\.\d+)?)\s*'(?:\s*(\d+(?:\.\d+)?)\s*\")?$",
             lambda m: f"{m[1]} degrees {m[2]} arcminutes" + (f" {m[3]} arcseconds" if m[3] else ""),
@@ -312,20 +378,25 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (r"([][(])([^][();,]{1,40});([^][();,]{1,40})([][)])", r"\1\2,\3\4"),
         (r"^(?=\]|.*\[$).*,.*$", lambda m: half_open_as_in_english(m[0])),
         (
-            r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lg]eq).*)\\\}$",
+            r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lgn]eq).*)\\\}$",
             r"\2",
         ),
         (r"(?<=\\mathbb\{R\})\s*(?:-|\\backslash)\s*(?=\\\{)", r" \\setminus "),
+        (
+            rf"(?<=[\])])\s*{_OPEN}except(?: for| at)?{_CLOSE}\s*(-?[\w/.]+)$",
+            r" \\setminus \\{\1\\}",
+        ),
         (
             rf"^{_OPEN}all (?:real numbers|reals) except(?: for)?{_CLOSE}\s*(?:[a-z]\s*=\s*)?(-?[\w\\{{}}/.]+)$",
             r"\\mathbb{R} \\setminus \\{\1\\}",
         ),
         (r"^[(\[]([^][()]*,[^][()]*)[)\]]\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$", _column),
+        (rf"^(?:[^ijk]*{_UNIT_VECTOR}\s*(?=[-+]|$)){{2,3}}$", _vector),
         (r"^[a-z]\([a-z]\)\s*=\s*(?=\\begin\{cases\})", ""),
         (r"^\\begin\{(cases|aligned|gathered)\}(.*)\\end\{\1\}$", _system),
         (r"^(?!.*\\begin)[^=]*=.*\\\\.*=.*$", lambda m: m[0].replace(r"\\", ", ")),
         (rf"^{_OPEN}\(?(?:a|i)\).*$", _parts),
-        (r"^([^=<>]*\d[^=<>]*?)\s*=\s*([a-zA-Z])$", r"\2 = \1"),
+        (r"^([^=<>]*\d[^=<>]*?)\s*=\s*([a-zA-Z](?:\s*[-+]\s*[a-zA-Z])*)$", r"\2 = \1"),
     )
 ]
 
@@ -334,13 +405,6 @@ def _power(match: re.Match[str]) -> str:
     digits = int(f"{match[1].lstrip('-') or 0}{match[2]}")
     sign = "-" if match[1].startswith("-") else ""
     return rf"^{{{sign}\frac{{{digits}}}{{10}}}}"
-
-
-_WHOLE = re.compile(
-    r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|underline"
-    r"|emph|bold|pmb|operatorname)"
-    r"\s*\{([^{}\\]*)\}"
-)
 
 
 @lru_cache(maxsize=16_384)
@@ -354,11 +418,12 @@ def latex(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip()
-    whole = _WHOLE.fullmatch(text)
+    whole = WRAPPED.fullmatch(text)
     text = in_digits((whole[1] if whole else text).strip().strip('"').strip())
     text = as_date(text)
+    words = " ".join(WRAPPED.sub(r"\1", text).split())
     for phrase, meaning in _PHRASES:
-        if phrase.fullmatch(text):
+        if phrase.fullmatch(words):
             return meaning
     return text
 
@@ -370,16 +435,16 @@ _SOLUTIONS = r"(?:(?:real|integer|rational|such|valid) )*(?:solutions?|roots?|va
 _PHRASES = [
     (re.compile(phrase + r"\.?", re.IGNORECASE), meaning)
     for phrase, meaning in (
-        ("(?:all|any|every) reals?(?: numbers?)?", r"\mathbb{R}"),
+        ("(?:all|any|every) reals?(?: numbers?| values?(?: of [a-z])?| [a-z])?", r"\mathbb{R}"),
         (
             rf"(?:the )?empty set|none|(?:there (?:is|are) )?no {_SOLUTIONS}(?: exists?)?",
             r"\emptyset",
         ),
         (
-            rf"infinity|infinite|infinitely many(?: {_SOLUTIONS})?|an infinite number(?: of {_SOLUTIONS})?",
+            rf"(?:(?:it )?diverges to )?infinity|infinite|infinitely many(?: {_SOLUTIONS})?|an infinite number(?: of {_SOLUTIONS})?",
             r"\infty",
         ),
-        ("dne|(?:(?:it|(?:the )?[a-z]+) )?does not exist", "does not exist"),
+        (r"dne|undefined|\\nexists|(?:(?:it|(?:the )?[a-z]+) )?does not exist", "does not exist"),
         ("(?:12 )?noon", "12:00 PM"),
         ("(?:12 )?midnight", "12:00 AM"),
     )

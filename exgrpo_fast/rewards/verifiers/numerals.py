@@ -11,7 +11,10 @@ from functools import lru_cache
 
 from exgrpo_fast.rewards.verifiers import extraction
 
-_TEXT_ONLY = re.compile(r"\\(?:text|mbox|textbf|mathrm)\s*\{([^{}\\]*)\}")
+WRAPPED = re.compile(
+    r"\\(?:text(?:bf|it|rm|tt|sf)?|mbox|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|underline|emph|bold|pmb"
+    r"|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 _DROPPED = re.compile(r"(?<!\\)\\!|\\left(?![a-z])|\\right(?![a-z])|\\?\$|(?<!\\)\\$")
 _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)\\,(?=\d{3})")
 _SPACES = re.compile(r"(?:\s|~|(?<!\\)\\[ ,;:]|\\q?quad(?![a-zA-Z]))+")
@@ -28,7 +31,7 @@ def plain_form(text: str) -> str:
     text = _SPACES.sub(" ", text).strip()
     if text.endswith((".", ",", ";")) and not text.endswith("..."):
         text = text[:-1].rstrip()
-    whole = _TEXT_ONLY.fullmatch(text)
+    whole = WRAPPED.fullmatch(text)
     return whole[1].strip() if whole else text
 
 

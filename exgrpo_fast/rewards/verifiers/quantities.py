@@ -58,10 +58,10 @@ _DEGREES = re.compile(
     r"(.*?[\d})])(\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*(?:\\(?:text|mathrm)\s*\{)?\s*[CFK]\s*\}?)?)"
 )
 _SYMBOLS = (
-    "mm|cm|dm|km|m|in|ft|yd|mi|kg|mg|g|lbs?|oz|ml|mL|L|s|sec|min|hrs?|h|Hz|N|J|W|kW|V|A|Pa|mph|kph"
-    "|C|K|F|T|mol|eV|kPa|atm|rad|deg|u|sq|cu"
+    "[numcdkMG]?(?:m|g|[lL]|s|Hz|N|J|W|V|A|Pa|eV|mol)|in|ft|yd|mi|lbs?|oz|sec|min|hrs?|h|mph|kph"
+    "|C|K|F|T|atm|rad|deg|u|sq|cu"
 )
-_WORD = rf"(?:[A-Za-z]{{3,}}|{_SYMBOLS})\.?{_POWER}?"
+_WORD = rf"(?:[A-Za-z]{{3,}}(?:-[A-Za-z]{{3,}})?|{_SYMBOLS})\.?{_POWER}?"
 _BARE_UNIT = re.compile(
     rf"(.*?[\d}}])((?:\s+{_WORD}|(?<=\d)(?:mm|cm|dm|km|kg|mg|ml|mL|ft|lbs?)(?![a-zA-Z]){_POWER}?)"
     rf"(?:\s*/\s*{_WORD}|\s+{_WORD}){{0,3}})\s*"
@@ -69,7 +69,7 @@ _BARE_UNIT = re.compile(
 # Functions, and words that take an answer back.
 _NO_UNIT = re.compile(
     r"(?<![a-zA-Z])(?:sin|cos|tan|sec|csc|cot|log|exp|lim|max|min(?=\s*\()|mod|gcd|lcm|sqrt"
-    r"|or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false|if|is)(?![a-zA-Z])",
+    r"|plus|minus|factorial|(?<![a-zA-Z]\s)(?:squared|cubed)|or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false|if|is)(?![a-zA-Z])",
     re.IGNORECASE,
 )
 
@@ -81,69 +81,99 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bil
 
 def _scaled(value: Fraction, unit: str) -> Quantity:
     first, _, rest = unit.partition(" ")
-    scale = _SCALES.get(first)
+    scale = _SCALES.get(first.lower())
     return Quantity(value, unit) if scale is None else Quantity(value * scale, rest)
 
 
 def _plain_unit(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|mbox|textrm|textbf|operatorname)\s*", "", text)
     text = re.sub(r"\\circ", "degrees", text)
-    return " ".join(re.sub(r"[{}~.^]|\\[ ,;]", " ", text).split()).lower()
+    return " ".join(re.sub(r"[{}~.^]|\\[ ,;]", " ", text).split())
 
 
-# Spellings, and how many of the first of its kind one is.
-_KINDS: dict[str, list[tuple[str, int]]] = {
-    "length": [
-        ("mm|millimet(?:er|re)s?", 1),
-        ("cm|centimet(?:er|re)s?", 10),
-        ("dm|decimet(?:er|re)s?", 100),
-        ("m|met(?:er|re)s?", 1000),
-        ("km|kilomet(?:er|re)s?", 1_000_000),
-    ],
-    "imperial length": [
-        ("in|inch|inches", 1),
-        ("ft|foot|feet", 12),
-        ("yd|yards?", 36),
-        ("mi|miles?", 63_360),
-    ],
-    "mass": [("mg|milligrams?", 1), ("g|grams?", 1000), ("kg|kilograms?", 1_000_000)],
-    "weight": [("oz|ounces?", 1), ("lbs?|pounds?", 16)],
-    "time": [
-        ("s|secs?|seconds?", 1),
-        ("min|mins|minutes?", 60),
-        ("h|hrs?|hours?", 3600),
-        ("days?", 86_400),
-        ("weeks?", 604_800),
-    ],
-    "angle": [("arcseconds", 1), ("arcminutes", 60), ("degrees?", 3600)],
-    "radians": [("rad|radians?", 1)],
-    "money": [("cents?", 1), ("dollars?|usd", 100)],
+# Spellings, dimension and size of units, some with the prefixes of SI.
+_PREFIXES = {"n": -9, "u": -6, "m": -3, "c": -2, "d": -1, "": 0, "k": 3, "M": 6, "G": 9} | {
+    "nano": -9,
+    "micro": -6,
+    "milli": -3,
+    "centi": -2,
+    "deci": -1,
+    "kilo": 3,
+    "mega": 6,
+    "giga": 9,
 }
-_VOLUMES = {"ml|millilit(?:er|re)s?": 1000, "l|lit(?:er|re)s?": 1_000_000}  # in mm^3
+_METRIC = [
+    ("m|met(?:er|re)s?", {"length": 1}, Fraction(1)),
+    ("g|grams?", {"mass": 1}, Fraction(1)),
+    ("s|secs?|seconds?", {"time": 1}, Fraction(1)),
+    ("[lL]|lit(?:er|re)s?", {"length": 3}, Fraction(1, 1000)),
+    ("N|[nN]ewtons?", {"mass": 1, "length": 1, "time": -2}, Fraction(1000)),
+    ("J|[jJ]oules?", {"mass": 1, "length": 2, "time": -2}, Fraction(1000)),
+    ("W|[wW]atts?", {"mass": 1, "length": 2, "time": -3}, Fraction(1000)),
+    ("Pa|[pP]ascals?", {"mass": 1, "length": -1, "time": -2}, Fraction(1000)),
+    ("Hz|[hH]ertz", {"time": -1}, Fraction(1)),
+    ("V|[vV]olts?", {"voltage": 1}, Fraction(1)),
+    ("A|[aA]mp(?:ere)?s?", {"current": 1}, Fraction(1)),
+    ("ohms?", {"resistance": 1}, Fraction(1)),
+    ("eV", {"electronvolts": 1}, Fraction(1)),
+    ("mol|moles?", {"amount": 1}, Fraction(1)),
+]
+_OTHER = [
+    ("in|inch|inches", "imperial length", 1),
+    ("ft|foot|feet", "imperial length", 12),
+    ("yd|yards?", "imperial length", 36),
+    ("mi|miles?", "imperial length", 63_360),
+    ("oz|ounces?", "weight", 1),
+    ("lbs?|pounds?", "weight", 16),
+    ("min|mins|minutes?", "time", 60),
+    ("h|hrs?|hours?", "time", 3600),
+    ("days?", "time", 86_400),
+    ("weeks?", "time", 604_800),
+    ("arcseconds", "angle", 1),
+    ("arcminutes", "angle", 60),
+    ("degrees?", "angle", 3600),
+    ("rad|radians?", "radians", 1),
+    ("cents?", "money", 1),
+    ("dollars?|usd", "money", 100),
+]
 _KNOWN_UNITS = [
-    (re.compile(spellings), kind, 1, size)
-    for kind, units in _KINDS.items()
-    for spellings, size in units
-] + [(re.compile(spellings), "length", 3, size) for spellings, size in _VOLUMES.items()]
-_ABBREVIATIONS = {"mph": "mi / h", "kph": "km / h", "kmh": "km / h"}
+    (re.compile(spellings), {kind: 1}, Fraction(size)) for spellings, kind, size in _OTHER
+] + [
+    (re.compile(f"{prefix}(?:{spellings})"), kinds, size * Fraction(10) ** power)
+    for prefix, power in _PREFIXES.items()
+    for spellings, kinds, size in _METRIC
+]
+_ABBREVIATIONS = {
+    "mph": "mi / h",
+    "kph": "km / h",
+    "kmph": "km / h",
+    "kmh": "km / h",
+    "kwh": "kW h",
+}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
-_UNIT_TOKEN = re.compile(r"[a-z]+|-?\d|/")
+_UNIT_TOKEN = re.compile(r"[A-Za-z]+|-?\d|/")
+_RATE_OF_MONEY = re.compile(r"(cents?|dollars?|) ?(?:/|(?:per|each|an?)\b).*")
 
 
 @lru_cache(maxsize=4096)
 def _measure(unit: str) -> tuple[dict[str, int], Fraction] | None:
     """Dimension and size of a unit such as `km per hour`, `sq cm`, `m s -2`; None if a word is unknown."""
-    unit = " ".join(_ABBREVIATIONS.get(word, word) for word in unit.lower().split())
+    unit = " ".join(_ABBREVIATIONS.get(word.lower(), word) for word in unit.split())
     dimension: dict[str, int] = {}
     size = Fraction(1)
     for word, power in _factors(_UNIT_TOKEN.findall(unit)):
-        known = next((each for each in _KNOWN_UNITS if each[0].fullmatch(word)), None)
+        known = _known(word) or _known(word.lower())  # `mW` is not `MW`, but `KM` is `km`
         if known is None:
             return None
-        _, kind, of_kind, factor = known
-        dimension[kind] = dimension.get(kind, 0) + of_kind * power
-        size *= Fraction(factor) ** power
+        for kind, of_kind in known[0].items():
+            dimension[kind] = dimension.get(kind, 0) + of_kind * power
+        size *= known[1] ** power
+    dimension = {kind: power for kind, power in dimension.items() if power}
     return (dimension, size) if dimension else None
+
+
+def _known(word: str) -> tuple[dict[str, int], Fraction] | None:
+    return next((unit[1:] for unit in _KNOWN_UNITS if unit[0].fullmatch(word)), None)
 
 
 def _factors(tokens: list[str]) -> list[tuple[str, int]]:
@@ -151,13 +181,13 @@ def _factors(tokens: list[str]) -> list[tuple[str, int]]:
     factors: list[tuple[str, int]] = []
     sign = ahead = 1
     for token in tokens:
-        behind = int(token) if token[-1].isdigit() else _POWERS.get(token)
+        behind = int(token) if token[-1].isdigit() else _POWERS.get(token.lower())
         if token in ("/", "per"):
             sign = -1
         elif behind is None:
             factors.append((token, sign * ahead))
             ahead = 1
-        elif token in ("square", "sq", "cubic", "cu"):
+        elif token.lower() in ("square", "sq", "cubic", "cu"):
             ahead = behind
         elif factors:
             factors[-1] = (factors[-1][0], factors[-1][1] * behind)
@@ -169,7 +199,9 @@ def in_unit_of(gold: Quantity, found: Quantity) -> Fraction | None:
 
     A unit that is missing or not well known is that of the other.
     """
-    of_found, of_gold = _measure(found.unit), _measure(gold.unit)
+    of_gold = _measure(gold.unit)
+    priced = of_gold is not None and "money" in of_gold[0]
+    of_found = _measure(_RATE_OF_MONEY.sub(r"\1", found.unit) if priced else found.unit)
     if of_found is None or of_gold is None:
         return found.value
     return found.value * of_found[1] / of_gold[1] if of_found[0] == of_gold[0] else None
@@ -188,6 +220,8 @@ def _of_several_units(text: str) -> Quantity | None:
     if not _SEVERAL_UNITS.fullmatch(text):
         return None
     numbers, units = zip(*_ONE_OF_THEM.findall(text), strict=True)
+    if units[0].startswith("deg"):
+        units = [re.sub(r"^(?=min|sec)", "arc", unit) for unit in units]
     known = [_measure(unit) for unit in units]
     if known[0] is None or any(each is None or each[0] != known[0][0] for each in known):
         return None

@@ -66,8 +66,8 @@ _VARIABLE = re.compile(
     r"|angle|ell)(?![a-zA-Z])"
 )
 _HEDGE = re.compile(
-    r"\b(or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false"
-    r"|if|otherwise|unless|else)\b",
+    r"(?<!\\)\b(or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false"
+    r"|if|otherwise|unless|else|is|are|too|plus|minus|times|than|squared|cubed|factorial)\b",
     re.IGNORECASE,
 )
 _TEXT_WITH_DIGIT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\d[^{}]*\}")

@@ -84,11 +84,14 @@ def _number(words: list[str]) -> tuple[int, int]:
 _MONTHS = (
     "january february march april may june july august september october november december"
 ).split()
+_ISO_DATE = re.compile(r"(\d{4})([-/])(\d\d)\2(\d\d)")
 _AROUND = ("the", "of", "on", "st", "nd", "rd", "th")
 
 
 def as_date(text: str) -> str:
     """`the 4th of July`, `15 March 2024` as `July 4`, `March 15, 2024`; any other text as it is."""
+    if (iso := _ISO_DATE.fullmatch(text)) and 1 <= int(iso[3]) <= 12:
+        return f"{_MONTHS[int(iso[3]) - 1].capitalize()} {int(iso[4])}, {iso[1]}"
     if len(text) > 60 or not (text[:1].isalnum() and any(c.isdigit() for c in text)):
         return text
     words = [word for word in _WORD.findall(text.lower()) if word not in _AROUND]
@@ -113,7 +116,8 @@ def time_in_form_of(gold: str, found: str) -> str:
     of_gold, of_found = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(found)
     if of_gold is None or of_found is None or not (of_gold[3] or of_found[3]):
         return found
-    hours = [_hour(match) % (24 if of_gold[3] else 12) for match in (of_gold, of_found)]
+    whole_day = of_gold[3] or int(of_gold[1]) % 24 > 12
+    hours = [_hour(match) % (24 if whole_day else 12) for match in (of_gold, of_found)]
     return gold if hours[0] == hours[1] and of_gold[2] == of_found[2] else found
 
 
@@ -124,11 +128,15 @@ def _hour(match: re.Match[str]) -> int:
 
 # --- texts ----------------------------------------------------------------------------------------
 
-_TEXT = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}\\]*)\}")
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|tt)?|mbox|math(?:rm|bf|tt))\s*\{([^{}\\]*)\}")
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
-_WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|[Nn]o")
+_WORDS = re.compile(r"[A-Z]?[a-z]{2,}(?:[ -][A-Za-z]+)*|(?i:yes|no|true|false)")
+_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 
-_ARTICLE = re.compile(r"^(?:(?:it|this|that|he|she) is |on |at )?(?:the |an? )?")
+_ARTICLE = re.compile(
+    r"^(?:\(?[a-j][).:] ?\)?)?"  # of an option
+    r"(?:(?:it|this|that|he|she|the(?: [a-z]+){1,3}) is |on |at )?(?:the |an? )?"
+)
 _YES_OR_NO = re.compile(r"(yes|no)[.,;:!] ")
 _TAKEN_BACK = {
     "yes": re.compile(r"\b(?:yes|no|not|but|or|maybe|perhaps)\b|n't\b"),
@@ -152,6 +160,6 @@ def same_text(found: str, gold: str) -> bool:
     found, gold = (_ARTICLE.sub("", text.casefold()) for text in (found, gold))
     if gold in _TAKEN_BACK and (said := _YES_OR_NO.match(found)):
         return said[1] == gold and not _TAKEN_BACK[gold].search(found[said.end() :])
-    if found == _INITIALS.get(gold):
+    if found == _INITIALS.get(gold) or gold in _DAYS and len(found) > 2 and gold.startswith(found):
         return True
     return found.removesuffix("s") == gold.removesuffix("s")  # `no solutions`
