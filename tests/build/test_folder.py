@@ -380,6 +380,16 @@ def test_doctor_checks_the_forward_pass_of_a_folder(model_folder: Path, edited: 
     assert check.status == "fail" and "quantised already (awq)" in check.detail
 
 
+@pytest.mark.parametrize(
+    "values", [{"hidden_act": "zwish"}, {"rope_parameters": {"rope_type": "zwish"}}]
+)
+def test_what_transformers_has_no_code_for_is_said_in_one_line(
+    values: dict[str, Any], edited: Edit
+) -> None:
+    with pytest.raises(PolicyError, match="^model.name .*'zwish'$"):
+        load_model(str(edited("config.json", **values)))
+
+
 # --- shapes that are known before the model's class -----------------------------------------------
 
 
