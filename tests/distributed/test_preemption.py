@@ -72,6 +72,7 @@ def assert_unbroken(folder: Path, out: str, last: int) -> None:
     assert [m["loss_hex"] for m in ours] == [m["loss_hex"] for m in expected]
 
 
+@pytest.mark.slow  # three runs of two processes, each from torchrun
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on_bit_for_bit(folder: Path) -> None:
     with two_ranks(folder, "preempted") as torchrun:
         workers = workers_of(torchrun.pid)

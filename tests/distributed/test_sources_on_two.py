@@ -79,6 +79,7 @@ def of_servers(*urls: str) -> list[str]:
     return ["--rollout.engine", "vllm_server", "--rollout.server.urls", f"[{','.join(urls)}]"]
 
 
+@pytest.mark.slow  # five runs of one to three processes
 def test_servers_generate_ahead_for_several_as_for_one(
     folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_released_gradients_make_the_run_of_one(folder: Path) -> None:
     assert_same_course(folder / "released", folder / "one")
 
 
+@pytest.mark.slow  # torchrun gives the others half a minute to end
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     """And the newest checkpoint, perhaps one before the one being written, goes on."""
