@@ -210,8 +210,11 @@ def generation_settings(name: str) -> dict[str, Any]:
     """What generation_config.json says; nothing where there is none."""
     try:
         path = cached_file(name, GENERATION)
-        return dict(json.loads(Path(path).read_text())) if path else {}
+        settings = json.loads(Path(path).read_text()) if path else {}
     except OSError:
         return {}
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise PolicyError(f"model.name {name}: {GENERATION}: {error}") from None
+    if not isinstance(settings, dict):
+        raise PolicyError(f"model.name {name}: {GENERATION}: no object, but {settings!r:.40}")
+    return settings

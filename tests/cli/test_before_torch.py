@@ -217,8 +217,7 @@ def reward(name: str) -> tuple[str, str]:
 
 
 MESSAGES = ("--data.train", "messages.jsonl")
-_ENDS = {"bos_token_id": 1, "eos_token_id": 1}
-GPT2 = GPT2Config(vocab_size=284, n_embd=64, n_layer=2, n_head=4, **_ENDS)
+GPT2 = GPT2Config(vocab_size=284, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
 MIXTRAL = MixtralConfig(
     vocab_size=284,
     hidden_size=64,
@@ -365,7 +364,8 @@ CASES = [
         "eval",
         ("--system-prompt", "Be brief."),
     ),
-    Case("generation", text("generation_config.json", "[1]"), "generation_config.json: "),
+    Case("a list", text("generation_config.json", "[1]"), "generation_config.json: no object"),
+    Case("no entries", text("generation_config.json", "[]"), "generation_config.json: no object"),
     Case("layers", setting("config.json", num_hidden_layers=-2), "num_hidden_layers -2 is no"),
     Case(
         "csv", nothing, "rows.csv does not exist; did you mean", more=("--data.train", "rows.csv")

@@ -73,9 +73,10 @@ def refusal(name: str, **facts: Unpack[Facts]) -> str | None:
     if facts.get("sinks") and name != "flex":
         return "has no attention sinks, which this model has; take sdpa or auto"
     refused = _device_refusal(name, torch.device(facts["device"]), facts["dtype"])
-    if refused or facts.get("model") is None or name == "flex":
+    model = facts.get("model")
+    if refused or model is None or name == "flex":
         return refused
-    sizes = head_sizes(facts["model"])
+    sizes = head_sizes(model)
     if len(sizes) > 1 or max(sizes) > 256 or max(sizes) % 8:
         return f"has no kernel for heads of {sorted(sizes)}; take sdpa or auto"
     return None
