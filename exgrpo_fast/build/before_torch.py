@@ -17,7 +17,7 @@ from exgrpo_fast.build.folder import (
     refuse_longer_than,
 )
 from exgrpo_fast.build.pretrained import cached_folder
-from exgrpo_fast.build.quickstart.toy_model import CHAT_TEMPLATE
+from exgrpo_fast.build.quickstart import CHAT_TEMPLATE
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config, ConfigError, GymTask
 from exgrpo_fast.core.types import Question

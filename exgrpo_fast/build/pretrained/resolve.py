@@ -89,7 +89,6 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
     `key`, where the file is damaged, no GGUF, or of an architecture that transformers cannot map.
     """
     read_usable_header(file, key)
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
@@ -102,7 +101,7 @@ def convert_gguf(file: Path, out: Path, *, key: str) -> None:
                 file.parent,
                 gguf_file=file.name,
                 trust_remote_code=False,
-                dtype=torch.float32,
+                dtype="float32",
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )

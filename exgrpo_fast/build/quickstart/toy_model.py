@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from exgrpo_fast.build.quickstart import ASSISTANT, CHAT_TEMPLATE, END, PAD, SYSTEM, USER
 from exgrpo_fast.model.folder_reading import Tokenizer
-
-if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
-
-END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def make_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -52,9 +43,6 @@ def make_model(
     tokenizer: Tokenizer, *, seed: int, layers: int = 3, width: int = 128
 ) -> Qwen3ForCausalLM:
     """About 0.8 M parameters at the defaults; weights drawn from `seed` alone."""
-    import torch  # the chat template is read before
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
