@@ -1,4 +1,4 @@
-"""`exgrpo-fast`: one file a command, or two that share much, with arguments and body. torch is imported inside the
+"""`exgrpo-fast`: one file a command, with its arguments and its body. torch is imported inside the
 body, so that a user's mistake is reported in one line before it is loaded.
 
 Exit codes: 0 done, 2 usage or config, 69 engine lost, 70 numerical stop, 74 cannot save, 75 gave up
@@ -13,18 +13,23 @@ from collections.abc import Sequence
 
 from exgrpo_fast import __version__
 from exgrpo_fast.cli.arguments import Parser
-from exgrpo_fast.cli.bench import add_bench, add_results
+from exgrpo_fast.cli.bench import add_bench
 from exgrpo_fast.cli.buffer import add_buffer
 from exgrpo_fast.cli.check_data import add_check_data
-from exgrpo_fast.cli.checkpoint import add_export, add_verify_checkpoint
 from exgrpo_fast.cli.diagnose import add_diagnose
 from exgrpo_fast.cli.doctor import add_doctor
-from exgrpo_fast.cli.eval import add_eval, add_sample
+from exgrpo_fast.cli.eval import add_eval
+from exgrpo_fast.cli.export import add_export
 from exgrpo_fast.cli.fetch import add_fetch
 from exgrpo_fast.cli.init import add_init
-from exgrpo_fast.cli.report import add_report, add_watch
-from exgrpo_fast.cli.score import add_reward_test, add_score
+from exgrpo_fast.cli.report import add_report
+from exgrpo_fast.cli.results import add_results
+from exgrpo_fast.cli.reward_test import add_reward_test
+from exgrpo_fast.cli.sample import add_sample
+from exgrpo_fast.cli.score import add_score
 from exgrpo_fast.cli.train import add_train, parse_overrides, train, with_config
+from exgrpo_fast.cli.verify_checkpoint import add_verify_checkpoint
+from exgrpo_fast.cli.watch import add_watch
 from exgrpo_fast.config import ConfigError, suggest
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line

@@ -1,5 +1,4 @@
-"""`exgrpo-fast bench` and `results`: the scripts of bench/ and the tables made from their results,
-which lie beside the package in the repository."""
+"""`exgrpo-fast bench`: the scripts of bench/, which lie beside the package in the repository."""
 
 from __future__ import annotations
 
@@ -61,17 +60,3 @@ def benchmarks(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
-
-
-def add_results(commands: Any) -> None:
-    text = "measured tables, and the command that measures each again; without a name: a list"
-    c = add_command(commands, "results", results, text)
-    c.add_argument("names", nargs="*", metavar="NAME", help="such as replay_study, step, packing")
-
-
-def results(arguments: argparse.Namespace) -> int:
-    """The exit code of bench/doc_tables.py."""
-    script = bench_folder() / "doc_tables.py"
-    if not script.exists():
-        raise ConfigError("results: they are not in the package; run it from the repository")
-    return subprocess.run([sys.executable, str(script), *arguments.names]).returncode

@@ -23,7 +23,7 @@ from transformers import (
 from exgrpo_fast.build.models import adapter_of
 from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.build.run import restore_run
-from exgrpo_fast.cli.checkpoint import export_checkpoint
+from exgrpo_fast.cli.export import export_checkpoint
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.model.lora import (
     LoraError,

@@ -1,5 +1,4 @@
-"""`exgrpo-fast export`: the model of a checkpoint, in a folder that other tools read; and
-`verify-checkpoint`: is a checkpoint complete and unchanged?"""
+"""`exgrpo-fast export`: the model of a checkpoint, in a folder that other tools read."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from exgrpo_fast.cli.arguments import add_command, require_file
-from exgrpo_fast.config import ConfigError
 from exgrpo_fast.core.errors import UserError
 
 # --to -> the folder of a checkpoint that holds it: the adapter is merged in hf/ already.
@@ -61,23 +59,3 @@ def export_checkpoint(checkpoint: Path, form: str, out: Path) -> str:
         raise UserError(f"export {out}: {error.strerror}") from None
     num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return f"{out}: {form} of {checkpoint}, {num_bytes / 2**20:.1f} MiB"
-
-
-def add_verify_checkpoint(commands: Any) -> None:
-    text = "whether a checkpoint is whole; else exit code 1 and the bad file"
-    c = add_command(commands, "verify-checkpoint", verify_checkpoint, text)
-    c.add_argument("folder", metavar="DIR", help="such as RUN/checkpoints/step_N")
-
-
-def verify_checkpoint(arguments: argparse.Namespace) -> int:
-    from exgrpo_fast.run.checkpoint.format import CheckpointError, verify
-
-    if (Path(arguments.folder) / "checkpoints").is_dir():
-        raise ConfigError(f"{arguments.folder} is a run; its checkpoints are in checkpoints/step_N")
-    try:
-        verify(Path(arguments.folder))
-    except CheckpointError as error:
-        print(f"bad: {error}")
-        return 1
-    print(f"ok: {arguments.folder}")
-    return 0
