@@ -17,7 +17,6 @@ import datetime
 import itertools
 import json
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from study import bounds, fresh_completions, interval, save, steps_of, summary, train
+
+from exgrpo_fast.run.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,6 @@ ARMS = {
     "ExGRPO without shaping": Arm("--replay.weight importance", 24),
 }
 OUT = Path("bench/results/cpu/smollm2_study.json")
-METRICS_PAGE = Path(__file__).resolve().parents[1] / "docs/metrics.md"
-METRICS = set(re.findall(r"^\| `(\w+)`", METRICS_PAGE.read_text(), re.MULTILINE))
 PER_STEP = {
     "pass_at_1": "pass_at_1_fresh",
     "entropy": "entropy_fresh",
@@ -120,8 +119,7 @@ def completions(steps: Sequence[dict]) -> int:
 
 def total(steps: Sequence[dict], *names: str) -> int:
     """The sum of these metrics over the steps; a name that no run writes is an error, not zero."""
-    assert METRICS.issuperset(names), names
-    return sum(step.get(name) or 0 for step in steps for name in names)
+    return sum(step.get(METRICS[name].name) or 0 for step in steps for name in names)
 
 
 def table(runs: list[dict]) -> dict[str, dict]:

@@ -21,7 +21,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from metric_names import METRICS
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
@@ -38,6 +37,7 @@ from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import UNOBSERVED, LocalEngine, Observer, Request, Sampling
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
+from exgrpo_fast.run.metrics import METRICS
 from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.batch import LossTerm
 from exgrpo_fast.training.trainer import Trainer
@@ -92,7 +92,7 @@ def _traces_are_made_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _metrics_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that writes a metric which docs/metrics.md does not list is an error."""
+    """A step that writes a metric which `run/metrics.py` does not list is an error."""
     step, publish = Trainer.step, Trainer._publish
 
     def checked_step(trainer: Trainer) -> tuple[Any, dict[str, Any]]:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from forked import run_forked
-from metric_names import METRICS
 from several_processes import environment
 
 from exgrpo_fast.api.inputs import make_config
 from exgrpo_fast.config import load_config
+from exgrpo_fast.run.metrics import METRICS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"

@@ -12,11 +12,11 @@ from typing import Any
 
 from conftest import REWARDS
 from forked import run_forked
-from metric_names import METRICS
 from several_processes import TORCHRUN, environment
 from torch.distributed import TCPStore
 
 from exgrpo_fast.core.types import Trajectory
+from exgrpo_fast.run.metrics import METRICS
 from exgrpo_fast.training.collector import Batch
 
 SETTINGS = f"""

@@ -11,7 +11,11 @@ from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
-from exgrpo_fast.experience.hindsight import HindsightPrompt, HindsightRecipe, HindsightSource
+from exgrpo_fast.experience.hindsight.source import (
+    HindsightPrompt,
+    HindsightRecipe,
+    HindsightSource,
+)
 from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.protocols import Prior

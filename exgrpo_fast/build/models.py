@@ -19,7 +19,7 @@ from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, mesh_of
 from exgrpo_fast.data import read_rows
-from exgrpo_fast.experience.hindsight import HindsightPrompt
+from exgrpo_fast.experience.hindsight.source import HindsightPrompt
 from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.scoring import Decode, Verifier
 from exgrpo_fast.model.attention.backends import choose, refusal

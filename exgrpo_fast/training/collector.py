@@ -17,7 +17,7 @@ from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import Completion, Group, Question, Trajectory, Verdict
 from exgrpo_fast.experience.fresh import FreshSource
-from exgrpo_fast.experience.hindsight import HindsightReport, HindsightSource
+from exgrpo_fast.experience.hindsight.source import HindsightReport, HindsightSource
 from exgrpo_fast.experience.prior.guidance_metrics import GuidanceCost
 from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.experience.question_stream import QuestionStream

@@ -11,7 +11,7 @@ import numpy as np
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import Completion, Question, Verdict
-from exgrpo_fast.experience.hindsight import HindsightPrompt
+from exgrpo_fast.experience.hindsight.source import HindsightPrompt
 from exgrpo_fast.experience.scoring import StreamingScorer, Verifier
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling, request_seed
 from exgrpo_fast.run.display import Screen

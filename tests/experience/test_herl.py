@@ -14,7 +14,7 @@ import torch
 from conftest import ScriptedEngine, make_questions, terms_of
 
 from exgrpo_fast.core.types import Completion, Group, Trajectory, Verdict
-from exgrpo_fast.experience.hindsight import HindsightSource
+from exgrpo_fast.experience.hindsight.source import HindsightSource
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.experience.scoring import StreamingScorer
 from exgrpo_fast.rollout.engine import UNOBSERVED, Observer, Request, Sampling

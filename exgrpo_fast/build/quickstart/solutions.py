@@ -18,7 +18,7 @@ import numpy as np
 
 from exgrpo_fast.config import GymTask
 from exgrpo_fast.data.sources import gym_items
-from exgrpo_fast.experience.hindsight import hindsight_text
+from exgrpo_fast.experience.hindsight.source import hindsight_text
 from exgrpo_fast.rewards.rubrics.rubrics import SUMS_RUBRICS
 
 GUESS_ERRORS = [error for error in range(-5, 6) if error]  # a guess is near, and wrong

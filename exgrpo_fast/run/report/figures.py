@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from exgrpo_fast.core.text import clean_text
 from exgrpo_fast.run.display.formatting import finite, number_of
+from exgrpo_fast.run.metrics import PHASES
 from exgrpo_fast.run.report.reading import Run, interval
 from exgrpo_fast.run.report.svg import Line, Mark, heat_figure, line_figure, stacked_figure
 
-PHASES = "rollout reward score replay prior hindsight update sync".split()  # of `seconds_...`
 NUM_REASONS = NUM_PHASES = 6  # drawn on their own; the seventh colour is that of the rest
 SMALLEST_PHASE = 0.01  # share of the run's time; phases below it are drawn as 'other'
 

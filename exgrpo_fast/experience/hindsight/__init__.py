@@ -1,0 +1,1 @@
+"""Revision of failed completions in hindsight (HeRL)."""
