@@ -351,7 +351,6 @@ COMMANDS = {
     "cpu/experience.json": "python bench/experience.py",
     "cpu/growth.json": "python bench/growth.py",
     "cpu/herl_quickstart.json": "exgrpo-fast train quickstart-herl",
-    "cpu/loss-sparsity.json": "python bench/loss.py --sparsity 1e-4",
     "cpu/loss.json": "python bench/loss.py",
     "cpu/memory.json": "python bench/memory.py",
     "cpu/memory_sharded.json": "python bench/memory_sharded.py",
