@@ -44,7 +44,7 @@ LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.
 LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor", "run.live_page"]
 LIGHT += ["model.folder_reading", "model.folder_settings", "model.gguf_file", "model.weight_files"]
 LIGHT += ["build.folder", "build.before_torch", "build.rewards"]
-LIGHT += ["build.pretrained"]
+LIGHT += ["build.pretrained", "build.quickstart.template"]
 LIGHT += ["memory.budgets", "experience.replay.plan", "experience.prior.compatibility"]
 LIGHT += ["rollout.vllm.versions"]
 # The body of `train`, which its arguments import inside a function.

@@ -110,6 +110,7 @@ def train(
         stack.enter_context(contextlib.closing(folder))
         if resumes:
             refuse_other_config(folder.config, config)
+            folder.require_step(resume)
         rewards = check_before_torch(config, rows, weights=not resumes) if rank.is_main else None
         stack.enter_context(rewards or contextlib.nullcontext())
         from exgrpo_fast.cli.train_run import EXIT_SIGNAL, train_run

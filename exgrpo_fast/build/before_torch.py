@@ -17,7 +17,7 @@ from exgrpo_fast.build.folder import (
     refuse_longer_than,
 )
 from exgrpo_fast.build.pretrained import cached_folder
-from exgrpo_fast.build.quickstart import CHAT_TEMPLATE
+from exgrpo_fast.build.quickstart.template import CHAT_TEMPLATE
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config, ConfigError, GymTask
 from exgrpo_fast.core.types import Question
@@ -38,7 +38,12 @@ from exgrpo_fast.model.folder_settings import (
     refuse_unsupported,
 )
 from exgrpo_fast.model.gguf_file import find_gguf, read_usable_header
-from exgrpo_fast.model.weight_files import read_shapes, refuse_other_shapes
+from exgrpo_fast.model.weight_files import (
+    Shapes,
+    read_shapes,
+    refuse_missing_layers,
+    refuse_other_shapes,
+)
 from exgrpo_fast.rewards import RewardPool
 
 QUICKSTART, SMOLLM2 = "quickstart", "smollm2"  # models that are no folders before the run
@@ -98,7 +103,9 @@ def check_before_torch(
         taken = [length for length in lengths if length <= config.data.max_prompt_tokens]
         refuse_longer_than(positions_of(config, model), config, name, max(taken, default=1))
     if model is not None and weights:
-        _refuse_other_weights(model, name, "model.name")
+        shapes = _refuse_other_weights(model, name, "model.name")
+        if config.model.lora is not None and config.model.lora.targets != ["all-linear"]:
+            refuse_missing_layers(model, shapes, config.model.lora.targets)
     if model is not None and tokenizer is not None:
         policy = ModelFiles(name, model, tokenizer)
         check_prior(config, policy, _checked_files)
@@ -130,8 +137,10 @@ def _supported_config(name: str, key: str) -> PlainConfig:
     return model
 
 
-def _refuse_other_weights(model: PlainConfig, name: str, key: str) -> None:
-    refuse_other_shapes(model, read_shapes(name, key), f"{key} {name}")
+def _refuse_other_weights(model: PlainConfig, name: str, key: str) -> Shapes:
+    shapes = read_shapes(name, key)
+    refuse_other_shapes(model, shapes, f"{key} {name}")
+    return shapes
 
 
 def _checked_files(name: str, key: str) -> ModelFiles | None:

@@ -130,6 +130,7 @@ def train(arguments: argparse.Namespace) -> int:
     with contextlib.closing(folder), HEARTBEAT.failures_reported(folder.append_to_log):
         if resumes:
             refuse_other_config(folder.config, config)
+            folder.require_step(arguments.resume)
         # With several ranks torchrun is the supervisor.
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)

@@ -13,7 +13,7 @@ from exgrpo_fast.build.environment import use_deterministic_algorithms
 from exgrpo_fast.build.models import start_folder
 from exgrpo_fast.build.run import open_run
 from exgrpo_fast.cli.machine import collect
-from exgrpo_fast.config import Config, ConfigError, dump_yaml, with_values
+from exgrpo_fast.config import Config, dump_yaml, with_values
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import (
     COLLECTIVE_SECONDS,
@@ -244,9 +244,7 @@ def find_checkpoint(folder: RunFolder, resume: str, screen: Screen) -> Path | No
     checkpoints = Checkpoints(folder.checkpoints)
     if resume == "auto":
         return checkpoints.newest_valid(lambda why: screen.note(f"checkpoint passed over: {why}"))
-    if not resume.isdigit() or int(resume) not in checkpoints.steps():
-        steps = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise ConfigError(f"--resume {resume}: expected auto, never or one of the steps: {steps}")
+    folder.require_step(resume)
     path = folder.checkpoints / f"step_{resume}"
     verify(path)
     return path

@@ -106,6 +106,16 @@ def refuse_other_shapes(config: Any, shapes: Shapes, subject: str) -> None:
     )
 
 
+def refuse_missing_layers(config: Any, shapes: Shapes, targets: Iterable[str]) -> None:
+    """PolicyError for an adapter on layers that a decoder with Llama's names does not have."""
+    if config.model_type not in LLAMA_LIKE or not shapes:
+        return
+    layers = [weight.removesuffix(".weight") for weight in shapes]
+    for target in targets:
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise PolicyError(f"model.lora.targets: {config.model_type} has no layer {target}")
+
+
 def refuse_other_sizes(config: Any, shapes: Shapes, subject: str) -> None:
     """PolicyError where no weight has the shape of the config's embedding, or the only stack of layers
     has another number of them; whatever the family and its names."""

@@ -24,6 +24,12 @@ class RunFolderError(UserError):
     """The folder cannot be used for this run, as one line to the user."""
 
 
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """Steps with a checkpoint folder, whole or not, oldest first."""
+    names = (path.name.removeprefix("step_") for path in checkpoints.glob("step_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 class RunFolder:
     """Opens a run directory for exactly one run; the kernel drops the lock on any death."""
 
@@ -56,8 +62,16 @@ class RunFolder:
 
     def newest_step(self) -> int | None:
         """Of the newest checkpoint folder, whole or not."""
-        names = (path.name.removeprefix("step_") for path in self.checkpoints.glob("step_*"))
-        return max((int(name) for name in names if name.isdecimal()), default=None)
+        return max(checkpoint_steps(self.checkpoints), default=None)
+
+    def require_step(self, resume: str) -> None:
+        """RunFolderError for a `--resume` that is neither a word nor a step with a checkpoint."""
+        steps = [str(step) for step in checkpoint_steps(self.checkpoints)]
+        if resume not in ("auto", "never", *steps):
+            raise RunFolderError(
+                f"--resume {resume}: expected auto, never or one of the steps: "
+                f"{', '.join(steps) or 'none'}"
+            )
 
     def write_text(self, name: str, text: str) -> None:
         with whole_file(self.path / name, durable=True) as temporary:

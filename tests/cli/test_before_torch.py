@@ -364,6 +364,10 @@ CASES = [
         "eval",
         ("--system-prompt", "Be brief."),
     ),
+    Case("step", nothing, "--resume 5: expected auto, never or one of the", more=("--resume", "5")),
+    Case(
+        "targets", nothing, "has no layer c_attn", more=("--model.lora.targets", "[q_proj, c_attn]")
+    ),
     Case("a list", text("generation_config.json", "[1]"), "generation_config.json: no object"),
     Case("no entries", text("generation_config.json", "[]"), "generation_config.json: no object"),
     Case("layers", setting("config.json", num_hidden_layers=-2), "num_hidden_layers -2 is no"),

@@ -9,7 +9,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from exgrpo_fast.build.quickstart import ASSISTANT, CHAT_TEMPLATE, END, PAD, SYSTEM, USER
+from exgrpo_fast.build.quickstart.template import ASSISTANT, CHAT_TEMPLATE, END, PAD, SYSTEM, USER
 from exgrpo_fast.model.folder_reading import Tokenizer
 
 

@@ -248,7 +248,7 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         # --- words around the answer
         (
             r"^\s*\\text\s*\{(?!(?i:[^{}]*\b(?:not?|never|nobody|wrong|false|incorrect)\b))"
-            r"[^{}\d]*(?:\bis|[:=])\s*\}\s*:?|^\\text\s*\{[A-Za-z ]*\}\s*[=:]"
+            r"(?:[^{}\d]*(?:\bis|[:=])\s*\}\s*:?|[A-Za-z ]*\}\s*[=:])"
             r"|^\s*\\text\s*\{\s*(?:[Tt]he )?(?:points?|vertex|center|vector|interval|set|ratio)(?: is)?\s*\}"
             r"|^\\text\s*\{\s*[Aa]ll\s*\}\s*(?:[a-z]\s*\\text\s*\{\s*(?:with|such that|satisfying)\s*\})?",
             "",

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.run.directory import sync
+from exgrpo_fast.run.directory import checkpoint_steps, sync
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -108,8 +108,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint folder, oldest first."""
-        names = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return checkpoint_steps(self.folder)
 
     def set_aside_after(self, step: int) -> list[str]:
         """Rename checkpoints later than `step`, from which a run resumes; their new names.
