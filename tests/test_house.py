@@ -111,6 +111,30 @@ def test_files_import_in_no_circle() -> None:
     tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
+def test_the_trainer_depends_on_few_files() -> None:
+    """It knows protocols; which engines, rewards and methods there are is known in build alone."""
+    paths = (ROOT / "exgrpo_fast").glob("**/*.py")
+    files = {module_of(path): path for path in paths if path.name != "__init__.py"}
+    found, waiting = set[str](), {"training.trainer"}
+    while waiting:
+        found |= waiting
+        waiting = {m for file in waiting for m in modules(files[file]) & files.keys()} - found
+    assert len(found) <= 60
+
+
+def test_few_imports_are_inside_functions() -> None:
+    """They hide what a file needs; those left put off torch, or an optional package."""
+    inside = {
+        (path, node.lineno)
+        for path in (ROOT / "exgrpo_fast").glob("**/*.py")
+        for function in ast.walk(parsed(path))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert len(inside) <= 30
+
+
 def test_folders_that_would_shadow_a_package_are_bare() -> None:
     for folder in ("kernels", "tests", "bench"):
         assert not list((ROOT / folder).glob("__init__.py")), folder

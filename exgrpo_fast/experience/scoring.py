@@ -4,25 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Completion, Question, RewardSample, Trajectory, Verdict
-from exgrpo_fast.rewards.pool.jobs import ScoreFuture
-from exgrpo_fast.rewards.pool.pool import RewardPool
-from exgrpo_fast.rewards.rubrics.scorer import RubricScorer
 from exgrpo_fast.rollout.engine import Observer
 from exgrpo_fast.run.display import Screen
 
 Decode = Callable[[Sequence[int]], str]
 
 
+class Scorer(Protocol):
+    """What gives verdicts: a reward pool, or a pool with a judge behind it."""
+
+    def score(
+        self, samples: Sequence[RewardSample], on_finished: Callable[[int], object]
+    ) -> list[Verdict]: ...
+
+    def check(self, *samples: RewardSample) -> None:
+        """RewardError or JudgeError, in one line, where a reward fails on every sample."""
+        ...
+
+    def refuse_faults(self, verdicts: Sequence[Verdict]) -> None:
+        """RewardError where nearly all verdicts are errors of the reward itself."""
+        ...
+
+
+@runtime_checkable
+class StreamingPool(Scorer, Protocol):
+    """A scorer that works while completions are still being generated."""
+
+    def submit(self, samples: Sequence[RewardSample], *, append_to: Any = None) -> Any: ...
+    def poll(self) -> None: ...
+    def verdicts(self, future: Any, on_finished: Callable[[int], object]) -> list[Verdict]: ...
+
+
 @dataclass(eq=False)
 class Verifier:
     """Asks the rewards about completions; the row's own columns are handed on with them."""
 
-    rewards: RewardPool | RubricScorer | None  # None on all ranks but 0, which scores for all
+    rewards: Scorer | None  # None on all ranks but 0, which scores for all of them
     decode: Decode
     screen: Screen
     processes: Processes = SINGLE_PROCESS
@@ -60,9 +82,7 @@ class StreamingScorer(Observer):
     drafts: Sequence[str] | None = None
     meanwhile: Callable[[], object] | None = None
     beside: Callable[[], object] = lambda: None
-    future: ScoreFuture | None = field(
-        default=None, init=False
-    )  # the pool's, with the verdicts so far
+    future: Any = field(default=None, init=False)  # the pool's, with the verdicts so far
     places: list[int] = field(default_factory=list, init=False)  # of the samples, as handed in
     samples: list[RewardSample] = field(default_factory=list, init=False)
 
@@ -72,7 +92,7 @@ class StreamingScorer(Observer):
         if self.verifier.processes.count > 1:
             self.meanwhile = None
         rewards = self.verifier.rewards
-        self.pool = rewards if isinstance(rewards, RewardPool) else None
+        self.pool = rewards if isinstance(rewards, StreamingPool) else None
 
     def finished(self, places: Sequence[int], completions: Sequence[Completion]) -> None:
         samples = [
