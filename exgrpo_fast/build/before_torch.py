@@ -39,7 +39,6 @@ from exgrpo_fast.model.folder_settings import (
 )
 from exgrpo_fast.model.gguf_file import find_gguf, read_usable_header
 from exgrpo_fast.model.weight_files import (
-    Shapes,
     read_shapes,
     refuse_missing_layers,
     refuse_other_shapes,
@@ -103,9 +102,10 @@ def check_before_torch(
         taken = [length for length in lengths if length <= config.data.max_prompt_tokens]
         refuse_longer_than(positions_of(config, model), config, name, max(taken, default=1))
     if model is not None and weights:
-        shapes = _refuse_other_weights(model, name, "model.name")
-        if config.model.lora is not None and config.model.lora.targets != ["all-linear"]:
-            refuse_missing_layers(model, shapes, config.model.lora.targets)
+        _refuse_other_weights(model, name, "model.name")
+    targets = config.model.lora.targets if config.model.lora else ["all-linear"]
+    if model is not None and targets != ["all-linear"]:
+        refuse_missing_layers(model, read_shapes(name, "model.name"), targets)
     if model is not None and tokenizer is not None:
         policy = ModelFiles(name, model, tokenizer)
         check_prior(config, policy, _checked_files)
@@ -137,10 +137,8 @@ def _supported_config(name: str, key: str) -> PlainConfig:
     return model
 
 
-def _refuse_other_weights(model: PlainConfig, name: str, key: str) -> Shapes:
-    shapes = read_shapes(name, key)
-    refuse_other_shapes(model, shapes, f"{key} {name}")
-    return shapes
+def _refuse_other_weights(model: PlainConfig, name: str, key: str) -> None:
+    refuse_other_shapes(model, read_shapes(name, key), f"{key} {name}")
 
 
 def _checked_files(name: str, key: str) -> ModelFiles | None:
