@@ -118,7 +118,7 @@ def train(
         code = train_run(
             config,
             folder,
-            device=choose_device(device),
+            device=choose_device(device, config),
             resume=resume,
             stop_after=stop_after,
             deterministic=deterministic,

@@ -218,9 +218,18 @@ def require_rewards(references: Sequence[str], key: str) -> None:
             raise ConfigError(f"{key}: {error}") from None
 
 
-def choose_device(asked: str | None) -> str:
+def choose_device(asked: str | None, config: Config | None = None) -> str:
+    """ConfigError where `asked` is not here, or `config` needs another; seconds before the run says so."""
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device (exgrpo-fast doctor says more)")
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config is not None and device != "cuda":
+        if config.model.attention not in ("auto", "sdpa"):
+            key = f"model.attention {config.model.attention}"
+            raise ConfigError(f"{key} needs a CUDA device, not {device}; take sdpa or auto")
+        if config.model.quantization is not None:
+            key = f"model.quantization {config.model.quantization}"
+            raise ConfigError(f"{key} needs a CUDA device, not {device}")
+    return device

@@ -135,7 +135,7 @@ def train(arguments: argparse.Namespace) -> int:
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
         rewards = check_before_torch(config, rows, weights=not resumes) if rank.is_main else None
-        device = choose_device(arguments.device)
+        device = choose_device(arguments.device, config)
         from exgrpo_fast.cli.train_run import train_run  # seconds of imports
 
         return train_run(
