@@ -24,6 +24,7 @@ SMALL = """--data.check_answers false --data.max_prompt_tokens 64 --reward.worke
  --rollout.max_completion_tokens 6 --replay.start_success_rate null --train.lr 1e-3
  --train.max_tokens_per_microbatch 160 --checkpoint.every 2 --eval.n 2 --eval.k [1,2] --eval.every 2
  --max-steps 2""".split()
+LONG_ENOUGH = ["--rollout.max_completion_tokens", "8"]  # for the worked solutions of the rows
 # name -> recipe and what it needs beside SMALL; "{model}" is the folder of the random policy
 RECIPES: dict[str, list[str]] = {
     "exgrpo": ["exgrpo"],
@@ -41,13 +42,14 @@ RECIPES: dict[str, list[str]] = {
     "fifo": ["fifo"],
     "herl": ["herl", "--hindsight.max_prompt_tokens", "100"],
     "herl-naive": ["herl-naive", "--hindsight.max_prompt_tokens", "100"],
-    "luffy": ["luffy"],
+    "luffy": ["luffy", *LONG_ENOUGH],
     "prompt-replay": ["prompt-replay"],
     "remix, sparse backward": ["remix", "--train.sparsity", "1e-4"],
     "replay-groups": ["replay-groups"],
     "repo": ["repo"],
     "rlep": [
-        *("rlep", "--train.minibatches", "2", "--algorithm.overlong.soft_penalty_tokens", "4"),
+        *("rlep", *LONG_ENOUGH, "--train.minibatches", "2"),
+        *("--algorithm.overlong.soft_penalty_tokens", "4"),
         *("--replay.store.pool", "null", "--replay.store.pool_field", "solution"),
     ],
     "tiles, activations on the host": [
