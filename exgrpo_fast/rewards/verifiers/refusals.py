@@ -66,7 +66,7 @@ _VARIABLE = re.compile(
     r"|angle|ell)(?![a-zA-Z])"
 )
 _HEDGE = re.compile(
-    r"(?<!\\)\b(or|and|maybe|perhaps|possibly|probably|either|not|but|wrong|incorrect|false"
+    r"(?<!\\)\b(or|and|maybe|perhaps|possibly|probably|either|not|never|but|wrong|incorrect|false"
     r"|if|otherwise|unless|else|is|are|too|plus|minus|times|than|squared|cubed|factorial)\b",
     re.IGNORECASE,
 )
