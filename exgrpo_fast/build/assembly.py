@@ -10,9 +10,9 @@ from exgrpo_fast.build.engines import engine_scores, find_layer, mismatch_rule
 from exgrpo_fast.build.environment import config_digest, package_versions
 from exgrpo_fast.build.experience import make_hindsight, make_replay
 from exgrpo_fast.build.models import (
-    frozen_beside,
     make_distillation,
     make_evaluator,
+    make_frozen_policy,
     make_verifier,
     vocabulary_of,
 )
@@ -180,7 +180,7 @@ def make_token_rules(config: Config, policy: Policy) -> list[Rule]:
         if not distillation.rewards:
             rules.append(without_rewards)
     elif distillation.teacher is not None:
-        teacher = Reference(frozen_beside(config, distillation.teacher, policy))
+        teacher = Reference(make_frozen_policy(config, distillation.teacher, policy))
         rules.append(Distillation(teacher.logprobs, distillation.coef, distillation.rewards))
     if tokens.entropy_shaping > 0:
         rules.append(EntropyShaping(tokens.entropy_shaping, tokens.entropy_shaping_cap))

@@ -166,14 +166,14 @@ def make_reference(
         return BehaviourReference()
     keeps_base = has_adapter(policy.model) and kl.rebase_at_step is None
     return Reference(
-        AdapterOff(policy) if keeps_base else frozen_beside(config, name, policy),
-        frozen_beside(config, name, policy) if kl.previous_share else None,
+        AdapterOff(policy) if keeps_base else make_frozen_policy(config, name, policy),
+        make_frozen_policy(config, name, policy) if kl.previous_share else None,
         previous_share=kl.previous_share,
         rebase_at_step=kl.rebase_at_step,
     )
 
 
-def frozen_beside(config: Config, name: str, policy: Policy) -> Policy:
+def make_frozen_policy(config: Config, name: str, policy: Policy) -> Policy:
     """Another frozen model, a reference or a teacher, on the device of the policy."""
     weights, device = getattr(torch, config.model.weights), policy.device.type
     made = make_plain_policy(config, name, dtype=weights, device=device, processes=policy.processes)
@@ -188,7 +188,7 @@ def make_distillation(config: Config, policy: Policy) -> VocabularyDistillation 
     distillation = config.algorithm.distillation
     if distillation.divergence == "sampled" or distillation.teacher is None:
         return None
-    teacher = frozen_beside(config, distillation.teacher, policy)
+    teacher = make_frozen_policy(config, distillation.teacher, policy)
     for key, model in (("model.name", policy), ("algorithm.distillation.teacher", teacher)):
         if model.head.bias is not None or model.head.softcap is not None:
             raise ConfigError(

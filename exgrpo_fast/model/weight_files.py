@@ -131,7 +131,7 @@ def refuse_other_sizes(config: Any, shapes: Shapes, subject: str) -> None:
     layers: dict[str, set[int]] = {}
     for stack, number in (found.groups() for name in shapes if (found := _LAYER.match(name))):
         layers.setdefault(stack, set()).add(int(number))
-    if len(layers) != 1 or not depth:  # a tower of images has layers of its own
+    if len(layers) != 1 or not depth:  # a vision encoder has its own layers
         return
     ((stack, found),) = layers.items()
     # Layers that predict further tokens lie behind the others; transformers leaves them out.

@@ -65,7 +65,7 @@ class RunByRun(ABC):
 
     @abstractmethod
     def options(self, scoring: Scoring) -> dict[str, Any]:
-        """What the kernel is told beside its inputs and their lengths."""
+        """Keyword arguments of the kernel."""
 
 
 class Flash(RunByRun):

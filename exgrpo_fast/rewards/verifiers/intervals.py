@@ -28,33 +28,34 @@ class _Bounds(NamedTuple):
 def as_intervals(text: str) -> str:
     r"""`x < 2 or 3 \leq x < 5` as `(-\infty, 2) \cup [3, 5)`, `x \neq 1` without 1.
 
-    Any other text as it is, a single `x < 2` too, but that `2 > x` is turned round.
+    Any other text is returned unchanged, and so is a single `x < 2`; `2 > x` is reversed.
     """
     signs = _SIGN.findall(text)
     if not signs:
         return text
-    alternatives = [[_bounds(part) for part in _AND.split(one)] for one in _OR.split(text)]
-    unknowns = {part and part.unknown for parts in alternatives for part in parts}
+    clauses = _OR.split(text)
+    conditions = [[_bounds(one) for one in _AND.split(clause)] for clause in clauses]
+    unknowns = {bounds and bounds.unknown for clause in conditions for bounds in clause}
     if len(unknowns) != 1 or None in unknowns:
         return text
-    if len(signs) == 1 and r"\neq" not in text and len(alternatives) == 1:
+    if len(signs) == 1 and r"\neq" not in text and len(clauses) == 1:
         value, sign, unknown = _SIGN.split(text)
         turned = _UNKNOWN.fullmatch(unknown.strip())
         return f"{unknown.strip()} {_TURNED[sign]} {value.strip()}" if turned else text
     pieces = [
-        _intersection([part for part in parts if part], "," in one)
-        for parts, one in zip(alternatives, _OR.split(text), strict=True)
+        _intersection([one for one in bounds if one], is_list="," in clause)
+        for bounds, clause in zip(conditions, clauses, strict=True)
     ]
     return r" \cup ".join(pieces) if all(pieces) else text
 
 
-def _bounds(part: str) -> _Bounds | None:
-    if point := _POINT.fullmatch(part.strip()):
+def _bounds(condition: str) -> _Bounds | None:
+    if point := _POINT.fullmatch(condition.strip()):
         return _Bounds(point[1], point=point[2])
-    sides = [side.strip() for side in _SIGN.split(part)]
+    sides = [side.strip() for side in _SIGN.split(condition)]
     values, signs = sides[::2], sides[1::2]
     unknown = [place for place, value in enumerate(values) if _UNKNOWN.fullmatch(value)]
-    if len(unknown) != 1 or len(signs) not in (1, 2) or not all(values) or "=" in part:
+    if len(unknown) != 1 or len(signs) not in (1, 2) or not all(values) or "=" in condition:
         return None
     if signs == [r"\neq"] and unknown == [0]:
         return _Bounds(values[0], hole=values[1])
@@ -69,19 +70,19 @@ def _bounds(part: str) -> _Bounds | None:
     return _Bounds(values[at], start, end)
 
 
-def _intersection(parts: list[_Bounds], listed: bool) -> str:
-    """Of at most one beginning and one end, without the holes; "" for anything else.
+def _intersection(bounds: list[_Bounds], *, is_list: bool) -> str:
+    """Of at most one start and one end, without the holes; "" for anything else.
 
-    A list of what has nothing in common, `x < 1, x > 2`, is the union of it.
+    A list of disjoint conditions, `x < 1, x > 2`, means their union.
     """
-    if any(part.point for part in parts):
-        return rf"\{{{parts[0].point}\}}" if len(parts) == 1 else ""
-    starts = [part.start for part in parts if part.start]
-    ends = [part.end for part in parts if part.end]
-    holes = [part.hole for part in parts if part.hole]
+    if any(one.point for one in bounds):
+        return rf"\{{{bounds[0].point}\}}" if len(bounds) == 1 else ""
+    starts = [one.start for one in bounds if one.start]
+    ends = [one.end for one in bounds if one.end]
+    holes = [one.hole for one in bounds if one.hole]
     if len(starts) > 1 or len(ends) > 1:
         return ""
-    if listed and len(parts) == 2 and starts and ends:
+    if is_list and len(bounds) == 2 and starts and ends:
         start, end = rational(starts[0][1:]), rational(ends[0][:-1])
         if start is not None and end is not None and start > end:
             return rf"(-\infty, {ends[0]} \cup {starts[0]}, \infty)"

@@ -167,7 +167,7 @@ class CheckpointWriter:
 
     def _write(self, copied: Copied) -> None:
         try:
-            # Weights and moments; what replay keeps may hold infinities of its own.
+            # Weights and moments alone: the replay store may hold infinities.
             learned = {"model": copied.model, "learner": copied.state.get("learner", {})}
             names = self._group.gather(first_not_finite(split_tensors(learned)[1]))
             if name := next(filter(None, names), None):
