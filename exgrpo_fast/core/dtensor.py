@@ -124,7 +124,7 @@ def read_shards(
         dtype = stored.properties.dtype
         if name in names and mesh is None:
             tensors[name] = torch.empty(stored.size, dtype=dtype)
-        elif name in names:  # FSDP2 parts the first dimension of everything
+        elif name in names:  # FSDP2 shards the first dimension
             placed = {"device_mesh": mesh, "placements": [Shard(0)]}
             tensors[name] = empty(stored.size, dtype=dtype, **placed)
     with warnings.catch_warnings(action="ignore"):  # that it reads on its own

@@ -116,12 +116,12 @@ class Evaluator:
     def _revise(self, samples: list[Sample], number: int) -> list[Sample]:
         assert self.prompt is not None
         asked: dict[int, Question] = {}
-        for i, (first, text, verdict) in enumerate(
-            (s.question, s.text, s.verdict) for s in samples
-        ):
-            if verdict.successful:
+        for i, sample in enumerate(samples):
+            if sample.verdict.successful:
                 continue
-            if question := self.prompt.ask(first, text, verdict, revision=number):
+            if question := self.prompt.ask(
+                sample.question, sample.text, sample.verdict, revision=number
+            ):
                 asked[i] = question
         requests = [
             Request(question.prompt_ids, request_seed(self.seed, "revise", question.id, i % self.n))

@@ -26,7 +26,9 @@ def step_metrics(
     everything = [t for group in batch.generated for t in group.trajectories]
     fresh = [t for t in everything if t.source == "fresh"]
     replayed = [t for t in everything if t.source == "replay"]
-    beside = [t for g in batch.groups if g.from_source("replay") for t in g.from_source("fresh")]
+    with_replay = [
+        t for g in batch.groups if g.from_source("replay") for t in g.from_source("fresh")
+    ]
     tokens_generated = sum(t.num_tokens for t in fresh)
     seconds = clock.seconds
     reasons = Counter(t.verdict.reason for t in everything if t.verdict) + update.skipped
@@ -48,7 +50,9 @@ def step_metrics(
         "skipped": sum(update.skipped.values()),
         "reasons": dict(reasons),
         "pass_at_1_fresh": fmean(t.successful for t in fresh),
-        "pass_at_1_replay_groups": fmean(t.successful for t in beside) if beside else None,
+        "pass_at_1_replay_groups": fmean(t.successful for t in with_replay)
+        if with_replay
+        else None,
         "all_fail_frac": fmean(group.num_successes == 0 for group in batch.generated),
         "all_pass_frac": fmean(
             group.num_successes == len(group.trajectories) for group in batch.generated
