@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+from figures import panels
+
 KEYS = ("step", "density", "skipped_mass", "rows_skipped", "num_trained", "entropy", "pass_at_1")
 
 
@@ -30,37 +32,28 @@ def read_run(folder: Path) -> dict:
 
 
 def draw(results: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    for run in results["sparse"]:
-        steps = [s for s in run["steps"] if s["density"] is not None]
-        x = [s["entropy"] for s in steps]
-        places = axes[0].scatter(
-            x, [s["density"] for s in steps], c=[s["step"] for s in steps], s=9, cmap="viridis"
-        )
-        axes[1].plot([s["step"] for s in steps], [s["skipped_mass"] for s in steps], lw=0.9)
-    figure.colorbar(places, ax=axes[0], label="step")
-    axes[0].set(xlabel="entropy of fresh tokens, nats", ylabel="density of kept tiles")
-    axes[1].set(xlabel="step", ylabel="share of gradient mass skipped")
-    for name, colour in (("dense", "#e09f3e"), ("sparse", "#2a6f97")):
-        for i, run in enumerate(results[name]):
-            axes[2].plot(
-                [s["step"] for s in run["steps"]],
-                [s["entropy"] for s in run["steps"]],
-                c=colour,
-                lw=0.9,
-                label=name if i == 0 else None,
+    with panels(path, 3, size=(13, 3.8)) as axes:
+        for run in results["sparse"]:
+            steps = [s for s in run["steps"] if s["density"] is not None]
+            x = [s["entropy"] for s in steps]
+            places = axes[0].scatter(
+                x, [s["density"] for s in steps], c=[s["step"] for s in steps], s=9, cmap="viridis"
             )
-    axes[2].set(xlabel="step", ylabel="entropy of fresh tokens, nats")
-    axes[2].legend(frameon=False)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+            axes[1].plot([s["step"] for s in steps], [s["skipped_mass"] for s in steps], lw=0.9)
+        axes[0].figure.colorbar(places, ax=axes[0], label="step")
+        axes[0].set(xlabel="entropy of fresh tokens, nats", ylabel="density of kept tiles")
+        axes[1].set(xlabel="step", ylabel="share of gradient mass skipped")
+        for name, colour in (("dense", "#e09f3e"), ("sparse", "#2a6f97")):
+            for i, run in enumerate(results[name]):
+                axes[2].plot(
+                    [s["step"] for s in run["steps"]],
+                    [s["entropy"] for s in run["steps"]],
+                    c=colour,
+                    lw=0.9,
+                    label=name if i == 0 else None,
+                )
+        axes[2].set(xlabel="step", ylabel="entropy of fresh tokens, nats")
+        axes[2].legend(frameon=False)
 
 
 def main() -> None:

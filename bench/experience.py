@@ -54,6 +54,7 @@ from experience_sides import (
     Plain,
     Workload,
 )
+from figures import panels
 from loss import machine, resident
 from torch import Tensor
 
@@ -399,36 +400,27 @@ def print_results(results: dict) -> None:
 
 def draw(results: dict, path: Path) -> None:
     """Draw and add by the number of stored questions, from the JSON alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sides = (("ours", "store", "#2a6f97"), ("plain", "plain Python, set", "#e09f3e"))
     sides += (("scan", "plain Python, list scan", "#9e2a2b"),)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, operation in zip(axes, ("draw", "add"), strict=True):
-        rows = [(size["questions"], row) for size in results["by_size"] for row in size["rows"]]
-        rows = [(questions, row) for questions, row in rows if row["operation"] == operation]
-        for side, label, colour in sides:
-            for value, style, name in (("ms", "o-", label), ("fastest_ms", ":", None)):
-                key = f"{side}_{value}"
-                points = [(questions, row[key]) for questions, row in rows if key in row]
-                if points:
-                    axis.loglog(*zip(*points, strict=True), style, ms=4, c=colour, label=name)
-        allowed = 1e3 * results["step_seconds"] * results["share_allowed"]
-        axis.axhline(allowed, c="grey", lw=0.8, ls="--", label="1 % of a 1.5B step on 8 H100")
-        axis.set(xlabel=f"stored questions ({operation})")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("ms: median, fastest dotted")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
+    title = (
         f"store for {results['trajectories']} trajectories of {results['tokens']} tokens, "
-        f"{results['device']} ({results['threads']} threads), torch {results['torch']}",
-        fontsize=10,
+        f"{results['device']} ({results['threads']} threads), torch {results['torch']}"
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with panels(path, size=(10, 4), title=title, sharey=True) as axes:
+        for axis, operation in zip(axes, ("draw", "add"), strict=True):
+            rows = [(size["questions"], row) for size in results["by_size"] for row in size["rows"]]
+            rows = [(questions, row) for questions, row in rows if row["operation"] == operation]
+            for side, label, colour in sides:
+                for value, style, name in (("ms", "o-", label), ("fastest_ms", ":", None)):
+                    key = f"{side}_{value}"
+                    points = [(questions, row[key]) for questions, row in rows if key in row]
+                    if points:
+                        axis.loglog(*zip(*points, strict=True), style, ms=4, c=colour, label=name)
+            allowed = 1e3 * results["step_seconds"] * results["share_allowed"]
+            axis.axhline(allowed, c="grey", lw=0.8, ls="--", label="1 % of a 1.5B step on 8 H100")
+            axis.set(xlabel=f"stored questions ({operation})")
+        axes[0].set_ylabel("ms: median, fastest dotted")
+        axes[0].legend(frameon=False, fontsize=8)
 
 
 def main() -> None:

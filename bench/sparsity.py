@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from figures import panels
 from inputs import make_batch
 from torch import Tensor
 
@@ -147,37 +148,34 @@ def break_even(rows: int, vocab: int, hidden: int) -> list[dict]:
 
 def draw(results: dict, path: Path) -> None:
     """Error over density for the rules, and time over density."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    styles = {"mass": "o-", "largest element": "s--"}
-    for (order, rule), colour in zip(
-        ((o, r) for o in ("natural", "confidence, target") for r in styles),
-        ("#9bb8cd", "#e8c39e", "#2a6f97", "#e09f3e"),
-        strict=True,
-    ):
-        points = [r for r in results["rules"] if (r["order"], r["rule"]) == (order, rule)]
-        label = f"{rule}, {'natural order' if order == 'natural' else 'sorted rows'}"
-        densities = [p["density"] for p in points]
-        axes[0].plot(densities, [p["dx drop"] for p in points], styles[rule], c=colour, label=label)
-    level = results["yardstick"]["dx of dz rounded to bfloat16"]
-    axes[0].axhline(level, color="grey", lw=0.8)
-    beside = axes[0].get_yaxis_transform()
-    text = "rounding dz to bfloat16"
-    axes[0].text(0.98, level * 1.05, text, transform=beside, ha="right", fontsize=8, color="grey")
-    axes[0].set(xlabel="density of kept tiles", ylabel="relative error of dX", yscale="log")
-    axes[0].legend(frameon=False, fontsize=8)
-    points = results["break_even"]
-    axes[1].plot([p["density"] for p in points], [p["to_dense"] for p in points], "o-", c="#2a6f97")
-    axes[1].axhline(1.0, color="grey", lw=0.8)
-    axes[1].set(xlabel="density of kept tiles", ylabel="time of dX and dW, dense = 1")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with panels(path, size=(11, 4)) as axes:
+        styles = {"mass": "o-", "largest element": "s--"}
+        for (order, rule), colour in zip(
+            ((o, r) for o in ("natural", "confidence, target") for r in styles),
+            ("#9bb8cd", "#e8c39e", "#2a6f97", "#e09f3e"),
+            strict=True,
+        ):
+            points = [r for r in results["rules"] if (r["order"], r["rule"]) == (order, rule)]
+            label = f"{rule}, {'natural order' if order == 'natural' else 'sorted rows'}"
+            densities = [p["density"] for p in points]
+            axes[0].plot(
+                densities, [p["dx drop"] for p in points], styles[rule], c=colour, label=label
+            )
+        level = results["yardstick"]["dx of dz rounded to bfloat16"]
+        axes[0].axhline(level, color="grey", lw=0.8)
+        beside = axes[0].get_yaxis_transform()
+        text = "rounding dz to bfloat16"
+        axes[0].text(
+            0.98, level * 1.05, text, transform=beside, ha="right", fontsize=8, color="grey"
+        )
+        axes[0].set(xlabel="density of kept tiles", ylabel="relative error of dX", yscale="log")
+        axes[0].legend(frameon=False, fontsize=8)
+        points = results["break_even"]
+        axes[1].plot(
+            [p["density"] for p in points], [p["to_dense"] for p in points], "o-", c="#2a6f97"
+        )
+        axes[1].axhline(1.0, color="grey", lw=0.8)
+        axes[1].set(xlabel="density of kept tiles", ylabel="time of dX and dW, dense = 1")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ is not counted in the figure of merit, and stands beside it.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import os
 import statistics
@@ -23,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from study import bounds, draw, interval, is_finished, save, steps_of, summary, train, warm_start
+from figures import panels
+from study import bounds, interval, is_finished, save, steps_of, summary, train, warm_start
 
 DAPO, EAPO = "on-policy DAPO", "EAPO"
 MAIN: dict[str, list[str]] = {DAPO: ["--prior_resampling.enabled", "false"], EAPO: []}
@@ -180,7 +180,8 @@ def main() -> None:
     print_table(results["table"])
     record = save(arguments.out, results)
     title = f"quickstart-eapo, {record['device']}, {record['date']}"
-    draw(arguments.out.with_suffix(".png"), title, functools.partial(plot, record))
+    with panels(arguments.out.with_suffix(".png"), size=(12, 4.5), title=title) as axes:
+        plot(record, *axes)
 
 
 if __name__ == "__main__":

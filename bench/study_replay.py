@@ -12,7 +12,6 @@ paired by seed.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import os
 import statistics
@@ -20,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from figures import panels
 from study import (
     bounds,
-    draw,
     fresh_completions,
     interval,
     save,
@@ -162,7 +161,8 @@ def main() -> None:
         f"quickstart, {record['seeds']} seeds, {record['replay_steps']} steps, "
         f"{record['device']}, {record['date']}"
     )
-    draw(arguments.out.with_suffix(".png"), title, functools.partial(plot, record))
+    with panels(arguments.out.with_suffix(".png"), size=(12, 4.5), title=title) as axes:
+        plot(record, *axes)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ The policy (2 layers, width 96) learns to show the steps of a sum; a copy of it 
 wrong number instead. The starts lie on the straight line between the weights of the two, where about
 1, 3, 10, 25, 50 % of the training questions are solved.
 From each of these starts every method trains until it has generated the same number of completions
-(BUDGETS): revisions and prior-guided completions count, and EAPO begins with half of the budget spent, for its
-prior is the on-policy run of the same seed at that point. All methods share Dr.GRPO, learning rate
-and step size. HeRL alone is rewarded by rubrics; held-out accuracy is the exact answer for all.
+(study_when_arms.py lists methods, starts and budgets): revisions and prior-guided completions count,
+and EAPO begins with half of the budget spent, for its prior is the on-policy run of the same seed at
+that point. All methods share Dr.GRPO, learning rate and step size. HeRL alone is rewarded by rubrics;
+held-out accuracy is the exact answer for all.
 
 Each finished run is one record of the JSON, written at once; what is recorded is not done again.
 Seed 0 of every cell comes first, then seed 1, ... A record holds held-out accuracy along the run with
 completions, tokens generated, tokens trained and CPU seconds of the trainer's process (evaluation
-left out), so that methods can be compared at equal completions and at equal compute.
+left out); study_when_table.py compares methods at equal completions and at equal compute.
 """
 
 from __future__ import annotations
@@ -22,20 +23,19 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import itertools
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from study import bounds, interval
+from study_when_arms import BASELINE, BUDGETS, CORNER, EVERY_ARM, TOY, cells
+from study_when_table import again_rows, choice_rows, draw, key_of, print_table, table_of
 
 from exgrpo_fast.build.assembly import make_trainer
 from exgrpo_fast.build.data import load_data
@@ -59,131 +59,11 @@ from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.trainer import Trainer
 
 OUT = Path("bench/results/cpu/when_experience_pays.json")
-RATES = (0.01, 0.03, 0.10, 0.25, 0.50)
-BASELINE = "on-policy"
-ARMS: dict[str, dict[str, Any]] = {
-    BASELINE: {"replay.enabled": False},
-    "questions only": {"replay.mixer": "question_only"},
-    "ExGRPO": {},
-    "ExGRPO without shaping": {"replay.weight": "importance"},
-    "FIFO": {
-        "replay.mixer": "fifo",
-        "replay.replay_ratio": 1.78,
-        "replay.start_success_rate": None,
-        "replay.keep": "all",
-        "replay.retire": False,
-        "replay.weight": "clipped",
-        "replay.store": {"max_trajectories": 960, "evict": "oldest", "deduplicate": False},
-    },
-    "EAPO": {
-        "replay.enabled": False,
-        "prior_resampling.enabled": True,
-        "prior_resampling.threshold": 0.5,
-        "prior_resampling.block_tokens": 8,
-    },
-    "HeRL": {
-        "replay.enabled": False,
-        "reward.functions": ["sums_rubrics"],
-        "hindsight.enabled": True,
-        "hindsight.max_prompt_tokens": 320,
-    },
-}
-# Why ExGRPO ends where it does: without its start rule, and then without what it replays.
-FROM_STEP_1 = {"replay.start_success_rate": None}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "ExGRPO from step 1": FROM_STEP_1,
-    "questions only from step 1": {**FROM_STEP_1, "replay.mixer": "question_only"},
-}
-ABLATION_RATES = (0.01, 0.03, 0.10)
-# And which of its choices that makes: one changed at a time.
-CHOICES: dict[str, dict[str, Any]] = {
-    "ExGRPO, sigma 1 (as printed)": {"replay.bucket_sigma": 1.0},
-    "ExGRPO without retirement": {"replay.retire": False},
-    "ExGRPO, at most 10 steps old": {"replay.max_age": 10},
-    "ExGRPO, highest entropy": {"replay.select": "highest_entropy"},
-}
-CHOICE_RATES = (0.03, 0.10, 0.25)
-# A replayed token of ratio 1 weighs beta / (1 + beta)^2 of a fresh one: 0.083 with the published beta
-# of 0.1, 0.019 with 0.02, at most 0.25 (with 1), and 1 without shaping. Duplicates: a completion that
-# a question has brought already is stored again, or a question keeps a single one.
-WEIGHTS_AND_DUPLICATES: dict[str, dict[str, Any]] = {
-    "ExGRPO, shaping 0.02": {"replay.shaping": 0.02},
-    "ExGRPO, shaping 1": {"replay.shaping": 1.0},
-    "ExGRPO, duplicates stored": {"replay.store": {"deduplicate": False}},
-    "ExGRPO, one stored a question": {"replay.store": {"max_per_question": 1}},
-}
-EXAMINED: dict[str, tuple[str, ...]] = {
-    "start rule": ("ExGRPO from step 1",),
-    "bucket width": ("ExGRPO, sigma 1 (as printed)",),
-    "retirement": ("ExGRPO without retirement",),
-    "shaping factor": ("ExGRPO, shaping 0.02", "ExGRPO, shaping 1", "ExGRPO without shaping"),
-    "duplicates": ("ExGRPO, duplicates stored", "ExGRPO, one stored a question"),
-    "staleness": ("ExGRPO, at most 10 steps old",),
-    "choice of trajectory": ("ExGRPO, highest entropy",),
-}
-# The same keys once more with the code of the changed runs: a version that rounds its sums otherwise
-# gives another run of the same seed, so pairs need one version. Each changed run of `CHOICES` and
-# `WEIGHTS_AND_DUPLICATES` in the corner is compared with its own.
-AGAIN: dict[str, dict[str, Any]] = {
-    f"{arm} again": keys
-    for arm, keys in {
-        BASELINE: ARMS[BASELINE],
-        "ExGRPO": {},
-        "ExGRPO from step 1": FROM_STEP_1,
-    }.items()
-}
-# The same changes where ExGRPO loses most: replay from step 1 in the corner.
-LOSING = "ExGRPO from step 1"
-
-
-def from_step_1(arm: str) -> str:
-    return arm.replace("ExGRPO", LOSING, 1)
-
-
-LOSING_CHOICES: dict[str, dict[str, Any]] = {
-    from_step_1(arm): {**(ARMS | CHOICES)[arm], **FROM_STEP_1}
-    for arm in ("ExGRPO, sigma 1 (as printed)", "ExGRPO without shaping")
-}
-# As many completions a step in groups of another size, where few groups carry a gradient.
-CORNER = 0.03
-GROUP_SIZES: dict[str, dict[str, Any]] = {
-    f"{arm}, groups of {size}": {
-        **keys,
-        "rollout.group_size": size,
-        "rollout.prompts_per_step": 128 // size,
-    }
-    for size in (4, 16)
-    for arm, keys in ((BASELINE, ARMS[BASELINE]), ("ExGRPO from step 1", FROM_STEP_1))
-}
-TOY = {
-    "train.lr": 1e-4,
-    "train.max_steps": 200,
-    "train.max_tokens_per_microbatch": 8192,
-    "rollout.prompts_per_step": 16,
-    "rollout.group_size": 8,
-    "rollout.max_completion_tokens": 40,
-    "reward.functions": ["exact"],  # reasoning_gym gives a wrong 86 half a point where 8 is right
-    "reward.workers": 1,
-}
-# Which arms run from which starts.
-ARMS_AT: list[tuple[dict[str, dict[str, Any]], tuple[float, ...]]] = [
-    (ARMS, RATES),
-    (ABLATIONS, ABLATION_RATES),
-    (CHOICES, CHOICE_RATES),
-    (WEIGHTS_AND_DUPLICATES, (CORNER,)),
-    (LOSING_CHOICES, (CORNER,)),
-    (AGAIN, (CORNER,)),
-    (GROUP_SIZES, (CORNER,)),
-]
-EVERY_ARM = {arm: keys for arms, _ in ARMS_AT for arm, keys in arms.items()}
-# Completions of a run: four times as many where no method moves in the first 4,096.
-BUDGETS = {0.01: 16_384, 0.03: 16_384, 0.10: 4096, 0.25: 4096, 0.50: 4096}
 POINTS = 4  # held-out evaluations along a run, the last one with all questions and 8 completions
 FEW_QUESTIONS, FEW_COMPLETIONS = 64, 4
 QUESTIONS, COMPLETIONS = 128, 8
 BASE_BATCHES, GUESS_BATCHES = 1200, 80
 NEVER_CORRECT = (30, 100)  # no sum of three digits lies there
-COLLAPSE = 0.10  # a run whose end lies so far below the best point of its curve
 
 
 # --- the starting policies ------------------------------------------------------------------------
@@ -374,23 +254,7 @@ def add_costs(spent: dict[str, float], batch: Any, metrics: dict[str, Any]) -> N
     spent["tokens_trained"] += metrics["tokens_trained"]
 
 
-# --- the order, and the record --------------------------------------------------------------------
-
-
-def key_of(run: dict) -> tuple[float, str, int]:
-    return run["rate"], run["arm"], run["seed"]
-
-
-def cells(seeds: int) -> Iterator[tuple[float, str, int]]:
-    """The baseline of a rate before the others, since EAPO's prior comes from it."""
-    for seed in range(seeds):
-        for rate in (0.03, 0.10, 0.01, 0.25, 0.50):
-            for arm in arms_of(rate):
-                yield rate, arm, seed
-
-
-def arms_of(rate: float) -> list[str]:
-    return [arm for arms, rates in ARMS_AT if rate in rates for arm in arms]
+# --- the record ----------------------------------------------------------------------------------
 
 
 def load_runs(path: Path) -> list[dict]:
@@ -418,159 +282,6 @@ def save(path: Path, runs: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-# --- what the runs say ----------------------------------------------------------------------------
-
-
-def compute(point: dict[str, float]) -> float:
-    """Tokens generated and tokens trained."""
-    return point["tokens_generated"] + point["tokens_trained"]
-
-
-def held_out_at(run: dict, tokens: float) -> float:
-    """Held-out accuracy at a number of tokens, on straight lines between evaluations; EAPO's curve
-    begins where its prior is paid for, and lies at its start before that."""
-    points = run["curve"]
-    if tokens <= compute(points[0]):
-        return points[0]["held_out"]
-    for before, after in itertools.pairwise(points):
-        if tokens <= compute(after):
-            share = (tokens - compute(before)) / (compute(after) - compute(before))
-            return before["held_out"] + share * (after["held_out"] - before["held_out"])
-    return points[-1]["held_out"]
-
-
-def completions(point: dict[str, float]) -> float:
-    return point["completions"]
-
-
-def reached(
-    run: dict, target: float, cost: Callable[[dict[str, float]], float] = completions
-) -> float | None:
-    """What it cost until the curve crosses a held-out accuracy; None where it never does."""
-    for before, after in itertools.pairwise(run["curve"]):
-        if after["held_out"] >= target > before["held_out"]:
-            share = (target - before["held_out"]) / (after["held_out"] - before["held_out"])
-            return cost(before) + share * (cost(after) - cost(before))
-    return None
-
-
-def tokens_to_match(run: dict, base: dict) -> float | None:
-    """Tokens to get nine tenths of what the baseline gains, as a share of the baseline's own."""
-    best = max(point["held_out"] for point in base["curve"])
-    target = base["start"] + 0.9 * (best - base["start"])
-    own, theirs = reached(run, target, compute), reached(base, target, compute)
-    return own / theirs if own and theirs else None
-
-
-def is_collapsed(run: dict) -> bool:
-    return run["end"] < max(point["held_out"] for point in run["curve"]) - COLLAPSE
-
-
-def table_of(runs: list[dict]) -> list[dict]:
-    """One row a cell, over the seeds that it has; differences are paired by seed."""
-    by_key = {key_of(run): run for run in runs}
-    rows = []
-    for rate, arm in itertools.product(RATES, EVERY_ARM):
-        mine = [run for run in runs if key_of(run)[:2] == (rate, arm)]
-        paired = [(r, b) for r in mine if (b := by_key.get((rate, BASELINE, r["seed"])))]
-        if not paired:
-            continue
-        at_equal_tokens = []
-        for run, base in paired:
-            tokens = min(compute(run["curve"][-1]), compute(base["curve"][-1]))
-            at_equal_tokens.append(held_out_at(run, tokens) - held_out_at(base, tokens))
-        halfway = [reached(run, (1 + run["start"]) / 2) for run in mine]
-        found = [cost for cost in halfway if cost is not None]
-        matched = [cost for pair in paired if (cost := tokens_to_match(*pair)) is not None]
-        rows.append(
-            {
-                "rate": rate,
-                "arm": arm,
-                "is_choice": arm in CHOICES | WEIGHTS_AND_DUPLICATES | LOSING_CHOICES | AGAIN,
-                "seeds": len(mine),
-                "start": statistics.fmean(run["start"] for run in mine),
-                "without_gradient": statistics.fmean(run["without_gradient"] for run in mine),
-                "end": interval([run["end"] for run in mine]),
-                "minus_on_policy": interval([run["end"] - base["end"] for run, base in paired]),
-                "minus_on_policy_at_equal_tokens": interval(at_equal_tokens),
-                "tokens": statistics.fmean(compute(run["curve"][-1]) for run in mine),
-                "cpu_seconds": statistics.fmean(r["curve"][-1]["cpu_seconds"] for r in mine),
-                "completions_to_halfway": statistics.median(found) if found else None,
-                "reached_halfway": len(found),
-                "tokens_to_match": statistics.median(matched) if matched else None,
-                "matched": len(matched),
-                "pass_at_8": statistics.fmean(run["pass_at_8"] for run in mine),
-                "entropy": statistics.fmean(run["entropy"] for run in mine),
-                "collapsed": sum(map(is_collapsed, mine)),
-            }
-        )
-    return rows
-
-
-def choice_rows(runs: list[dict]) -> list[dict]:
-    """What each choice of ExGRPO makes: the run with it changed minus ExGRPO, paired by seed where
-    both began with the same weights, and in the corner with runs of the same version."""
-    rows = []
-    for examined, arms in EXAMINED.items():
-        for arm in arms:
-            later = arm in CHOICES | WEIGHTS_AND_DUPLICATES
-            found = {
-                str(rate): gap(
-                    runs, rate, arm, "ExGRPO again" if later and rate == CORNER else "ExGRPO"
-                )
-                for rate in CHOICE_RATES
-            }
-            rows.append(
-                {
-                    "examined": examined,
-                    "arm": arm,
-                    "minus_exgrpo": {rate: row for rate, row in found.items() if row},
-                    "from_step_1": gap(runs, CORNER, from_step_1(arm), f"{LOSING} again"),
-                }
-            )
-    return rows
-
-
-def again_rows(runs: list[dict]) -> list[dict]:
-    """The runs that were made twice: held-out accuracy of both."""
-    first = {key_of(run): run for run in runs}
-    return [
-        {
-            "arm": run["arm"].removesuffix(" again"),
-            "seed": run["seed"],
-            "first": first[CORNER, run["arm"].removesuffix(" again"), run["seed"]]["end"],
-            "again": run["end"],
-        }
-        for run in runs
-        if run["arm"] in AGAIN
-    ]
-
-
-def gap(runs: list[dict], rate: float, arm: str, base: str) -> dict | None:
-    """Held-out accuracy at the end, arm minus base, over the seeds that have both."""
-    by_key = {key_of(run): run for run in runs}
-    pairs = [
-        (run, other)
-        for run in runs
-        if key_of(run)[:2] == (rate, arm) and (other := by_key.get((rate, base, run["seed"])))
-    ]
-    gaps = [run["end"] - other["end"] for run, other in pairs if run["start"] == other["start"]]
-    return interval(gaps) if gaps else None
-
-
-def print_table(rows: list[dict]) -> None:
-    print(
-        f"{'start %':>8} {'':36}{'seeds':>5}{'end %':>7}{'- on-policy':>13}{'':16}{'at equal tokens':>16}"
-    )
-    for row in rows:
-        gap, equal = row["minus_on_policy"], row["minus_on_policy_at_equal_tokens"]
-        print(
-            f"{100 * row['start']:8.1f} {row['arm']:36}{row['seeds']:5}"
-            f"{100 * row['end']['mean']:7.1f}{100 * gap['mean']:+13.1f}{bounds(gap):>16}"
-            f"{100 * equal['mean']:+16.1f}{bounds(equal):>16}"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Starting success rate x method x seeds.")
     parser.add_argument("--runs", type=Path, default=Path("runs/study_when"))
@@ -581,11 +292,9 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = load_runs(arguments.out)
     if arguments.table:
-        from figures import draw_when
-
         save(arguments.out, runs)
         print_table(table_of(runs))
-        draw_when(json.loads(arguments.out.read_text()), arguments.out.with_suffix(".png"))
+        draw(json.loads(arguments.out.read_text()), arguments.out.with_suffix(".png"))
         return
     torch.set_num_threads(1)
     shop = Workshop(arguments.runs)
