@@ -37,11 +37,11 @@ import torch
 from study_when_arms import BASELINE, BUDGETS, CORNER, EVERY_ARM, TOY, cells
 from study_when_table import again_rows, choice_rows, draw, key_of, print_table, table_of
 
-from exgrpo_fast.build.assembly import make_trainer
+from exgrpo_fast.build.assembly import make_evaluator, make_trainer, make_verifier
 from exgrpo_fast.build.data import load_data
 from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.experience import make_prior
-from exgrpo_fast.build.models import make_evaluator, make_policy, make_verifier
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.quickstart.prepare import imitated_pairs, tokenize_examples, warm_start
 from exgrpo_fast.build.quickstart.solutions import answer
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer

@@ -1,4 +1,4 @@
-"""The trainer and its parts: objective, optimiser, checkpoint writer, metric sinks."""
+"""The trainer and its parts: verifier, evaluator, objective, optimiser, checkpoints, metric sinks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from exgrpo_fast.build.environment import config_digest, package_versions
 from exgrpo_fast.build.experience import make_hindsight, make_replay
 from exgrpo_fast.build.models import (
     make_distillation,
-    make_evaluator,
     make_frozen_policy,
-    make_verifier,
-    vocabulary_of,
 )
+from exgrpo_fast.build.rewards import make_scorer
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.process_group import Processes
+from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.experience.fresh import FreshSource
+from exgrpo_fast.experience.hindsight.source import HindsightPrompt
+from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.prior.protocols import Prior
 from exgrpo_fast.experience.question_stream import QuestionStream
-from exgrpo_fast.model.folder_reading import Tokenizer
+from exgrpo_fast.experience.scoring import Verifier
+from exgrpo_fast.model.folder_reading import Tokenizer, make_decode
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
@@ -44,6 +45,7 @@ from exgrpo_fast.run.sinks import (
 from exgrpo_fast.training.advantages import ADVANTAGES, AdvantageRule, grpo_sample_std, quantile
 from exgrpo_fast.training.batch import WeightRule
 from exgrpo_fast.training.collector import Collector, OverlongRule
+from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.learner import Learner
 from exgrpo_fast.training.optim.gradient_release import ReleasingOptimiser
 from exgrpo_fast.training.optim.optimiser import Optimiser, linear_warmup
@@ -124,6 +126,44 @@ def make_trainer(
         completions_every=config.log.completions_every,
         generate_ahead=rollout.generate_ahead,
         processes=processes,
+    )
+
+
+def make_verifier(
+    config: Config,
+    rewards: RewardPool | None,
+    tokenizer: Tokenizer,
+    screen: Screen,
+    processes: Processes = SINGLE_PROCESS,
+) -> Verifier:
+    """`rewards`: None on ranks other than 0."""
+    scorer = make_scorer(config, rewards) if rewards is not None else None
+    return Verifier(scorer, make_decode(tokenizer), screen, processes)
+
+
+def make_evaluator(
+    config: Config,
+    engine: RolloutEngine,
+    verifier: Verifier,
+    screen: Screen,
+    *,
+    prompt: HindsightPrompt | None = None,
+    revisions: int = 0,
+) -> Evaluator:
+    sampling = Sampling(
+        config.rollout.max_completion_tokens, config.eval.temperature, config.eval.top_p
+    )
+    return Evaluator(
+        engine,
+        verifier,
+        screen,
+        prompt=prompt,
+        revisions=revisions,
+        sampling=sampling,
+        n=config.eval.n,
+        ks=config.eval.k,
+        seed=config.train.seed,
+        num_examples=config.eval.examples,
     )
 
 
@@ -250,7 +290,7 @@ def make_writer(
         keep=config.checkpoint.keep,
         origin={
             "config": config_digest(config),
-            "tokenizer": vocabulary_of(tokenizer),
+            "tokenizer": fingerprint(tokenizer.get_vocab()),
             "vocabulary_size": len(tokenizer),
             "packages": package_versions(),
         },

@@ -7,20 +7,21 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from exgrpo_fast.build.assembly import make_evaluator
 from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.engines import build_engine, make_endpoint_engine, reserve_engine
 from exgrpo_fast.build.environment import prepare_process
 from exgrpo_fast.build.experience import make_hindsight_prompt
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import prove_forward
-from exgrpo_fast.build.models import make_decode, make_evaluator, make_policy
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import question_from_text
 from exgrpo_fast.experience.scoring import Verifier
-from exgrpo_fast.model.folder_reading import load_tokenizer
+from exgrpo_fast.model.folder_reading import load_tokenizer, make_decode
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine
 from exgrpo_fast.run.display.live import make_screen

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exgrpo_fast.build.engines import find_layer
-from exgrpo_fast.build.models import make_encode, make_policy, vocabulary_of
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.config import Config, ConfigError, require
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes
 from exgrpo_fast.core.types import Question
@@ -16,6 +16,7 @@ from exgrpo_fast.experience.hindsight.source import (
     HindsightRecipe,
     HindsightSource,
 )
+from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.prior.driver import Resampler
 from exgrpo_fast.experience.prior.hf_backend import TransformersDrafter, TransformersPrior
 from exgrpo_fast.experience.prior.protocols import Prior
@@ -37,7 +38,7 @@ from exgrpo_fast.experience.replay.starting_pool import load_pool, solutions_of
 from exgrpo_fast.experience.replay.store import ExperienceStore
 from exgrpo_fast.experience.scoring import Verifier
 from exgrpo_fast.memory.budgets import store_plan
-from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids
+from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, make_encode
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import RolloutEngine
@@ -71,7 +72,7 @@ def make_replay(
         spare_correct=replay.store.spare_correct,
         deduplicate=replay.store.deduplicate,
     )
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = fingerprint(tokenizer.get_vocab())
     try:
         if replay.store.pool:
             pool = Path(replay.store.pool)

@@ -1,10 +1,10 @@
-"""Policy, reference policies, adapter and tokenizer of a run; verifier and evaluator."""
+"""The models of a run: the folder to start from, policy and adapter, reference policies, teacher."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,19 @@ import transformers
 
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.build.quickstart.prepare import prepare_quickstart
-from exgrpo_fast.build.rewards import make_scorer
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.dtensor import local_shard
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, mesh_of
 from exgrpo_fast.data import read_rows
-from exgrpo_fast.experience.hindsight.source import HindsightPrompt
-from exgrpo_fast.experience.prior.compatibility import fingerprint
-from exgrpo_fast.experience.scoring import Decode, Verifier
 from exgrpo_fast.model.attention.backends import choose, refusal
-from exgrpo_fast.model.folder_reading import Tokenizer, end_of_sequence_ids, read_generation_config
 from exgrpo_fast.model.frozen import nf4
 from exgrpo_fast.model.lora import add_adapter, has_adapter, load_adapter
 from exgrpo_fast.model.policy import Policy, load_model
 from exgrpo_fast.model.sharded_policy import ShardedPolicy
-from exgrpo_fast.rewards import RewardPool
-from exgrpo_fast.rollout.engine import RolloutEngine, Sampling
-from exgrpo_fast.run.checkpoint.format import read_manifest
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.distillation import VocabularyDistillation
-from exgrpo_fast.training.evaluate import Evaluator
 from exgrpo_fast.training.reference import AdapterOff, BehaviourReference, Reference
 
 
@@ -53,32 +44,6 @@ def start_folder(config: Config, folder: RunFolder, screen: Screen, *, device: s
         prepare_quickstart(config, unfinished, screen, device=device)
         os.rename(unfinished, path)
     return str(path)
-
-
-def make_decode(tokenizer: Tokenizer) -> Decode:
-    """Token ids -> the text as the policy wrote it, without the end and padding tokens behind it.
-
-    Other special tokens stay: in many models `<think>`, or the tags of an answer, are some.
-    """
-    ends = {*end_of_sequence_ids(read_generation_config(tokenizer.name_or_path), tokenizer)}
-    ends.add(tokenizer.pad_token_id)
-
-    def decode(ids: Sequence[int]) -> str:
-        end = len(ids)
-        while end and ids[end - 1] in ends:
-            end -= 1
-        return str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
-
-    return decode
-
-
-def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def vocabulary_of(tokenizer: Tokenizer) -> str:
-    """A fingerprint: equal for tokenizers that give every token the same id."""
-    return fingerprint(tokenizer.get_vocab())
 
 
 def make_policy(
@@ -214,56 +179,8 @@ def adapter_of(config: Config, checkpoint: Path | None) -> Path | None:
     return adapter if config.model.lora else None
 
 
-def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """ConfigError where the checkpoint was written with another vocabulary."""
-    origin = read_manifest(checkpoint)["origin"]
-    if origin and origin["tokenizer"] != vocabulary_of(tokenizer):
-        raise ConfigError(
-            f"--resume: {checkpoint} was made with another tokenizer ({origin['vocabulary_size']} "
-            f"tokens) than model.name has ({len(tokenizer)} tokens)"
-        )
-
-
 def refuse_broken_weights(policy: Policy, path: str) -> None:
     """NumericalStop: nothing can be sampled from weights that are not finite."""
     for name, parameter in policy.model.named_parameters():
         if parameter.is_floating_point() and not local_shard(parameter).isfinite().all():
             raise NumericalStop(f"{path}: {name} holds a value that is not finite")
-
-
-def make_verifier(
-    config: Config,
-    rewards: RewardPool | None,
-    tokenizer: Tokenizer,
-    screen: Screen,
-    processes: Processes = SINGLE_PROCESS,
-) -> Verifier:
-    """`rewards`: None on ranks other than 0."""
-    scorer = make_scorer(config, rewards) if rewards is not None else None
-    return Verifier(scorer, make_decode(tokenizer), screen, processes)
-
-
-def make_evaluator(
-    config: Config,
-    engine: RolloutEngine,
-    verifier: Verifier,
-    screen: Screen,
-    *,
-    prompt: HindsightPrompt | None = None,
-    revisions: int = 0,
-) -> Evaluator:
-    sampling = Sampling(
-        config.rollout.max_completion_tokens, config.eval.temperature, config.eval.top_p
-    )
-    return Evaluator(
-        engine,
-        verifier,
-        screen,
-        prompt=prompt,
-        revisions=revisions,
-        sampling=sampling,
-        n=config.eval.n,
-        ks=config.eval.k,
-        seed=config.train.seed,
-        num_examples=config.eval.examples,
-    )

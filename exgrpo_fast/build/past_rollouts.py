@@ -11,12 +11,13 @@ from pathlib import Path
 
 from exgrpo_fast.build.data import read_questions
 from exgrpo_fast.build.environment import prepare_process
-from exgrpo_fast.build.models import make_encode, make_policy, vocabulary_of
+from exgrpo_fast.build.models import make_policy
 from exgrpo_fast.build.pretrained import model_folder
 from exgrpo_fast.config import Config
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.types import Question
 from exgrpo_fast.data import BadRow, Row, read_rows
+from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.replay.past_logs import (
     PastCompletion,
     Unusable,
@@ -24,7 +25,7 @@ from exgrpo_fast.experience.replay.past_logs import (
     prompt_keys,
 )
 from exgrpo_fast.experience.replay.starting_pool import pool_vocabulary, write_pool
-from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer
+from exgrpo_fast.model.folder_reading import Tokenizer, load_tokenizer, make_encode
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.run.display import Screen
 
@@ -97,7 +98,7 @@ def import_rollouts(
     }
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        write_pool(values, partial, vocabulary_of(tokenizer))
+        write_pool(values, partial, fingerprint(tokenizer.get_vocab()))
         os.replace(partial, out)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -132,7 +133,7 @@ def _usable(
     encode, limit = make_encode(tokenizer), config.rollout.max_completion_tokens
     seen: set[tuple[str, tuple[int, ...]]] = set()
     rows = []
-    for row in _rows_of(files, vocabulary_of(tokenizer)):
+    for row in _rows_of(files, fingerprint(tokenizer.get_vocab())):
         try:
             if isinstance(row, BadRow):
                 raise Unusable("unreadable")

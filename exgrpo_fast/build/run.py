@@ -22,7 +22,6 @@ from exgrpo_fast.build.models import (
     make_reference,
     refuse_broken_weights,
     refuse_impossible_attention,
-    refuse_other_tokenizer,
     start_folder,
 )
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
@@ -30,13 +29,14 @@ from exgrpo_fast.config import Config, ConfigError
 from exgrpo_fast.core.process_group import SINGLE_PROCESS, Processes, host_mesh
 from exgrpo_fast.core.rng import seed_everything
 from exgrpo_fast.core.types import Question
+from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.replay.source import ReplaySource
 from exgrpo_fast.memory.budgets import store_note
 from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
 from exgrpo_fast.model.folder_reading import Tokenizer, model_files
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
-from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.checkpoint.format import load_state, read_manifest
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.preflight import rehearse
@@ -140,6 +140,16 @@ def open_model_folder(
     check_prior(config, files)
     check_teacher(config, files)
     return start, files.tokenizer
+
+
+def refuse_other_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """ConfigError where the checkpoint was written with another vocabulary."""
+    origin = read_manifest(checkpoint)["origin"]
+    if origin and origin["tokenizer"] != fingerprint(tokenizer.get_vocab()):
+        raise ConfigError(
+            f"--resume: {checkpoint} was made with another tokenizer ({origin['vocabulary_size']} "
+            f"tokens) than model.name has ({len(tokenizer)} tokens)"
+        )
 
 
 def open_policy(

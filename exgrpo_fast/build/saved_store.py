@@ -10,7 +10,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from exgrpo_fast.build.models import make_decode
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.experience.replay.inspect import (
     SortKey,
@@ -24,7 +23,7 @@ from exgrpo_fast.experience.replay.inspect import (
 )
 from exgrpo_fast.experience.replay.snapshot import FORMAT
 from exgrpo_fast.experience.replay.starting_pool import export_pool
-from exgrpo_fast.model.folder_reading import load_tokenizer
+from exgrpo_fast.model.folder_reading import load_tokenizer, make_decode
 from exgrpo_fast.run.checkpoint.format import find_checkpoint, load_state, write_checkpoint
 
 

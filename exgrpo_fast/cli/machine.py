@@ -1,8 +1,4 @@
-"""What this machine has and what of it works: versions, devices, room, and self-tests.
-
-The fused loss is tried against float64 on each device, and a reward worker. A part that raises is
-a failed check.
-"""
+"""What this machine has, found by looking alone: versions, devices, room, settings."""
 
 from __future__ import annotations
 
@@ -10,24 +6,17 @@ import os
 import platform
 import re
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from exgrpo_fast.cli.arguments import choose_device
 from exgrpo_fast.core.allocator import can_keep
-from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import clean_line
-from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rollout.vllm.versions import (
     UNINSTALL,
     Trouble,
     find_vllm,
-    import_trouble,
     troubles,
 )
 
@@ -47,11 +36,8 @@ class Check:
     advice: str = ""
 
 
-def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, Any]:
-    """Versions, devices, room and checks; `self_test=False` runs no self-test.
-
-    `model`: a folder whose forward pass is checked, and that vLLM is to run.
-    """
+def collect(*, model: Path | None = None) -> dict[str, Any]:
+    """Versions, devices, room and checks. `model`: a folder that vLLM is to run."""
     versions = {name: version_of(name) for name in PACKAGES}
     devices = find_devices()
     room = find_room()
@@ -63,14 +49,6 @@ def collect(*, self_test: bool = True, model: Path | None = None) -> dict[str, A
         Check("allocator", "ok", GLIBC if can_keep() else OTHER_ALLOCATOR),
         *check_vllm(model),
     ]
-    if self_test and versions["torch"] != ABSENT:
-        checks += [
-            attempt(f"fused loss on {d['name']}", partial(fused_loss_test, d["id"]))
-            for d in devices
-        ]
-        checks.append(attempt("reward worker", reward_worker_test))
-        checks += [check_forward_pass(model)] if model else []
-        checks += try_vllm(versions["torch"])
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -273,68 +251,10 @@ def check_vllm(model: Path | None = None) -> list[Check]:
         found = [] if vllm is None else troubles(vllm, installed, model=model)
     except Exception as error:  # damaged metadata: whatever it is, it is a finding
         found = [Trouble(f"its metadata cannot be read: {error!r}", "", fatal=False)]
-    return [_vllm_check(trouble) for trouble in found]
+    return [vllm_check(trouble) for trouble in found]
 
 
-def try_vllm(torch_version: str) -> list[Check]:
-    """Import vLLM in a subprocess, if it is installed."""
-    if version_of("vllm") == ABSENT:
-        return []
-    started = time.perf_counter()
-    trouble = import_trouble(torch_version)
-    if trouble is not None:
-        return [_vllm_check(trouble)]
-    return [Check("vllm import", "ok", f"it imports ({time.perf_counter() - started:.1f} s)")]
-
-
-def _vllm_check(trouble: Trouble) -> Check:
+def vllm_check(trouble: Trouble) -> Check:
     without = "; --rollout.engine transformers does without" if trouble.fatal else ""
     status: Status = "fail" if trouble.fatal else "warn"
     return Check("vllm", status, clean_line(trouble.what, max_line=300), trouble.advice + without)
-
-
-# --- self-tests ----------------------------------------------------------------------------------
-
-
-def attempt(name: str, test: Callable[[], str]) -> Check:
-    """Run a test that returns what it found; whatever it raises is a finding."""
-    started = time.perf_counter()
-    try:
-        detail = test()
-    except UserError as error:
-        return Check(name, "fail", clean_line(str(error), max_line=300))
-    except Exception as error:  # any failure of any layer: this is where it is to be seen
-        cause = clean_line(f"{type(error).__name__}: {error}", max_line=200)
-        return Check(name, "fail", cause, "please report this, with the whole output")
-    return Check(name, "ok", f"{detail} ({time.perf_counter() - started:.1f} s)")
-
-
-def fused_loss_test(device: str) -> str:
-    """Loss and gradients of the fused policy loss on tiny inputs, against float64 PyTorch."""
-    from exgrpo_kernels.self_check import compare_with_float64
-
-    found = compare_with_float64(device)
-    for error in found:
-        if not error.is_within_bound:
-            raise ArithmeticError(
-                f"{error.part} is off by {error.fused:.1e}, plain PyTorch by {error.plain:.1e}"
-            )
-    return f"largest error {max(error.fused for error in found):.0e}"
-
-
-def check_forward_pass(model: Path) -> Check:
-    """That every way through the model gives the same log-probs; a refusal is a finding."""
-    from exgrpo_fast.build.forward import check_model
-
-    device = choose_device(None)
-    return attempt("forward pass", lambda: check_model(str(model), device=device))
-
-
-def reward_worker_test() -> str:
-    """Start a reward worker and score a correct and an incorrect answer."""
-    samples = [RewardSample("2 + 2 =", f"\\boxed{{{n}}}", "4", {}) for n in (4, 5)]
-    with RewardPool(["math_verify"], workers=1, timeout_seconds=30.0) as pool:
-        rewards = [verdict.reward for verdict in pool.score(samples)]
-    if rewards != [1.0, 0.0]:
-        raise ArithmeticError(f"a correct and an incorrect answer were given {rewards}")
-    return "a correct and an incorrect answer were scored as such"

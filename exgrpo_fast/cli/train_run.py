@@ -121,7 +121,7 @@ def train_run(
 
 def environment(device: str) -> dict[str, Any]:
     """env.json: versions and devices, without which the figures of a run say little."""
-    return {"exgrpo_fast": __version__, "device": device, **collect(self_test=False)}
+    return {"exgrpo_fast": __version__, "device": device, **collect()}
 
 
 def train_and_evaluate(

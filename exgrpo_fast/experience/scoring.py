@@ -12,8 +12,6 @@ from exgrpo_fast.core.types import Completion, Question, RewardSample, Trajector
 from exgrpo_fast.rollout.engine import Observer
 from exgrpo_fast.run.display import Screen
 
-Decode = Callable[[Sequence[int]], str]
-
 
 class Scorer(Protocol):
     """What gives verdicts: a reward pool, or a pool with a judge behind it."""
@@ -45,7 +43,7 @@ class Verifier:
     """Asks the rewards about completions; the row's own columns are handed on with them."""
 
     rewards: Scorer | None  # None on all ranks but 0, which scores for all of them
-    decode: Decode
+    decode: Callable[[Sequence[int]], str]
     screen: Screen
     processes: Processes = SINGLE_PROCESS
 

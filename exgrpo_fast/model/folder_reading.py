@@ -8,7 +8,7 @@ A `name` is a folder or a hub name; `key` is the key of the config that gave it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -184,6 +184,27 @@ def end_of_sequence_ids(generation: GenerationConfig | None, tokenizer: Tokenize
     listed: Any = generation.eos_token_id if generation else None
     others = listed if isinstance(listed, list) else [listed]
     return list(dict.fromkeys(e for e in [tokenizer.eos_token_id, *others] if e is not None))
+
+
+def make_decode(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Token ids -> the text as the policy wrote it, without the end and padding tokens behind it.
+
+    Other special tokens stay: in many models `<think>`, or the tags of an answer, are some.
+    """
+    ends = {*end_of_sequence_ids(read_generation_config(tokenizer.name_or_path), tokenizer)}
+    ends.add(tokenizer.pad_token_id)
+
+    def decode(ids: Sequence[int]) -> str:
+        end = len(ids)
+        while end and ids[end - 1] in ends:
+            end -= 1
+        return str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))
+
+    return decode
+
+
+def make_encode(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def read_generation_config(name: str) -> GenerationConfig | None:

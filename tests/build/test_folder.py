@@ -28,7 +28,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import check_model
 from exgrpo_fast.cli import main
-from exgrpo_fast.cli.machine import check_forward_pass
+from exgrpo_fast.cli.doctor import check_forward_pass
 from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.model.folder_reading import (
     PlainConfig,

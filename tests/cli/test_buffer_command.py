@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import REWARDS
 
-from exgrpo_fast.build.models import make_decode
 from exgrpo_fast.build.saved_store import SavedStore
 from exgrpo_fast.cli import main
 from exgrpo_fast.core.text import clean_text
@@ -23,6 +22,7 @@ from exgrpo_fast.experience.replay.inspect import (
     stored_trajectories,
 )
 from exgrpo_fast.experience.replay.starting_pool import load_pool
+from exgrpo_fast.model.folder_reading import make_decode
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.run.checkpoint.format import load_state, split_tensors, verify, write_checkpoint
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exgrpo_fast.build.models import vocabulary_of
 from exgrpo_fast.cli import main
+from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.replay.starting_pool import load_pool, write_pool
 from exgrpo_fast.run.sinks import CompletionLog
 
@@ -143,7 +143,7 @@ def test_an_export_is_taken_as_it_is(imports, tmp_path, tokenizer) -> None:
         "entropy": [0.25],
         "completion": ["right 3"],
     }
-    write_pool(values, tmp_path / "export.parquet", vocabulary_of(tokenizer))
+    write_pool(values, tmp_path / "export.parquet", fingerprint(tokenizer.get_vocab()))
     code, rows, output = imports(tmp_path / "export.parquet")
     assert code == 0 and "0 scored by the model" in output
     assert rows == [{name: column[0] for name, column in values.items()}]
@@ -175,7 +175,7 @@ def test_several_files_become_one_pool_that_a_run_loads(imports, tmp_path, token
     ):
         assert reason in output
     path = next(tmp_path.glob("pool*.parquet"))
-    pool = load_pool(path, IDS, vocabulary=vocabulary_of(tokenizer))
+    pool = load_pool(path, IDS, vocabulary=fingerprint(tokenizer.get_vocab()))
     assert pool.question.tolist() == [3, 0, 1]
     assert torch.isfinite(pool.logprobs).all() and (pool.logprobs < 0).all()
 

