@@ -11,8 +11,8 @@ loads it: its own attention, no padding. Compared with it:
     checkpoint   what would be saved: every weight of the model, under its own name
 
 It is the same module throughout: no second copy of the weights. A pass costs its tokens and, on a
-CPU, some twenty more. So one sequence alone is long, it is read four times (drawn, packed, in
-training mode, where noise of a router shows in few tokens, and plain), and the adapter's part reads
+CPU, some twenty more. So one sequence alone is long, it is read three times (drawn, packed in
+training mode, where noise of a router shows in few tokens, and plain), and the other parts read
 short ones.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -39,7 +40,7 @@ from exgrpo_fast.rollout.plain_model import (
     Probe,
     certain_token,
     made_up,
-    plain_logprobs,
+    plain_pass,
     probe_prompts,
     recorded_layers,
     rounded_embeddings,
@@ -54,7 +55,7 @@ SHORT, PAIR = slice(0, 3), slice(0, 2)
 # random models of 34 families, 2 to 24 layers deep, and SmolLM2, the gap of a right forward pass is
 # at most 3.0 times that in bfloat16; in float32 5.0 times, at gaps of 1e-7.
 ROUNDINGS = 8.0
-# Where the model hardly amplifies its input, the rounding of the logits themselves is what is left.
+# Explained without such a pass: the rounding of the logits themselves, for logits of size 1 or less.
 LEAST_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # What goes wrong inside the code of a family.
 FAULTS = (
@@ -97,10 +98,11 @@ class Reference:
     def __init__(self, policy: Policy, probe: Probe) -> None:
         self.policy, self.probe = policy, probe
         with policy.as_loaded():
-            self.logprobs = plain_logprobs(policy, probe)
-        self.least = LEAST_TOLERANCE[policy.compute_dtype]
+            self.logprobs, logit_size = plain_pass(policy, probe)
+        least = LEAST_TOLERANCE[policy.compute_dtype]
         if policy.device.type == "cuda" and policy.compute_dtype == torch.float32:
-            self.least = TENSOR_FLOAT32
+            least = TENSOR_FLOAT32
+        self.least = least * max(1.0, logit_size)
 
     @cached_property
     def tolerance(self) -> float:
@@ -109,7 +111,7 @@ class Reference:
         Over all sequences, as gaps are: what a rounding does differs from one to the next.
         """
         with self.policy.as_loaded(), rounded_embeddings(self.policy):
-            rounded = plain_logprobs(self.policy, self.probe)
+            rounded = plain_pass(self.policy, self.probe).logprobs
         return max(self.least, ROUNDINGS * gap(rounded, self.logprobs))
 
 
@@ -153,18 +155,24 @@ class _ForwardCheck:
         probe = Probe(self.prompts, [completion.token_ids for completion in drawn])
         plain = Reference(self.policy, probe)
 
-        packed = self._attempt("packed", lambda: self._packed(probe))
+        dropout = self.policy.dropout
+        evaluated = probe if dropout else probe.pick(SHORT)
+        packed = self._attempt("packed", lambda: self._packed(evaluated))
         if not self.policy.attention_calls:
             raise ForwardMismatch(
                 self.family,
                 "packed",
                 f"its attention cannot be replaced by one that keeps the sequences of a pack apart: "
-                f"log-probs differ by {gap(packed, plain.logprobs):.1e}",
+                f"log-probs differ by {gap(packed, plain.logprobs[: len(packed)]):.1e}",
             )
-        self._compare("packed", packed, plain, where=lambda: self._first_layer(probe))
-        if not self.policy.dropout:
+        self._compare_packed(packed, plain)
+        if not dropout:
             trained = self._attempt("update", lambda: self._packed(probe, training=True))
-            self._compare("update", trained, plain)
+            try:
+                self._compare("update", trained, plain)
+            except ForwardMismatch:  # of training alone, or of the long sequence?
+                self._compare_packed(self._packed(probe), plain)
+                raise
         if engine is not None:
             logprobs = [completion.logprobs for completion in drawn]
             self._compare("engine", logprobs, plain, tolerance=engine_tolerance)
@@ -185,10 +193,14 @@ class _ForwardCheck:
             ]
         requests = [Request(prompt, seed) for seed, prompt in enumerate(self.prompts)]
         short, long = requests[SHORT], requests[SHORT.stop :]  # the short ones padded among them
-        drawn = self._attempt(
-            "engine",
-            lambda: engine.generate(short, self.sampling) + engine.generate(long, self.sampling),
-        )
+        is_ours = isinstance(engine, TransformersEngine)
+        with engine.same_weights(requests, self.sampling) if is_ours else nullcontext():
+            drawn = self._attempt(
+                "engine",
+                lambda: (
+                    engine.generate(short, self.sampling) + engine.generate(long, self.sampling)
+                ),
+            )
         for completion in drawn:
             self._check_end(completion, eos_token_ids)
         return drawn
@@ -205,9 +217,10 @@ class _ForwardCheck:
 
     def _check_end_tokens(self, engine: TransformersEngine, eos_token_ids: Sequence[int]) -> None:
         """Each of them made certain, in turn."""
+        two = Sampling(2, self.policy.temperature)
         for token in eos_token_ids:
             with certain_token(engine.policy, token):
-                (completion,) = engine.generate([Request(self.prompts[0][:1], 0)], self.sampling)
+                (completion,) = engine.generate([Request(self.prompts[0][:1], 0)], two)
             if completion.truncated or completion.token_ids.tolist() != [token]:
                 raise ForwardMismatch(
                     self.family, "end token", f"the engine goes on behind token {token}"
@@ -222,10 +235,13 @@ class _ForwardCheck:
         with random_adapter(model):
             adapted = Reference(self.policy, probe)
             with running_merged(model), self.policy.as_loaded():
-                merged = plain_logprobs(self.policy, probe)
+                merged = plain_pass(self.policy, probe).logprobs
             self._compare("adapter", merged, adapted)
 
     # --- comparing ---
+
+    def _compare_packed(self, packed: Sequence[Tensor], plain: Reference) -> None:
+        self._compare("packed", packed, plain, where=lambda: self._first_layer(plain.probe))
 
     def _compare(
         self,
@@ -236,8 +252,8 @@ class _ForwardCheck:
         tolerance: float | None = None,
         where: Callable[[], str] = lambda: "",
     ) -> None:
-        """`tolerance`: None = what rounding explains."""
-        self.gaps[part] = size = gap(found, plain.logprobs)
+        """`found`: of the first sequences or all; `tolerance`: None = what rounding explains."""
+        self.gaps[part] = size = gap(found, plain.logprobs[: len(found)])
         if tolerance is None:
             # More passes are collectives, so ranks whose figures differ by a rounding ask together.
             is_small = not self.policy.processes.any(not size <= plain.least)
@@ -272,7 +288,7 @@ class _ForwardCheck:
             with recorded_layers(policy) as packed:
                 policy.score(*probe.ragged())
             with recorded_layers(policy) as plain, policy.as_loaded():
-                plain_logprobs(policy, probe)
+                plain_pass(policy, probe)
         except Exception:  # of a part of the message alone
             return ""
         # The longest sequence is the first of its pack, and has no neighbour before it; so all

@@ -43,6 +43,13 @@ class Probe(NamedTuple):
         return list(groups.values())
 
 
+class PlainPass(NamedTuple):
+    """What the plain model gives for a probe."""
+
+    logprobs: list[Tensor]  # float32 [T] of each sequence
+    logit_size: float  # median |logit|, over the temperature
+
+
 def probe_prompts(prompt_ids: Sequence[int], longest: int | None = None) -> list[tuple[int, ...]]:
     """Four prompts: one twice, a shorter one (padded at the left), and one longer than a block."""
     ids = list(prompt_ids)
@@ -61,10 +68,11 @@ def made_up(vocabulary: int, seed: int) -> Completion:
 
 
 @torch.no_grad()
-def plain_logprobs(policy: Policy, probe: Probe) -> list[Tensor]:
-    """float32 [T] of each sequence, from the model's own logits. Only sequences whose prompts and
-    completions are equally long share a pass: there is no padding and no mask."""
+def plain_pass(policy: Policy, probe: Probe) -> PlainPass:
+    """From the model's own logits. Only sequences whose prompts and completions are equally long share
+    a pass: there is no padding and no mask."""
     found: dict[int, Tensor] = {}
+    sizes: list[Tensor] = []
     with inference(policy.model), policy.autocast(), policy.passes():
         for members in probe.of_one_shape():
             HEARTBEAT.beat()
@@ -72,10 +80,14 @@ def plain_logprobs(policy: Policy, probe: Probe) -> list[Tensor]:
             prompts = torch.tensor([probe.prompts[i] for i in members])
             ids = torch.cat([prompts, completions_BT], 1).to(policy.device)
             logits_BTV = _logits(policy, ids, completions_BT.shape[1] + 1)[:, :-1]
-            logprobs_BTV = (logits_BTV.float() / policy.temperature).log_softmax(-1)
-            picked_BT1 = logprobs_BTV.gather(2, completions_BT.to(policy.device)[..., None])
+            scaled_BTV = logits_BTV.float() / policy.temperature
+            sizes.append(scaled_BTV.abs().median().cpu())
+            picked_BT1 = scaled_BTV.log_softmax(-1).gather(
+                2, completions_BT.to(policy.device)[..., None]
+            )
             found |= zip(members, picked_BT1[..., 0].cpu(), strict=True)
-    return [found[i] for i in range(len(probe.prompts))]
+    logprobs = [found[i] for i in range(len(probe.prompts))]
+    return PlainPass(logprobs, float(torch.stack(sizes).max()))
 
 
 def _logits(policy: Policy, ids: Tensor, count: int) -> Tensor:

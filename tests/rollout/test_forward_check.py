@@ -32,6 +32,7 @@ from exgrpo_fast.rollout import forward_check
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, ForwardReport, check_forward
 from exgrpo_fast.rollout.hf import decoding
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
+from exgrpo_fast.rollout.plain_model import hooked
 
 PROMPT, EOS = tuple(range(5, 45)), [2]
 SHARED: dict[str, Any] = {
@@ -158,6 +159,43 @@ def test_a_dropped_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(policy.BACKENDS, "sdpa", lambda layout, device: causal)  # type: ignore
     assert fault_in(made(qwen3)) == "packed"
+
+
+def test_a_fault_of_the_long_sequence_alone_is_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read in training mode, and the fault is not of that mode."""
+    pack = policy.pack
+
+    def shifted(*args: Any, **options: Any) -> Any:
+        # A rotary model sees no shift of a whole sequence, so every second position.
+        return [
+            replace(p, position_ids=torch.where(p.position_ids > 100, 2, 1) * p.position_ids)
+            for p in pack(*args, **options)
+        ]
+
+    monkeypatch.setattr(policy, "pack", shifted)
+    assert fault_in(made(qwen3)) == "packed"
+
+
+def test_the_least_tolerance_follows_the_size_of_the_logits() -> None:
+    def least(scale: float, *, masked: bool = False) -> float:
+        subject = made(qwen3)
+        prompts = [PROMPT, PROMPT[:3]]
+        probe = forward_check.Probe(prompts, [torch.tensor([5, 6]), torch.tensor([7])])
+        with torch.no_grad():
+            subject.head.weight.mul_(scale)
+        if not masked:
+            return forward_check.Reference(subject, probe).least
+        rows = slice(90, None)  # of a padded vocabulary, as some models mask them
+        with hooked(
+            subject.model.get_output_embeddings(),
+            lambda m, i, logits: logits.index_fill(2, torch.arange(96)[rows], -torch.inf),
+        ):
+            return forward_check.Reference(subject, probe).least
+
+    assert least(1e-3) == 5e-6
+    assert 5e-6 < least(150.0) < 5e-3
+    assert least(300.0) == pytest.approx(2 * least(150.0), rel=1e-3)
+    assert least(300.0, masked=True) == pytest.approx(least(300.0), rel=0.2)
 
 
 def test_shifted_positions_in_a_pack_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ class TransformersEngine(LocalEngine):
     pad_token_id: int
     max_batch_sequences: int = 256
     halvings: int = field(default=0, init=False)  # times that memory ran out, since the last sync
+    _decoder: PackedDecoder | None = field(default=None, init=False)  # of `same_weights`
 
     def sync(self, version: int) -> dict[str, float]:
         """Nothing to send: these are the trainer's parameters. How often memory ran out since the
@@ -71,11 +72,24 @@ class TransformersEngine(LocalEngine):
         return [completion for completion in completions if completion is not None]
 
     @contextmanager
+    def same_weights(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[None]:
+        """Around calls of `generate` with these requests in parts, between which no weight changes: one
+        packed copy serves them all."""
+        with torch.no_grad(), self._packed(requests, sampling) as self._decoder:
+            try:
+                yield
+            finally:
+                self._decoder = None
+
+    @contextmanager
     def _packed(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> Iterator[PackedDecoder | None]:
         """Around batches that are long enough to pay for a copy of the weights: what draws all tokens
         but the first of each completion; None: the model itself."""
+        if self._decoder is not None:
+            yield self._decoder
+            return
         longest = max((request.limit(sampling) for request in requests), default=0)
         model, dtype = self.policy.model, self.policy.compute_dtype
         if not has_products_in(dtype) or longest < LEAST_TOKENS:
