@@ -102,7 +102,7 @@ def train(
         values["reward.functions"] = as_references(reward, inputs)
     config = make_config(recipe, values)
     refuse_world_size(config, rank.count)
-    rows = check_inputs(config)
+    rows = check_inputs(config, device=device)
     require_tokenizer(str(config.model.name), "model.name")
     resumes = resume != "never"
     folder = RunFolder(out, resume=resumes) if rank.is_main else GuestFolder(out)

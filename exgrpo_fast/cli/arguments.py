@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import importlib.util
 import re
+import runpy
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,9 +100,11 @@ def resume_point(text: str) -> str:
 # --- checks before anything is loaded -------------------------------------------------------------
 
 
-def check_inputs(config: Config, *, for_another_machine: bool = False) -> FirstRows:
-    """The first rows of the data; UserError for missing values, files and packages, before torch is
-    imported.
+def check_inputs(
+    config: Config, *, device: str | None = None, for_another_machine: bool = False
+) -> FirstRows:
+    """The first rows of the data; UserError for missing values, files, devices and packages, before
+    torch is imported.
 
     `for_another_machine`: a plan, whose engine need not be installed here.
     """
@@ -109,6 +114,7 @@ def check_inputs(config: Config, *, for_another_machine: bool = False) -> FirstR
         require_file(source, key)
     rows = first_rows(config, data_files(config).values())
     if not for_another_machine:
+        check_device(device, config)
         require_engine(config)
         require_servers(config)
     require_model(name, "model.name")
@@ -220,11 +226,9 @@ def require_rewards(references: Sequence[str], key: str) -> None:
 
 def choose_device(asked: str | None, config: Config | None = None) -> str:
     """ConfigError where `asked` is not here, or `config` needs another; seconds before the run says so."""
-    import torch
-
-    if asked == "cuda" and not torch.cuda.is_available():
+    if asked == "cuda" and not has_cuda():
         raise ConfigError("--device cuda: torch sees no CUDA device (exgrpo-fast doctor says more)")
-    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = asked or ("cuda" if has_cuda() else "cpu")
     if config is not None and device != "cuda":
         if config.model.attention not in ("auto", "sdpa"):
             key = f"model.attention {config.model.attention}"
@@ -233,3 +237,40 @@ def choose_device(asked: str | None, config: Config | None = None) -> str:
             key = f"model.quantization {config.model.quantization}"
             raise ConfigError(f"{key} needs a CUDA device, not {device}")
     return device
+
+
+def check_device(asked: str | None, config: Config) -> None:
+    """As `choose_device`, as far as that loads no torch."""
+    needs_cuda = config.model.attention not in ("auto", "sdpa") or config.model.quantization
+    if asked == "cpu" or ((asked or needs_cuda) and lacks_cuda()):
+        choose_device(asked, config)
+
+
+def has_cuda() -> bool:
+    if lacks_cuda():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def lacks_cuda() -> bool:
+    """Whether torch is a build without CUDA, or the driver has no device. Loads no torch, which takes
+    seconds; False where only torch can tell, or is loaded already."""
+    if "torch" in sys.modules:
+        return False
+    found = importlib.util.find_spec("torch")
+    try:
+        build = runpy.run_path(str(Path(found.origin).with_name("version.py")))  # pyright: ignore
+        if build["hip"] is not None:
+            return False
+        if build["cuda"] is None:
+            return True
+    except Exception:  # none is installed, or one with other files
+        return False
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    except OSError:  # which torch loads by this name, too
+        return True
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return bool(failed) or count.value == 0

@@ -11,6 +11,7 @@ from exgrpo_fast.cli.arguments import (
     add_command,
     add_fields,
     check_before_torch,
+    check_device,
     choose_device,
     first_rows,
     positive,
@@ -138,6 +139,7 @@ def open_model(
     key: str = "--model",
 ) -> EvaluatedModel:
     """The same of a config. `sources`: files; `key`: what the user calls the model."""
+    check_device(device, config)
     name, served = str(config.model.name), endpoint is not None
     if not served:  # beside a server the folder may hold a tokenizer alone
         require_model(name, key)

@@ -114,7 +114,8 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, overrides)
     rank = place_of()
     refuse_world_size(config, rank.count)
-    rows = check_inputs(config, for_another_machine=arguments.device_memory_gib is not None)
+    for_another = arguments.device_memory_gib is not None
+    rows = check_inputs(config, device=arguments.device, for_another_machine=for_another)
     if arguments.dry_run:
         return show_dry_run(arguments, config, rows, processes=rank.count) if rank.is_main else 0
     require_tokenizer(str(config.model.name), "model.name")
@@ -163,7 +164,7 @@ def train_from_rollouts(arguments: argparse.Namespace, overrides: Sequence[tuple
     require_file(str(run / "config.yaml"), "--from-rollouts")
     before = load_config(str(run / "config.yaml"))
     config = load_config(str(run / "config.yaml"), overrides)
-    device = choose_device(arguments.device)
+    device = choose_device(arguments.device, config)
     from exgrpo_fast.build.past_updates import PastRun, refuse_fixed, train_again
 
     refuse_fixed(dict(flat(before.model_dump())), dict(flat(config.model_dump())), config)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from several_processes import environment
@@ -381,6 +382,17 @@ CASES = [
     Case("hub", nothing, "nobody/none: config.json: ", "eval", ("--model", "nobody/none")),
     Case("an adapter", text("adapter_config.json", "{}"), "merge it into its model first"),
 ]
+if not torch.cuda.is_available():
+    CUDA, FLASH = ("--device", "cuda"), ("--model.attention", "flash")
+    NF4 = ("--model.quantization", "nf4", "--model.lora.rank", "4")
+    CASES += [
+        Case("device", nothing, "--device cuda: torch sees no CUDA device", more=CUDA),
+        Case("device", nothing, "--device cuda: torch sees no CUDA device", "eval", CUDA),
+        Case("device", nothing, "--device cuda: torch sees no CUDA device", "sample", CUDA),
+        Case("device", nothing, "--device cuda: torch sees no CUDA device", "dry-run", CUDA),
+        Case("attention", nothing, "model.attention flash needs a CUDA device", more=FLASH),
+        Case("nf4", nothing, "model.quantization nf4 needs a CUDA device", more=NF4),
+    ]
 if READS_GGUF:
     CASES += [
         Case("gguf", gguf(gguf_header("llama")), "m.gguf is damaged: 126 bytes of 256"),

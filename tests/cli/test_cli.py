@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +14,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +24,7 @@ from conftest import REWARDS
 
 from exgrpo_fast import __version__
 from exgrpo_fast.cli import main, parser
+from exgrpo_fast.cli.arguments import lacks_cuda
 from exgrpo_fast.cli.eval import model_config
 from exgrpo_fast.config import all_keys
 from exgrpo_fast.run.checkpoint.format import verify
@@ -670,3 +675,54 @@ def test_a_base_install_says_which_extra_is_missing() -> None:
 def test_passes_of_eval_follow_its_samples(words: str, k: list[int]) -> None:
     arguments = parser().parse_args(["eval", "--model", "m", "--data", "d", *words.split()])
     assert model_config(arguments).eval.k == k
+
+
+# --- a CUDA device, looked for without torch ------------------------------------------------------
+
+
+class Driver:
+    """libcuda.so.1, as far as it is asked."""
+
+    def __init__(self, code: int, count: int) -> None:
+        self.code, self.count = code, count
+
+    def cuInit(self, flags: int) -> int:
+        return self.code
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.count  # of a ctypes.byref
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "lacks"),
+    [
+        ("cuda, hip = None, None", Driver(0, 8), True),
+        ("cuda, hip = '12.8', None", Driver(0, 1), False),
+        ("cuda, hip = '12.8', None", Driver(0, 0), True),
+        ("cuda, hip = '12.8', None", Driver(100, 0), True),  # CUDA_ERROR_NO_DEVICE
+        ("cuda, hip = '12.8', None", None, True),
+        ("cuda, hip = None, '7.1'", None, False),
+        ("version = '9'", None, False),
+    ],
+)
+def test_a_cuda_device_is_missed_without_loading_torch(
+    build: str,
+    driver: Driver | None,
+    lacks: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(name: str) -> Driver:
+        if driver is None:
+            raise OSError(name)
+        return driver
+
+    assert not lacks_cuda()  # torch, which is loaded, is asked itself
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "version.py").write_text(build)
+    monkeypatch.delitem(sys.modules, "torch")
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert lacks_cuda() == lacks
