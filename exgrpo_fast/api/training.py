@@ -111,7 +111,9 @@ def train(
         if resumes:
             refuse_other_config(folder.config, config)
             folder.require_step(resume)
-        rewards = check_before_torch(config, rows, weights=not resumes) if rank.is_main else None
+        rewards = None
+        if rank.is_main:
+            rewards = check_before_torch(config, rows, weights=not resumes, trains=True)
         stack.enter_context(rewards or contextlib.nullcontext())
         from exgrpo_fast.cli.train_run import EXIT_SIGNAL, train_run
 

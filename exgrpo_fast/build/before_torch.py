@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from exgrpo_fast.build.data import distinct, questions_of, refuse_bad_golds, without_held_out
 from exgrpo_fast.build.folder import (
     allowed,
     check_prior,
@@ -21,7 +22,7 @@ from exgrpo_fast.build.quickstart.template import CHAT_TEMPLATE
 from exgrpo_fast.build.rewards import check_rewards, make_rewards
 from exgrpo_fast.config import Config, ConfigError, GymTask
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data import CheckedRow, check_first_rows, first_questions, question_from_text
+from exgrpo_fast.data import DataReport, check_first_rows, question_from_text
 from exgrpo_fast.model.folder_reading import (
     ModelFiles,
     PlainConfig,
@@ -44,25 +45,30 @@ from exgrpo_fast.model.weight_files import (
     refuse_other_shapes,
 )
 from exgrpo_fast.rewards import RewardPool
+from exgrpo_fast.run.display import Screen
 
+FIRST_GOLDS = 20  # a field of other answers shows in these; one answer can take 50 ms
 QUICKSTART, SMOLLM2 = "quickstart", "smollm2"  # models that are no folders before the run
 
 
 def check_before_torch(
     config: Config,
-    rows: Mapping[str, Sequence[CheckedRow]],
+    rows: Mapping[str, DataReport],
     *,
     prompt: str | None = None,
     tokenizer_only: bool = False,
     weights: bool = True,
     shortens: bool = False,
+    trains: bool = False,
 ) -> RewardPool | None:
-    """UserError for models that cannot be trained, sampled from or learnt from, rows that the chat
-    template refuses, and rewards that fail on the first row; the workers of these rewards.
+    """UserError for models that cannot be trained, sampled from or learnt from, rows that cannot be
+    used, and rewards that fail on the first row; the workers of these rewards.
 
-    rows: source -> the first ones. prompt: a question typed by hand. tokenizer_only: a server has the
-    model. weights: False where a checkpoint has them. shortens: completions are cut to what the model
-    has positions for. None: there is no row with an answer, or no tokenizer yet.
+    rows: source -> the first ones; where they are all, what the run says of all is said here. prompt: a
+    question typed by hand. tokenizer_only: a server has the model. weights: False where a checkpoint
+    has them. shortens: completions are cut to what the model has positions for. trains: gold answers
+    are checked, and held-out questions left out. None: there is no row with an answer, or no tokenizer
+    yet.
     """
     name = config.model.name or ""
     quiet_libraries()
@@ -70,9 +76,8 @@ def check_before_torch(
     if name == QUICKSTART:
         if weights and config.data.train is not None:
             solved_task(config)
-        return _tried_rewards(
-            config, _questions(config, rows, prompt, TemplateAlone(CHAT_TEMPLATE))
-        )
+        questions = _questions(config, rows, prompt, TemplateAlone(CHAT_TEMPLATE), trains=trains)
+        return _tried_rewards(config, questions, trains=trains)
     if name == SMOLLM2:
         folder = cached_folder(name)
         if folder is None:
@@ -86,7 +91,8 @@ def check_before_torch(
         refuse_broken_template(template, name, system_prompt=config.data.system_prompt)
         if not shortens:
             refuse_longer_than(allowed(config, header.positions), config, name, 1)
-        return _tried_rewards(config, _questions(config, rows, prompt, template))
+        questions = _questions(config, rows, prompt, template, trains=trains)
+        return _tried_rewards(config, questions, trains=trains)
     model = None if tokenizer_only else _supported_config(name, "model.name")
     if model is not None:
         refuse_quantised(model, name)
@@ -95,12 +101,10 @@ def check_before_torch(
     if tokenizer is not None:
         if model is not None:
             check_settings(config, name, model, tokenizer)
-        questions = _questions(config, rows, prompt, tokenizer)
+        questions = _questions(config, rows, prompt, tokenizer, trains=trains)
     if model is not None and questions and not shortens:
-        # Longer ones may be dropped; the run says what becomes of them.
-        lengths = [len(question.prompt_ids) for question in questions]
-        taken = [length for length in lengths if length <= config.data.max_prompt_tokens]
-        refuse_longer_than(positions_of(config, model), config, name, max(taken, default=1))
+        longest = max(len(question.prompt_ids) for question in questions)
+        refuse_longer_than(positions_of(config, model), config, name, longest)
     if model is not None and weights:
         _refuse_other_weights(model, name, "model.name")
     targets = config.model.lora.targets if config.model.lora else ["all-linear"]
@@ -110,7 +114,7 @@ def check_before_torch(
         policy = ModelFiles(name, model, tokenizer)
         check_prior(config, policy, _checked_files)
         check_teacher(config, policy, _checked_files)
-    return _tried_rewards(config, questions)
+    return _tried_rewards(config, questions, trains=trains)
 
 
 def solved_task(config: Config) -> GymTask:
@@ -124,7 +128,7 @@ def solved_task(config: Config) -> GymTask:
     return task
 
 
-def _first_of_tasks(config: Config) -> dict[str, list[CheckedRow]]:
+def _first_of_tasks(config: Config) -> dict[str, DataReport]:
     """The first row of each gym task; files were read already."""
     tasks = [task for task in (config.data.train, config.data.eval) if isinstance(task, GymTask)]
     return {str(task): check_first_rows(task.model_dump()) for task in tasks}
@@ -152,32 +156,43 @@ def _checked_files(name: str, key: str) -> ModelFiles | None:
 
 def _questions(
     config: Config,
-    rows: Mapping[str, Sequence[CheckedRow]],
+    rows: Mapping[str, DataReport],
     prompt: str | None,
     tokenizer: Tokenizer,
+    *,
+    trains: bool,
 ) -> list[Question]:
-    system_prompt = config.data.system_prompt
-    questions = [
-        question
-        for source, first in rows.items()
-        for question in first_questions(
-            source, first, tokenizer=tokenizer, system_prompt=system_prompt
-        )
-    ]
+    """Those that a run would take of the first rows."""
+    found = {
+        source: distinct(questions_of(config, report, tokenizer).questions)
+        for source, report in rows.items()
+    }
+    train, held_out = map(str, (config.data.train, config.data.eval))
+    if trains and held_out in found:
+        kept_out = found[held_out][: config.data.eval_size]
+        if train in found and rows[train].is_whole:
+            found[train] = without_held_out(found[train], kept_out)
+        found[held_out] = kept_out
+    questions = [question for of_source in found.values() for question in of_source]
     if prompt is not None:
+        system_prompt = config.data.system_prompt
         questions.append(
             question_from_text(prompt, tokenizer=tokenizer, system_prompt=system_prompt)
         )
     return questions
 
 
-def _tried_rewards(config: Config, questions: Sequence[Question]) -> RewardPool | None:
+def _tried_rewards(
+    config: Config, questions: Sequence[Question], *, trains: bool
+) -> RewardPool | None:
     answered = [question for question in questions if question.answer]
     if not answered:  # a question typed by hand has none
         return None
     rewards = make_rewards(config)
     try:
         check_rewards(config, rewards, answered[0])
+        if trains and config.data.check_answers:
+            refuse_bad_golds(questions, rewards, Screen(), limit=FIRST_GOLDS)
     except BaseException:
         rewards.close()
         raise

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from exgrpo_fast.config import Config, ConfigError, GymTask, require
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data import LoadedQuestions, load_questions
+from exgrpo_fast.data import DataReport, LoadedQuestions, check_data, make_questions
 from exgrpo_fast.model.folder_reading import Tokenizer
 from exgrpo_fast.rewards import RewardPool, check_golds
 from exgrpo_fast.run.display import Screen
@@ -24,13 +24,7 @@ def load_data(
         source = require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
         # A gym task draws some questions twice; of those the first stays.
         train = distinct(read_questions(config, source, tokenizer, screen.note).questions)
-    kept_out = {content(question) for question in held_out}
-    unseen = [question for question in train if content(question) not in kept_out]
-    if not unseen:
-        raise ConfigError(
-            f"data.train: all of its {len(train)} questions are held out by data.eval; give another "
-            "file, or hold out fewer with data.eval_size"
-        )
+    unseen = without_held_out(train, held_out)
     if len(unseen) < len(train):
         screen.note(
             f"{len(train) - len(unseen)} training questions are held-out ones too: left out"
@@ -41,6 +35,18 @@ def load_data(
             f"rollout.prompts_per_step {config.rollout.prompts_per_step}"
         )
     return unseen, held_out
+
+
+def without_held_out(train: Sequence[Question], held_out: Sequence[Question]) -> list[Question]:
+    """ConfigError where none is left."""
+    kept_out = {content(question) for question in held_out}
+    unseen = [question for question in train if content(question) not in kept_out]
+    if not unseen:
+        raise ConfigError(
+            f"data.train: all of its {len(train)} questions are held out by data.eval; give another "
+            "file, or hold out fewer with data.eval_size"
+        )
+    return unseen
 
 
 def content(question: Question) -> tuple[str, str]:
@@ -55,17 +61,13 @@ def read_questions(
     config: Config, source: str | GymTask, tokenizer: Tokenizer, note: Callable[[str], object]
 ) -> LoadedQuestions:
     data = config.data
-    loaded = load_questions(
+    report = check_data(
         source if isinstance(source, str) else source.model_dump(),
-        tokenizer=tokenizer,
         prompt_field=data.prompt_field,
         answer_field=data.answer_field,
         id_field=data.id_field,
-        system_prompt=data.system_prompt,
-        max_prompt_tokens=data.max_prompt_tokens,
-        overlong_prompts=data.overlong_prompts,
-        max_bad_rows=data.max_bad_rows,
     )
+    loaded = questions_of(config, report, tokenizer)
     for line in loaded.notes:
         note(line)
     for row in loaded.bad_rows:
@@ -78,16 +80,38 @@ def read_questions(
     return loaded
 
 
+def questions_of(config: Config, report: DataReport, tokenizer: Tokenizer) -> LoadedQuestions:
+    """Of rows that were read already. DataError as `make_questions`."""
+    data = config.data
+    return make_questions(
+        report,
+        tokenizer=tokenizer,
+        system_prompt=data.system_prompt,
+        max_prompt_tokens=data.max_prompt_tokens,
+        overlong_prompts=data.overlong_prompts,
+        max_bad_rows=data.max_bad_rows,
+    )
+
+
 def refuse_bad_golds(
-    questions: Sequence[Question], rewards: RewardPool | None, screen: Screen
+    questions: Sequence[Question],
+    rewards: RewardPool | None,
+    screen: Screen,
+    *,
+    limit: int | None = None,
 ) -> None:
-    """ConfigError naming the first gold answers that the reward itself does not accept."""
+    """ConfigError naming the first gold answers that the reward itself does not accept.
+
+    `limit`: of the first so many questions alone.
+    """
     assert rewards is not None
+    which = "" if limit is None or len(questions) <= limit else "the first "
+    questions = questions[:limit]
     with screen.phase("check gold answers", len(questions)) as advance:
         bad = check_golds(questions, rewards, advance)
     if bad:
         listed = "; ".join(f"{g.question_id}: {g.answer!r} ({g.reason})" for g in bad[:3])
         raise ConfigError(
-            f"{len(bad)} of {len(questions)} gold answers fail their own reward: {listed}; "
+            f"{len(bad)} of {which}{len(questions)} gold answers fail their own reward: {listed}; "
             f"correct them, or set data.check_answers false"
         )

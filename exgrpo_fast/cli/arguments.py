@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
 from exgrpo_fast.core.http_client import EndpointError, authorization, checked_url
-from exgrpo_fast.data import CheckedRow, check_first_rows, names_file
+from exgrpo_fast.data import DataReport, check_first_rows, names_file
 from exgrpo_fast.rewards import RewardError, RewardPool, check_reference
 
-FirstRows = dict[str, list[CheckedRow]]  # by their source
+FirstRows = dict[str, DataReport]  # by their source
 
 
 class Parser(argparse.ArgumentParser):

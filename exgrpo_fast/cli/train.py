@@ -135,7 +135,9 @@ def train(arguments: argparse.Namespace) -> int:
         # With several ranks torchrun is the supervisor.
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
-        rewards = check_before_torch(config, rows, weights=not resumes) if rank.is_main else None
+        rewards = None
+        if rank.is_main:
+            rewards = check_before_torch(config, rows, weights=not resumes, trains=True)
         device = choose_device(arguments.device, config)
         from exgrpo_fast.cli.train_run import train_run  # seconds of imports
 
@@ -199,7 +201,7 @@ def show_dry_run(
     gib, folder = arguments.device_memory_gib, Path(config.model.name or "")
     if gib is None and folder.exists():  # nothing is asked of a hub
         has_weights = any(folder.glob("*.safetensors*"))  # a plan needs none
-        if rewards := check_before_torch(config, rows, weights=has_weights):
+        if rewards := check_before_torch(config, rows, weights=has_weights, trains=True):
             rewards.close()
     print(dump_yaml(config), end="")
     print_lines(derived_numbers(config), indent="#     ")

@@ -22,8 +22,8 @@ from exgrpo_fast.data.checking import (
 from exgrpo_fast.data.parsing import parse_row
 from exgrpo_fast.data.questions import (
     LoadedQuestions,
-    first_questions,
     load_questions,
+    make_questions,
     question_from_text,
 )
 from exgrpo_fast.data.sources import BadRow, DataError, Row, Source, names_file, read_rows
@@ -40,8 +40,8 @@ __all__ = [
     "check_data",
     "check_first_rows",
     "content_id",
-    "first_questions",
     "load_questions",
+    "make_questions",
     "names_file",
     "parse_row",
     "question_from_text",

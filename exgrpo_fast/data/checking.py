@@ -44,6 +44,7 @@ class DataReport:
     bad_rows: list[BadRow]
     notes: list[str]  # what was chosen, merged or left out, for people
     num_repeated: int = 0
+    is_whole: bool = True  # False: of the first rows alone
 
     @property
     def num_good(self) -> int:
@@ -66,22 +67,25 @@ class FieldNames(TypedDict, total=False):
 _OF_A_TASK: FieldNames = {"prompt_field": "prompt", "answer_field": "answer", "id_field": None}
 
 
-def check_data(source: Source, **names: Unpack[FieldNames]) -> DataReport:
+def check_data(
+    source: Source, limit: int | None = None, /, **names: Unpack[FieldNames]
+) -> DataReport:
     """Read a source and check each row: the usable ones, and the others with file:line and reason.
 
-    Repeated questions are merged. For a gym task the field names are the task's own. DataError when
-    the source cannot be read, has no rows, or has no such fields.
+    Repeated questions are merged. For a gym task the field names are the task's own. `limit`: of the
+    first so many rows. DataError when the source cannot be read, has no rows, or has no such fields.
     """
     name = source_name(source)
     is_file = isinstance(source, str | Path)
     if not is_file:
         names = _OF_A_TASK
     rows = iter(read_rows(source))
-    first = list(itertools.islice(rows, FIRST_ROWS))
+    first = list(itertools.islice(rows, FIRST_ROWS if limit is None else limit))
     checker = _checker_of(name, first, names)
+    is_whole = limit is None or next(rows, None) is None
     checked = [
         row if isinstance(row, BadRow) else checker.check(row)
-        for row in itertools.chain(first, rows)
+        for row in itertools.chain(first, rows if limit is None else ())
     ]
     # `prompt` and `answer` go without saying.
     fields = {"prompt": checker.prompt_field, "answer": checker.answer_field}
@@ -97,23 +101,18 @@ def check_data(source: Source, **names: Unpack[FieldNames]) -> DataReport:
         [row for row in checked if isinstance(row, BadRow)],
         [f"data {name}: {note}" for note in notes] if is_file else [],
         checker.num_repeated,
+        is_whole,
     )
 
 
-def check_first_rows(source: Source, **names: Unpack[FieldNames]) -> list[CheckedRow]:
-    """The usable ones of the first rows, of a gym task of its first alone. DataError where a source has
-    no rows or fields, or none of its first rows is usable."""
-    is_file = isinstance(source, str | Path)
-    first = list(itertools.islice(read_rows(source), FIRST_ROWS if is_file else 1))
-    name = source_name(source)
-    if not is_file:
-        names = _OF_A_TASK
-    checker = _checker_of(name, first, names)
-    checked = [row if isinstance(row, BadRow) else checker.check(row) for row in first]
-    bad = [row for row in checked if isinstance(row, BadRow)]
-    if len(bad) == len(first):
-        raise none_usable(name, bad)
-    return [row for row in checked if isinstance(row, CheckedRow)]
+def check_first_rows(source: Source, **names: Unpack[FieldNames]) -> DataReport:
+    """Of the first rows, of a gym task of its first alone. DataError as `check_data`, and where none
+    of them is usable."""
+    limit = FIRST_ROWS if isinstance(source, str | Path) else 1
+    report = check_data(source, limit, **names)
+    if not report.rows:
+        raise none_usable(report.name, report.bad_rows)
+    return report
 
 
 def none_usable(name: str, bad: Sequence[BadRow]) -> DataError:

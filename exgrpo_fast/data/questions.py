@@ -8,7 +8,14 @@ from typing import Any, Literal, Unpack
 
 from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Question
-from exgrpo_fast.data.checking import CheckedRow, FieldNames, check_data, content_id, none_usable
+from exgrpo_fast.data.checking import (
+    CheckedRow,
+    DataReport,
+    FieldNames,
+    check_data,
+    content_id,
+    none_usable,
+)
 from exgrpo_fast.data.sources import BadRow, DataError, Source
 
 TOKENIZER_BATCH = 1024
@@ -41,7 +48,29 @@ def load_questions(
     DataError, in one line, also for a missing source, unknown fields, no question left, or a prompt
     above `max_prompt_tokens` where `overlong_prompts` is "refuse".
     """
-    report = check_data(source, **names)
+    return make_questions(
+        check_data(source, **names),
+        tokenizer=tokenizer,
+        system_prompt=system_prompt,
+        max_prompt_tokens=max_prompt_tokens,
+        overlong_prompts=overlong_prompts,
+        max_bad_rows=max_bad_rows,
+        limit=limit,
+    )
+
+
+def make_questions(
+    report: DataReport,
+    *,
+    tokenizer: Any,
+    system_prompt: str | None,
+    max_prompt_tokens: int,
+    overlong_prompts: Literal["drop", "refuse"],
+    max_bad_rows: float,
+    limit: int | None = None,
+) -> LoadedQuestions:
+    """As `load_questions`, of rows that were read already. Of the first rows alone the questions may be
+    none; DataError where the chat template refuses all of them."""
     render = _Renderer(tokenizer, system_prompt)
     questions: list[Question] = []
     bad_rows = list(report.bad_rows)
@@ -65,6 +94,10 @@ def load_questions(
                 num_overlong += 1
         if len(questions) >= wanted:
             break
+    if bad_rows and not questions and not num_overlong:
+        raise none_usable(report.name, bad_rows)
+    if not report.is_whole:
+        return LoadedQuestions(questions[:wanted], bad_rows, num_overlong, report.notes)
     if len(bad_rows) > max_bad_rows * report.num_rows:
         raise DataError(
             f"data {report.name}: {len(bad_rows)} of {report.num_rows} rows are malformed, "
@@ -76,17 +109,6 @@ def load_questions(
             f"malformed, {num_overlong} longer than data.max_prompt_tokens {max_prompt_tokens}"
         )
     return LoadedQuestions(questions[:wanted], bad_rows, num_overlong, report.notes)
-
-
-def first_questions(
-    source: str, rows: Sequence[CheckedRow], *, tokenizer: Any, system_prompt: str | None = None
-) -> list[Question]:
-    """Of the first rows of a source. DataError where the chat template refuses them all."""
-    made = _Renderer(tokenizer, system_prompt)(rows)
-    bad = [question for question in made if isinstance(question, BadRow)]
-    if len(bad) == len(made):
-        raise none_usable(source, bad)
-    return [question for question in made if isinstance(question, Question)]
 
 
 def question_from_text(

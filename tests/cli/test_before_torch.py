@@ -382,6 +382,41 @@ CASES = [
     Case("hub", nothing, "nobody/none: config.json: ", "eval", ("--model", "nobody/none")),
     Case("an adapter", text("adapter_config.json", "{}"), "merge it into its model first"),
 ]
+LONG = ("--data.max_prompt_tokens", "4")
+REFUSE = ("--data.overlong_prompts", "refuse")
+HELD_OUT = "all of its 3 questions are held out by data.eval"
+
+
+def rows(*lines: Any, file: str = "rows.jsonl") -> Damage:
+    """Rows of its own: a dict, or the text of a line."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    return lambda folder: folder.with_name(file).write_text("\n".join(texts))
+
+
+def asks(number: int, *, words: int = 0, answer: Any = "3") -> dict[str, Any]:
+    return {"prompt": f"{number}" + " word" * words, "answer": answer}
+
+
+CASES += [
+    Case("long", nothing, "3 rows: 0 malformed, 3 longer than data.max_prompt_tokens 4", more=LONG),
+    Case("long", nothing, "0 malformed, 3 longer than", "dry-run", LONG),
+    Case("long", nothing, "rows.jsonl:1: the prompt has ", more=(*LONG, *REFUSE)),
+    Case(
+        "long",
+        rows("{", *(asks(i, words=900) for i in range(99)), asks(99)),  # the first 100 rows of 101
+        "rows.jsonl:2: the prompt has 4504 tokens",
+        more=REFUSE,
+    ),
+    Case("malformed", rows("{", asks(1), asks(2)), "1 of 3 rows are malformed"),
+    Case("malformed", rows("{", asks(1), asks(2)), "1 of 3 rows are malformed", "eval"),
+    Case("held out", nothing, HELD_OUT, more=("--data.eval", "rows.jsonl")),
+    Case("gold", rows(asks(1), asks(2, answer="\\frac{")), "1 of 2 gold answers fail their own"),
+    Case(
+        "gold",
+        rows(*(asks(i, answer="\\frac{") for i in range(200))),
+        "20 of the first 20 gold answers fail their own reward",
+    ),
+]
 if not torch.cuda.is_available():
     CUDA, FLASH = ("--device", "cuda"), ("--model.attention", "flash")
     NF4 = ("--model.quantization", "nf4", "--model.lora.rank", "4")
@@ -474,11 +509,11 @@ def outcomes(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     for case in CASES:
         place = tmp_path_factory.mktemp("case")
         shutil.copytree(model_folder, place / "model")
-        case.damage(place / "model")
-        rows = [{"prompt": f"What is {i} + 2?", "answer": "3"} for i in range(3)]
-        chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-        for name, lines in (("rows", rows), ("messages", chats)):
+        plain = [{"prompt": f"What is {i} + 2?", "answer": "3"} for i in range(3)]
+        chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in plain]
+        for name, lines in (("rows", plain), ("messages", chats)):
             (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        case.damage(place / "model")
         calls.append((str(place), words_of(case)))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
