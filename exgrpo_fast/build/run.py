@@ -61,71 +61,71 @@ def open_run(
     """
     prepare_process(device)
     refuse_impossible_attention(config, device)
-    are_tried = rewards is not None
-    if processes.is_main and not are_tried:
-        rewards = make_rewards(config)
-    with rewards or contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        are_tried = rewards is not None
+        if processes.is_main:
+            rewards = stack.enter_context(rewards or make_rewards(config))
         start, tokenizer = open_model_folder(
             config, folder, screen, device=device, processes=processes
         )
-        path = str(resume_from / "hf") if resume_from else start
         train, held_out = load_data(config, tokenizer, screen)
-        processes.run_on_rank0(lambda: are_tried or check_rewards(config, rewards, train[0]))
         questions = [*train, *held_out]
+        processes.run_on_rank0(lambda: are_tried or check_rewards(config, rewards, train[0]))
         refuse_too_long(config, start, longest_prompt=max(len(q.prompt_ids) for q in questions))
         if config.data.check_answers:
             processes.run_on_rank0(lambda: refuse_bad_golds(questions, rewards, screen))
         if resume_from:
             refuse_other_tokenizer(resume_from, tokenizer)
+
         seed_everything(config.train.seed)
         config, expected = resolve_auto(
             config, start, device=device, note=screen.note, processes=processes
         )
-        with reserve_engine(
-            config,
-            path,
-            tokenizer,
-            device=device,
-            processes=processes,
-            log_folder=folder.path,
-            note=screen.note,
-        ) as reserved:
-            policy = open_policy(config, start, resume_from, device=device, processes=processes)
-            state: dict[str, Any] = {"num_steps": 0}
-            if resume_from:
-                state = load_state(resume_from, mesh=host_mesh(processes))
-            engine = build_engine(
+        weights = str(resume_from / "hf") if resume_from else start
+        reserved = stack.enter_context(
+            reserve_engine(
                 config,
-                policy,
+                weights,
                 tokenizer,
-                reserved,
-                prompt_ids=train[0].prompt_ids,
-                journal=folder.rollouts,
-                version=state["num_steps"],
+                device=device,
+                processes=processes,
+                log_folder=folder.path,
+                note=screen.note,
             )
-            with contextlib.closing(
-                open_sink(config, folder, screen, state["num_steps"], processes)
-            ) as sink:
-                trainer = make_trainer(
-                    config,
-                    policy=policy,
-                    reference=make_reference(config, start, policy),
-                    engine=engine,
-                    prior=make_prior(config, policy, tokenizer, engine, reserved.vllm_prior),
-                    rewards=rewards,
-                    train=train,
-                    held_out=held_out,
-                    tokenizer=tokenizer,
-                    folder=folder,
-                    screen=screen,
-                    sink=sink,
-                )
-                if resume_from:
-                    if config.rollout.generate_ahead:  # restoring asks servers that may have others
-                        engine.sync(state["num_steps"])
-                    restore_run(trainer, state)
-                rehearse_and_check(config, trainer, tokenizer, train[0], expected)
-                yield trainer
+        )
+        policy = open_policy(config, start, resume_from, device=device, processes=processes)
+        state = load_state(resume_from, mesh=host_mesh(processes)) if resume_from else None
+        num_steps = state["num_steps"] if state else 0
+        engine = build_engine(
+            config,
+            policy,
+            tokenizer,
+            reserved,
+            prompt_ids=train[0].prompt_ids,
+            journal=folder.rollouts,
+            version=num_steps,
+        )
+        sink = stack.enter_context(
+            contextlib.closing(open_sink(config, folder, screen, num_steps, processes))
+        )
+        trainer = make_trainer(
+            config,
+            policy=policy,
+            reference=make_reference(config, start, policy),
+            engine=engine,
+            prior=make_prior(config, policy, tokenizer, engine, reserved.vllm_prior),
+            rewards=rewards,
+            train=train,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            folder=folder,
+            screen=screen,
+            sink=sink,
+        )
+        if state:
+            restore_run(trainer, state)
+        rehearse_and_check(config, trainer, tokenizer, train[0], expected)
+        yield trainer
 
 
 def open_model_folder(
@@ -204,6 +204,8 @@ def run_preflight(config: Config, trainer: Trainer, expected: Expected) -> str:
 
 def restore_run(trainer: Trainer, state: dict[str, Any]) -> None:
     """ConfigError where the config or the data no longer fit what was saved."""
+    if trainer.generate_ahead:  # restoring asks servers that may have other weights
+        trainer.engine.sync(state["num_steps"])
     try:
         trainer.load_state_dict(state)
     except ValueError as error:
