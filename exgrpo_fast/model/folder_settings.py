@@ -7,6 +7,7 @@ positions, a tokenizer that is larger than the embedding). Loads no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -121,13 +122,21 @@ def refuse_other_kinds(config: Any, name: str) -> None:
 
 def refuse_unsupported(config: Any) -> None:
     """PolicyError for a model whose log-probs the passes over packs would get wrong."""
-    if getattr(config, "attn_logit_softcapping", None):
-        raise PolicyError(f"{config.model_type}: soft-capped attention is not supported")
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise PolicyError(f"{config.model_type}: scaled logits ({name}) are not supported")
-    for kind in sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS_OF_LAYERS):
-        raise PolicyError(f"{config.model_type}: layers of {kind} are not supported")
+    text, family = config.get_text_config(), config.model_type
+    if getattr(text, "attn_logit_softcapping", None):
+        raise PolicyError(f"{family}: soft-capped attention is not supported")
+    for kind in sorted(set(getattr(text, "layer_types", None) or ()) - _KINDS_OF_LAYERS):
+        raise PolicyError(f"{family}: layers of {kind} are not supported")
+
+
+def logit_scale(config: Any) -> float:
+    """What the model multiplies its logits by, or, which is the same, the states before the head."""
+    text = config.get_text_config()
+    factors = [getattr(text, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor is not None:  # Granite, MiniCPM; a factor in HyperCLOVA X alone
+        factors.append(divisor if text.model_type == "hyperclovax" else 1.0 / divisor)
+    return math.prod(float(factor) for factor in factors if factor is not None)
 
 
 def refuse_broken_template(tokenizer: Any, name: str, *, system_prompt: str | None = None) -> None:
@@ -215,7 +224,7 @@ def refuse_foreign_end_tokens(config: Any, eos_token_ids: Iterable[int], name: s
 def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
     """Settings of the folder that a run does not follow, each as `key value`.
 
-    `dropout`: whether the update follows that of the config.
+    `dropout`: whether the update follows that of the config, and its noise of routers.
     """
     values = generation_settings(name)
     found = [
@@ -229,7 +238,7 @@ def overridden_settings(config: Any, name: str, *, dropout: bool) -> list[str]:
         found += [
             f"{key} {value}"
             for key, value in config.to_dict().items()
-            if "drop" in key and isinstance(value, float) and value > 0.0
+            if ("drop" in key or "jitter" in key) and isinstance(value, float) and value > 0.0
         ]
     return found
 

@@ -23,7 +23,7 @@ from exgrpo_fast.core.transfer import to_device
 from exgrpo_fast.model.attention.backends import BACKENDS, BackendName, Facts, choose, refusal
 from exgrpo_fast.model.attention.interface import ATTENTION, PackedCall, ready_mask
 from exgrpo_fast.model.folder_reading import PolicyError, read_generation_config
-from exgrpo_fast.model.folder_settings import positions, refuse_unsupported
+from exgrpo_fast.model.folder_settings import logit_scale, positions, refuse_unsupported
 from exgrpo_fast.model.frozen import hold_linear_layers_in
 from exgrpo_fast.model.head_gradient import summed_in_place
 from exgrpo_fast.model.lora import merged_weights, trainable
@@ -35,6 +35,8 @@ from exgrpo_fast.model.weight_files import read_shapes, refuse_other_weights
 from exgrpo_kernels import linear_logprob, runtime
 
 T = TypeVar("T")
+# In training mode alone; the router_jitter_noise of phimoe is a threshold in both modes.
+_ROUTER_NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}
 
 
 class Head(NamedTuple):
@@ -113,6 +115,7 @@ class Policy:
         # Beyond it a pass fails, or one sequence of a pack changes what the others are.
         self.longest = limit.limit if limit and limit.binds else None
         self.dropout = dropout
+        self.logit_scale = logit_scale(model.config)
         self.attention_calls = 0  # of the layers, in the last packed forward
         if not dropout:
             switch_off_dropout(model)
@@ -160,7 +163,7 @@ class Policy:
     @property
     def head(self) -> Head:
         layer: Any = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return Head(layer.weight, getattr(layer, "bias", None), softcap)
 
     @property
@@ -191,7 +194,10 @@ class Policy:
         return passes()
 
     def hidden_states(self, packed: Pack) -> Tensor:
-        """Pack -> [N, D] in the compute dtype: one row for every completion token."""
+        """Pack -> [N, D] in the compute dtype: one row for every completion token.
+
+        A scale of the logits is in them: whoever takes their product with the head needs no other.
+        """
         HEARTBEAT.beat()
         if self.longest and int(packed.layout.sequence_lengths.max()) > self.longest:
             raise PolicyError(
@@ -209,7 +215,8 @@ class Policy:
                 packed=call,
             )
         self.attention_calls = call.num_calls
-        return output.last_hidden_state[0].to(self.compute_dtype).index_select(0, packed.rows)
+        hidden_ND = output.last_hidden_state[0].to(self.compute_dtype).index_select(0, packed.rows)
+        return hidden_ND if self.logit_scale == 1.0 else hidden_ND * self.logit_scale
 
     def head_for(self, hidden_ND: Tensor) -> Head:
         """The head in the dtype of the hidden states (its float32 master keeps the gradient)."""
@@ -315,7 +322,7 @@ class Policy:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """No dropout in training mode; the model's config keeps its values.
+    """No dropout and no noise of routers in training mode; the model's config keeps its values.
 
     The ratio of an update to the log-probs of its rollouts is 1 at first only without them. Layers
     hold the probabilities as dropout modules or as float attributes with such a name. Those that
@@ -327,7 +334,7 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for attribute, value in list(vars(module).items()):
-            if "drop" in attribute and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in attribute or attribute in _ROUTER_NOISE):
                 setattr(module, attribute, 0.0)
 
 

@@ -4,7 +4,9 @@ A few short sequences are drawn by the engine and read by the plain model, exact
 loads it: its own attention, no padding. Compared with it:
 
     packed       the forward pass of the update: several sequences in a pack, prompts shared
-    update       the same in training mode; a difference is dropout, or noise of a router
+    head         what the losses take for the head, on states that give large logits
+    update       the same in training mode; a difference is dropout, or noise of a router, and so is
+                 a random number that is drawn
     engine       the log-probs with which the engine drew: left padding, a cache
     end token    the engine stops at each end token, and at no other
     adapter      random adapters as separate layers, against their merged weights
@@ -31,14 +33,17 @@ from torch import Tensor
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.text import first_line
 from exgrpo_fast.core.types import Completion
+from exgrpo_fast.model.attention.interface import UnsupportedAttention
 from exgrpo_fast.model.lora import has_adapter, merged_weights, random_adapter, running_merged
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.plain_model import (
     COMPLETION_TOKENS,
+    LOGITS,
     Probe,
     certain_token,
+    head_logprobs,
     made_up,
     plain_pass,
     probe_prompts,
@@ -46,7 +51,7 @@ from exgrpo_fast.rollout.plain_model import (
     rounded_embeddings,
 )
 
-Part = Literal["packed", "update", "engine", "end token", "adapter", "checkpoint"]
+Part = Literal["packed", "head", "update", "engine", "end token", "adapter", "checkpoint"]
 T = TypeVar("T")
 
 # Of the sequences, see `probe_prompts`: the short ones, and the two of one prompt.
@@ -165,9 +170,19 @@ class _ForwardCheck:
                 f"its attention cannot be replaced by one that keeps the sequences of a pack apart: "
                 f"log-probs differ by {gap(packed, plain.logprobs[: len(packed)]):.1e}",
             )
+        self._attempt("head", self._check_head)
         self._compare_packed(packed, plain)
         if not dropout:
+            before = random_state(self.policy.device)
             trained = self._attempt("update", lambda: self._packed(probe, training=True))
+            is_same = torch.equal(before, random_state(self.policy.device))
+            if not is_same and not may_draw(self.policy.model):
+                raise ForwardMismatch(
+                    self.family,
+                    "update",
+                    f"it draws random numbers in training mode: log-probs differ by "
+                    f"{gap(trained, plain.logprobs):.1e}",
+                )
             try:
                 self._compare("update", trained, plain)
             except ForwardMismatch:  # of training alone, or of the long sequence?
@@ -229,6 +244,25 @@ class _ForwardCheck:
     def _packed(self, probe: Probe, *, training: bool = False) -> list[Tensor]:
         score = self.policy.score_in_training_mode if training else self.policy.score
         return [logprobs for logprobs, _ in score(*probe.ragged()).split()]
+
+    def _check_head(self) -> None:
+        try:
+            of_model, own = head_logprobs(self.policy)
+        except UnsupportedAttention as error:
+            raise ForwardMismatch(self.family, "packed", str(error)) from None
+        if of_model.shape != own.shape:
+            what = f"the model has {of_model.shape[1]} logits, and its head {own.shape[1]} rows"
+            raise ForwardMismatch(self.family, "head", what)
+        dtype, size = self.policy.compute_dtype, gap([*of_model], [*own])
+        is_float32_on_gpu = self.policy.device.type == "cuda" and dtype == torch.float32
+        unit = TENSOR_FLOAT32 if is_float32_on_gpu else torch.finfo(dtype).eps
+        if not size <= (tolerance := max(LEAST_TOLERANCE[dtype], 4 * LOGITS * unit)):
+            raise ForwardMismatch(
+                self.family,
+                "head",
+                f"log-probs differ by {size:.1e} behind large logits, rounding explains "
+                f"{tolerance:.0e}: the model changes its logits behind the head in a way of its own",
+            )
 
     def _check_adapter(self, probe: Probe) -> None:
         model = self.policy.model
@@ -306,6 +340,19 @@ def gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     pairs = zip(found, expected, strict=True)
     means = [(a.float().cpu() - b.float().cpu()).abs().mean() for a, b in pairs]
     return float(torch.stack(means).max())
+
+
+def random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def may_draw(model: torch.nn.Module) -> bool:
+    """Where random numbers in training mode need no noise of the model's own: an adapter's dropout, and
+    layerdrop, which draws one for each layer even where it is 0."""
+    return any(
+        hasattr(module, "layerdrop") or ("lora_dropout" in name and getattr(module, "p", 0.0) > 0.0)
+        for name, module in model.named_modules()
+    )
 
 
 # --- checkpoint -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Legend: B sequences of one shape, T tokens of a completion, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,14 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.heartbeat import HEARTBEAT
 from exgrpo_fast.core.types import Completion
+from exgrpo_fast.model.attention.interface import compared_windows
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, inference
 from exgrpo_fast.model.tiling import decoder_layers
 
 BLOCK = 128  # the longest block of a kernel or a buffer that a sequence is cut into
 COMPLETION_TOKENS = 3
+LOGITS = 10.0  # deviation of a trained model's logits
 
 
 class Probe(NamedTuple):
@@ -90,18 +94,75 @@ def plain_pass(policy: Policy, probe: Probe) -> PlainPass:
     return PlainPass(logprobs, float(torch.stack(sizes).max()))
 
 
-def _logits(policy: Policy, ids: Tensor, count: int) -> Tensor:
+@torch.no_grad()
+def head_logprobs(policy: Policy) -> tuple[Tensor, Tensor]:
+    """float32 [B, V], [B, V]: log-probs of the model and of the policy's head for made-up states.
+
+    With logits of a deviation of `LOGITS`, so that a cap, a scale or a mask of them shows, be they
+    small at the start. UserError where the model does not call its body, or states do not fit the
+    head; UnsupportedAttention where a mask has another window than its layer.
+    """
+    made: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+    with inference(policy.model), policy.autocast(), policy.passes():
+
+        def replace(module: Any, inputs: Any, out: Any) -> Any:
+            states = out[0]
+            width = policy.head.weight.shape[1]
+            if states.shape[-1] != width:
+                raise UserError(
+                    f"its head takes states of {width} numbers, and its body gives {states.shape[-1]}"
+                )
+            random = torch.randn(states.shape[-2:], generator=generator).to(states)
+            some = policy.head_for(random).weight[:1024]
+            logits = torch.nn.functional.linear(random.to(some.dtype), some) * policy.logit_scale
+            made.append(random * (LOGITS / logits.float().std()).to(states))
+            out = copy.copy(out)
+            out[next(iter(out))] = made[-1].expand_as(states)
+            return out
+
+        with ExitStack() as stack:
+            for body in {policy.model.base_model, policy.model.get_decoder()}:
+                stack.enter_context(hooked(body, replace))
+            stack.enter_context(compared_windows())
+            ids = torch.tensor([[0, 1]], device=policy.device)
+            mask = torch.ones_like(ids)
+            found = _logits(policy, ids, 2, attention_mask=mask)[0]
+        if not made:
+            raise UserError("the model does not call its body as a whole")
+        hidden_BD = made[-1].to(policy.compute_dtype) * policy.logit_scale
+        weight, bias, softcap = policy.head_for(hidden_BD)
+        own = torch.nn.functional.linear(hidden_BD, weight)
+    own = own.float() if bias is None else own.float() + bias.float()
+    own = own if softcap is None else softcap * (own / softcap).tanh()
+    return found.float().log_softmax(-1).cpu(), own.log_softmax(-1).cpu()
+
+
+def _logits(policy: Policy, ids: Tensor, count: int, **inputs: Tensor) -> Tensor:
     """[B, count, V]: behind the last tokens."""
     model: Any = policy.model
+    accepted = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
+    with _whole_head(policy):
+        return model(input_ids=ids, use_cache=False, **last, **inputs).logits[:, -count:]
+
+
+@contextmanager
+def _whole_head(policy: Policy) -> Iterator[None]:
+    """A sharded head is part of no forward pass: inside, one with the weight that `passes` gathered."""
     if policy.processes.count == 1:
-        accepted = inspect.signature(model.forward).parameters
-        last = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
-        return model(input_ids=ids, use_cache=False, **last).logits[:, -count:]
-    # A sharded head is part of no forward pass: `passes` gathers it.
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -count:]
-    weight, bias, softcap = policy.head_for(hidden)
-    logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-    return logits if softcap is None else softcap * (logits / softcap).tanh()
+        yield
+        return
+    model: Any = policy.model
+    sharded = model.get_output_embeddings()
+    weight = policy.head_for(torch.empty(0, dtype=policy.compute_dtype)).weight.detach()
+    whole = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    whole.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model.set_output_embeddings(whole)
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(sharded)
 
 
 @contextmanager
@@ -120,19 +181,19 @@ def rounded_embeddings(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def certain_token(policy: Policy, token: int) -> Iterator[None]:
-    """Inside, the head gives `token` all of the probability."""
+    """Inside, the model gives `token` all of the probability."""
 
-    def prefer(module: Any, inputs: Any, logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        logits[..., token] = 1e4
-        return logits
+    def prefer(module: Any, inputs: Any, out: Any) -> Any:
+        out.logits = torch.full_like(out.logits, -1e4)
+        out.logits[..., token] = 1e4
+        return out
 
-    with hooked(policy.model.get_output_embeddings(), prefer):
+    with hooked(policy.model, prefer):
         yield
 
 
 @contextmanager
-def hooked(module: Any, hook: Callable[[Any, Any, Tensor], Tensor]) -> Iterator[None]:
+def hooked(module: Any, hook: Callable[[Any, Any, Any], Any]) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
     try:
         yield

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from several_processes import environment
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
     Gemma2Config,
     GPT2Config,
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3NextConfig,
+    VaultGemmaConfig,
 )
 
 Damage = Callable[[Path], object]
@@ -258,7 +258,7 @@ CASES = [
     Case("unknown type", setting("config.json", model_type="grokk"), "knows no model_type grokk"),
     Case("no type", setting("config.json", model_type=None), "its config.json names no model_type"),
     Case("soft caps", config(Gemma2Config()), "gemma2: soft-capped attention is not supported"),
-    Case("scaled logits", config(CohereConfig()), "cohere: scaled logits (logit_scale)", "eval"),
+    Case("soft caps", config(VaultGemmaConfig()), "vaultgemma: soft-capped attention is", "eval"),
     Case("layers", config(Qwen3NextConfig()), "layers of linear_attention are not", "sample"),
     Case(
         "quantised",

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.model.policy import Policy, PolicyError, load_model
@@ -53,8 +62,8 @@ def grouped_query_model():
     return Qwen2ForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [sliding_window_model, grouped_query_model])
 @pytest.mark.parametrize("max_tokens", [16, 10_000])
+@pytest.mark.parametrize("make", [sliding_window_model, grouped_query_model])
 def test_scores_equal_the_plain_model(make, max_tokens: int) -> None:
     model = make()
     expected = [plain_scores(model, p, r) for p, r in zip(PROMPTS, COMPLETIONS, strict=True)]
@@ -65,6 +74,55 @@ def test_scores_equal_the_plain_model(make, max_tokens: int) -> None:
         torch.testing.assert_close(our_entropies.double(), entropies, atol=2e-5, rtol=0)
     means = scores.per_completion(scores.entropies)
     assert means.tolist() == pytest.approx([float(e.mean()) for _, e in expected], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "family, scale",
+    [
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),  # a divisor
+        ("hyperclovax", {"logits_scaling": 0.3}),  # a factor
+    ],
+)
+def test_scaled_logits_are_in_scores_and_gradients(family: str, scale: dict[str, float]) -> None:
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 80}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    settings: dict[str, Any] = {**sizes, **heads, **scale, "pad_token_id": 0}
+    config = CONFIG_MAPPING[family](**settings)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)
+    expected = [plain_scores(model, p, r) for p, r in zip(PROMPTS, COMPLETIONS, strict=True)]
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = torch.tensor([[*prompt, *completion.tolist()]])
+        log_p = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_p.gather(1, completion[:, None]).sum().backward()
+    slopes = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+
+    policy = Policy(model)
+    scores = policy.score(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS)).split()
+    for (ours, our_entropies), (logprobs, entropies) in zip(scores, expected, strict=True):
+        torch.testing.assert_close(ours.double(), logprobs, atol=2e-5, rtol=0)
+        torch.testing.assert_close(our_entropies.double(), entropies, atol=2e-5, rtol=0)
+    (packed,) = pack(Ragged.of(PROMPTS), Ragged.of(COMPLETIONS), max_tokens=10_000)
+    hidden = policy.hidden_states(packed)
+    ones = torch.ones(len(packed.targets))
+    result = linear_policy_loss(
+        hidden,
+        policy.head.weight,
+        packed.targets,
+        advantages=ones,
+        behaviour_logprobs=torch.cat([scores[i][0] for i in packed.index]),  # a ratio of 1
+        weights=ones,
+        objective=PolicyObjective(clip_low=None, clip_high=None),
+    )
+    result.loss.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(-weight.grad, slopes[name], atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -17,7 +17,17 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     StableLmConfig,
@@ -75,6 +85,30 @@ def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, **more))
 
 
+def granite() -> PreTrainedModel:
+    """Logits, residuals, embeddings and attention are scaled."""
+    more: dict[str, Any] = {"residual_multiplier": 0.3, "embedding_multiplier": 3.0}
+    return GraniteForCausalLM(GraniteConfig(**SHARED, **more, logits_scaling=8.0))
+
+
+def qwen2_moe() -> PreTrainedModel:
+    """Its layers hand no window to their attention; it is in the mask alone."""
+    more: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 200}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHARED, **more, **window, max_window_layers=1))
+
+
+def phimoe() -> PreTrainedModel:
+    """While training, its router draws the experts."""
+    more: dict[str, Any] = {"num_local_experts": 4, "router_jitter_noise": 0.01}
+    return PhimoeForCausalLM(PhimoeConfig(**SHARED, **more))
+
+
+def mixtral() -> PreTrainedModel:
+    more: dict[str, Any] = {"num_local_experts": 4, "router_jitter_noise": 0.02}
+    return MixtralForCausalLM(MixtralConfig(**SHARED, **more))
+
+
 def stablelm() -> PreTrainedModel:
     """Attention of its own, which takes no notice of a pack."""
     return StableLmForCausalLM(StableLmConfig(**SHARED))
@@ -107,7 +141,7 @@ def fault_in(policy: Policy, **options: Any) -> str:
 # --- right models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [qwen3, gemma3, gpt_oss, gpt2])
+@pytest.mark.parametrize("make", [qwen3, gemma3, gpt_oss, gpt2, granite, mixtral])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_right_models_pass(make: Callable[[], PreTrainedModel], adapter: bool) -> None:
     policy = made(make, adapter=adapter)
@@ -258,6 +292,61 @@ def test_dropout_in_the_update_is_found() -> None:
     assert fault_in(subject) == "update"
     subject.dropout = True  # as model.dropout asks for it
     assert "update" not in checked(subject).gaps
+
+
+def test_small_dropout_is_found_where_bfloat16_rounds_more() -> None:
+    subject = made(qwen3, compute_dtype=torch.bfloat16)
+    subject.model.base_model.layers[0].self_attn.attention_dropout = 1e-4  # pyright: ignore
+    with pytest.raises(ForwardMismatch, match=r"update: it draws random numbers"):
+        checked(subject)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_router_that_draws_is_found_whatever_it_draws(seed: int) -> None:
+    subject = made(phimoe)
+    torch.manual_seed(seed)
+    assert fault_in(subject) == "update"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [gemma3, granite])
+def test_a_cap_or_scale_of_logits_that_the_loss_leaves_out_is_found(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits may be so small at the start that a cap changes none of them visibly."""
+    head = policy.Policy.head
+    bare = property(lambda self: head.fget(self)._replace(softcap=None))  # pyright: ignore
+    monkeypatch.setattr(policy.Policy, "head", bare)
+    monkeypatch.setattr(policy, "logit_scale", lambda config: 1.0)
+    torch.manual_seed(0)
+    model = make()  # weights as small as at the start of a pre-training
+    assert fault_in(Policy(model, compute_dtype=dtype)) == "head"
+
+
+def test_a_dropped_bias_of_the_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = made(lambda: PhiForCausalLM(PhiConfig(**SHARED)))
+    with torch.no_grad():
+        subject.model.lm_head.bias.normal_()  # pyright: ignore
+    checked(subject)
+    whole = policy.Policy.head
+    bare = property(lambda self: whole.fget(self)._replace(bias=None))  # pyright: ignore
+    monkeypatch.setattr(policy.Policy, "head", bare)
+    assert fault_in(subject) == "head"
+
+
+def test_a_window_longer_than_the_sequences_of_the_check_is_compared() -> None:
+    """Of 200 tokens: what it hides is in none of the sequences, and the mask has it all the same."""
+    with pytest.raises(ForwardMismatch, match=r"packed: Qwen2MoeAttention sees 200 tokens by its"):
+        checked(made(qwen2_moe))
+    subject = made(gemma3)
+    subject.model.base_model.layers[0].self_attn.sliding_window = 9  # pyright: ignore
+    assert fault_in(subject) == "packed"
+
+
+def test_a_cap_below_the_usual_logits_leaves_the_end_token_certain() -> None:
+    subject = made(gemma3)
+    subject.model.config.final_logit_softcapping = 0.5
+    checked(subject)
 
 
 @pytest.mark.parametrize("eos", [[5], [5, 2], []])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +36,38 @@ class PackedCall:
     num_calls: int = 0
 
 
+@dataclass
+class Windows:
+    """What the mask of a layer hides beside the future, and what the layer says of it."""
+
+    masks: list[tuple[Tensor, int | None]] = field(default_factory=list)  # with their windows
+
+    def compare(self, module: nn.Module, mask: Tensor | None, window: int | None) -> None:
+        """UnsupportedAttention where the layer hands over another window than its mask has: in a pack
+        the window alone counts."""
+        for known, size in self.masks:
+            is_same = mask is not None and mask.data_ptr() == known.data_ptr()
+            if is_same and size != window:
+                sees = [f"{n} tokens" if n else "all tokens" for n in (size, window)]
+                raise UnsupportedAttention(
+                    f"{type(module).__name__} sees {sees[0]} by its mask, and {sees[1]} by what it "
+                    f"hands to its attention: not supported"
+                )
+
+
+_WINDOWS: ContextVar[Windows | None] = ContextVar("windows", default=None)
+
+
+@contextmanager
+def compared_windows() -> Iterator[None]:
+    """Inside, calls with a 2-D mask fail where the windows of masks and layers differ."""
+    token = _WINDOWS.set(Windows())
+    try:
+        yield
+    finally:
+        _WINDOWS.reset(token)
+
+
 class UnsupportedAttention(UserError):
     """A layer asks for something that attention within a pack does not have."""
 
@@ -56,6 +91,8 @@ def packed_attention(
     UnsupportedAttention where a layer wants more than is known here: dropped in silence, it would
     make another model.
     """
+    if packed is None and (windows := _WINDOWS.get()) is not None:
+        windows.compare(module, attention_mask, sliding_window)
     if packed is None and s_aux is not None:
         return _sdpa_with_sinks(query, key, value, attention_mask, s_aux, scaling, dropout), None
     if packed is None and attention_mask is not None and query.shape[2] == 1:
@@ -151,9 +188,15 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
     """
     if attention_mask is None:
         return None
-    if attention_mask.is_cuda:
+    windows = _WINDOWS.get()
+    if attention_mask.is_cuda or windows is not None:
         kwargs["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    mask = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    if windows is not None:
+        if kwargs.get("use_vmap"):
+            raise UnsupportedAttention("its attention mask has a rule of its own: not supported")
+        windows.masks.append((mask, kwargs.get("local_size")))
+    return mask
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
