@@ -24,7 +24,7 @@ import torch
 from exgrpo_fast.build.environment import package_versions
 from exgrpo_fast.build.run import open_run
 from exgrpo_fast.config import load_config
-from exgrpo_fast.run.checkpoint.format import folder_bytes
+from exgrpo_fast.run.checkpoint.manifest import folder_bytes
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.trainer import Trainer

@@ -41,7 +41,14 @@ LIGHT = [
     "core.torchrun",
 ]
 LIGHT += ["config", "data", "cli", "rewards", "run.display", "run.report", "run.directory"]
-LIGHT += ["run.metrics", "run.diagnosis", "run.sinks", "run.supervisor", "run.live_page"]
+LIGHT += [
+    "run.checkpoint.manifest",
+    "run.metrics",
+    "run.diagnosis",
+    "run.sinks",
+    "run.supervisor",
+    "run.live_page",
+]
 LIGHT += ["model.folder_reading", "model.folder_settings", "model.gguf_file", "model.weight_files"]
 LIGHT += ["build.folder", "build.before_torch", "build.data", "build.rewards"]
 LIGHT += ["build.pretrained", "build.quickstart.template"]

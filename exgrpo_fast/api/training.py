@@ -113,7 +113,10 @@ def train(
             folder.require_step(resume)
         rewards = None
         if rank.is_main:
-            rewards = check_before_torch(config, rows, weights=not resumes, trains=True)
+            path = folder.checkpoints / f"step_{resume}" if resume.isdecimal() else None
+            rewards = check_before_torch(
+                config, rows, weights=not resumes, trains=True, checkpoint=path
+            )
         stack.enter_context(rewards or contextlib.nullcontext())
         from exgrpo_fast.cli.train_run import EXIT_SIGNAL, train_run
 

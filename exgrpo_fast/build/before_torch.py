@@ -7,6 +7,7 @@ what is not known yet, such as the weights of a GGUF file, is refused then.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from exgrpo_fast.build.data import distinct, questions_of, refuse_bad_golds, without_held_out
 from exgrpo_fast.build.folder import (
@@ -45,9 +46,11 @@ from exgrpo_fast.model.weight_files import (
     refuse_other_shapes,
 )
 from exgrpo_fast.rewards import RewardPool
+from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.display import Screen
 
 FIRST_GOLDS = 20  # a field of other answers shows in these; one answer can take 50 ms
+SMALL_FILE = 16 * 2**20  # bytes that are hashed in no time; of larger files the size is compared
 QUICKSTART, SMOLLM2 = "quickstart", "smollm2"  # models that are no folders before the run
 
 
@@ -60,6 +63,7 @@ def check_before_torch(
     weights: bool = True,
     shortens: bool = False,
     trains: bool = False,
+    checkpoint: Path | None = None,
 ) -> RewardPool | None:
     """UserError for models that cannot be trained, sampled from or learnt from, rows that cannot be
     used, and rewards that fail on the first row; the workers of these rewards.
@@ -67,9 +71,11 @@ def check_before_torch(
     rows: source -> the first ones; where they are all, what the run says of all is said here. prompt: a
     question typed by hand. tokenizer_only: a server has the model. weights: False where a checkpoint
     has them. shortens: completions are cut to what the model has positions for. trains: gold answers
-    are checked, and held-out questions left out. None: there is no row with an answer, or no tokenizer
-    yet.
+    are checked, and held-out questions left out. checkpoint: of this step the run goes on; it must be
+    whole. None: there is no row with an answer, or no tokenizer yet.
     """
+    if checkpoint is not None:
+        verify(checkpoint, largest_read=SMALL_FILE)
     name = config.model.name or ""
     quiet_libraries()
     rows = {**rows, **_first_of_tasks(config)}

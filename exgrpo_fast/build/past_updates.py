@@ -24,7 +24,8 @@ from exgrpo_fast.core.types import Group
 from exgrpo_fast.memory.fit import resolve_auto
 from exgrpo_fast.model.folder_reading import model_files
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
-from exgrpo_fast.run.checkpoint.format import load_state, verify
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.sinks import JsonlSink

@@ -36,7 +36,8 @@ from exgrpo_fast.memory.fit import Expected, resolve_auto, wants_preflight
 from exgrpo_fast.model.folder_reading import Tokenizer, model_files
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rewards import RewardPool
-from exgrpo_fast.run.checkpoint.format import load_state, read_manifest
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.checkpoint.manifest import read_manifest
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.training.preflight import rehearse

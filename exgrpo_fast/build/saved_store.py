@@ -24,7 +24,8 @@ from exgrpo_fast.experience.replay.inspect import (
 from exgrpo_fast.experience.replay.snapshot import FORMAT
 from exgrpo_fast.experience.replay.starting_pool import export_pool
 from exgrpo_fast.model.folder_reading import load_tokenizer, make_decode
-from exgrpo_fast.run.checkpoint.format import find_checkpoint, load_state, write_checkpoint
+from exgrpo_fast.run.checkpoint.format import load_state, write_checkpoint
+from exgrpo_fast.run.checkpoint.manifest import find_checkpoint
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import ctypes
 import difflib
 import importlib.util
 import re
-import runpy
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -261,10 +260,11 @@ def lacks_cuda() -> bool:
         return False
     found = importlib.util.find_spec("torch")
     try:
-        build = runpy.run_path(str(Path(found.origin).with_name("version.py")))  # pyright: ignore
-        if build["hip"] is not None:
+        text = Path(found.origin).with_name("version.py").read_text()  # pyright: ignore
+        build = dict(re.findall(r"^(cuda|hip)\b.*= (.*)", text, re.MULTILINE))
+        if build["hip"] != "None":
             return False
-        if build["cuda"] is None:
+        if build["cuda"] == "None":
             return True
     except Exception:  # none is installed, or one with other files
         return False

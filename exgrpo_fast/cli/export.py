@@ -31,7 +31,7 @@ def add_export(commands: Any) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     require_file(arguments.checkpoint, "--checkpoint")
-    from exgrpo_fast.run.checkpoint.format import find_checkpoint
+    from exgrpo_fast.run.checkpoint.manifest import find_checkpoint
 
     checkpoint = find_checkpoint(
         Path(arguments.checkpoint), lambda why: print(f"passed over: {why}", file=sys.stderr)

@@ -137,7 +137,14 @@ def train(arguments: argparse.Namespace) -> int:
             return supervise(arguments, folder)
         rewards = None
         if rank.is_main:
-            rewards = check_before_torch(config, rows, weights=not resumes, trains=True)
+            path = (
+                folder.checkpoints / f"step_{arguments.resume}"
+                if arguments.resume.isdecimal()
+                else None
+            )
+            rewards = check_before_torch(
+                config, rows, weights=not resumes, trains=True, checkpoint=path
+            )
         device = choose_device(arguments.device, config)
         from exgrpo_fast.cli.train_run import train_run  # seconds of imports
 

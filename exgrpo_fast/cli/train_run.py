@@ -28,7 +28,8 @@ from exgrpo_fast.model.oom import OutOfMemory
 from exgrpo_fast.rewards import RewardPool
 from exgrpo_fast.rollout.engine import EngineLost
 from exgrpo_fast.rollout.sync_check import WeightsOutOfSync
-from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, verify
+from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints
+from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.run.display import Screen
 from exgrpo_fast.run.display.live import make_screen

@@ -17,7 +17,7 @@ def add_verify_checkpoint(commands: Any) -> None:
 
 
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
-    from exgrpo_fast.run.checkpoint.format import CheckpointError, verify
+    from exgrpo_fast.run.checkpoint.manifest import CheckpointError, verify
 
     if (Path(arguments.folder) / "checkpoints").is_dir():
         raise ConfigError(f"{arguments.folder} is a run; its checkpoints are in checkpoints/step_N")

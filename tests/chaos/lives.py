@@ -24,7 +24,8 @@ import exgrpo_fast.cli.train_run  # noqa: F401  what a life would spend seconds 
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.cli import main
 from exgrpo_fast.core.heartbeat import Supervised
-from exgrpo_fast.run.checkpoint.format import CheckpointError, Checkpoints, verify
+from exgrpo_fast.run.checkpoint.format import Checkpoints
+from exgrpo_fast.run.checkpoint.manifest import CheckpointError, verify
 
 REWARDS = Path(__file__).resolve().parents[1] / "reward_functions.py"
 HOSTILE = Path(__file__).with_name("hostile_rewards.py")

@@ -32,8 +32,13 @@ from lives import (
 )
 from safetensors.torch import load_file, save_file
 
-from exgrpo_fast.run.checkpoint.format import MANIFEST, CheckpointError, Checkpoints, verify
-from exgrpo_fast.run.checkpoint.format import _write_manifest as write_manifest
+from exgrpo_fast.run.checkpoint.format import Checkpoints
+from exgrpo_fast.run.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    verify,
+    write_manifest,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 Figures = dict[str, Any]

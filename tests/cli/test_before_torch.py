@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -28,6 +29,8 @@ from transformers import (
     Qwen3NextConfig,
     VaultGemmaConfig,
 )
+
+from exgrpo_fast.run.checkpoint.manifest import write_manifest
 
 Damage = Callable[[Path], object]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -383,6 +386,7 @@ CASES = [
     Case("an adapter", text("adapter_config.json", "{}"), "merge it into its model first"),
 ]
 LONG = ("--data.max_prompt_tokens", "4")
+RESUME = ("--resume", "2")
 REFUSE = ("--data.overlong_prompts", "refuse")
 HELD_OUT = "all of its 3 questions are held out by data.eval"
 
@@ -391,6 +395,18 @@ def rows(*lines: Any, file: str = "rows.jsonl") -> Damage:
     """Rows of its own: a dict, or the text of a line."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     return lambda folder: folder.with_name(file).write_text("\n".join(texts))
+
+
+def checkpoint(damage: Damage) -> Damage:
+    """One of step 2 in the run's folder, changed after it was written."""
+
+    def make(folder: Path) -> None:
+        path = folder.with_name("run") / "checkpoints" / "step_2"
+        shutil.copytree(folder, path / "hf")
+        write_manifest(path, 2, {})
+        damage(path)
+
+    return make
 
 
 def asks(number: int, *, words: int = 0, answer: Any = "3") -> dict[str, Any]:
@@ -406,6 +422,23 @@ CASES += [
         rows("{", *(asks(i, words=900) for i in range(99)), asks(99)),  # the first 100 rows of 101
         "rows.jsonl:2: the prompt has 4504 tokens",
         more=REFUSE,
+    ),
+    Case("resume", checkpoint(text("hf/config.json", "{}")), "config.json: damaged", more=RESUME),
+    Case("resume", checkpoint(without("hf/config.json")), "config.json: missing", more=RESUME),
+    Case("resume", checkpoint(text("hf/new", "")), "hf/new: not in the manifest", more=RESUME),
+    Case("resume", checkpoint(text("MANIFEST.json", "{")), "missing or unreadable", more=RESUME),
+    Case("resume", checkpoint(without("MANIFEST.json")), "missing or unreadable", more=RESUME),
+    Case(
+        "resume",
+        checkpoint(setting("MANIFEST.json", schema=1)),
+        "1, this version reads",
+        more=RESUME,
+    ),
+    Case(
+        "resume",
+        checkpoint(lambda path: os.truncate(path / "hf" / "model.safetensors", 100)),
+        "model.safetensors: damaged (size or checksum differs)",
+        more=RESUME,
     ),
     Case("malformed", rows("{", asks(1), asks(2)), "1 of 3 rows are malformed"),
     Case("malformed", rows("{", asks(1), asks(2)), "1 of 3 rows are malformed", "eval"),

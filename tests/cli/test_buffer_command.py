@@ -24,7 +24,8 @@ from exgrpo_fast.experience.replay.inspect import (
 from exgrpo_fast.experience.replay.starting_pool import load_pool
 from exgrpo_fast.model.folder_reading import make_decode
 from exgrpo_fast.model.packing import Ragged
-from exgrpo_fast.run.checkpoint.format import load_state, split_tensors, verify, write_checkpoint
+from exgrpo_fast.run.checkpoint.format import load_state, split_tensors, write_checkpoint
+from exgrpo_fast.run.checkpoint.manifest import verify
 
 HOSTILE = "\x1b[2J"  # clears the screen of whoever prints it
 

@@ -27,7 +27,7 @@ from exgrpo_fast.cli import main, parser
 from exgrpo_fast.cli.arguments import lacks_cuda
 from exgrpo_fast.cli.eval import model_config
 from exgrpo_fast.config import all_keys
-from exgrpo_fast.run.checkpoint.format import verify
+from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.training.collector import Collector
 from exgrpo_fast.training.learner import Learner
@@ -697,12 +697,12 @@ class Driver:
 @pytest.mark.parametrize(
     ("build", "driver", "lacks"),
     [
-        ("cuda, hip = None, None", Driver(0, 8), True),
-        ("cuda, hip = '12.8', None", Driver(0, 1), False),
-        ("cuda, hip = '12.8', None", Driver(0, 0), True),
-        ("cuda, hip = '12.8', None", Driver(100, 0), True),  # CUDA_ERROR_NO_DEVICE
-        ("cuda, hip = '12.8', None", None, True),
-        ("cuda, hip = None, '7.1'", None, False),
+        ("cuda = None\nhip = None", Driver(0, 8), True),
+        ("cuda: Optional[str] = '12.8'\nhip = None", Driver(0, 1), False),
+        ("cuda: Optional[str] = '12.8'\nhip = None", Driver(0, 0), True),
+        ("cuda: Optional[str] = '12.8'\nhip = None", Driver(100, 0), True),  # CUDA_ERROR_NO_DEVICE
+        ("cuda: Optional[str] = '12.8'\nhip = None", None, True),
+        ("cuda = None\nhip: Optional[str] = '7.1'", None, False),
         ("version = '9'", None, False),
     ],
 )

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from several_processes import run_processes
 
-from exgrpo_fast.run.checkpoint.format import CheckpointError, load_state, verify
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.checkpoint.manifest import CheckpointError, verify
 
 WORKER = Path(__file__).with_name("saving_worker.py")
 

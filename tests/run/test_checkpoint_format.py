@@ -11,14 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exgrpo_fast.run.checkpoint.format import (
-    MANIFEST,
-    CannotSave,
-    CheckpointError,
-    Checkpoints,
-    load_state,
-    verify,
-)
+from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, load_state
+from exgrpo_fast.run.checkpoint.manifest import MANIFEST, CheckpointError, verify
 
 STATE = {
     "num_steps": 7,
@@ -120,6 +114,18 @@ def test_a_damaged_file_is_named(saved: Path, damage, name: str) -> None:
     damage(saved / name)
     with pytest.raises(CheckpointError, match=str(saved / name)):
         verify(saved)
+
+
+def test_of_large_files_the_size_alone_can_be_compared(saved: Path) -> None:
+    file = saved / "hf" / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(bytes(size))
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+        verify(saved, largest_read=size)
+    verify(saved, largest_read=size - 1)
+    file.write_bytes(bytes(size - 1))
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+        verify(saved, largest_read=0)
 
 
 @pytest.mark.parametrize("name", ["extra", "hf/model-00002.safetensors", f"hf/{MANIFEST}"])

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from exgrpo_fast.core.errors import NumericalStop
 from exgrpo_fast.model.hf_folder import HuggingFaceFolder
 from exgrpo_fast.model.policy import Policy, load_model
-from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, load_state, verify
+from exgrpo_fast.run.checkpoint.format import CannotSave, Checkpoints, load_state
+from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.checkpoint.writer import CheckpointWriter, HostCopies
 
 

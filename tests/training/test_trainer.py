@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import make_questions
 
-from exgrpo_fast.run.checkpoint.format import load_state, verify
+from exgrpo_fast.run.checkpoint.format import load_state
+from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.sinks import MetricSink
 from exgrpo_fast.training.step_metrics import peak_memory_gib
 from exgrpo_fast.training.trainer import MAX_BAD_UPDATES, NumericalStop

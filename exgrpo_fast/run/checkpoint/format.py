@@ -21,29 +21,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exgrpo_fast.core.errors import UserError
+from exgrpo_fast.run.checkpoint.manifest import folder_bytes, newest_valid, write_manifest
 from exgrpo_fast.run.directory import checkpoint_steps, sync
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-MANIFEST = "MANIFEST.json"
 PARTS = Path("state/parts")
-SCHEMA = 2
 
 WriteFolder = Callable[[Path], None]  # makes the folder and its files
 State = Mapping[str, Any]  # nested; its leaves are plain JSON or tensors
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; one line that names the file."""
 
 
 class CannotSave(Exception):
@@ -124,16 +117,8 @@ class Checkpoints:
         return names
 
     def newest_valid(self, on_bad: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that verifies; `on_bad` is called with the reason for each newer one that was skipped."""
-        for step in reversed(self.steps()):
-            path = self.folder / f"step_{step}"
-            try:
-                verify(path)
-            except CheckpointError as error:
-                on_bad(str(error))
-            else:
-                return path
-        return None
+        """As of `manifest.newest_valid`."""
+        return newest_valid(self.folder, on_bad)
 
 
 def write_checkpoint(
@@ -159,7 +144,7 @@ def write_checkpoint(
         save_file(tensors, temporary / "state" / "tensors.safetensors")
         if save_parts is not None:
             save_parts(temporary / PARTS)
-        _write_manifest(temporary, step, origin or {})
+        write_manifest(temporary, step, origin or {})
         if final.exists():
             _discard(final)
         os.rename(temporary, final)
@@ -189,97 +174,6 @@ def load_state(
 
         tensors |= read_shards(path / PARTS, sharded, mesh)
     return merge_tensors(plain, tensors)
-
-
-def find_checkpoint(path: Path, on_bad: Callable[[str], None]) -> Path:
-    """`path` itself, or of a run folder the newest that verifies; CheckpointError else."""
-    folder = path / "checkpoints"
-    if not folder.is_dir():
-        if not (path / MANIFEST).exists():
-            raise CheckpointError(f"{path}: neither a run folder nor a checkpoint")
-        verify(path)
-        return path
-    newest = Checkpoints(folder).newest_valid(on_bad)
-    if newest is None:
-        raise CheckpointError(f"{folder}: no checkpoint that verifies")
-    return newest
-
-
-# --- integrity ------------------------------------------------------------------------------------
-
-
-def verify(path: Path) -> None:
-    """CheckpointError naming the first file that is missing, unlisted or changed."""
-    manifest = read_manifest(path)
-    listed = manifest["files"]
-    present = {str(file.relative_to(path)): file for file in _files(path)}
-    for name in sorted(listed.keys() | present.keys()):
-        if name not in present:
-            raise CheckpointError(f"{path / name}: missing")
-        if name not in listed:
-            raise CheckpointError(f"{path / name}: not in the manifest")
-        size, digest = listed[name]["bytes"], listed[name]["xxh3_128"]
-        if present[name].stat().st_size != size or _digest(present[name]) != digest:
-            raise CheckpointError(f"{path / name}: damaged (size or checksum differs)")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, exactly as it was written; CheckpointError else."""
-    file = path / MANIFEST
-    try:
-        text = file.read_text()
-        manifest = json.loads(text)
-        manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{file}: missing or unreadable") from None
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{file}: schema {manifest.get('schema')}, this version reads {SCHEMA}"
-        )
-    # The text itself, too: a changed blank or a second key of one name is not seen in the values.
-    if manifest.get("digest") != _manifest_digest(manifest) or text != _manifest_text(manifest):
-        raise CheckpointError(f"{file}: was changed")
-    return manifest
-
-
-def _write_manifest(path: Path, step: int, origin: Mapping[str, Any]) -> None:
-    files = {}
-    for file in sorted(_files(path)):
-        sync(file)
-        entry = {"bytes": file.stat().st_size, "xxh3_128": _digest(file)}
-        files[str(file.relative_to(path))] = entry
-    manifest = {"schema": SCHEMA, "step": step, "origin": dict(origin), "files": files}
-    manifest["digest"] = _manifest_digest(manifest)
-    (path / MANIFEST).write_text(_manifest_text(manifest))
-    sync(path / MANIFEST)
-    for folder in [*(inner for inner in path.rglob("*") if inner.is_dir()), path]:
-        sync(folder)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    return (file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
-
-
-def folder_bytes(path: Path) -> int:
-    """Bytes of a checkpoint's files on the disk, without the manifest."""
-    return sum(file.stat().st_size for file in _files(path))
-
-
-def _digest(file: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    signed = {name: value for name, value in manifest.items() if name != "digest"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(signed, sort_keys=True).encode())
-
-
-def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(manifest, indent=1)
 
 
 def _discard(path: Path) -> None:
