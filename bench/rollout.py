@@ -14,7 +14,7 @@ are also given per CPU-second of all processes, which hardly depends on what els
     vllm_server     vLLM in processes of their own, one and as many as --servers says
 
 `update` is the time until an engine has taken over new weights and dropped its cache; `sync` adds the
-canary. `start` ends with the first sync. With --steps a training run with rollout servers is repeated
+check of the weights. `start` ends with the first sync. With --steps a training run with rollout servers is repeated
 with and without `rollout.generate_ahead`, in processes of their own; its reward is a toss of a coin.
 
 On a CPU the model is made on the spot unless --model gives one; its weights are random. An engine
@@ -225,7 +225,7 @@ def cpu_seconds(engine: Any) -> float:
 
 
 def measure_sync(engines: dict[str, Any], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of the update alone and of the whole sync, and the gap the canary found."""
+    """Seconds of the update alone and of the whole sync, and the gap that its check found."""
     found: dict[str, dict[str, list[float]]] = {}
     for version in range(1, repeats + 1):
         for name, engine in engines.items():

@@ -1,4 +1,4 @@
-"""The canary on an engine that shares the trainer's weights, and on ones that do not."""
+"""The check of an engine's weights on an engine that shares the trainer's weights, and on ones that do not."""
 
 from __future__ import annotations
 

@@ -127,14 +127,14 @@ def verified(engine: VllmEngine) -> VerifiedEngine:
     )
 
 
-def test_the_canary_passes_what_is_in_step(engine) -> None:
+def test_the_sync_check_passes_what_is_in_step(engine) -> None:
     watched = verified(engine)
     for version in (1, 2):
         train_a_little(engine.policy)
         assert watched.sync(version)["sync_gap"] < 1e-5
 
 
-def test_the_canary_finds_a_stale_cache(engine, monkeypatch) -> None:
+def test_the_sync_check_finds_a_stale_cache(engine, monkeypatch) -> None:
     watched = verified(engine)
     watched.sync(1)
     train_a_little(engine.policy)
@@ -145,7 +145,7 @@ def test_the_canary_finds_a_stale_cache(engine, monkeypatch) -> None:
         watched.sync(2)
 
 
-def test_the_canary_finds_an_update_that_was_lost(engine, monkeypatch) -> None:
+def test_the_sync_check_finds_an_update_that_was_lost(engine, monkeypatch) -> None:
     watched = verified(engine)
     train_a_little(engine.policy)
     monkeypatch.setattr(engine.model, "load", lambda weights, version: None)
@@ -153,7 +153,7 @@ def test_the_canary_finds_an_update_that_was_lost(engine, monkeypatch) -> None:
         watched.sync(1)
 
 
-def test_the_canary_finds_one_tensor_that_was_left_out(engine, monkeypatch) -> None:
+def test_the_sync_check_finds_one_tensor_that_was_left_out(engine, monkeypatch) -> None:
     watched = verified(engine)
     named = list(engine.policy.named_weights())
     train_a_little(engine.policy)
