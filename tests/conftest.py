@@ -6,6 +6,7 @@ import gc
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ from exgrpo_fast.build.experience import make_prior
 from exgrpo_fast.build.models import make_policy, make_reference
 from exgrpo_fast.build.quickstart.toy_model import make_model, make_tokenizer
 from exgrpo_fast.build.rewards import make_rewards
+from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, validate
 from exgrpo_fast.core.types import Completion, Group, Question
 from exgrpo_fast.memory import tracing
@@ -106,6 +108,50 @@ def _metrics_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Trainer, "step", checked_step)
     monkeypatch.setattr(Trainer, "_publish", checked_publish)
+
+
+def exit_code(*words: object) -> int:
+    """Of one command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return int(ended.value.code or 0)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """run('train', 'quickstart', ...) -> Result, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> Result:
+        capsys.readouterr()
+        code = exit_code(*words)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Callable[..., Result]) -> Callable[..., str]:
+    """The one line that a mistake is answered with."""
+
+    def call(*words: object) -> str:
+        result = run(*words)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("exgrpo-fast: ") and result.err.count("\n") == 1
+        return result.err.removeprefix("exgrpo-fast: ").rstrip("\n")
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-from exgrpo_fast.cli import main
+from conftest import exit_code
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,9 +49,7 @@ def test_every_result_says_how_it_is_made_again() -> None:
 
 def test_the_command_prints_one_table_or_a_list(capfd) -> None:
     def printed(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["results", *words])
-        return int(ended.value.code or 0), *capfd.readouterr()
+        return exit_code("results", *words), *capfd.readouterr()
 
     code, out, _ = printed("packing")
     assert code == 0 and "again: python bench/packing.py" in out

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REWARDS
+from conftest import REWARDS, exit_code
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.cli.train_run import environment
 from exgrpo_fast.run.directory import RunFolder
 
@@ -182,9 +181,7 @@ def events(tmp_path: Path, model_folder: Path, monkeypatch) -> list[tuple[str, t
     watched = found = []
     try:
         for more in (["--max-steps", "2"], ["--max-steps", "3", "--resume", "auto"]):
-            with pytest.raises(SystemExit) as ended:
-                main([*words, *more])
-            assert ended.value.code == 0
+            assert exit_code(*words, *more) == 0
     finally:
         watched = None
     return found

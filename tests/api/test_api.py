@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,23 +56,28 @@ print("AVG", result["avg_at_n"], result["questions"])
 """
 
 
-def test_a_script_without_a_main_guard_trains_with_its_own_function(
-    tmp_path: Path, model_folder: Path
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(rows=ROWS, keys=KEYS, model=str(model_folder)))
+def run_script(folder: Path, text: str, starter: Sequence[str] = (sys.executable,)) -> str:
+    """What it prints."""
+    (folder / "script.py").write_text(text)
     done = subprocess.run(
-        [sys.executable, script.name],
-        cwd=tmp_path,
+        [*starter, "script.py"],
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "FINISHED True 2 hf True" in done.stdout
-    assert done.stdout.count("FINISHED") == 1, "a worker ran the script again"
-    assert "AVG" in done.stdout
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_script_without_a_main_guard_trains_with_its_own_function(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    printed = run_script(tmp_path, SCRIPT.format(rows=ROWS, keys=KEYS, model=str(model_folder)))
+    assert "FINISHED True 2 hf True" in printed
+    assert printed.count("FINISHED") == 1, "a worker ran the script again"
+    assert "AVG" in printed
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(0 < step["reward_mean"] < 1 for step in steps)
 
@@ -110,16 +116,8 @@ print(json.dumps([found, "torch" in sys.modules and not loaded_by_transformers])
 def test_mistakes_are_found_before_torch_is_loaded(tmp_path: Path, model_folder: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "broken")
     (tmp_path / "broken/chat_template.jinja").write_text("{% if %}")
-    (tmp_path / "script.py").write_text(MISTAKES.format(rows=ROWS, model=str(model_folder)))
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    said, has_torch = json.loads(done.stdout)
+    printed = run_script(tmp_path, MISTAKES.format(rows=ROWS, model=str(model_folder)))
+    said, has_torch = json.loads(printed)
     expected = ("KeyError: 'score'", "line 1 of its chat template", "nowhere.jsonl does not exist")
     expected += (*expected[:2], "./nowhere does not exist", expected[2], "no file nowhere.py")
     assert len(said) == len(expected)
@@ -150,17 +148,8 @@ def test_a_script_under_torchrun_is_the_run_of_one_process(
     for count, starter in ((1, [sys.executable]), (2, TORCHRUN)):
         folder = tmp_path / str(count)
         folder.mkdir()
-        (folder / "script.py").write_text(script)
-        done = subprocess.run(
-            [*starter, "script.py"],
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stdout.count("True 2 hf True") == count, done.stdout
+        printed = run_script(folder, script, starter)
+        assert printed.count("True 2 hf True") == count, printed
     for ours, one in zip(*(steps(tmp_path / name / "run") for name in "21"), strict=True):
         assert math.isclose(ours["loss"], one["loss"], abs_tol=1e-6)
         assert ours["reward_mean"] == one["reward_mean"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import exit_code
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -27,7 +28,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from exgrpo_fast.build.folder import check_folder, completion_room, refuse_too_long
 from exgrpo_fast.build.forward import check_model
-from exgrpo_fast.cli import main
 from exgrpo_fast.cli.doctor import check_forward_pass
 from exgrpo_fast.config import Config, ConfigError, validate
 from exgrpo_fast.model.folder_reading import (
@@ -66,12 +66,6 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def lines_of(folder: Path, **sections: dict[str, Any]) -> list[str]:
     return check_folder(config_of(folder, **sections), str(folder), load_tokenizer(str(folder)))
-
-
-def command(*words: str | Path) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
 
 
 # --- overridden and named -------------------------------------------------------------------------
@@ -293,7 +287,7 @@ def test_the_commands_answer_in_one_line_before_weights_are_loaded(
     train += ["--out", tmp_path / "run", "--rollout.max_completion_tokens", "64", "--no-supervise"]
     train += ["--data.check_answers", "false", "--rollout.prompts_per_step", "2"]
     for each in (eval_, train):
-        assert command(*each) == 2
+        assert exit_code(*each) == 2
         error = capsys.readouterr().err
         assert where in error and "Traceback" not in error
         assert len([line for line in error.splitlines() if "exgrpo-fast: " in line]) == 1

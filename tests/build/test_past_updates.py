@@ -8,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REWARDS
+from conftest import REWARDS, exit_code
 from safetensors.torch import load_file
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.training.saved_updates import read_update
 
 STEPS = 4
-
-
-def exit_code(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
 
 
 def train(folder: Path, model: Path, recipe: str, *more: str) -> Path:

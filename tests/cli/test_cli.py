@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import REWARDS
+from conftest import REWARDS, Result, exit_code
 
 from exgrpo_fast import __version__
-from exgrpo_fast.cli import main, parser
+from exgrpo_fast.cli import parser
 from exgrpo_fast.cli.arguments import lacks_cuda
 from exgrpo_fast.cli.eval import model_config
 from exgrpo_fast.config import all_keys
@@ -34,47 +33,6 @@ from exgrpo_fast.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"  # a copy beside the repository
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys, tmp_path: Path, monkeypatch):
-    """run('train', 'quickstart', ...) -> Result, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> Result:
-        capsys.readouterr()
-        code = exit_code(*words)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
-def exit_code(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
-
-
-@pytest.fixture
-def refused(run):
-    """The one line that a mistake is answered with."""
-
-    def call(*words: object) -> str:
-        result = run(*words)
-        assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("exgrpo-fast: ") and result.err.count("\n") == 1
-        return result.err.removeprefix("exgrpo-fast: ").rstrip("\n")
-
-    return call
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -432,19 +390,26 @@ def test_a_folder_in_use_is_refused(refused, tmp_path: Path) -> None:
     RunFolder(tmp_path / "busy", resume=False).close()
 
 
+def train_until_sigterm(
+    out: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    """Three steps, with SIGTERM before the first call of the method."""
+    original = getattr(owner, method)
+
+    def stopped(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, method, stopped)
+    assert train(out, "--max-steps", 3, "--eval.every", 2) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+
+
 def test_a_run_stopped_before_its_first_step_resumes(
     run, tmp_path: Path, finished: Path, monkeypatch
 ) -> None:
-    begin = Collector.begin
-
-    def sigterm_then_begin(self, *arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return begin(self, *arguments)
-
     out = tmp_path / "early"
-    monkeypatch.setattr(Collector, "begin", sigterm_then_begin)
-    assert train(out, "--max-steps", 3, "--eval.every", 2) == 128 + signal.SIGTERM
-    monkeypatch.undo()
+    train_until_sigterm(out, monkeypatch, Collector, "begin")
     assert json.loads((out / "summary.json").read_text())["steps"] == 0
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_0"]
     assert train(out, "--max-steps", 3, "--eval.every", 2, "--resume", "auto") == 0
@@ -456,16 +421,8 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
     run, tmp_path: Path, finished: Path, monkeypatch
 ) -> None:
     """SIGTERM in the first update, a step written behind the checkpoint, then --resume auto."""
-    whole_update = Learner.update
-
-    def sigterm_then_update(self, *arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return whole_update(self, *arguments)
-
     out = tmp_path / "stopped"
-    monkeypatch.setattr(Learner, "update", sigterm_then_update)
-    assert train(out, "--max-steps", 3, "--eval.every", 2) == 128 + signal.SIGTERM
-    monkeypatch.undo()
+    train_until_sigterm(out, monkeypatch, Learner, "update")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 1 and summary["eval_before"] and not summary["eval_after"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]

@@ -164,7 +164,7 @@ def compare(
     processes: Processes,
     *,
     tied: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
     kl: float = 0.0,
     clip_low: float = 0.2,
     clip_high: float | None = 0.28,
@@ -394,76 +394,57 @@ def rehearsed(processes: Processes) -> str:
     return "it fits"
 
 
+# What `compare` is called with. In bfloat16 without a clip: a ratio at its edge would fall on either
+# side of it.
+BFLOAT16: dict[str, Any] = {"dtype": torch.bfloat16, "clip_low": 1.0, "clip_high": None}
+COMPARISONS: dict[str, dict[str, Any]] = {
+    "tied": {"tied": True, "kl": 0.1},
+    "untied": {"tied": False},
+    "checkpointing": {"tied": True, "gradient_checkpointing": True, "minibatches": 2},
+    "offloading": {"tied": False, "offload_activations": True},
+    "tiles": {"tied": True, "tile_tokens": 7, "kl": 0.1},
+    "tiles and checkpointing": {"tied": False, "tile_tokens": 7, "gradient_checkpointing": True},
+    "bfloat16": {"tied": False, **BFLOAT16},
+    # once: AdamW makes more of what the order of a sum has changed
+    "tiles beside whole packs": {
+        "tied": True,
+        "updates": 1,
+        "tile_tokens": 7,
+        "of_one": {"tile_tokens": 0},
+    },
+    "bfloat16 tiles": {
+        "tied": True,
+        **BFLOAT16,
+        "tile_tokens": 7,
+        "gradient_checkpointing": True,
+    },
+    "adapters": {"tied": True, "lora_rank": 4, "kl": 0.1},
+    # of a rank below the number of processes one has no rows of A
+    "adapters and checkpointing": {"tied": False, "lora_rank": 1, "gradient_checkpointing": True},
+    "adapters and tiles": {"tied": False, "lora_rank": 3, "tile_tokens": 7},
+    "kept sets": {"tied": True, "truncated": True, "kl": 0.1, "updates": 2},
+    "distillation": {"tied": True, "distils": True, "gradient_checkpointing": True},
+    "distillation and adapters": {"tied": False, "lora_rank": 4, "distils": True},
+    "adapters with dropout": {
+        "tied": True,
+        "lora_rank": 4,
+        "lora_dropout": 0.3,
+        "minibatches": 2,
+        "gradient_checkpointing": True,
+    },
+    "bfloat16 adapters": {
+        "tied": True,
+        **BFLOAT16,
+        "weights": torch.bfloat16,
+        "lora_rank": 4,
+        "kl": 0.1,
+    },
+}
+
+
 def every_comparison(processes: Processes) -> dict[str, Any]:
     return {
-        "tied": compare(processes, tied=True, dtype=torch.float32, kl=0.1),
-        "untied": compare(processes, tied=False, dtype=torch.float32),
-        "checkpointing": compare(
-            processes, tied=True, dtype=torch.float32, gradient_checkpointing=True, minibatches=2
-        ),
-        "offloading": compare(processes, tied=False, dtype=torch.float32, offload_activations=True),
-        "tiles": compare(processes, tied=True, dtype=torch.float32, tile_tokens=7, kl=0.1),
-        "tiles and checkpointing": compare(
-            processes, tied=False, dtype=torch.float32, tile_tokens=7, gradient_checkpointing=True
-        ),
-        # without a clip: a ratio at its edge would fall on either side of it
-        "bfloat16": compare(
-            processes, tied=False, dtype=torch.bfloat16, clip_low=1.0, clip_high=None
-        ),
-        # once: AdamW makes more of what the order of a sum has changed
-        "tiles beside whole packs": compare(
-            processes,
-            tied=True,
-            dtype=torch.float32,
-            updates=1,
-            tile_tokens=7,
-            of_one={"tile_tokens": 0},
-        ),
-        "bfloat16 tiles": compare(
-            processes,
-            tied=True,
-            dtype=torch.bfloat16,
-            clip_low=1.0,
-            clip_high=None,
-            tile_tokens=7,
-            gradient_checkpointing=True,
-        ),
-        "adapters": compare(processes, tied=True, dtype=torch.float32, lora_rank=4, kl=0.1),
-        # of a rank below the number of processes one has no rows of A
-        "adapters and checkpointing": compare(
-            processes, tied=False, dtype=torch.float32, lora_rank=1, gradient_checkpointing=True
-        ),
-        "adapters and tiles": compare(
-            processes, tied=False, dtype=torch.float32, lora_rank=3, tile_tokens=7
-        ),
-        "kept sets": compare(
-            processes, tied=True, dtype=torch.float32, truncated=True, kl=0.1, updates=2
-        ),
-        "distillation": compare(
-            processes, tied=True, dtype=torch.float32, distils=True, gradient_checkpointing=True
-        ),
-        "distillation and adapters": compare(
-            processes, tied=False, dtype=torch.float32, lora_rank=4, distils=True
-        ),
-        "adapters with dropout": compare(
-            processes,
-            tied=True,
-            dtype=torch.float32,
-            lora_rank=4,
-            lora_dropout=0.3,
-            minibatches=2,
-            gradient_checkpointing=True,
-        ),
-        "bfloat16 adapters": compare(
-            processes,
-            tied=True,
-            dtype=torch.bfloat16,
-            weights=torch.bfloat16,
-            clip_low=1.0,
-            clip_high=None,
-            lora_rank=4,
-            kl=0.1,
-        ),
+        **{name: compare(processes, **settings) for name, settings in COMPARISONS.items()},
         "broken": broken(processes),
         "few": few_packs(processes),
         "synced": synced(processes),

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import exit_code
 from packaging.version import Version
 from several_processes import run_processes
 from transformers import Qwen2Config
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config
 from exgrpo_fast.core.process_group import Processes
 from exgrpo_fast.core.torchrun import RankInfo
@@ -161,7 +161,7 @@ def test_a_process_takes_what_was_planned(found, case: str) -> None:
 # --- the commands ---------------------------------------------------------------------------------
 
 
-def dry_run(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch, *more: str) -> Any:
+def dry_run(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     """Its exit code."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RANK", str(rank))
@@ -169,9 +169,7 @@ def dry_run(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch, *more: str
     SEVEN_BILLION.save_pretrained(folder / "model")
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "1 + 1?", "answer": "2"}) + "\n")
     words = "train exgrpo --dry-run --model.name model --data.train rows.jsonl"
-    with pytest.raises(SystemExit) as ended:
-        main([*words.split(), "--device-memory-gib", "80", *more])
-    return ended.value.code
+    return exit_code(*words.split(), "--device-memory-gib", "80", *more)
 
 
 def test_a_dry_run_under_torchrun_plans_for_one_of_its_processes(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import exit_code
 from forked import run_forked
 from several_processes import SECONDS, environment, run_processes
 from torch.distributed import TCPStore
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, refuse_world_size, validate
 from exgrpo_fast.core.process_group import SINGLE_PROCESS
 from exgrpo_fast.core.torchrun import RankInfo, place_of
@@ -123,9 +123,7 @@ def test_what_goes_with_several_processes(sections: dict[str, Any]) -> None:
 def test_the_command_says_so_in_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as ended:
-        words = ["--prior_resampling.trigger", "tv", "--dry-run"]
-        main(["train", "eapo", "--model.name", "m", "--data.train", "d", *words])
-    assert ended.value.code == 2
+    words = ["--prior_resampling.trigger", "tv", "--dry-run"]
+    assert exit_code("train", "eapo", "--model.name", "m", "--data.train", "d", *words) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and errors.startswith("exgrpo-fast: prior_resampling.trigger")

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_questions, terms_of
+from conftest import exit_code, make_questions, terms_of
 
 from exgrpo_fast.build.quickstart.toy_model import make_model
-from exgrpo_fast.cli import main
 from exgrpo_fast.config import ConfigError, validate
 from exgrpo_fast.core.types import Group, Guidance, Trajectory, Verdict
 from exgrpo_fast.experience.prior.compatibility import (
@@ -564,23 +563,12 @@ def test_the_command_refuses_in_one_line_before_a_model_is_loaded(
         str(tmp_path / "missing"): "prior_resampling.model: ",
     }
     for model, words in cases.items():
-        with pytest.raises(SystemExit) as exit_code:
-            out = str(tmp_path / Path(model).name / "run")
-            main(
-                [
-                    "train",
-                    "eapo",
-                    "--no-supervise",
-                    "--out",
-                    out,
-                    *options,
-                    "--prior_resampling.model",
-                    model,
-                ]
-            )
+        out = tmp_path / Path(model).name / "run"
+        more = [*options, "--prior_resampling.model", model]
+        assert exit_code("train", "eapo", "--no-supervise", "--out", out, *more) == 2
         err = capsys.readouterr().err.splitlines()
         said = [line for line in err if line.startswith("exgrpo-fast")]
-        assert exit_code.value.code == 2 and len(said) == 1 and words in said[0]
+        assert len(said) == 1 and words in said[0]
 
 
 @pytest.mark.parametrize(
@@ -626,9 +614,7 @@ def test_the_prior_is_made_first_and_both_stages_start_alike(
     command += ["--prior_resampling.prior_steps", "3", "--log.completions_every", "1"]
 
     def run(*more: str) -> int:
-        with pytest.raises(SystemExit) as exit_code:
-            main([*command, "--no-supervise", "--resume", "auto", *more])
-        return int(exit_code.value.code or 0)
+        return exit_code(*command, "--no-supervise", "--resume", "auto", *more)
 
     assert run("--stop-after", "1") == 0  # in the middle of stage one
     assert not (out / "metrics.jsonl").exists()

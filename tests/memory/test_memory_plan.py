@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_questions, peak_bytes, small_config
+from conftest import exit_code, make_questions, peak_bytes, small_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.build.run import run_preflight
-from exgrpo_fast.cli import main
 from exgrpo_fast.config import Config, ConfigError, load_config, validate, with_values
 from exgrpo_fast.memory.fit import Expected, cheapest, machine_of, plan_run, refusal, resolve_auto
 from exgrpo_fast.memory.planner import GIB, Machine, Planner
@@ -211,6 +210,19 @@ def test_distillation_takes_what_was_planned(
 # --- what is held ---------------------------------------------------------------------------------
 
 
+def watch(policy: Any, ledger: Ledger, size: Callable[[Any], int]) -> tuple[list[int], list[int]]:
+    """What is live at the start of each forward pass from now on, and the size of its pack."""
+    forward, live, sizes = policy.hidden_states, [], []
+
+    def watched(packed: Any) -> torch.Tensor:
+        live.append(ledger.live)
+        sizes.append(size(packed))
+        return forward(packed)
+
+    policy.hidden_states = watched
+    return live, sizes
+
+
 @pytest.mark.parametrize("tile", [0, 16])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_nothing_of_a_pack_but_gradients_is_held_during_the_next(
@@ -223,14 +235,7 @@ def test_nothing_of_a_pack_but_gradients_is_held_during_the_next(
     policy, learner = trainer.learner.policy, trainer.learner
     groups = worst_groups(8, 8, prompt_tokens=32, completion_tokens=12, vocabulary=256)
     ledger = Ledger([*policy.model.parameters(), *policy.model.buffers()])
-    forward, live, tokens = policy.hidden_states, [], []
-
-    def watched(packed: Any) -> torch.Tensor:
-        live.append(ledger.live)
-        tokens.append(len(packed.input_ids))
-        return forward(packed)
-
-    policy.hidden_states = watched
+    live, tokens = watch(policy, ledger, lambda packed: len(packed.input_ids))
     with ledger:
         learner.rehearse(groups, trainer.objective)
     assert len(live) > 2
@@ -248,14 +253,7 @@ def test_scoring_holds_one_pack_at_a_time(
     model = {"dtype": "bfloat16" if in_bfloat16 else "float32"}
     policy = make_test_trainer(make_questions(tokenizer, ["a"]), model=model).learner.policy
     ledger = Ledger([*policy.model.parameters(), *policy.model.buffers()])
-    forward, live, rows = policy.hidden_states, [], []
-
-    def watched(packed: Any) -> torch.Tensor:
-        live.append(ledger.live)
-        rows.append(len(packed.targets))
-        return forward(packed)
-
-    policy.hidden_states = watched
+    live, rows = watch(policy, ledger, lambda packed: len(packed.targets))
     groups = worst_groups(8, 8, prompt_tokens=32, completion_tokens=12, vocabulary=256)
     with ledger:
         policy.score(*sequences_of([t for group in groups for t in group.trajectories]))
@@ -447,16 +445,12 @@ def test_the_commands_print_it(
     options = ["--config", "c.yaml"]
     if words.startswith("train"):
         options = ["--model.name", str(seven_billion), "--model.weights", "bfloat16"]
-    with pytest.raises(SystemExit) as ended:
-        main([*words.split(), *options, "--device-memory-gib", "80"])
-    assert ended.value.code == 0
+    assert exit_code(*words.split(), *options, "--device-memory-gib", "80") == 0
     assert "activations 0.219 MiB a token, logits in chunks of" in capsys.readouterr().out
 
 
 def test_a_size_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--device-memory-gib", "big"])
-    assert ended.value.code == 2
+    assert exit_code("doctor", "--device-memory-gib", "big") == 2
     assert "--device-memory-gib: big is not a size in GiB" in capsys.readouterr().err
 
 

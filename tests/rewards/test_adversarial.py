@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import exit_code
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.rewards import RewardPool, RewardSample
 from exgrpo_fast.rewards.selftest.adversarial import (
     IN_TIME_MS,
@@ -163,10 +163,8 @@ def test_the_command_reads_files_and_ends_with_a_code(rewards, tmp_path, capsys)
         "3",
     ]
 
-    def run(*words: str) -> tuple[int | str | None, str]:
-        with pytest.raises(SystemExit) as end:
-            main(["reward-test", *words])
-        return end.value.code, capsys.readouterr().out
+    def run(*words: str) -> tuple[int, str]:
+        return exit_code("reward-test", *words), capsys.readouterr().out
 
     fields = ["--data", str(rows), "--prompt-field", "q", "--answer-field", "a"]
     code, out = run("--functions", "exact", *fields, "--json")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import exit_code
 from http_server import Handler, Server, resets, running_server, stalls
 
 from exgrpo_fast.build import evaluated_model
-from exgrpo_fast.cli import main
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.http_client import Endpoint
 from exgrpo_fast.core.types import Completion
@@ -275,10 +275,7 @@ def test_log_probs_and_ids_have_to_match() -> None:
 
 
 def run_cli(capsys, *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
+    return exit_code(*arguments), *capsys.readouterr()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import exit_code
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -34,7 +35,6 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.model import lora, policy
 from exgrpo_fast.model.attention import sdpa
 from exgrpo_fast.model.policy import Policy
@@ -403,9 +403,7 @@ def train(folder: Path, tmp_path: Path, *more: str) -> int:
         --out {tmp_path / "run"} --data.check_answers false --rollout.prompts_per_step 2
         --rollout.group_size 2 --rollout.max_completion_tokens 8 --train.max_steps 1
         --reward.workers 1 --device cpu --no-supervise""".split()
-    with pytest.raises(SystemExit) as ended:
-        main([*words, *more])
-    return int(ended.value.code or 0)
+    return exit_code(*words, *more)
 
 
 def test_train_ends_in_one_line_or_goes_on_where_it_is_told_to(

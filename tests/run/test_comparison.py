@@ -8,9 +8,9 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from conftest import exit_code
 from report_runs import Page, make_run
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.run.directory import RunFolder, is_written
 from exgrpo_fast.run.report import make_page, read_run, read_runs, write_report
@@ -152,19 +152,13 @@ def test_without_a_table_of_locks_the_process_decides(tmp_path: Path, monkeypatc
 # --- the command ----------------------------------------------------------------------------------
 
 
-def command(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
-
-
 def test_report_writes_into_the_run_or_where_it_is_told(three, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command("report", three[2]) == 0
+    assert exit_code("report", three[2]) == 0
     assert "stopped · step 5 of 20" in Page((three[2] / "report.html").read_text()).text
-    assert command("report", *three) == 0
+    assert exit_code("report", *three) == 0
     assert "3 runs" in (tmp_path / "comparison.html").read_text()
-    assert command("report", three[0], "--out", "page.html") == 0
+    assert exit_code("report", three[0], "--out", "page.html") == 0
     assert not (three[0] / "report.html").exists()
     assert capsys.readouterr().out == f"{three[2] / 'report.html'}\ncomparison.html\npage.html\n"
 
@@ -196,7 +190,7 @@ def test_mistakes_are_one_line(three, tmp_path, monkeypatch, capsys, words, said
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / "config.yaml").write_text("method: exgrpo\n")
     before = sorted(tmp_path.rglob("*"))
-    assert command(*words.split()) == 2
+    assert exit_code(*words.split()) == 2
     assert capsys.readouterr() == ("", f"exgrpo-fast: {said}\n")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -207,7 +201,7 @@ def test_too_many_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_arguments_the_command_says_what_to_do_first(capsys) -> None:
-    assert command() == 0
+    assert exit_code() == 0
     shown = capsys.readouterr().out
     assert "exgrpo-fast doctor" in shown and "exgrpo-fast train quickstart" in shown
     assert max(map(len, shown.splitlines())) <= 60

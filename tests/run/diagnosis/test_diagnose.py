@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import exit_code
 
-from exgrpo_fast.cli import main
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.run.diagnosis.checks import diagnose, since
 from exgrpo_fast.run.diagnosis.logs import Log, read_log
@@ -167,15 +167,11 @@ def test_the_command_exits_1_and_prints_json(
     lines = [{"step": i, "data": {"critic/score/mean": 0.1 * i}} for i in range(1, 9)]
     path = tmp_path / "verl.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(SystemExit) as ended:
-        main(["diagnose", str(path)])
-    assert ended.value.code == 0
+    assert exit_code("diagnose", path) == 0
     assert capsys.readouterr().out == "verl, 8 steps\nnothing to report\n"
     lines = [line | {"data": line["data"] | {"response_length/clip_ratio": 0.9}} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(SystemExit) as ended:
-        main(["diagnose", "--json", str(path)])
-    assert ended.value.code == 1
+    assert exit_code("diagnose", "--json", path) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["findings"][0]["key"] == "data.max_response_length"
 
