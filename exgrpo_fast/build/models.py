@@ -89,7 +89,7 @@ def wrap(
     """`load` is called by one rank of a machine at a time: each keeps its shard only."""
     settings: dict[str, Any] = {
         "compute_dtype": getattr(torch, config.model.compute_dtype(device)),
-        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "gradient_checkpointing": config.gradient_checkpointing,
         "offload_activations": config.model.offload_activations,
         "attention": config.model.attention,
         "dropout": config.model.dropout,

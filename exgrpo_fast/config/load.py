@@ -231,7 +231,7 @@ def format_validation_error(error: ValidationError) -> str:
 
 # pydantic names the union member it tried.
 _UNION_TAGS = (
-    "str GymTask int float constrained-float literal['auto','off'] literal['auto']".split()
+    "str GymTask int bool float constrained-float literal['auto','off'] literal['auto']".split()
 )
 
 

@@ -291,6 +291,11 @@ class Config(Section):
         return max(preferred, self.longest_sequence)
 
     @property
+    def gradient_checkpointing(self) -> bool:
+        """`model.gradient_checkpointing`; what `auto` is where no memory plan is made."""
+        return self.model.gradient_checkpointing is not False
+
+    @property
     def tile_tokens(self) -> int:
         """`model.tile_tokens`; what `auto` is where no memory plan is made."""
         return 0 if self.model.tile_tokens == "auto" else self.model.tile_tokens

@@ -48,7 +48,8 @@ class Section(BaseModel):
         field = cls.model_fields[str(info.field_name)]
         if value is False and "off" in _words(field.annotation):
             return "off"  # YAML reads `off` as false
-        if isinstance(value, bool) and field.annotation is not bool:
+        accepted = (field.annotation, *typing.get_args(field.annotation))
+        if isinstance(value, bool) and bool not in accepted:
             raise ValueError("expected a value, not true or false")
         return value
 
@@ -95,7 +96,11 @@ class ModelConfig(Section):
         "auto = flash, varlen or sdpa, the first that can run",
     )
     dropout: bool = key(False, "drop in the update what the model's own config says")
-    gradient_checkpointing: bool = key(True, "recompute activations in the backward pass")
+    gradient_checkpointing: bool | Literal["auto"] = key(
+        "auto",
+        "recompute activations in the backward pass; auto = true, or false on a GPU with room for "
+        "all of them",
+    )
     offload_activations: bool = key(False, "keep checkpointed activations in host memory")
     tile_tokens: NonNegative | Literal["auto"] = key(
         "auto",

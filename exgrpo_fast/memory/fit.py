@@ -127,11 +127,14 @@ def resolve_auto(
 
     def plan() -> dict[str, Any]:
         made = plan_run(config, folder, machine).accepted(note)
-        sizes = [made.config.microbatch_tokens, made.config.tile_tokens]
-        return {"sizes": sizes, "expected": Expected.of(made)}
+        resolved = made.config
+        sizes = [resolved.microbatch_tokens, resolved.tile_tokens]
+        checkpointing = resolved.gradient_checkpointing
+        return {"sizes": sizes, "checkpointing": checkpointing, "expected": Expected.of(made)}
 
     planned = processes.run_on_rank0(plan)
-    return with_sizes(config, *planned["sizes"]), Expected(*planned["expected"])
+    resolved = with_sizes(config, *planned["sizes"], checkpointing=planned["checkpointing"])
+    return resolved, Expected(*planned["expected"])
 
 
 def wants_preflight(config: Config, device: str) -> bool:
@@ -163,7 +166,7 @@ class Change:
 
 def changes(config: Config) -> Iterator[Change]:
     """From those that change nothing of what is learned to those that do."""
-    if not config.model.gradient_checkpointing:
+    if not config.gradient_checkpointing:
         yield Change({"model.gradient_checkpointing": True}, "a third more computation")
     if config.rollout.sleep == "never":
         yield Change({"rollout.sleep": "auto"}, "some seconds a step")

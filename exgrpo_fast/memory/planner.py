@@ -45,6 +45,9 @@ GIB = 2**30
 # an H100 (8 bytes a weight at 3.35 TB/s; 8 x 4096 operations a weight at 692 TFLOP/s), of 1024
 # tokens 20 %: for where nothing else helps.
 TILE_TOKENS, SMALLEST_TILE_TOKENS = 4096, 1024
+# Of a pack without checkpointing, where `auto` halves packs to do without: enough to keep products at
+# their rate, so that the forward pass that is saved, a quarter of an update's operations, is a gain.
+SMALLEST_KEPT_PACK = 4096
 PHASES = ("rollout", "scoring", "update")
 Bytes = dict[str, float]  # by phase
 
@@ -119,12 +122,12 @@ class Planner:
         self.tracers: dict[str, Tracer] = {}
 
     def tracer(self, config: Config) -> Tracer:
-        """`config`: without `auto` in model.tile_tokens."""
+        """`config`: without `auto`, or what it is where no plan is made."""
         lora = config.model.lora
         setting = Setting(
             weights=self._weights(config),
             compute=self._compute(config),
-            checkpointing=config.model.gradient_checkpointing,
+            checkpointing=config.gradient_checkpointing,
             lora=lora.model_dump() if lora else None,
             tile_tokens=config.tile_tokens,
             gradient_release=config.train.gradient_release,
@@ -141,16 +144,34 @@ class Planner:
         return getattr(torch, config.model.weights)
 
     def plan(self, config: Config) -> MemoryPlan:
-        """The largest pack that fits, and no tiles where it does without, as `auto` allows."""
+        """The largest pack that fits, and no tiles or checkpoints where it does without, as `auto`
+        allows."""
         first, *smaller = self._choices(config)
         made = self._plan(first)
+        if made.fits:
+            return self._without_checkpointing(config, made) or made
         if made.is_hopeless:
             smaller = [] if config.train.gradient_release else smaller[-1:]
         for choice in smaller:
+            made = self._plan(choice)
             if made.fits:
                 break
-            made = self._plan(choice)
         return made
+
+    def _without_checkpointing(self, config: Config, made: MemoryPlan) -> MemoryPlan | None:
+        """The same with all activations kept: where `auto` allows it, vLLM gives up nothing for it,
+        and packs stay large."""
+        model = config.model
+        may_keep = model.gradient_checkpointing == "auto" and not model.offload_activations
+        if not may_keep or self.machine.usable is None or made.config.tile_tokens:
+            return None
+        for tokens in pack_sizes(config, self.machine.processes):
+            if tokens < min(SMALLEST_KEPT_PACK, made.config.microbatch_tokens):
+                return None
+            kept = self._plan(with_sizes(config, tokens, 0, checkpointing=False))
+            if kept.fits and kept.engine == made.engine:
+                return kept
+        return None
 
     def _choices(self, config: Config) -> Iterator[Config]:
         """Without `auto` in the pack and the tiles, the fastest first."""
@@ -334,9 +355,19 @@ def pack_sizes(config: Config, ranks: int) -> Iterator[int]:
             yield tokens
 
 
-def with_sizes(config: Config, pack_tokens: int, tile_tokens: int) -> Config:
-    sizes = {"train.max_tokens_per_microbatch": pack_tokens, "model.tile_tokens": tile_tokens}
-    return with_values(config, sizes)
+def with_sizes(
+    config: Config, pack_tokens: int, tile_tokens: int, *, checkpointing: bool | None = None
+) -> Config:
+    """`config` with nothing left to `auto` that a plan decides; `checkpointing`: None = as where no
+    plan is made."""
+    if checkpointing is None:
+        checkpointing = config.gradient_checkpointing
+    values = {
+        "train.max_tokens_per_microbatch": pack_tokens,
+        "model.tile_tokens": tile_tokens,
+        "model.gradient_checkpointing": checkpointing,
+    }
+    return with_values(config, values)
 
 
 # --- as text --------------------------------------------------------------------------------------
@@ -389,6 +420,12 @@ def _resolved(made: MemoryPlan, asked: Config) -> list[str]:
     if config.train.gradient_release:
         each = "an update" if made.machine.processes == 1 else "an update on each process"
         lines.append(f"train.gradient_release: one pack {each}, gradients freed as they are made")
+    checkpointing = config.gradient_checkpointing
+    kept = "the inputs of layers" if checkpointing else "all of a layer's activations"
+    lines.append(
+        f"model.gradient_checkpointing {str(checkpointing).lower()}"
+        f"{_how(asked.model.gradient_checkpointing)}: {kept} are kept"
+    )
     tiles = "MLPs, norms and logits in tiles" if config.tile_tokens else "no tiles"
     lines.append(f"model.tile_tokens {config.tile_tokens}{_how(asked.model.tile_tokens)}: {tiles}")
     if made.engine is not None:
@@ -404,5 +441,5 @@ def _resolved(made: MemoryPlan, asked: Config) -> list[str]:
     return lines
 
 
-def _how(asked: int | str) -> str:
+def _how(asked: int | str | bool) -> str:
     return " (auto)" if asked == "auto" else ""

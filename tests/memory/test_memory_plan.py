@@ -18,7 +18,7 @@ from exgrpo_fast.build.quickstart.toy_model import make_model
 from exgrpo_fast.build.run import run_preflight
 from exgrpo_fast.config import Config, ConfigError, load_config, validate, with_values
 from exgrpo_fast.memory.fit import Expected, cheapest, machine_of, plan_run, refusal, resolve_auto
-from exgrpo_fast.memory.planner import GIB, Machine, Planner
+from exgrpo_fast.memory.planner import GIB, Machine, MemoryPlan, Planner, table
 from exgrpo_fast.memory.tracing import Ledger, Setting, Tracer, trace
 from exgrpo_fast.memory.trainer_memory import (
     Head,
@@ -326,6 +326,42 @@ def test_a_smaller_card_gets_tiles_and_then_smaller_packs(
         seven_billion, model__weights="bfloat16", train__max_tokens_per_microbatch="32768"
     )
     assert not planner.plan(with_more).fits
+
+
+def test_checkpointing_is_left_out_where_a_gpu_has_room(
+    seven_billion: Path, planner_for: Callable[..., Planner]
+) -> None:
+    def made_for(gib: int, **keys: str) -> MemoryPlan:
+        config = exgrpo(seven_billion, model__weights="bfloat16", **keys)
+        return planner_for(gib).plan(config)
+
+    plans = {gib: made_for(gib) for gib in (141, 160, 192, 288)}
+    sizes = {
+        g: (p.config.microbatch_tokens, p.config.gradient_checkpointing) for g, p in plans.items()
+    }
+    assert sizes == {
+        141: (16384, True),
+        160: (4096, False),
+        192: (8192, False),
+        288: (16384, False),
+    }
+    assert all(p.fits and p.engine is not None and not p.engine.sleeps for p in plans.values())
+    with_checkpoints = made_for(288, model__gradient_checkpointing="true")
+    assert with_checkpoints.config.gradient_checkpointing
+    assert with_checkpoints.engine == plans[288].engine, "vLLM would pay for it"
+    # 28 layers x 16384 tokens of Qwen2.5-7B: docs/memory.md has the figure a token
+    saved = (plans[288].update.saved - with_checkpoints.update.saved) / 16384 / 2**20
+    assert saved == pytest.approx(6.24 - 0.219, abs=0.02)
+    for keys in (
+        {"model__offload_activations": "true"},
+        {"model__tile_tokens": "4096"},
+        {"rollout__kv_cache_gib": "170"},
+    ):
+        assert made_for(288, **keys).config.gradient_checkpointing, keys
+    assert (
+        "model.gradient_checkpointing false (auto): all of a layer's activations are kept"
+        in table(plans[288], exgrpo(seven_billion))
+    )
 
 
 def small_updates(folder: Path, **keys: str) -> Config:
