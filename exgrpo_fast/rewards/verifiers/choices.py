@@ -96,11 +96,23 @@ _SAID_TO_BE_ONE = re.compile(r"(?:option|choice)\s+", re.IGNORECASE)
 
 
 def chooses(found: str, gold: str) -> bool:
-    """Whether the gold answer is a letter and `found` that option, with or without its text."""
+    """Whether the gold answer is a letter and `found` that option, with or without its text.
+
+    Or several letters, in alphabetical order, and `found` the same ones.
+    """
     letter = _LETTER.fullmatch(_plain(gold))
     if letter is None:
-        return False
+        return bool(several := _several(_plain(gold))) and several == _several(_plain(found))
     return letters_in(_SAID_TO_BE_ONE.sub("", _plain(found), count=1)) == {letter[1]}
+
+
+_SEVERAL = re.compile(r"[({\\\\\s]*[A-J](?:[\s,;&()]|\band\b|[A-J])*[A-J][)}\\\\\s]*")
+
+
+def _several(text: str) -> str:
+    """`B, D and E` as `BDE`; "" unless the letters are in order."""
+    letters = re.findall("[A-J]", text) if _SEVERAL.fullmatch(text) else []
+    return "".join(letters) if letters == sorted(set(letters)) else ""
 
 
 _WRAPPED = re.compile(r"\\(?:text\w*|math\w*|mbox)\s*\{([^{}]*)\}")

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 
 from exgrpo_fast.rewards.verifiers.numerals import number
-from exgrpo_fast.rewards.verifiers.quantities import rational
+from exgrpo_fast.rewards.verifiers.quantities import quantity, rational
 from exgrpo_fast.rewards.verifiers.words import time_in_form_of
 
 MAX_CHARS = 512
@@ -35,12 +35,18 @@ _NAMED = re.compile(
 
 def _unnamed(gold: str, found: str) -> str:
     """`P(X > 1) = 0.25`, `\\vec{v} = (3, 4)` without the name, unless the gold answer has one."""
+    if "i" in gold and "j" not in gold and _WITH_J.fullmatch(found):
+        found = found.replace("j", "i")
+    if "\\vec" in gold:
+        found = _VECTOR.sub(r"\\vec{\1}", found)
     if "=" in gold:
         return found
     found = _NAMED.sub("", found)
     return _POINT.sub("", found) if gold.startswith("(") else found
 
 
+_WITH_J = re.compile(r"(?:[-+\d\s.*/(){}]|\\(?:frac|sqrt|cdot|pi)|j)*j(?:[-+\d\s.*/(){}]|\\(?:frac|sqrt|cdot|pi))*")
+_VECTOR = re.compile(r"\\(?:mathbf|boldsymbol|bm|overrightarrow|vec)\s*\{?\s*([a-zA-Z])(?![a-zA-Z])\s*\}?")
 _POINT = re.compile(r"(?:^|(?<=[,;]))\s*[A-Z]\s*(?=\([^()]*,)")
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -48,6 +54,7 @@ _POINT = re.compile(r"(?:^|(?<=[,;]))\s*[A-Z]\s*(?=\([^()]*,)")
 _DECIMAL = re.compile(r"-?\d+\.\d+(?![\d.,])")
 _WITH_COMMA = re.compile(r"(-?)(\d+|\d{1,3}(?:\.\d{3})+),(\d+)(?=[^\d.,]*$)")
 _INDIAN = re.compile(r"\d{1,2}(?:,\d\d)+,\d{3}")
+_SHORT = re.compile(r"(-?\d+(?:\.\d+)?) ?(k|K|M|B|T|mn|bn)(?: \\text\{ dollars\})?")
 _MIXED = re.compile(
     r"(-?\d{1,9})\s*(?:-|\\text\s*\{\s*and(?: an?)?\s*\}|and)\s*"
     r"(?:(\d{1,9})/(\d{1,9})|\\frac\{(\d{1,9})\}\{(\d{1,9})\})"
@@ -59,6 +66,9 @@ def _number(gold: str, found: str) -> str:
         return f"{split[1]}{split[2].replace('.', '')}.{split[3]}{found[split.end() :]}"
     if _INDIAN.fullmatch(found) and number(gold) is not None:
         return found.replace(",", "")
+    if (short := _SHORT.fullmatch(found)) and (value := quantity(gold)) and not value.unit:
+        size = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[short[2][0].lower()]
+        return gold if value.value == Fraction(short[1]) * size else found
     if mixed := _MIXED.fullmatch(found):  # `2-3/4` may also be a difference
         whole, above, below = int(mixed[1]), int(mixed[2] or mixed[4]), int(mixed[3] or mixed[5])
         sign = -1 if mixed[1].startswith("-") else 1
@@ -141,6 +151,8 @@ def _structure(gold: str, found: str) -> str:
         return r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}"
     if (column := _COLUMN.fullmatch(gold)) and (entries := _TUPLE.fullmatch(found)):
         return column[1] + entries[1].replace(",", r"\\") + column[3]
+    if "_" not in gold:
+        found = _roots(found)
     if names := _assigned(gold):
         return _with_names(names, found)
     if not _TUPLE.fullmatch(gold):
@@ -155,7 +167,17 @@ def _structure(gold: str, found: str) -> str:
 
 
 _ASSIGNMENT = re.compile(r"([a-zA-Z](?:_\{?\w\}?)?)\s*=([^=]+)")
+_ROOTS = re.compile(r"[,;]|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\\lor")
 _COMMA = re.compile(r"[,;]|\\text\s*\{\s*and\s*\}|\band\b")
+
+
+def _roots(text: str) -> str:
+    """`x_1 = 1 \\text{ or } x_2 = 5` as `1, 5`; any other text as it is."""
+    parts = [_ASSIGNMENT.fullmatch(part.strip()) for part in _ROOTS.split(text)]
+    names = {part and part[1][0] for part in parts}
+    if len(parts) < 2 or len(names) > 1 or None in names:
+        return text
+    return ", ".join(part[2].strip() for part in parts if part)
 
 
 def _assigned(text: str) -> dict[str, str]:
@@ -186,7 +208,9 @@ def _neighbours(names: list[str]) -> bool:
 _MODULUS = re.compile(r"(?:([a-z])\s*\\equiv)?\s*(.+?)\s*\\p?mod\s*(?:\{\s*(\d+)\s*\}|(\d+))\s*")
 _EQUIVALENT = re.compile(r"^[a-z]?\s*\\equiv\s*")
 _CONSTANT = re.compile(r"\+\s*(?:[CcKk]|\\text\s*\{\s*const(?:ant)?\.?\s*\})$")  # of integration
-_FUNCTION = re.compile(r"^(?:y|[fgh]\(x\))\s*=\s*")
+_FUNCTION = re.compile(
+    r"^(?:y\s*=|[fgh]\(([a-z])\)\s*=|(?:[fgh]\s*:\s*)?([a-z])\s*\\(?:mapsto|to|rightarrow)(?![a-zA-Z]))\s*"
+)
 _ORDER = re.compile(r"[<>]|\\[lgn]eq")
 _EXCEPTION = re.compile(r"\s*,\s*([a-z])\s*(?:\\[lgn]eq|[<>])\s*[-\d]+$")
 
@@ -199,8 +223,11 @@ def _conditions(gold: str, found: str) -> str:
         found = _EQUIVALENT.sub("", of_found[2])
     if _CONSTANT.search(gold):
         found = _CONSTANT.sub("+C", found)
-    if (prefix := _FUNCTION.match(gold)) and not gold[prefix.end() :].count("y"):
-        found = _FUNCTION.sub(lambda _: prefix[0], found)
+    of_gold, of_found = _FUNCTION.match(gold), _FUNCTION.match(found)
+    if of_gold and of_found and not gold[of_gold.end() :].count("y"):
+        found = found[of_found.end() :]
+        names = [own[1] or own[2] or "x" for own in (of_found, of_gold)]
+        found = of_gold[0] + re.sub(rf"(?<![a-zA-Z\\]){names[0]}(?![a-zA-Z])", names[1], found)
     exception = _EXCEPTION.search(found)
     if exception is None or exception[1] not in gold or _ORDER.search(gold):
         return found

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from exgrpo_fast.rewards.verifiers.intervals import half_open_as_in_english
 from exgrpo_fast.rewards.verifiers.numerals import WRAPPED, plain_form
-from exgrpo_fast.rewards.verifiers.words import as_date, in_digits
+from exgrpo_fast.rewards.verifiers.words import as_date, as_time, in_digits
 
 MAX_CHARS = 2048  # a longer text is not read but refused
 
@@ -86,11 +86,50 @@ def _character(character: str) -> str:
 
 _GREEK = re.compile(r"GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 
+# Commands by the name that the rest of this package knows, and those that say nothing.
+_COMMANDS = {
+    name: meaning
+    for meaning, names in {
+        r"\frac": "cfrac sfrac xfrac nicefrac",
+        r"\{": "lbrace",
+        r"\}": "rbrace",
+        r"\\": "cr newline",
+        r"\emptyset": "varnothing O",
+        r"\leq": "le leqslant leqq",
+        r"\geq": "ge geqslant geqq",
+        r"\neq": "ne",
+        r"\cup": "bigcup",
+        r"\setminus": "backslash smallsetminus",
+        r"\land": "wedge",
+        r"\lor": "vee",
+        r"\Rightarrow": "implies Longrightarrow",
+        r"\approx": "simeq approxeq",
+        r"\tan": "tg",
+        r"\cot": "ctg cotg",
+        r"\arctan": "arctg",
+        r"\log": "lg",
+        r"\mod": "bmod",
+        r":": "colon",
+        r"\epsilon": "varepsilon",
+        r"\phi": "varphi",
+        " ": "large Large LARGE huge Huge small displaystyle textstyle bf rm it mathstrut checkmark"
+        " blacksquare square",
+        "": "cancel bcancel xcancel textdollar mathdollar",
+    }.items()
+    for name in names.split()
+}
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+
+
+def _command(match: re.Match[str]) -> str:
+    return _COMMANDS.get(match[1], match[0])
+
+
 # --- words and typesetting ------------------------------------------------------------------------
 
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|sec|csc|cot|ln|log|exp|pi"
 _OPEN, _CLOSE = r"(?:\\(?:text|mbox|mathrm)\s*\{\s*)?", r"(?:\s*\})?"
-_REAL = r"\\in\s*\\mathbb\s*\{[RZN]\}"
+_REAL = r"\\in\s*\\mathbb\s*\{[RZN]\}(?:[_^]\{?(?:[+*0-]|> ?0)\}?)?"
 _Replacement = str | Callable[[re.Match[str]], str]
 
 
@@ -173,6 +212,25 @@ def _mixed(match: re.Match[str]) -> str:
     return rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}" if proper else match[0]
 
 
+# What stands before a number and makes another answer of it.
+_CHANGES = re.compile(
+    r"\b(?:no[tr]?|never|nobody|none|nothing|wrong|false|incorrect|minus|negative|plus|less|more|fewer"
+    r"|greater|smaller|larger|bigger|least|most|than|under|over|above|below|between|until|till|before"
+    r"|half|third|quarter|twice|thrice|double|triple|times|square|cubed?|root|logarithm|base|power|out"
+    r"|factorial|divided|multiplied|or|and|but|except|unless|if|maybe|perhaps|possibly|probably|either"
+    r"|neither|know|guess|\w+n't|another|without|instead|almost|nearly|modulo|multiple|from|up|next|close|per|option"
+    r"|(?:sum|product|difference|quotient|factors?|divisors?) of"
+    r"|jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
+    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?"
+    r"|sqrt|cbrt|cis|lim|max|min|mod|gcd|lcm|det|arg|deg|tanh|sinh|cosh)\b",
+    re.IGNORECASE,
+)
+
+
+def _counts(words: str) -> bool:
+    return any(in_digits(word) != word for word in re.findall("[a-z]+", words))
+
+
 # Applied in this order to the whole text.
 _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
     (re.compile(pattern), replacement)
@@ -187,43 +245,34 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         ),
         ("(?:\\d\u0305)+", lambda m: rf"\overline{{{m[0][::2]}}}"),
         # --- typesetting
+        (rf"\\(?:operatorname\*?|text|mathrm)\s*\{{\s*({_FUNCTIONS}|arc[a-z]+|c?tg|cis)\s*\}}", r"\\\1"),
+        (_COMMAND.pattern, _command),
+        (
+            r"\\?(?<![a-zA-Z])cis\s*((?:\\frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\([^()]*\)|\d+|\\?[a-zA-Z]+)(?:\s*\^\s*\{?\s*\\circ\s*\}?)?)",
+            lambda m: rf"(\cos{{({m[1]})}} + i \sin{{({m[1]})}})",
+        ),
         (r"^([*_`]{1,3})([^*_`]+)\1$", r"\2"),
         (
-            r"\\(?:large|Large|LARGE|huge|Huge|small|displaystyle|textstyle|bf|rm|it|mathstrut|checkmark|blacksquare"
-            r"|[bB]igg?[lrm]?(?=\s*[][(){}|\\])|(?:[hv]space\*?|[hv]?phantom)\s*\{[^{}]*\})(?![a-zA-Z])",
+            r"\\[bB]igg?[lrm]?(?=\s*[][(){}|\\])|\\(?:[hv]space\*?|[hv]?phantom|(?:text)?color)\s*\{[^{}]*\}"
+            r"|^\\#|\\bbox(?:\[[^][]*\])?",
             " ",
         ),
-        (
-            r"\\(?:text)?color\s*\{[a-zA-Z]+\}|\\[bx]?cancel(?![a-zA-Z])|^\\#|\\(?:text|math)dollar(?![a-zA-Z])|\\bbox(?:\[[^][]*\])?",
-            "",
-        ),
-        (r"^\s*(?:\\(?:therefore|Rightarrow|implies)(?![a-zA-Z])|=)\s*", ""),
-        (r"\\(?:c|s|x|nice)frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\([lr])brace(?![a-zA-Z])", lambda m: "\\{" if m[1] == "l" else "\\}"),
+        (r"^\s*(?:\\(?:therefore|Rightarrow)(?![a-zA-Z])|=)\s*", ""),
         (r"\\(begin|end)\s*\{smallmatrix\}", r"\\\1{matrix}"),
-        (r"\\cr(?![a-zA-Z])|\\\\\s*\[\d+\s*(?:pt|em|ex|mm)\]", r"\\\\"),
-        (r"\\(?:varnothing|O)(?![a-zA-Z])|^\\\{\s*\\\}$", r"\\emptyset"),
+        (r"\\\\\s*\[\d+\s*(?:pt|em|ex|mm)\]", r"\\\\"),
+        (r"^\\\{\s*\\\}$", r"\\emptyset"),
         (r"(?:\^\s*)?\\deg(?:rees?)?(?![a-zA-Z])", r"^\\circ"),
         (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("prime")),
         (r"(?<=\d)\s*'\s*'", '"'),
         (r"\\num\s*\{([^{}]*)\}", r"\1"),
-        (r"(?<=\d)(?:\{,\}|\\text\s*\{,\})(?=\d)", ","),
-        (r"\\text\s*\{\s*:\s*\}|\\colon(?![a-zA-Z])|\{:\}", ":"),
+        (r"(?:\\text\s*)?\{\s*([,;:])\s*(?:and\s*)?\}", r"\1"),
         (":=", "="),
         (r"\\langle(?![a-zA-Z])(.*)\\rangle(?![a-zA-Z])", r"(\1)"),
-        (r"\\([lg]e|ne)(?:qslant|q)?(?![a-zA-Z])", r"\\\1q"),
         (r"\\mathrm\s*\{([iedE])\}", r"\1"),
         (r"\\math(?:bb|bf|ds)\s*\{?\s*([RZNQ])\s*\}?(?![a-zA-Z])", r"\\mathbb{\1}"),
-        (r"\\bigcup(?![a-zA-Z])", r"\\cup"),
         (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),
         (r"\\text\s*\{\s*\\?%\s*\}", r"\\%"),
         (r"\\&", r"\\text{ and }"),
-        (
-            rf"\\(?:operatorname\*?|text|mathrm)\s*\{{\s*({_FUNCTIONS}|arc[a-z]+|c?tg)\s*\}}",
-            r"\\\1",
-        ),
-        (r"\\(arc)?tg(?![a-zA-Z])", r"\\\1tan"),
-        (r"\\(arc)?ctg(?![a-zA-Z])", r"\\\1cot"),
         (
             r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|\{?\s*\\(?:text|mathrm)\s*\{\s*o\s*\}\}?|o(?![a-z]))",
             r"^\\circ",
@@ -235,7 +284,6 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (r"(\\sqrt\[\d+\])\s*(\d|[a-z])", r"\1{\2}"),
         (r"(?:\\|(?<![\\a-zA-Z]))sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?:times )?(?:the )?square root of (\d+)", r"\\sqrt{\1}"),
-        (r"\\lg(?![a-zA-Z])", r"\\log"),
         (r"(?<=\d)\s*\\text\s*\{\s+\}(?=\d)", " "),
         (r"(?<![\\a-zA-Z])cbrt\s*\(([^()]*)\)", r"\\sqrt[3]{\1}"),
         (r"(?<=[a-z])/sec(?![a-zA-Z(])", "/s"),
@@ -247,25 +295,18 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         ),
         # --- words around the answer
         (
-            r"^\s*\\text\s*\{(?!(?i:[^{}]*\b(?:not?|never|nobody|wrong|false|incorrect)\b))"
-            r"(?:[^{}\d]*(?:\bis|[:=])\s*\}\s*:?|[A-Za-z ]*\}\s*[=:])"
-            r"|^\s*\\text\s*\{\s*(?:[Tt]he )?(?:points?|vertex|center|vector|interval|set|ratio)(?: is)?\s*\}"
-            r"|^\\text\s*\{\s*[Aa]ll\s*\}\s*(?:[a-z]\s*\\text\s*\{\s*(?:with|such that|satisfying)\s*\})?",
+            r"^\\text\s*\{\s*[Aa]ll\s*\}\s*(?:[a-z]\s*\\text\s*\{\s*(?:with|such that|satisfying)\s*\})?",
             "",
         ),
+        (r"^\s*(?:\\approx(?![a-zA-Z])|~)\s*", ""),
         (
-            rf"^{_OPEN}(?:(?!(?i:not?|none|nothing|never|nobody|wrong|false|incorrect)\b)[A-Za-z]+ ){{0,3}}"
-            rf"(?:is|are|has|have|had|needs?|costs?|takes?|equals){_CLOSE}\s*(?=[-\d\\.])"
-            rf"|^{_OPEN}(?:[HS]he|It|They|[Tt]he [a-z]+|(?!Minus|Half|No|Never|[A-Z][a-z]+ times)[A-Z][a-z]+) "
-            rf"(?!less|minus|plus)[a-z]+s{_CLOSE}\s*(?=[-\d\\.])",
-            "",
+            r"^\s*\\(?:text|mbox|mathrm)\s*\{(?P<stated>[^{}\d]*(?:\bis|[:=])\s*\}\s*:?|[A-Za-z ]*\}\s*[=:])"
+            r"|^\s*\\(?:text|mbox|mathrm)\s*\{\s*(?:[Aa]n?|[A-Za-z' -]*[a-z]{2}[A-Za-z' -]*)\s*\}\s*"
+            r"(?=[-\d.(\[|]|\\(?:frac|sqrt|pi|[{$])|[a-zA-Z]\s*=)"
+            r"|^((?:[A-Za-z][A-Za-z']* ){2,8}|(?:[A-Za-z]{4,}|[Ii][ns]|[Aa]n?|are|has|[ABab][tyD]|[Oo]n) )"
+            r"(?=-?[\d.$]|-?\\(?:frac|sqrt|pi|[{$]))",
+            lambda m: m[0] if _CHANGES.search(m[0]) or _counts(m[0]) else "",
         ),
-        (
-            rf"^\s*(?:\\(?:approx|simeq|approxeq|sim)(?![a-zA-Z])|~"
-            rf"|{_OPEN}(?:exactly|only|approximately|approx\.?|about|roughly)(?![a-z]){_CLOSE}\s*(?=[-\d\\.]|[a-z]\s*=))\s*",
-            "",
-        ),
-        (r"^(?:P|E|\\Pr|\\mathbb\s*\{[PE]\})\s*\([^()]*=[^()]*\)\s*=\s*", ""),
         (rf"^{_OPEN}(?:minus|negative){_CLOSE}\s*(?=\d|\\frac)", "-"),
         (
             rf"^{_OPEN}(?:US|USD|EUR|GBP|INR|CHF|JPY|CNY|RMB|CAD|AUD|Rs\.?|\\(?:pounds|euro|texteuro))"
@@ -273,7 +314,12 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
             "",
         ),
         (r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$", r"\\text{ \1}"),
-        (rf"^\s*[a-z]\s*{_REAL}\s*,|\s*,\s*[a-zA-Z]\s*{_REAL}$", ""),
+        (
+            r"\s*(?:\\text\s*\{\s*)?\(\s*(?:\\text\s*\{\s*)?(?:(or|i\.e\.,?|that is,?|which is|=)|approx\w*\.?|about|\\approx)"
+            r"(?: about| approximately)?(?![a-z])\s*\}?\s*([^()]*\d[^()]*?)\s*(?:\)|\\text\s*\{\s*\)\s*\})$",
+            lambda m: rf" {'=' if m[1] else chr(92) + 'approx'} {m[2]}",
+        ),
+        (rf"^\s*[a-z]\s*{_REAL}\s*,", ""),
         (r"^[a-z]\s*\\in\s*(?=\\\{|[\[(])", ""),
         (
             rf"\s*{_OPEN}(?:which )?(?:(?:is|are) )?(less|smaller|greater|more) than"
@@ -289,7 +335,8 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
             lambda m: m[1] or "x",
         ),
         (
-            rf"\s*,?\s*(?:\\text\s*\{{\s*for(?: all| any)?(?: real)?\s*\}}|for all(?: real)?|\\forall)\s*[a-z]\s*(?:{_REAL}|(?:>|\\geq)\s*\d)?$",
+            rf"[,\s]\s*\(?\s*[a-zA-Z]\s*{_REAL}\s*\)?$|\s*[,(]\s*[nk]\s*(?:>|\\geq)\s*\d\s*\)?$"
+            rf"|\s*,?\s*(?:{_OPEN}(?:for(?: all| any)?(?: real)?|where){_CLOSE}|\\forall)\s*[a-z]\s*(?:{_REAL}|(?:>|\\geq)\s*\d)?$",
             "",
         ),
         # --- numbers
@@ -307,7 +354,6 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
             r"^\d{1,3}(?:\.\d{3}){2,}$|^\d{1,3}(?:_\d{3})+$",
             lambda m: re.sub("[._]", "", m[0]),
         ),
-        (r"\+\s*\(\s*-\s*([\w.]+)\s*\)", r"-\1"),
         (r"\^\{(-?\d*)\.(\d)\}", lambda m: _power(m)),
         (
             r"(?<!\d)(\d{0,9})\.(\d{0,9}?)(?:(\d)\3{2,20}|(\d{2,9}?)\4{1,9})"
@@ -336,18 +382,17 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
             lambda m: _ways(m[2], m[1], m[3]),
         ),
         (
-            r"^(?:\{\})?[_^]?\{?(\d{1,4})\}?\s*([CP])\s*_?\{?(\d{1,4})\}?$",
+            r"^(?:\{\})?[_^]?\{?(\d{1,4})\}?\s*([CP])\s*_?\{?(\d{1,4})\}?(?=\s*=|$)",
             lambda m: _ways(m[1], m[2], m[3]),
         ),
-        (r"^([CP])_\{?(\d{1,4})\}?\^\{?(\d{1,4})\}?$", lambda m: _ways(m[2], m[1], m[3])),
+        (r"^([CP])_\{?(\d{1,4})\}?\^\{?(\d{1,4})\}?(?=\s*=|$)", lambda m: _ways(m[2], m[1], m[3])),
         # --- units and times
         (r"^(\d+)\s*'\s*(\d+(?:\.\d+)?)\s*\"$", r"\1 ft \2 in"),
         (rf"^(\d+)\s*{_OPEN}hr?s?{_CLOSE}\s*(\d+)\s*{_OPEN}m{_CLOSE}$", r"\1 h \2 min"),
         (r"^(\d{1,2})h([0-5]\d)$", r"\1:\2"),
-        (rf"^{_OPEN}[Aa]t (?=\d{{1,2}}:\d\d)", ""),
         (rf"^(\d{{1,2}}:\d\d)\s*{_OPEN}h(?:ou)?r?s?{_CLOSE}$", r"\1"),
         (
-            rf"^(\d{{1,2}}[:.]\d\d)\s*{_OPEN}(?:in the (morning|afternoon|evening)|at night){_CLOSE}$",
+            rf"^(\d{{1,2}}[:.]\d\d|[a-z0-9' -]+?)\s*{_OPEN}(?:in the (morning|afternoon|evening)|at night){_CLOSE}$",
             lambda m: f"{m[1]} {'A' if m[2] == 'morning' else 'P'}M",
         ),
         (
@@ -368,12 +413,10 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
             r"\\text{ u\1}",
         ),
         # --- congruences
-        (r"\\bmod(?![a-zA-Z])", r"\\mod"),
         (
             rf"\s*(?:\(\s*{_OPEN}(?:\\?mod){_CLOSE}\s*(\w+)\s*\)|\\pmod\s*(?:(\w)|\{{\s*(\w+)\s*\}}))$",
             lambda m: rf" \pmod{{{m[1] or m[2] or m[3]}}}",
         ),
-        (r"(\\equiv.*?)\s*\\mod\s*\{?(\w+)\}?$", r"\1 \\pmod{\2}"),
         # --- sets, systems and several parts
         (r"([][(])([^][();,]{1,40});([^][();,]{1,40})([][)])", r"\1\2,\3\4"),
         (r"^(?=\]|.*\[$).*,.*$", lambda m: half_open_as_in_english(m[0])),
@@ -381,7 +424,7 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
             r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lgn]eq).*)\\\}$",
             r"\2",
         ),
-        (r"(?<=\\mathbb\{R\})\s*(?:-|\\backslash)\s*(?=\\\{)", r" \\setminus "),
+        (r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r" \\setminus "),
         (
             rf"(?<=[\])])\s*{_OPEN}except(?: for| at)?{_CLOSE}\s*(-?[\w/.]+)$",
             r" \\setminus \\{\1\\}",
@@ -419,9 +462,9 @@ def latex(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = text.strip()
     whole = WRAPPED.fullmatch(text)
-    text = in_digits((whole[1] if whole else text).strip().strip('"').strip())
-    text = as_date(text)
+    text = in_digits(as_time((whole[1] if whole else text).strip().strip('"').strip()))
     words = " ".join(WRAPPED.sub(r"\1", text).split())
+    text = as_date(text if as_date(words) == words else words)
     for phrase, meaning in _PHRASES:
         if phrase.fullmatch(words):
             return meaning

@@ -105,6 +105,27 @@ def as_date(text: str) -> str:
     return ", ".join([f"{months[0].capitalize()} {day}", *map(str, year)])
 
 
+_SPOKEN = re.compile(
+    r"(?:at )?(?:(?:a )?([a-z-]+|\d{1,2})(?: minutes?)? (past|to|after|before) )?([a-z]+|\d{1,2})"
+    r"( o'clock)?(?: ([AP]M))?"
+)
+
+
+def as_time(text: str) -> str:
+    """`quarter to eight`, `seven o'clock` as `7:45`, `7:00`; any other text as it is."""
+    said = _SPOKEN.fullmatch(text)
+    if said is None or not (said[2] or said[4]):
+        return text
+    if said[2] == "to" and said[1] != "quarter" and "minute" not in text:  # a ratio
+        return text
+    part = {"quarter": "15", "half": "30", None: "0"}.get(said[1]) or in_digits(said[1])
+    hour = in_digits(said[3])
+    if not (part.isdecimal() and hour.isdecimal() and int(part) < 60 and 1 <= int(hour) <= 12):
+        return text
+    minutes = (60 * int(hour) + int(part) * (-1 if said[2] in ("to", "before") else 1)) % 720
+    return f"{minutes // 60 or 12}:{minutes % 60:02}" + (f" {said[5]}" if said[5] else "")
+
+
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?: ([AP])M)?")
 
 
@@ -151,10 +172,12 @@ def same_text(found: str, gold: str) -> bool:
     found, gold = (" ".join(text.split()) for text in (found, gold))
     if _SPACE.sub("", found) == _SPACE.sub("", gold):
         return True
-    found, gold = (_TEXT.sub(r"\1", text) for text in (found, gold))
+    found, gold = (" ".join(_TEXT.sub(r"\1", text).split()) for text in (found, gold))
     if _SPACE.sub("", found) == _SPACE.sub("", gold):
         return True
     found = found.rstrip(".")
+    if gold.casefold() in _parts_of_date(found.casefold()):
+        return True
     if _WORDS.fullmatch(gold) is None:
         return False
     found, gold = (_ARTICLE.sub("", text.casefold()) for text in (found, gold))
@@ -162,4 +185,17 @@ def same_text(found: str, gold: str) -> bool:
         return said[1] == gold and not _TAKEN_BACK[gold].search(found[said.end() :])
     if found == _INITIALS.get(gold) or gold in _DAYS and len(found) > 2 and gold.startswith(found):
         return True
+    found, gold = _KIND.sub("", _HAS_THE.sub(r"\1", found)), _KIND.sub("", gold)
     return found.removesuffix("s") == gold.removesuffix("s")  # `no solutions`
+
+
+_KIND = re.compile(r" (?:function|number|integer|triangle|angle|series|sequence)$")
+_HAS_THE = re.compile(r"^(\w+) (?:has|had|is|was|wins|won) the (?:(?!not\b|or\b|but\b|second\b)[a-z]+ ?)+$")
+
+
+def _parts_of_date(text: str) -> list[str]:
+    """`friday, june 6`, `june 6, 2020` as what each of them says; [] for anything else."""
+    first, _, rest = text.partition(", ")
+    if first in _DAYS and (date := as_date(rest)) != rest:
+        return [first, date.casefold()]
+    return [first] if re.fullmatch(r"\d{4}", rest) and as_date(first) != first else []
