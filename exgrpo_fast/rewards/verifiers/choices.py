@@ -67,7 +67,7 @@ def _letters_at_the_end(text: str) -> set[str]:
 
 # A choice may have its text behind it, as in `(C) Paris`, `C. Paris`; a list has several.
 _ALONE = re.compile(r"\(?([A-Ja-j])[).:]{0,2}")
-_OPTION = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])(.*)", re.DOTALL)
+_OPTION = re.compile(r"(?:\(([A-J])\)|([A-J])(?:[).:]| (?=\d|\\frac)))(.*)", re.DOTALL)
 _ANOTHER = re.compile(r"\(([A-J])\)|(?:\b(?:or|and)\b|[,;/&])\s*([A-J])\b")
 _LIST = re.compile(r"\(?[A-J]\)?(?:\s*(?:\b(?:or|and)\b|[,;/&])\s*\(?[A-J]\)?)+[.]?")
 _MARK = re.compile(
@@ -106,7 +106,7 @@ def chooses(found: str, gold: str) -> bool:
     return letters_in(_SAID_TO_BE_ONE.sub("", _plain(found), count=1)) == {letter[1]}
 
 
-_SEVERAL = re.compile(r"[({\\\\\s]*[A-J](?:[\s,;&()]|\band\b|[A-J])*[A-J][)}\\\\\s]*")
+_SEVERAL = re.compile(r"[({\\\\\s]*[A-J](?:[\s,;&()、]|\band\b|[A-J])*[A-J][)}\\\\\s]*")
 
 
 def _several(text: str) -> str:

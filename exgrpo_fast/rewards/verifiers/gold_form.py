@@ -27,7 +27,7 @@ def in_form_of(gold: str, found: str) -> str:
 
 
 _NAMED = re.compile(
-    r"^(?!.*\b(?:not?|never|wrong|false)\b)(?:m\s*)?(?:\([a-zA-Z_,\\ ]+\)|\\(?:vec|hat|bar|overline|overrightarrow|math\w+|text|operatorname|boldsymbol)"
+    r"^(?!.*\b(?:not?|never|wrong|false)\b)(?:m\s*|\\(?:max|min)\s*)?(?:\([a-zA-Z_,\\ ]+\)|\\(?:vec|hat|bar|overline|overrightarrow|math\w+|text|operatorname|boldsymbol)"
     r"\s*\{[^{}=]*\}|\\(?:angle|triangle)\s*[A-Z]+|\\(?!(?:sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)"
     r"[a-zA-Z]+|[A-Za-z]{1,3}|\|[A-Za-z]{1,2}\|)(?:_\{[^{}]*\}|_\w|'|\([^()]*\))*\s*=\s*(?=[^=<>]+$)"
 )
@@ -37,6 +37,8 @@ def _unnamed(gold: str, found: str) -> str:
     """`P(X > 1) = 0.25`, `\\vec{v} = (3, 4)` without the name, unless the gold answer has one."""
     if "i" in gold and "j" not in gold and _WITH_J.fullmatch(found):
         found = found.replace("j", "i")
+    if gold.startswith(("(", "\\{(")):
+        found = _NAMES.sub("", found)
     if "\\vec" in gold:
         found = _VECTOR.sub(r"\\vec{\1}", found)
     if "=" in gold:
@@ -45,14 +47,20 @@ def _unnamed(gold: str, found: str) -> str:
     return _POINT.sub("", found) if gold.startswith("(") else found
 
 
-_WITH_J = re.compile(r"(?:[-+\d\s.*/(){}]|\\(?:frac|sqrt|cdot|pi)|j)*j(?:[-+\d\s.*/(){}]|\\(?:frac|sqrt|cdot|pi))*")
-_VECTOR = re.compile(r"\\(?:mathbf|boldsymbol|bm|overrightarrow|vec)\s*\{?\s*([a-zA-Z])(?![a-zA-Z])\s*\}?")
+_NAMES = re.compile(r"\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)\s*(?:=|\\in)\s*")
+_WITH_J = re.compile(
+    r"(?:[-+\d\s.*/(){}]|\\(?:frac|sqrt|cdot|pi)|j)*j(?:[-+\d\s.*/(){}]|\\(?:frac|sqrt|cdot|pi))*"
+)
+_VECTOR = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|overrightarrow|vec)\s*\{?\s*([a-zA-Z])(?![a-zA-Z])\s*\}?"
+)
 _POINT = re.compile(r"(?:^|(?<=[,;]))\s*[A-Z]\s*(?=\([^()]*,)")
 
 # --- numbers --------------------------------------------------------------------------------------
 
 _DECIMAL = re.compile(r"-?\d+\.\d+(?![\d.,])")
 _WITH_COMMA = re.compile(r"(-?)(\d+|\d{1,3}(?:\.\d{3})+),(\d+)(?=[^\d.,]*$)")
+_SPLIT = re.compile(r"-?(?:0,\d+|\d+,(?!\d{3})\d+)(?:\s*\\?%)?")
 _INDIAN = re.compile(r"\d{1,2}(?:,\d\d)+,\d{3}")
 _SHORT = re.compile(r"(-?\d+(?:\.\d+)?) ?(k|K|M|B|T|mn|bn)(?: \\text\{ dollars\})?")
 _MIXED = re.compile(
@@ -64,6 +72,9 @@ _MIXED = re.compile(
 def _number(gold: str, found: str) -> str:
     if _DECIMAL.match(gold) and number(found) is None and (split := _WITH_COMMA.match(found)):
         return f"{split[1]}{split[2].replace('.', '')}.{split[3]}{found[split.end() :]}"
+    if _SPLIT.fullmatch(found) and "," not in gold and (value := rational(gold)) is not None:
+        point = found.replace(",", ".")
+        return point if rational(point.rstrip("\\% ")) in (value, value * 100) else found
     if _INDIAN.fullmatch(found) and number(gold) is not None:
         return found.replace(",", "")
     if (short := _SHORT.fullmatch(found)) and (value := quantity(gold)) and not value.unit:
@@ -106,7 +117,8 @@ def _angle(gold: str, found: str) -> str:
 # --- times and ratios -----------------------------------------------------------------------------
 
 _CLOCK = re.compile(r"^(\d{1,2}):([0-5]\d)$")
-_RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
+_TERM = r"(?:\d+(?:\.\d+|/\d+)?|\\frac\{\d+\}\{\d+\})"
+_RATIO = re.compile(rf"{_TERM}(?:\s*:\s*{_TERM})+")
 _TO = re.compile(r"\s*(?:\\text\s*\{\s*(?:is )?to\s*\}|(?<=\d)\s+to(?=\s+\d))\s*")
 
 
@@ -123,13 +135,14 @@ def _time_or_ratio(gold: str, found: str) -> str:
 
 
 def _reduced(ratio: str) -> list[Fraction | None]:
-    terms = [Fraction(term.strip()) for term in ratio.split(":")]
+    terms = [rational(term.strip()) or Fraction(0) for term in ratio.split(":")]
     return [term / terms[0] if terms[0] else None for term in terms[1:]]
 
 
 # --- tuples, systems, matrices, unions ------------------------------------------------------------
 
 _COLUMN = re.compile(r"(\\begin\{[pb]matrix\})([^&]*)(\\end\{[pb]matrix\})")
+_ONE_ROW = re.compile(r"(\\begin\{[pb]matrix\})((?:(?!\\\\).)*)\\end\{[pb]matrix\}")
 _TUPLE = re.compile(r"\(([^()]*,[^()]*)\)")
 _SET_OF_ONE_TUPLE = re.compile(r"\\\{\s*(\([^()]*\))\s*\\\}")
 _LIST, _SPACED = re.compile(r"\[[^][]*,[^][]*\]"), re.compile(r"-?\d+(?: -?\d+)+")
@@ -157,8 +170,8 @@ def _structure(gold: str, found: str) -> str:
         return _with_names(names, found)
     if not _TUPLE.fullmatch(gold):
         return found
-    if column := _COLUMN.fullmatch(found):
-        return f"({column[2].replace(chr(92) * 2, ',')})"
+    if vector := _COLUMN.fullmatch(found) or _ONE_ROW.fullmatch(found):
+        return f"({vector[2].replace(chr(92) * 2, ',').replace('&', ',')})"
     if one := _SET_OF_ONE_TUPLE.fullmatch(found):
         return one[1]
     values = _assigned(found)
@@ -206,6 +219,22 @@ def _neighbours(names: list[str]) -> bool:
 # --- what is said beside it -----------------------------------------------------------------------
 
 _MODULUS = re.compile(r"(?:([a-z])\s*\\equiv)?\s*(.+?)\s*\\p?mod\s*(?:\{\s*(\d+)\s*\}|(\d+))\s*")
+_CLASS = re.compile(
+    r"([a-z]\s*=\s*)?(?:(\d+)\s*([knmt])\s*\+\s*(\d+)|(\d+)\s*\+\s*(\d+)\s*([knmt]))"
+)
+
+
+def _congruence(text: str) -> str:
+    """`x = 12k + 5` as `5 \\pmod{12}`."""
+    of = _CLASS.fullmatch(text)
+    return rf"{of[4] or of[5]} \pmod {{{of[2] or of[6]}}}" if of else text
+
+
+def _residue(of: re.Match[str]) -> tuple[int, int] | None:
+    modulus = int(of[3] or of[4])
+    return (int(of[2]) % modulus, modulus) if of[2].isdecimal() and modulus else None
+
+
 _EQUIVALENT = re.compile(r"^[a-z]?\s*\\equiv\s*")
 _CONSTANT = re.compile(r"\+\s*(?:[CcKk]|\\text\s*\{\s*const(?:ant)?\.?\s*\})$")  # of integration
 _FUNCTION = re.compile(
@@ -216,7 +245,12 @@ _EXCEPTION = re.compile(r"\s*,\s*([a-z])\s*(?:\\[lgn]eq|[<>])\s*[-\d]+$")
 
 
 def _conditions(gold: str, found: str) -> str:
-    of_gold, of_found = _MODULUS.fullmatch(gold), _MODULUS.fullmatch(found)
+    of_gold = _MODULUS.fullmatch(gold)
+    of_found = _MODULUS.fullmatch(_congruence(found))
+    if of_gold and found == of_gold[2]:
+        return gold
+    if of_gold and of_found and _residue(of_gold) == _residue(of_found) is not None:
+        return gold
     if of_gold and of_found:
         found = f"{gold[: of_gold.start(2)]}{of_found[2]} \\pmod{{{of_found[3] or of_found[4]}}}"
     elif of_found and "\\pmod" in found:
@@ -224,7 +258,7 @@ def _conditions(gold: str, found: str) -> str:
     if _CONSTANT.search(gold):
         found = _CONSTANT.sub("+C", found)
     of_gold, of_found = _FUNCTION.match(gold), _FUNCTION.match(found)
-    if of_gold and of_found and not gold[of_gold.end() :].count("y"):
+    if of_gold and of_found and not set("y=") & set(gold[of_gold.end() :]):
         found = found[of_found.end() :]
         names = [own[1] or own[2] or "x" for own in (of_found, of_gold)]
         found = of_gold[0] + re.sub(rf"(?<![a-zA-Z\\]){names[0]}(?![a-zA-Z])", names[1], found)

@@ -288,6 +288,8 @@ def _agree_at_points(gold: list[Any], found: list[Any]) -> bool:
         return False
     names, of_found = (sorted(map(str, each.free_symbols)) for each in (one, other))
     constants = [name for name in names if _CONSTANT.fullmatch(name)]
+    if names != of_found and one.has(sympy.pi) and set(names + of_found) <= {"k", "m", "n"}:
+        constants = names  # any integer
     renamed = [name for name in of_found if name not in names or name in constants]
     if not names or len(names) != len(of_found) or not len(constants) == len(renamed) < 4:
         return False

@@ -6,7 +6,10 @@ Pure standard library, and bounded: what would be large is None.
 
 from __future__ import annotations
 
+import ast
+import itertools
 import math
+import operator
 import re
 from fractions import Fraction
 from functools import lru_cache
@@ -194,11 +197,17 @@ def _factors(tokens: list[str]) -> list[tuple[str, int]]:
     return factors
 
 
+_TEMPERATURE = re.compile(r"(?:^|degrees? )(C|F|K)(?:elsius|ahrenheit|elvin)?$")
+
+
 def in_unit_of(gold: Quantity, found: Quantity) -> Fraction | None:
     """The value of `found` in the gold answer's unit; None where its unit is of another kind.
 
     A unit that is missing or not well known is that of the other.
     """
+    scales = {of[1] for of in (_TEMPERATURE.search(unit) for unit in (gold.unit, found.unit)) if of}
+    if len(scales) > 1:
+        return None
     of_gold = _measure(gold.unit)
     priced = of_gold is not None and "money" in of_gold[0]
     of_found = _measure(_RATE_OF_MONEY.sub(r"\1", found.unit) if priced else found.unit)
@@ -234,9 +243,30 @@ def _of_several_units(text: str) -> Quantity | None:
 
 # --- rational expressions -------------------------------------------------------------------------
 
-_TOKEN = re.compile(
-    r"\s*(?:(\d+(?:\.\d*)?|\.\d+)|(\\frac|\\cdot|\\times|\\div|[-+*/^(){}!]))", re.ASCII
-)
+_ALLOWED = re.compile(r"(?:[\d\s.+*/^(){}!-]|\\(?:frac|cdot|times|div)(?![a-zA-Z]))+", re.ASCII)
+_TOWER = re.compile(r"\^\s*(?:\{[^{}]*\}|\d+)\s*[\^!]")
+_IN_PYTHON = [
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (r"\\frac\s*(\d)(?=\s*[\d{])", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+        (r"(?<![\d.])(\d+)\s*\\frac", r"mixed(\1)"),
+        (r"(\d*)\.(\d+)|(\d+)\.?(?!\d)", lambda m: f"N{m[1] or m[3] or 0}_{m[2] or 0}"),
+        (r"\{", "("),
+        (r"\}", ")"),
+        (r"\^", "**"),
+        (r"!", ".factorial "),
+        (r"\\cdot|\\times", " * "),
+        (r"\\div", "/"),
+        (r"\\frac", "fraction"),  # fraction(1)(2)
+    )
+]
+_OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 class _NotRational(Exception):
@@ -248,139 +278,46 @@ def rational(text: str) -> Fraction | None:
     value = number(text)
     if value is not None:
         return value
-    if len(text) > MAX_CHARS or not any(c.isdigit() for c in text):
+    if len(text) > MAX_CHARS or not _ALLOWED.fullmatch(text) or _TOWER.search(text):
         return None
-    tokens: list[str] = []
-    at = 0
-    text = text.rstrip()
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            return None
-        tokens.append(match[1] or match[2])
-        at = match.end()
+    if text.count("{") != text.count("}"):
+        return None
+    for pattern, replacement in _IN_PYTHON:
+        text = pattern.sub(replacement, text)
+    if max(itertools.accumulate((c == "(") - (c == ")") for c in text)) > MAX_DEPTH:
+        return None
     try:
-        reader = _Reader(tokens)
-        value = reader.sum()
-        return value if reader.at_end else None
-    except (_NotRational, ZeroDivisionError):
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except (_NotRational, ZeroDivisionError, SyntaxError, ValueError):
         return None
 
 
-class _Reader:
-    """Recursive descent: sum -> product -> signed -> power -> atom."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.place = 0
-        self.depth = 0
-
-    @property
-    def at_end(self) -> bool:
-        return self.place == len(self.tokens)
-
-    @property
-    def next(self) -> str:
-        return "" if self.at_end else self.tokens[self.place]
-
-    def take(self, *wanted: str) -> str:
-        """The next token where it is one of these, else ""."""
-        token = self.next
-        if token and token in wanted:
-            self.place += 1
-            return token
-        return ""
-
-    def sum(self) -> Fraction:
-        value = self.product()
-        while sign := self.take("+", "-"):
-            other = self.product()
-            value = _bounded(value + other if sign == "+" else value - other)
-        return value
-
-    def product(self) -> Fraction:
-        value = self.signed()
-        while sign := self.take("*", "/", r"\cdot", r"\times", r"\div"):
-            other = self.signed()
-            value = _bounded(value / other if sign in ("/", r"\div") else value * other)
-        return value
-
-    def signed(self) -> Fraction:
-        if sign := self.take("+", "-"):
-            return self.signed() if sign == "+" else -self.signed()
-        return self.power()
-
-    def power(self) -> Fraction:
-        value = self.atom()
-        if self.take("!"):
-            if value.denominator != 1 or not 0 <= value <= 170:
-                raise _NotRational
-            value = Fraction(math.factorial(int(value)))
-        if self.take("^"):
-            value = _raised(value, self.exponent())
-        return value
-
-    def exponent(self) -> Fraction:
-        if self.next == "{":
-            return self.atom()
-        token = self.next
-        if not token.isdigit():
-            raise _NotRational
-        # `2^10` without braces is 2^1 times 0 to LaTeX, and 1024 to whoever wrote it.
-        self.place += 1
-        return Fraction(token)
-
-    def atom(self) -> Fraction:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _NotRational
-        try:
-            if self.take("("):
-                return self.until(")")
-            if self.take("{"):
-                return self.until("}")
-            if self.take(r"\frac"):
-                return self.fraction()
-            return self.numeral()
-        finally:
-            self.depth -= 1
-
-    def until(self, closing: str) -> Fraction:
-        value = self.sum()
-        if not self.take(closing):
-            raise _NotRational
-        return value
-
-    def numeral(self) -> Fraction:
-        token = self.next
-        if not token or not (token[0].isdigit() or token[0] == "."):
-            raise _NotRational
-        self.place += 1
-        value = Fraction(token.rstrip("."))
-        if token.isdigit() and self.take(r"\frac"):  # a mixed number
-            part = self.fraction()
-            if not 0 <= part < 1:
-                raise _NotRational
-            return value + part
-        return value
-
-    def fraction(self) -> Fraction:
-        r"""What follows `\frac`: two groups, or two digits as in `\frac12`."""
-        digits = self.next
-        if digits.isdigit() and len(digits) == 2:
-            self.place += 1
-            return Fraction(int(digits[0]), int(digits[1]))
-        above, below = self.part(), self.part()
-        return _bounded(above / below)
-
-    def part(self) -> Fraction:
-        if self.take("{"):
-            return self.until("}")
-        digit = self.next
-        if not (digit.isdigit() and len(digit) == 1):
-            raise _NotRational
-        self.place += 1
-        return Fraction(digit)
+def _value(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Name(id=name) if name[0] == "N":
+            return Fraction(name[1:].replace("_", "."))
+        case ast.UnaryOp(op=ast.UAdd() | ast.USub(), operand=operand):
+            return -_value(operand) if isinstance(node.op, ast.USub) else _value(operand)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.expr() as right):
+            return _raised(_value(left), _value(right))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
+            return _bounded(_OPERATIONS[type(op)](_value(left), _value(right)))
+        case ast.Attribute(value=ast.Attribute()):
+            raise _NotRational  # `3!!` is 3
+        case ast.Attribute(value=operand):
+            value = _value(operand)
+            if value.denominator == 1 and 0 <= value <= 170:
+                return Fraction(math.factorial(int(value)))
+        case ast.Call(func=ast.Call(func=ast.Name(id="fraction"), args=[above]), args=[below]):
+            return _bounded(_value(above) / _value(below))
+        case ast.Call(
+            func=ast.Call(func=ast.Call(func=ast.Name(id="mixed"), args=[whole]), args=[above]),
+            args=[below],
+        ):
+            part = _value(above) / _value(below)
+            if 0 <= part < 1:
+                return _value(whole) + part
+    raise _NotRational
 
 
 def _raised(base: Fraction, exponent: Fraction) -> Fraction:

@@ -48,7 +48,10 @@ def in_digits(text: str) -> str:
         return " ".join([rf"\frac{{{value}}}{{{below}}}", *rest[1:]])
     if rest[:1] == ["and"] and (part := in_digits(" ".join(rest[1:]))).startswith(r"\frac"):
         return f"{value} and {part}"  # `seven and a half`
-    if any(word in _SMALL or word in _LARGE or word == "hundred" for word in rest):
+    second = next((place for place, word in enumerate(rest) if _number(rest[place:])[1]), 0)
+    if second:  # `two hours and fifteen minutes`
+        rest = [*rest[:second], *in_digits(" ".join(rest[second:])).split()]
+    elif rest and (rest[0] in _LARGE or rest[0] == "hundred" or _number(rest)[1]):
         return text  # `seven eight` says two
     return " ".join([str(value), *rest])
 
@@ -156,7 +159,8 @@ _DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 
 _ARTICLE = re.compile(
     r"^(?:\(?[a-j][).:] ?\)?)?"  # of an option
-    r"(?:(?:it|this|that|he|she|the(?: [a-z]+){1,3}) is |on |at )?(?:the |an? )?"
+    r"(?:(?:it|this|that|he|she|the(?: [a-z]+){1,3})(?: is| was| will be|,) |on |at )?"
+    r"(?:the |an? )?(?:(?:colou?r|letter|month|day) )?"
 )
 _YES_OR_NO = re.compile(r"(yes|no)[.,;:!] ")
 _TAKEN_BACK = {
@@ -175,7 +179,7 @@ def same_text(found: str, gold: str) -> bool:
     found, gold = (" ".join(_TEXT.sub(r"\1", text).split()) for text in (found, gold))
     if _SPACE.sub("", found) == _SPACE.sub("", gold):
         return True
-    found = found.rstrip(".")
+    found = found.rstrip(".!")
     if gold.casefold() in _parts_of_date(found.casefold()):
         return True
     if _WORDS.fullmatch(gold) is None:
@@ -190,7 +194,9 @@ def same_text(found: str, gold: str) -> bool:
 
 
 _KIND = re.compile(r" (?:function|number|integer|triangle|angle|series|sequence)$")
-_HAS_THE = re.compile(r"^(\w+) (?:has|had|is|was|wins|won) the (?:(?!not\b|or\b|but\b|second\b)[a-z]+ ?)+$")
+_HAS_THE = re.compile(
+    r"^(\w+) (?:has|had|is|was|will win|wins|won)(?: (?:the|an?)(?: (?!not\b|or\b|but\b)[a-z]+)+)?$"
+)
 
 
 def _parts_of_date(text: str) -> list[str]:
