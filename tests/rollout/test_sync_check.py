@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from vllm_cases import train_a_little
 
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
@@ -46,12 +47,6 @@ def verified(policy: Policy, *, deaf: bool, max_model_len: int = 512) -> Verifie
         max_model_len=max_model_len,
         tolerance=1e-4,
     )
-
-
-def train_a_little(policy: Policy) -> None:
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 def test_an_update_that_arrives_is_reported(policy) -> None:

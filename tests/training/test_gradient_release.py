@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_questions, peak_bytes, small_config
 from test_guards import Device
-from test_learner import moments, same, weights
+from test_learner import assert_same, moments, weights
 from test_resume import restore_run
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -114,7 +114,8 @@ def assert_same_updates(learners: list[Learner], count: int = 4) -> list[float]:
         assert usual.losses and not usual.skipped
         assert ours.sums.read_metrics() == usual.sums.read_metrics()
     usual, ours = map(state_of, learners)
-    assert same(ours, usual) and len(ours["moments"]) == len(ours["weights"])
+    assert_same(ours, usual)
+    assert len(ours["moments"]) == len(ours["weights"])
     assert all(p.grad is None for p in learners[1].policy.trainable_parameters)
     return [norm for usual, _ in reports for norm in usual.grad_norms]
 
@@ -173,7 +174,7 @@ def test_what_is_rounded_at_random_is_rounded_by_the_number_of_the_update() -> N
         learner.update(batch(), OBJECTIVE)
         assert torch.equal(noise, torch.get_rng_state())
         found.append(state_of(learner))
-    assert same(*found)
+    assert_same(*found)
 
 
 def test_the_forward_pass_runs_once() -> None:
@@ -247,7 +248,8 @@ def test_a_refused_update_changes_nothing(
     learner.optimiser.skip_grad_norm = skip_grad_norm
     report = learner.update(batch(behaviour), OBJECTIVE)
     assert report.skipped == {reason: 1} and len(report.refused) == 1
-    assert same(state_of(learner), before) and learner.optimiser.num_updates == 1
+    assert_same(state_of(learner), before)
+    assert learner.optimiser.num_updates == 1
     assert all(p.grad is None for p in learner.policy.trainable_parameters)
     learner.optimiser.skip_grad_norm = 500.0
     assert not learner.update(batch(), OBJECTIVE).skipped
@@ -261,7 +263,7 @@ def test_a_gradient_that_is_not_finite_in_one_weight_alone() -> None:
     first = learner.policy.model.model.layers[0].self_attn.q_proj.weight
     first.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), float("nan")))
     assert learner.update(batch(), OBJECTIVE).skipped == {"update_not_finite": 1}
-    assert same(state_of(learner), before)
+    assert_same(state_of(learner), before)
 
 
 def test_several_packs_are_refused_before_anything_changes() -> None:
@@ -269,7 +271,7 @@ def test_several_packs_are_refused_before_anything_changes() -> None:
     before = state_of(learner)
     with pytest.raises(SeveralPacks, match="2 packs of at most .* raise train.max_tokens_per"):
         learner.update(batch(), OBJECTIVE)
-    assert same(state_of(learner), before)
+    assert_same(state_of(learner), before)
 
 
 class TwoUses(nn.Module):
@@ -315,7 +317,7 @@ def test_out_of_memory_halves_the_chunk_and_parts_nothing() -> None:
     assert device.refused == 2 and learner.policy.sizes.chunk_rows is not None
     assert learner.policy.max_tokens_per_microbatch == TOKENS
     assert "gradient of the head     0.00 GiB" in caught.value.table
-    assert same(state_of(learner), before)
+    assert_same(state_of(learner), before)
     device.limit = TOKENS
     assert not learner.update(batch(), OBJECTIVE).skipped
 
@@ -344,7 +346,7 @@ def test_the_rehearsal_is_one_pack_and_changes_nothing() -> None:
         learner, OBJECTIVE, prompt_tokens=PROMPT, completion_tokens=RESPONSE, state_bytes=1000.0
     )
     assert len(seen) == 2  # scored, and differentiated
-    assert same(state_of(learner), before)
+    assert_same(state_of(learner), before)
     assert all(p.grad is None for p in learner.policy.trainable_parameters)
     assert not learner.update(batch(), OBJECTIVE).skipped
 
@@ -403,14 +405,15 @@ def test_a_run_with_release_is_the_run_without_and_can_become_it(make) -> None:
         assert row["grad_norm"] > TRAIN["max_grad_norm"]
         assert told(row) == told(theirs)
     assert any(row["replay_ratio_mean"] is not None for row in ours.found)
-    assert same(weights(ours), weights(usual)) and same(moments(ours), moments(usual))
+    assert_same(weights(ours), weights(usual))
+    assert_same(moments(ours), moments(usual))
     path = ours.save()
     expected = usual.step()[1]
     for keys in ({}, RELEASE):
         resumed = make(**keys)
         restore_run(resumed, path)
         assert resumed.step()[1]["loss_hex"] == expected["loss_hex"]
-        assert same(weights(resumed), weights(usual))
+        assert_same(weights(resumed), weights(usual))
 
 
 def test_a_pack_that_once_did_not_fit_is_not_taken_up(make) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_questions, terms_of
 from safetensors.torch import load_file
-from test_learner import collect, moments, questions_of, same, weights, with_rewards
+from test_learner import assert_same, collect, moments, questions_of, weights, with_rewards
 
 from exgrpo_fast.model import policy as policy_module
 from exgrpo_fast.model.oom import OutOfMemory
@@ -28,7 +28,8 @@ def test_a_refused_batch_is_kept(tokenizer, make_test_trainer) -> None:
     )
     before = weights(trainer)
     batch, metrics = trainer.step()
-    assert same(weights(trainer), before) and moments(trainer) == {}
+    assert_same(weights(trainer), before)
+    assert moments(trainer) == {}
     folder = trainer.bad_batches.folder
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["step_1.0.json", "step_1.0.safetensors"]
@@ -246,7 +247,7 @@ def test_where_not_one_sequence_fits_the_run_ends_with_a_table(make, scoring: bo
     gradients = [] if scoring else ["gradients"]
     assert [row[0] for row in rows[1:]] == ["weights", *gradients, "two", "one", "the"]
     assert "Tried to allocate 2.00 GiB." in caught.value.table
-    assert same(weights(trainer), before)
+    assert_same(weights(trainer), before)
     assert all(p.grad is None for p in trainer.learner.policy.trainable_parameters)
 
 

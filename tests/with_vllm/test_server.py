@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
-from vllm_cases import ARGUMENTS
+from vllm_cases import ARGUMENTS, train_a_little
 
 from exgrpo_fast.model.packing import Ragged
 from exgrpo_fast.model.policy import Policy, load_model
@@ -53,12 +53,6 @@ def engine(request, servers, policy) -> Iterator[VerifiedEngine]:
     engine = ServerEngine([Server(s.connection) for s in servers], policy, sender, deadline=30)
     yield VerifiedEngine(engine, policy, prompt_ids=[5, 6, 7], max_model_len=512, tolerance=1e-4)
     sender.close()
-
-
-def train_a_little(policy: Policy) -> None:
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 def test_two_servers_stay_in_step_over_three_updates(engine, policy, servers) -> None:

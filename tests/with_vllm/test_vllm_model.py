@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from vllm_cases import train_a_little
 
 from exgrpo_fast.model.lora import add_adapter, trainable
 from exgrpo_fast.model.packing import Ragged, kept_sets, padded_ids
@@ -43,12 +44,6 @@ def largest_gap(engine: VllmEngine, temperature: float) -> float:
         for completion, (logprobs, _) in zip(completions, scores, strict=True)
     ]
     return float(torch.stack(gaps).max())
-
-
-def train_a_little(policy: Policy) -> None:
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
