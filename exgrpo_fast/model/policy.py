@@ -31,7 +31,11 @@ from exgrpo_fast.model.oom import BatchLimits, retry_smaller_on_oom
 from exgrpo_fast.model.packing import AssignedPack, Pack, Ragged, extent, pack, padded_ids
 from exgrpo_fast.model.renamed import checkpointing_enable
 from exgrpo_fast.model.tiling import decoder_layers, dense_mlp, run_in_tiles
-from exgrpo_fast.model.weight_files import read_shapes, refuse_other_weights
+from exgrpo_fast.model.weight_files import (
+    read_shapes,
+    refuse_dropped_weights,
+    refuse_other_weights,
+)
 from exgrpo_kernels import linear_logprob, runtime
 
 T = TypeVar("T")
@@ -384,7 +388,7 @@ def load_model(
         )
     except KeyError as error:  # a value of its config.json that transformers has no code for
         raise PolicyError(f"model.name {name}: config.json: transformers has no {error}") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise PolicyError(f"model.name {name}: {first_line(error)}") from None
     model, loading = loaded
     refuse_other_weights(
@@ -394,4 +398,5 @@ def load_model(
         missing=loading["missing_keys"],
         unexpected=loading["unexpected_keys"],
     )
+    refuse_dropped_weights(model.state_dict(), loading["unexpected_keys"], f"model.name {name}")
     return model

@@ -78,6 +78,8 @@ LLAMA_LIKE = {
     "mistral", "olmo2", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3",
 }  # fmt: skip
 EMBEDDING = "model.embed_tokens.weight"
+# That older releases have saved; they are made anew.
+_BUFFERS = ("inv_freq", "attn.bias", "attention.bias", "masked_bias")
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the names of a stack of layers and of one in it
 # What families call these sizes in their config.json.
 _WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size", "n_embd", "d_model")
@@ -211,4 +213,23 @@ def refuse_other_weights(
             raise PolicyError(
                 f"{subject}: its files hold {weight}, and its config.json "
                 f"{len(layers[found[1]])} layers"
+            )
+
+
+def refuse_dropped_weights(own: Iterable[str], unexpected: Iterable[str], subject: str) -> None:
+    """PolicyError where the files hold a weight of a layer or module that the config's model has, and
+    which it leaves out: a bias, or the norm of queries.
+
+    What stands beside the model, such as a head of values or an encoder of images, is of no account.
+    """
+    own = set(own)
+    modules = {name.rpartition(".")[0] for name in own}
+    layers = {found[0] for name in own if (found := _LAYER.match(name))}
+    for weight in sorted(unexpected):
+        found = _LAYER.match(weight)
+        is_of_model = weight.rpartition(".")[0] in modules or (found and found[0] in layers)
+        if is_of_model and not weight.endswith(_BUFFERS):
+            raise PolicyError(
+                f"{subject}: its files hold {weight}, and the model of its config.json has no such "
+                f"weight"
             )

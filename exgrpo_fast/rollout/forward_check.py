@@ -37,13 +37,14 @@ from exgrpo_fast.model.attention.interface import UnsupportedAttention
 from exgrpo_fast.model.lora import has_adapter, merged_weights, random_adapter, running_merged
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout.engine import Request, RolloutEngine, Sampling
+from exgrpo_fast.rollout.hf.decoding import cached_windows
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.plain_model import (
     COMPLETION_TOKENS,
     LOGITS,
     Probe,
     certain_token,
-    head_logprobs,
+    head_pass,
     made_up,
     plain_pass,
     probe_prompts,
@@ -170,7 +171,7 @@ class _ForwardCheck:
                 f"its attention cannot be replaced by one that keeps the sequences of a pack apart: "
                 f"log-probs differ by {gap(packed, plain.logprobs[: len(packed)]):.1e}",
             )
-        self._attempt("head", self._check_head)
+        windows = self._attempt("head", self._check_head)
         self._compare_packed(packed, plain)
         if not dropout:
             before = random_state(self.policy.device)
@@ -192,6 +193,7 @@ class _ForwardCheck:
             logprobs = [completion.logprobs for completion in drawn]
             self._compare("engine", logprobs, plain, tolerance=engine_tolerance)
         if isinstance(engine, TransformersEngine):
+            self._check_cache(windows)
             self._attempt("end token", lambda: self._check_end_tokens(engine, eos_token_ids))
         if has_adapter(self.policy.model):
             self._attempt("adapter", lambda: self._check_adapter(probe.pick(PAIR)))
@@ -245,9 +247,10 @@ class _ForwardCheck:
         score = self.policy.score_in_training_mode if training else self.policy.score
         return [logprobs for logprobs, _ in score(*probe.ragged()).split()]
 
-    def _check_head(self) -> None:
+    def _check_head(self) -> dict[int, int | None]:
+        """The window of each layer."""
         try:
-            of_model, own = head_logprobs(self.policy)
+            of_model, own, windows = head_pass(self.policy)
         except UnsupportedAttention as error:
             raise ForwardMismatch(self.family, "packed", str(error)) from None
         if of_model.shape != own.shape:
@@ -263,6 +266,18 @@ class _ForwardCheck:
                 f"log-probs differ by {size:.1e} behind large logits, rounding explains "
                 f"{tolerance:.0e}: the model changes its logits behind the head in a way of its own",
             )
+        return windows
+
+    def _check_cache(self, windows: dict[int, int | None]) -> None:
+        """A cache that keeps other tokens than its layer sees: a window that the model does not have."""
+        for layer, kept in enumerate(cached_windows(self.policy.model.config)):
+            if windows.get(layer, kept) != kept:
+                sees = [f"{n} tokens" if n else "all tokens" for n in (windows[layer], kept)]
+                raise ForwardMismatch(
+                    self.family,
+                    "engine",
+                    f"layer {layer} sees {sees[0]}, and by the config its cache keeps {sees[1]}",
+                )
 
     def _check_adapter(self, probe: Probe) -> None:
         model = self.policy.model

@@ -94,11 +94,17 @@ def plain_pass(policy: Policy, probe: Probe) -> PlainPass:
     return PlainPass(logprobs, float(torch.stack(sizes).max()))
 
 
-@torch.no_grad()
-def head_logprobs(policy: Policy) -> tuple[Tensor, Tensor]:
-    """float32 [B, V], [B, V]: log-probs of the model and of the policy's head for made-up states.
+class HeadPass(NamedTuple):
+    """Log-probs [B, V] in float32 for made-up states, and the window of each layer."""
 
-    With logits of a deviation of `LOGITS`, so that a cap, a scale or a mask of them shows, be they
+    of_model: Tensor
+    of_policy: Tensor  # by what it hands to the losses
+    windows: dict[int, int | None]  # None: all tokens are seen
+
+
+@torch.no_grad()
+def head_pass(policy: Policy) -> HeadPass:
+    """With logits of a deviation of `LOGITS`, so that a cap, a scale or a mask of them shows, be they
     small at the start. UserError where the model does not call its body, or states do not fit the
     head; UnsupportedAttention where a mask has another window than its layer.
     """
@@ -124,7 +130,7 @@ def head_logprobs(policy: Policy) -> tuple[Tensor, Tensor]:
         with ExitStack() as stack:
             for body in {policy.model.base_model, policy.model.get_decoder()}:
                 stack.enter_context(hooked(body, replace))
-            stack.enter_context(compared_windows())
+            windows = stack.enter_context(compared_windows())
             ids = torch.tensor([[0, 1]], device=policy.device)
             mask = torch.ones_like(ids)
             found = _logits(policy, ids, 2, attention_mask=mask)[0]
@@ -135,7 +141,8 @@ def head_logprobs(policy: Policy) -> tuple[Tensor, Tensor]:
         own = torch.nn.functional.linear(hidden_BD, weight)
     own = own.float() if bias is None else own.float() + bias.float()
     own = own if softcap is None else softcap * (own / softcap).tanh()
-    return found.float().log_softmax(-1).cpu(), own.log_softmax(-1).cpu()
+    logprobs = (found.float().log_softmax(-1).cpu(), own.log_softmax(-1).cpu())
+    return HeadPass(*logprobs, windows.layers)
 
 
 def _logits(policy: Policy, ids: Tensor, count: int, **inputs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,35 @@ def test_layers_that_packs_cannot_hold_are_refused_before_the_weights(edited: Ed
     folder = edited("config.json", layer_types=["full_attention", "linear_attention"])
     with pytest.raises(PolicyError, match="layers of linear_attention are not supported"):
         lines_of(folder)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "model.layers.1.self_attn.o_proj.bias",  # of a module that the model has
+        "model.layers.0.post_mlp_norm.weight",  # of a layer that it has
+        "lm_head.bias",
+    ],
+)
+def test_a_weight_that_the_model_has_no_place_for_is_refused(weight: str, edited: Edit) -> None:
+    """transformers drops it, and the rest is another model."""
+    folder = edited("config.json")
+    weights = load_file(folder / "model.safetensors")
+    harmless = ["v_head.weight", "vision.layers.0.q.weight", "model.layers.0.self_attn.inv_freq"]
+    weights |= {name: torch.ones(64) for name in harmless}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(folder))
+    weights[weight] = torch.ones(64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match=f"its files hold {re.escape(weight)}, and the model of"):
+        load_model(str(folder))
+
+
+def test_an_attention_that_is_not_installed_is_one_line(edited: Edit) -> None:
+    """transformers raises an ImportError."""
+    folder = edited("config.json", attn_implementation="flash_attention_2")
+    with pytest.raises(PolicyError, match=r"model.name .*edited: .*lash.?[Aa]tt"):
+        load_model(str(folder))
 
 
 def test_an_embedding_smaller_than_the_tokenizer_is_refused(edited: Edit) -> None:

@@ -20,6 +20,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PhiConfig,
@@ -341,6 +343,17 @@ def test_a_window_longer_than_the_sequences_of_the_check_is_compared() -> None:
     subject = made(gemma3)
     subject.model.base_model.layers[0].self_attn.sliding_window = 9  # pyright: ignore
     assert fault_in(subject) == "packed"
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"layer_types": ["full_attention", "sliding_attention"]}], ids=["all", "of a type"]
+)
+def test_a_window_of_the_config_that_the_model_does_not_have_is_found(more: dict[str, Any]) -> None:
+    """Llama has none, and the cache would forget what lies beyond."""
+    config: dict[str, Any] = SHARED | {"sliding_window": 200} | more
+    policy = made(lambda: LlamaForCausalLM(LlamaConfig(**config)))
+    with pytest.raises(ForwardMismatch, match=r"engine: layer \d sees all tokens, and .* 200 tok"):
+        checked(policy)
 
 
 def test_a_cap_below_the_usual_logits_leaves_the_end_token_certain() -> None:

@@ -41,6 +41,7 @@ class Windows:
     """What the mask of a layer hides beside the future, and what the layer says of it."""
 
     masks: list[tuple[Tensor, int | None]] = field(default_factory=list)  # with their windows
+    layers: dict[int, int | None] = field(default_factory=dict)  # window of each layer
 
     def compare(self, module: nn.Module, mask: Tensor | None, window: int | None) -> None:
         """UnsupportedAttention where the layer hands over another window than its mask has: in a pack
@@ -53,17 +54,19 @@ class Windows:
                     f"{type(module).__name__} sees {sees[0]} by its mask, and {sees[1]} by what it "
                     f"hands to its attention: not supported"
                 )
+        if (layer := getattr(module, "layer_idx", None)) is not None:
+            self.layers[layer] = window
 
 
 _WINDOWS: ContextVar[Windows | None] = ContextVar("windows", default=None)
 
 
 @contextmanager
-def compared_windows() -> Iterator[None]:
+def compared_windows() -> Iterator[Windows]:
     """Inside, calls with a 2-D mask fail where the windows of masks and layers differ."""
-    token = _WINDOWS.set(Windows())
+    token = _WINDOWS.set(windows := Windows())
     try:
-        yield
+        yield windows
     finally:
         _WINDOWS.reset(token)
 

@@ -209,6 +209,11 @@ class BranchedRows:
         self.branches.select(kept, num_rows=len(rows_B))
 
 
+def cached_windows(config: Any) -> list[int | None]:
+    """Tokens that the cache of each layer keeps; None: all of them."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+
+
 class _Forward:
     """The model with its cache: tokens that follow what each row has read -> logits."""
 
