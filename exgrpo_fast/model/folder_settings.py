@@ -75,9 +75,13 @@ def positions(config: Any) -> Positions | None:
     most = getattr(config, "max_position_embeddings", None)
     if most is None:
         return None
-    ropes = list(_ropes(getattr(config, "rope_parameters", None)))
+    # A config.json as older releases wrote it has the other two in place of rope_parameters.
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not parameters and getattr(config, "rope_theta", None) is not None:
+        parameters = {"rope_theta": config.rope_theta}
+    ropes = list(_ropes(parameters))
     for rope in ropes:
-        kind = str(rope.get("rope_type", "default"))
+        kind = str(rope.get("rope_type") or rope.get("type") or "default")
         if any(name in kind for name in LENGTH_DEPENDENT):
             limit = int(rope.get("original_max_position_embeddings") or most)
             why = f"beyond that, rotary embeddings of type {kind} follow the longest sequence"

@@ -353,6 +353,16 @@ def test_positions_of_a_config() -> None:
     }
 
 
+def test_positions_of_a_config_json_of_older_releases() -> None:
+    """Read without the model's class, which would rename its keys."""
+    scaling = {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 128}
+    plain = PlainConfig(max_position_embeddings=512, rope_theta=1e4)
+    scaled = PlainConfig(max_position_embeddings=512, rope_theta=1e4, rope_scaling=scaling)
+    none = PlainConfig(max_position_embeddings=512)
+    limits = [(p.limit, p.is_rotary, p.binds) for p in map(positions, (plain, scaled, none)) if p]
+    assert limits == [(512, True, False), (128, True, True), (512, False, True)]
+
+
 def test_frequencies_that_follow_the_length_are_used_as_far_as_they_do_not() -> None:
     """Dynamic NTK: a long sequence in a pack would change the short one's log-probs."""
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ from exgrpo_fast.model.attention import sdpa
 from exgrpo_fast.model.policy import Policy
 from exgrpo_fast.rollout import forward_check
 from exgrpo_fast.rollout.forward_check import ForwardMismatch, ForwardReport, check_forward
-from exgrpo_fast.rollout.hf import decoding
+from exgrpo_fast.rollout.hf import decoding, packed_decoder
 from exgrpo_fast.rollout.hf.engine import TransformersEngine
 from exgrpo_fast.rollout.plain_model import hooked
 
@@ -248,6 +248,89 @@ def test_shifted_positions_in_a_pack_are_found(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(policy, "pack", shifted)
     assert fault_in(made(qwen3)) == "packed"
+
+
+def mask_of(change: Callable[[Any], Any], kind: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A fault in the scoring of layers of one kind alone: those with a window, or those without."""
+
+    def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+        call = sdpa.SideBySide.__call__
+
+        def changed(self: Any, query: Any, key: Any, value: Any, scoring: Any, *more: Any) -> Any:
+            if (scoring.window is not None) == (kind == "sliding"):
+                scoring = change(scoring)
+            return call(self, query, key, value, scoring, *more)
+
+        monkeypatch.setattr(sdpa.SideBySide, "__call__", changed)
+
+    return seed
+
+
+def shifted_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions are off by one for the tokens that are drawn, and right in the prompt."""
+    begin = packed_decoder.Branches.__init__
+
+    def shifted(self: Any, *args: Any, **options: Any) -> None:
+        begin(self, *args, **options)
+        self.positions_B = self.positions_B + 1
+
+    monkeypatch.setattr(packed_decoder.Branches, "__init__", shifted)
+
+
+def shifted_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = decoding._Forward.__call__
+
+    def shifted(self: Any, ids_Bn: Any) -> Any:
+        if not self.num_read:
+            return read(self, ids_Bn)
+        self.mask_BS[:, 0] += 1  # one more token before each
+        return read(self, ids_Bn)
+
+    monkeypatch.setattr(decoding._Forward, "__call__", shifted)
+
+
+def doubled_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = lora._delta
+    monkeypatch.setattr(lora, "_delta", lambda layer: 2.0 * delta(layer))
+
+
+def scaled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multiplier of the embeddings, in what scores and updates read alone."""
+    states = policy.Policy.hidden_states
+
+    def twice(self: Any, packed: Any) -> Any:
+        embedding = self.model.get_input_embeddings()
+        with hooked(embedding, lambda module, inputs, out: 3.0 * out):
+            return states(self, packed)
+
+    monkeypatch.setattr(policy.Policy, "hidden_states", twice)
+
+
+@pytest.mark.parametrize(
+    "make, seed, part",
+    [
+        (gemma3, mask_of(lambda s: s._replace(window=None), "sliding"), "packed"),
+        (gemma3, mask_of(lambda s: s._replace(window=s.window + 1), "sliding"), "packed"),
+        (gemma3, mask_of(lambda s: s._replace(window=s.window - 1), "sliding"), "packed"),
+        (gemma3, mask_of(lambda s: s._replace(window=8), "full"), "packed"),
+        (gpt_oss, mask_of(lambda s: s._replace(scaling=0.3), "full"), "packed"),
+        (qwen3, shifted_decoding, "engine"),
+        (gpt2, shifted_cache, "engine"),
+        (qwen3, doubled_adapter, "adapter"),
+        (gpt2, doubled_adapter, "adapter"),
+        (granite, scaled_twice, "packed"),
+    ],
+)
+def test_seeded_faults_are_found(
+    make: Callable[[], PreTrainedModel],
+    seed: Callable[[pytest.MonkeyPatch], None],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = part == "adapter"
+    checked(made(make, adapter=adapter))
+    seed(monkeypatch)
+    assert fault_in(made(make, adapter=adapter)) == part
 
 
 def test_shifted_positions_behind_padding_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
