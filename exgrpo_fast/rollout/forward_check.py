@@ -163,7 +163,9 @@ class _ForwardCheck:
 
         dropout = self.policy.dropout
         evaluated = probe if dropout else probe.pick(SHORT)
+        before = random_state(self.policy.device)
         packed = self._attempt("packed", lambda: self._packed(evaluated))
+        kernels_draw = not torch.equal(before, random_state(self.policy.device))
         if not self.policy.attention_calls:
             raise ForwardMismatch(
                 self.family,
@@ -176,8 +178,9 @@ class _ForwardCheck:
         if not dropout:
             before = random_state(self.policy.device)
             trained = self._attempt("update", lambda: self._packed(probe, training=True))
-            is_same = torch.equal(before, random_state(self.policy.device))
-            if not is_same and not may_draw(self.policy.model):
+            drew = not torch.equal(before, random_state(self.policy.device))
+            drew = self.policy.processes.any(drew and not kernels_draw)
+            if drew and not may_draw(self.policy.model):
                 raise ForwardMismatch(
                     self.family,
                     "update",

@@ -386,6 +386,17 @@ def test_small_dropout_is_found_where_bfloat16_rounds_more() -> None:
         checked(subject)
 
 
+def test_a_kernel_that_draws_in_both_modes_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = sdpa.SideBySide.__call__
+
+    def drawing(self: Any, *args: Any) -> Any:
+        torch.rand(2)
+        return call(self, *args)
+
+    monkeypatch.setattr(sdpa.SideBySide, "__call__", drawing)
+    checked(made(qwen3))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_router_that_draws_is_found_whatever_it_draws(seed: int) -> None:
     subject = made(phimoe)
