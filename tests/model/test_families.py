@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from model_families import FAMILIES, PAGE, PASSING, REFUSED, ROWS, outcome, shell_of, tiny_config
+from packaging.version import Version
+from transformers import CONFIG_MAPPING
 
 from exgrpo_fast.model.folder_reading import PlainConfig, PolicyError
 from exgrpo_fast.model.weight_files import refuse_other_shapes
@@ -32,6 +35,9 @@ def test_families_are_as_the_page_says(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_weights_are_those_of_their_own_config(family: str) -> None:
     """And of none with a larger vocabulary, wherever config.json states the sizes."""
+    if family not in CONFIG_MAPPING:
+        assert Version(transformers.__version__) < Version("5.24"), "the page is of 5.24"
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     config = tiny_config(family)
     shapes = {name: list(w.shape) for name, w in shell_of(config).state_dict().items()}
     values = config.to_dict()
