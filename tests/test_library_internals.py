@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+from exgrpo_fast.model.folder_settings import ENCODERS, causal_types
 from exgrpo_fast.model.renamed import cache_argument, checkpointing_enable
 from exgrpo_kernels.policy_loss import keeps_graph
 
@@ -236,3 +237,10 @@ def test_gguf_architectures_are_listed_without_torch() -> None:
     """model/gguf_file.py reads the list that transformers' own reader goes by."""
     assert set(GGUF_CONFIG_MAPPING) == set(GGUF_SUPPORTED_ARCHITECTURES)
     assert {"general", "llama", "qwen2_moe"} <= set(GGUF_CONFIG_MAPPING)
+
+
+def test_the_source_of_transformers_names_the_causal_models() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert causal_types() == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert ENCODERS <= causal_types()

@@ -18,7 +18,7 @@ from exgrpo_fast.cli.arguments import (
 )
 from exgrpo_fast.config import Config, refuse_other_config, refuse_world_size
 from exgrpo_fast.core.errors import UserError
-from exgrpo_fast.core.torchrun import place_of
+from exgrpo_fast.core.torchrun import place_of, refuse_missing_address
 from exgrpo_fast.rewards.loading import stop_where_imported
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
 
@@ -101,6 +101,7 @@ def train(
     if reward is not None:
         values["reward.functions"] = as_references(reward, inputs)
     config = make_config(recipe, values)
+    refuse_missing_address()
     refuse_world_size(config, rank.count)
     rows = check_inputs(config, device=device)
     require_tokenizer(str(config.model.name), "model.name")

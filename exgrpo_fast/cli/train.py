@@ -40,7 +40,7 @@ from exgrpo_fast.config import (
     refuse_world_size,
 )
 from exgrpo_fast.core.heartbeat import HEARTBEAT, Supervised
-from exgrpo_fast.core.torchrun import place_of
+from exgrpo_fast.core.torchrun import place_of, refuse_missing_address
 from exgrpo_fast.memory.budgets import store_note, store_plan
 from exgrpo_fast.run.directory import GuestFolder, RunFolder
 from exgrpo_fast.run.report.reading import flat
@@ -118,6 +118,7 @@ def train(arguments: argparse.Namespace) -> int:
     rows = check_inputs(config, device=arguments.device, for_another_machine=for_another)
     if arguments.dry_run:
         return show_dry_run(arguments, config, rows, processes=rank.count) if rank.is_main else 0
+    refuse_missing_address()
     require_tokenizer(str(config.model.name), "model.name")
     out = Path(arguments.out or f"runs/{Path(arguments.config).stem}")
     supervised: Supervised | None = arguments.supervised

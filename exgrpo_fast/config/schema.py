@@ -79,6 +79,8 @@ class Config(Section):
         self._fifo_fits()
         if replay.weight == "proximal" and self.algorithm.dual_clip is not None:
             raise ValueError("replay.weight proximal has no algorithm.dual_clip; set it to null")
+        if self.reward.weights and not any(self.reward.weights):
+            raise ValueError("reward.weights are all 0: every reward would be 0")
         if self.reward.weights and len(self.reward.weights) != len(self.reward.functions):
             raise ValueError(
                 f"reward.weights has {len(self.reward.weights)} entries for "

@@ -39,18 +39,24 @@ def _words(annotation: Any) -> set[str]:
     return {word for part in typing.get_args(annotation) for word in _words(part)}
 
 
+LARGEST, LARGEST_SEED = 2**31 - 1, 2**53  # a typing error, before it fills the memory or overflows
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_not_1(cls, value: Any, info: ValidationInfo) -> Any:
-        field = cls.model_fields[str(info.field_name)]
+        name = str(info.field_name)
+        field = cls.model_fields[name]
         if value is False and "off" in _words(field.annotation):
             return "off"  # YAML reads `off` as false
         accepted = (field.annotation, *typing.get_args(field.annotation))
         if isinstance(value, bool) and bool not in accepted:
             raise ValueError("expected a value, not true or false")
+        if type(value) is int and value > (LARGEST_SEED if name == "seed" else LARGEST):
+            raise ValueError(f"{value} is too large")
         return value
 
 
@@ -187,7 +193,9 @@ class RewardConfig(Section):
         ["math_verify"], "built-in names, 'file.py:function' or 'package.module:name'", min_length=1
     )
     weights: list[float] | None = key(None, "one per function; default 1.0 each")
-    workers: Positive = key(2, "worker processes; more where rewards take longer than rollouts")
+    workers: Positive = key(
+        2, "worker processes; more where rewards take longer than rollouts", le=1000
+    )
     timeout_seconds: PositiveFloat = key(5.0, "per sample; the worker is then killed")
     judge: JudgeConfig | None = key(None, "for a set of rubrics some of which have no check")
 
@@ -276,7 +284,7 @@ class TrainConfig(Section):
     """Optimiser and update. Learning rate and steps first; the rest is for memory and speed."""
 
     max_steps: Positive = key(200, "steps of the run")
-    lr: PositiveFloat = key(1e-6, "learning rate")
+    lr: PositiveFloat = key(1e-6, "learning rate", le=1.0)
     optimizer: Literal["auto", "adamw", "flash_adamw", "adamw_8bit"] = key(
         "auto", "auto = adamw; flash_adamw where model.weights is bfloat16: docs/memory.md"
     )

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from exgrpo_fast.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -24,8 +26,20 @@ SINGLE = RankInfo()
 
 
 def place_of(environment: Mapping[str, str] = os.environ) -> RankInfo:
-    """Of this process; SINGLE where torchrun did not start it."""
+    """Of this process; SINGLE where torchrun did not start it. UserError for numbers that are none."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return SINGLE
-    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return RankInfo(rank, count, int(environment.get("LOCAL_RANK", rank)))
+    try:
+        rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return RankInfo(rank, count, int(environment.get("LOCAL_RANK", rank)))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK of the environment: {error}") from None
+
+
+def refuse_missing_address(environment: Mapping[str, str] = os.environ) -> None:
+    """UserError where RANK and WORLD_SIZE are set, but not by torchrun."""
+    if place_of(environment).count > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise UserError(
+            "RANK and WORLD_SIZE are set, and MASTER_ADDR or MASTER_PORT is not: start the processes "
+            "with torchrun, or unset these variables for a run of one process"
+        )

@@ -28,6 +28,24 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 # A transformers tokenizer. Its annotations admit far more types than a tokenizer returns.
 Tokenizer = Any
 _SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"}
+_HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"}  # or lists
+_REALS = (
+    "_eps",
+    "_epsilon",
+    "dropout",
+    "_pdrop",
+    "rope_theta",
+    "initializer_range",
+)  # ends of keys
+_DTYPES = {"auto", "float64", "float32", "float16", "bfloat16", "double", "float", "half"}
+_ROPE_NUMBERS = {"factor", "rope_theta", "original_max_position_embeddings", "attention_factor"}
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 HUB_SECONDS = 3  # until the hub has to answer
 # Of tokenizers that have no tokens but those that the files name.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -86,16 +104,58 @@ def plain_config(name: str, key: str = "model.name") -> PlainConfig:
     except (OSError, ValueError, TypeError) as error:
         raise PolicyError(f"{key} {name}: {CONFIG}: {first_line(error)}") from None
     for size, value in vars(found.get_text_config()).items():
-        if size in _SIZES and value is not None and not (type(value) is int and value > 0):
-            raise PolicyError(f"{key} {name}: {CONFIG}: {size} {value!r} is no number")
+        if (why := _fault(size, value)) is not None:
+            raise PolicyError(f"{key} {name}: {CONFIG}: {size} {value!r} {why}")
     return found
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """What is wrong with a value of config.json, whatever the family; its class says more, and needs
+    torch."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in _SIZES and value is not None and not (type(value) is int and value > 0):
+        return "is no number"
+    if key in _HEADS and isinstance(value, int | float | str) and not (is_number and value > 0):
+        return "is no number"
+    if key.endswith(_REALS) and isinstance(value, str):
+        return "is no number"
+    if key in ("dtype", "torch_dtype") and value is not None:
+        if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
+            return "is none of float32, float16, bfloat16"
+    if key in ("rope_parameters", "rope_scaling") and value is not None:
+        return _rope_fault(value)
+    return None
+
+
+def _rope_fault(rope: Any) -> str | None:
+    if not isinstance(rope, dict):
+        return "is no object"
+    for name, value in rope.items():
+        if isinstance(value, dict):  # one for each type of layer
+            if found := _rope_fault(value):
+                return found
+        elif name in _ROPE_NUMBERS and value is not None:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or value <= 0:
+                return f"has {name} {value!r}, which is no positive number"
+    kind = rope.get("rope_type", rope.get("type"))
+    needed = _ROPE_NEEDS.get(kind, ()) if isinstance(kind, str) else ()
+    absent = [name for name in needed if name not in rope]
+    return f"lacks {absent[0]}" if absent else None
 
 
 def _refuse_unreachable_hub(name: str, key: str) -> None:
     """PolicyError where a name would have to come from a hub that does not answer: one try, where
     the download itself makes six in half a minute."""
-    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, CONFIG), str):
+    if Path(name).is_dir():
         return
+    try:
+        if isinstance(try_to_load_from_cache(name, CONFIG), str):
+            return
+    except ValueError as error:
+        raise PolicyError(
+            f"{key} {name}: no folder, and no hub name: {first_line(error)}"
+        ) from None
     try:
         get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=HUB_SECONDS)
     except (HfHubHTTPError, FileMetadataError, OfflineModeIsEnabled, ValueError):
@@ -238,4 +298,9 @@ def generation_settings(name: str) -> dict[str, Any]:
         raise PolicyError(f"model.name {name}: {GENERATION}: {error}") from None
     if not isinstance(settings, dict):
         raise PolicyError(f"model.name {name}: {GENERATION}: no object, but {settings!r:.40}")
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        value = settings.get(key)
+        for id in value if isinstance(value, list) and key == "eos_token_id" else [value]:
+            if id is not None and type(id) is not int:
+                raise PolicyError(f"model.name {name}: {GENERATION}: {key} {id!r} is no number")
     return settings

@@ -8,7 +8,9 @@ positions, a tokenizer that is larger than the embedding). Loads no torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -104,15 +106,55 @@ _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}  # others read past a
 
 
 def refuse_unknown_type(config: Any, subject: str) -> None:
-    """PolicyError for a type of model that the installed transformers does not know."""
+    """PolicyError for a type of model that the installed transformers does not know, and for one without
+    a language-model head, as far as its small files say so."""
     kind = getattr(config, "model_type", None)
     if kind is None:
         raise PolicyError(f"{subject}: its config.json names no model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise PolicyError(
             f"{subject}: transformers {transformers.__version__} knows no model_type "
             f"{kind} (config.json)"
         )
+    if (known := causal_types()) and kind not in known:
+        raise PolicyError(f"{subject}: transformers has no causal language model of type {kind}")
+    if getattr(config, "is_encoder_decoder", None) is True:
+        raise PolicyError(
+            f"{subject}: {kind} is an encoder and a decoder, no causal language model"
+        )
+    if kind in ENCODERS and getattr(config, "is_decoder", None) is not True:
+        raise PolicyError(f"{subject}: {kind} is an encoder, no causal language model")
+    names = getattr(config, "architectures", None) or []
+    for name in [names] if isinstance(names, str) else names:
+        if _OTHER_HEAD.search(str(name)):
+            raise PolicyError(
+                f"{subject}: its config.json names {name}, a model with another head than that of a "
+                f"causal language model"
+            )
+
+
+# Types of which transformers has a causal language model, and whose checkpoints attend to both sides.
+ENCODERS = {
+    "bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+_OTHER_HEAD = re.compile(
+    r"For(?!CausalLM|ConditionalGeneration)\w*(?:Classification|Answering|Choice|MaskedLM|Reward)"
+    r"|RewardModel|ForScore|ForEmbedding"
+)
+
+
+def causal_types() -> set[str]:
+    """Types of which transformers has a causal language model, read from its source, whose import loads
+    torch; empty where the source is another."""
+    source = Path(transformers.__file__).parent / "models" / "auto" / "modeling_auto.py"
+    try:
+        _, _, rest = source.read_text().partition(
+            "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict("
+        )
+    except OSError:
+        return set()
+    return set(re.findall(r'\("([\w-]+)",', rest[: rest.find("\n)\n")]))
 
 
 def refuse_other_kinds(config: Any, name: str) -> None:
@@ -175,9 +217,9 @@ def refuse_broken_template(tokenizer: Any, name: str, *, system_prompt: str | No
 def refuse_quantised(config: Any, name: str) -> None:
     """PolicyError for weights that are quantised in the files, of any kind (bnb, GPTQ, AWQ, fp8)."""
     found = getattr(config, "quantization_config", None)
-    if not found:
+    if found is None:
         return
-    values = found if isinstance(found, Mapping) else vars(found)
+    values = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
     kind = values.get("quant_method") or "an unknown method"
     raise PolicyError(
         f"model.name {name}: its weights are quantised already ({getattr(kind, 'value', kind)}), and "
@@ -211,11 +253,7 @@ def refuse_small_embedding(config: Any, tokenizer: Any, name: str) -> None:
 def refuse_foreign_end_tokens(config: Any, eos_token_ids: Iterable[int], name: str) -> None:
     """PolicyError for an end token that the embedding has no row for: it could never be drawn."""
     rows, ids = getattr(config, "vocab_size", None), list(eos_token_ids)
-    if words := [id for id in ids if not isinstance(id, int)]:
-        raise PolicyError(
-            f"model.name {name}: {GENERATION}: eos_token_id {words[0]!r} is no number"
-        )
-    if beyond := [id for id in ids if rows is not None and id >= rows]:
+    if beyond := [id for id in ids if id < 0 or (rows is not None and id >= rows)]:
         raise PolicyError(
             f"model.name {name}: {GENERATION} names the end token {beyond[0]}, and the embedding has "
             f"{rows} rows"

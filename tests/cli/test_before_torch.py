@@ -450,6 +450,84 @@ CASES += [
         "20 of the first 20 gold answers fail their own reward",
     ),
 ]
+
+
+def named(kind: str, architecture: str, **values: Any) -> Damage:
+    """config.json of another architecture, beside the weights that are there."""
+    found = {"model_type": kind, "architectures": [architecture], **values}
+    return text("config.json", json.dumps(found))
+
+
+def rope(**values: Any) -> Damage:
+    return setting("config.json", rope_parameters={"rope_theta": 1e4, **values})
+
+
+NO_HEAD = "transformers has no causal language model of type"
+CASES += [
+    Case("kind", named("vit", "ViTForImageClassification"), f"{NO_HEAD} vit"),
+    Case("kind", named("clip", "CLIPModel"), f"{NO_HEAD} clip", "eval"),
+    Case("kind", named("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"), f"{NO_HEAD} qwen2_5"),
+    Case("kind", named("mpnet", "MPNetModel"), f"{NO_HEAD} mpnet", "sample"),
+    Case(
+        "kind", named("t5", "T5ForConditionalGeneration", is_encoder_decoder=True), f"{NO_HEAD} t5"
+    ),
+    Case(
+        "kind",
+        named("bart", "BartForConditionalGeneration", is_encoder_decoder=True),
+        "bart is an encoder and a decoder",
+    ),
+    Case(
+        "kind",
+        named("whisper", "WhisperForConditionalGeneration", is_encoder_decoder=True),
+        "whisper is an encoder and a decoder",
+        "doctor",
+    ),
+    Case("kind", named("bert", "BertModel"), "bert is an encoder, no causal language model"),
+    Case("kind", named("xlm-roberta", "XLMRobertaModel"), "xlm-roberta is an encoder"),
+    Case("kind", setting("config.json", model_type=["qwen3"]), "knows no model_type ['qwen3']"),
+    *(
+        Case("head", setting("config.json", architectures=[name]), f"names {name}, a model with")
+        for name in (
+            "Qwen3ForSequenceClassification",
+            "Qwen3ForTokenClassification",
+            "Qwen3ForRewardModel",
+            "LlamaForQuestionAnswering",
+        )
+    ),
+    Case(
+        "heads", setting("config.json", num_attention_heads=0), "num_attention_heads 0 is no number"
+    ),
+    Case("heads", setting("config.json", head_dim="64"), "head_dim '64' is no number", "eval"),
+    Case("eps", setting("config.json", rms_norm_eps="1e-6"), "rms_norm_eps '1e-6' is no number"),
+    Case("dropout", setting("config.json", attention_dropout="lots"), "'lots' is no number"),
+    Case("dtype", setting("config.json", dtype="float7"), "dtype 'float7' is none of float32"),
+    Case("dtype", setting("config.json", torch_dtype=16), "torch_dtype 16 is none of", "sample"),
+    Case("rope", setting("config.json", rope_parameters=[1]), "rope_parameters [1] is no object"),
+    Case(
+        "rope", setting("config.json", rope_scaling={"type": "linear", "factor": "2"}), "factor '2'"
+    ),
+    Case("rope", rope(rope_type="linear"), "lacks factor"),
+    Case("rope", rope(rope_type="longrope", factor=2.0), "lacks short_factor", "eval"),
+    Case("rope", rope(rope_type="default", rope_theta=0), "has rope_theta 0, which is no positive"),
+    Case(
+        "quantised",
+        setting("config.json", quantization_config="awq"),
+        "quantised already (an unknown",
+    ),
+    Case("quantised", setting("config.json", quantization_config={}), "quantised already (an unkn"),
+    *(
+        Case(
+            "end token",
+            setting("generation_config.json", eos_token_id=id),
+            f"{said!r} is no number",
+        )
+        for id, said in (([[1]], [1]), ({"a": 1}, {"a": 1}), (1.5, 1.5), (True, True), (["x"], "x"))
+    ),
+    Case("end token", setting("generation_config.json", eos_token_id=-1), "names the end token -1"),
+    Case("padding", setting("generation_config.json", pad_token_id="x"), "pad_token_id 'x' is no"),
+    Case("hub", nothing, "no folder, and no hub name: ", more=("--model.name", "Qwen/Qwen3 0.6B")),
+    Case("hub", nothing, "no folder, and no hub name: ", "eval", ("--model", "hf:Qwen/Qwen3")),
+]
 if not torch.cuda.is_available():
     CUDA, FLASH = ("--device", "cuda"), ("--model.attention", "flash")
     NF4 = ("--model.quantization", "nf4", "--model.lora.rank", "4")

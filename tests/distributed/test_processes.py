@@ -13,8 +13,9 @@ from several_processes import SECONDS, environment, run_processes
 from torch.distributed import TCPStore
 
 from exgrpo_fast.config import ConfigError, refuse_world_size, validate
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.process_group import SINGLE_PROCESS
-from exgrpo_fast.core.torchrun import RankInfo, place_of
+from exgrpo_fast.core.torchrun import RankInfo, place_of, refuse_missing_address
 from exgrpo_fast.model.packing import Ragged, pack
 from exgrpo_fast.model.sharded_policy import assign_packs
 
@@ -67,6 +68,12 @@ def test_torchrun_says_which_process_this_is() -> None:
     assert place_of({}) == RankInfo(0, 1, 0)
     told = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
     assert place_of(told) == RankInfo(9, 16, 1)
+    with pytest.raises(UserError, match="RANK, WORLD_SIZE and LOCAL_RANK of the environment: "):
+        place_of(told | {"RANK": "nine"})
+    with pytest.raises(UserError, match="start the processes with torchrun"):
+        refuse_missing_address(told | {"MASTER_ADDR": "localhost"})
+    refuse_missing_address(told | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"})
+    refuse_missing_address({})
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
