@@ -21,7 +21,7 @@ def evaluate(
     reward: Reward | Sequence[Reward] = "math_verify",
     *,
     n: int = 8,
-    k: Sequence[int] = (1,),
+    k: int | Sequence[int] = (1,),
     device: str | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def evaluate(
             "model.name": str(model),
             "reward.functions": as_references(reward, Path(folder)),
             "eval.n": n,
-            "eval.k": list(k),
+            "eval.k": [k] if isinstance(k, int) else list(k),
             "data.eval": source,
         }
         config = make_config(Config(), values | keys)

@@ -19,13 +19,17 @@ Reward = str | Callable[..., Any]
 Rows = str | Path | Iterable[Mapping[str, Any]]
 
 
-def make_config(recipe: str | Config, values: Mapping[str, Any]) -> Config:
+def make_config(recipe: str | Path | Config, values: Mapping[str, Any]) -> Config:
     """A recipe, a YAML file or a config, with keyword values on top.
 
     A keyword is a config key's last word (`lr`, `group_size`), or a section with a dict
     (`replay={"enabled": False}`). ConfigError for an unknown one, with the nearest key.
     """
-    tree = recipe.model_dump() if isinstance(recipe, Config) else read_recipe(recipe)
+    if not isinstance(recipe, str | Path | Config):
+        raise ConfigError(
+            f"recipe: {recipe!r} is neither a recipe's name, a YAML file nor a Config"
+        )
+    tree = recipe.model_dump() if isinstance(recipe, Config) else read_recipe(str(recipe))
     for key, value in values.items():
         assign_keyword(tree, key, value)
     return validate(tree)
@@ -68,9 +72,12 @@ def as_source(rows: Rows, file: Path) -> str:
 
 def write_at_once(file: Path, text: str) -> None:
     """Under torchrun every process writes its inputs, and another may be reading them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as part:
-        part.write_text(text, encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
 
 
 def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]:
@@ -79,8 +86,13 @@ def as_references(rewards: Reward | Sequence[Reward], folder: Path) -> list[str]
     A function of the calling script is imported from there, up to the call of `train`; one of a
     notebook is written to `folder` by its source, so it must import what it uses.
     """
-    listed = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
-    return [_reference(reward, folder) for reward in listed]
+    if isinstance(rewards, str) or callable(rewards):
+        rewards = [rewards]
+    if not isinstance(rewards, Iterable):
+        raise ConfigError(
+            f"reward: {rewards!r} is neither a name nor a function, nor several of them"
+        )
+    return [_reference(reward, folder) for reward in rewards]
 
 
 def _reference(reward: Reward, folder: Path) -> str:

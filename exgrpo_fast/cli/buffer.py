@@ -106,6 +106,8 @@ def add_buffer(commands: Any) -> None:
 
 
 def open_store(path: str) -> SavedStore:
+    if not any((Path(path) / name).exists() for name in ("checkpoints", "MANIFEST.json")):
+        raise ConfigError(f"{path}: neither a run folder nor a checkpoint")
     from exgrpo_fast.build.saved_store import SavedStore
 
     return SavedStore.open(

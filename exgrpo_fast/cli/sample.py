@@ -22,6 +22,8 @@ def add_sample(commands: Any) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> int:
+    if arguments.data and arguments.prompt:
+        raise ConfigError("sample: give --prompt or --data, not both")
     if arguments.data:
         require_file(arguments.data, "--data")
     elif not (arguments.prompt or "").strip():

@@ -112,10 +112,9 @@ def plain_config(name: str, key: str = "model.name") -> PlainConfig:
 def _fault(key: str, value: Any) -> str | None:
     """What is wrong with a value of config.json, whatever the family; its class says more, and needs
     torch."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in _SIZES and value is not None and not (type(value) is int and value > 0):
         return "is no number"
-    if key in _HEADS and isinstance(value, int | float | str) and not (is_number and value > 0):
+    if key in _HEADS and (isinstance(value, str) or isinstance(value, int | float) and value <= 0):
         return "is no number"
     if key.endswith(_REALS) and isinstance(value, str):
         return "is no number"

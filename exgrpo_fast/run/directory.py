@@ -46,6 +46,9 @@ class RunFolder:
             raise RunFolderError(
                 f"--out {path}: holds a run already; take another folder, or --resume auto"
             )
+        for file in (self.config, self.metrics, self.log):
+            if file.is_dir():
+                raise RunFolderError(f"{file}: is a folder, and a run has a file there")
 
     config = property(lambda self: self.path / "config.yaml")
     metrics = property(lambda self: self.path / "metrics.jsonl")
@@ -81,8 +84,12 @@ class RunFolder:
         self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """RunFolderError for a file that is damaged."""
         file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else {}
+        try:
+            return json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise RunFolderError(f"{file}: {error}; remove it, and it is written anew") from None
 
     def start_log(self) -> None:
         """Send everything logged by this package to run.log."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from several_processes import environment
@@ -19,6 +20,7 @@ from toy_runs import TORCHRUN, steps
 import exgrpo_fast
 from exgrpo_fast.api.inputs import as_references, as_source, make_config
 from exgrpo_fast.config import Config, ConfigError
+from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.rewards.loading import check_reference, load_function
 
 ROWS = [{"prompt": f"{i} + 1?", "answer": "3"} for i in range(8)]
@@ -123,6 +125,26 @@ def test_mistakes_are_found_before_torch_is_loaded(tmp_path: Path, model_folder:
     assert len(said) == len(expected)
     assert all(part in line and "\n" not in line for part, line in zip(expected, said, strict=True))
     assert not has_torch
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"reward": 5}, "reward: 5 is neither a name nor a function"),
+        ({"recipe": None}, "recipe: None is neither a recipe's name, a YAML file nor a Config"),
+        ({"out": "file"}, "file/inputs/train.jsonl: Not a directory"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(
+    values: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError) as caught:
+        exgrpo_fast.train(
+            "model", [{"prompt": "1 + 1?", "answer": "2"}], **{"reward": "exact"} | values
+        )
+    assert said in str(caught.value)
 
 
 UNDER_TORCHRUN = """

@@ -103,6 +103,10 @@ SERVED = "train quickstart --rollout.engine vllm_server --rollout.server.urls"
         ("eval --model m --data rows.jsonl --sed 1", "unknown argument '--sed'; did you mean"),
         ("eval --model ./m --data rows.jsonl", "--model: ./m does not exist"),
         ("sample --model m", "sample: give --prompt TEXT or --data FILE"),
+        (
+            "sample --model m --prompt p --data rows.jsonl",
+            "sample: give --prompt or --data, not both",
+        ),
         ("init there --recipe grop", "did you mean 'grpo'?"),
         ("init rows.jsonl", "init rows.jsonl: File exists"),
         ("score --in no.jsonl --out o", "--in: no.jsonl does not exist"),

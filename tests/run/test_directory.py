@@ -21,6 +21,21 @@ def test_the_owner_of_the_lock_is_named(tmp_path: Path) -> None:
     RunFolder(tmp_path, resume=True).close()
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "run.log"])
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunFolderError, match=f"{name}: is a folder, and a run has a file there"):
+        RunFolder(tmp_path, resume=True)
+
+
+def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{")
+    folder = RunFolder(tmp_path, resume=True)
+    with pytest.raises(RunFolderError, match=r"summary.json: Expecting .*; remove it"):
+        folder.read_json("summary.json")
+    folder.close()
+
+
 def test_the_lock_is_held_until_the_last_descriptor_is_closed(tmp_path: Path) -> None:
     """A supervisor's worker keeps it: nobody starts beside it when the supervisor dies."""
     first = RunFolder(tmp_path, resume=False)
