@@ -27,7 +27,7 @@ def in_form_of(gold: str, found: str) -> str:
 
 
 _NAMED = re.compile(
-    r"^(?!.*\b(?:not?|never|wrong|false)\b)(?:m\s*|\\(?:max|min)\s*)?(?:\([a-zA-Z_,\\ ]+\)|\\(?:vec|hat|bar|overline|overrightarrow|math\w+|text|operatorname|boldsymbol)"
+    r"^(?!.*\b(?:not?|never|wrong|false)\b)(?:m\s*|\\(?:max|min|deg)\s*)?(?:\([a-zA-Z_,\\ ]+\)|\\(?:vec|hat|bar|overline|overrightarrow|math\w+|text|operatorname|boldsymbol)"
     r"\s*\{[^{}=]*\}|\\(?:angle|triangle)\s*[A-Z]+|\\(?!(?:sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp)\b)"
     r"[a-zA-Z]+|[A-Za-z]{1,3}|\|[A-Za-z]{1,2}\|)(?:_\{[^{}]*\}|_\w|'|\([^()]*\))*\s*=\s*(?=[^=<>]+$)"
 )
@@ -238,7 +238,7 @@ def _residue(of: re.Match[str]) -> tuple[int, int] | None:
 _EQUIVALENT = re.compile(r"^[a-z]?\s*\\equiv\s*")
 _CONSTANT = re.compile(r"\+\s*(?:[CcKk]|\\text\s*\{\s*const(?:ant)?\.?\s*\})$")  # of integration
 _FUNCTION = re.compile(
-    r"^(?:y\s*=|[fgh]\(([a-z])\)\s*=|(?:[fgh]\s*:\s*)?([a-z])\s*\\(?:mapsto|to|rightarrow)(?![a-zA-Z]))\s*"
+    r"^(?:y(?:\([a-z]\))?\s*=|[fgh]\(([a-z])\)\s*=|(?:[fgh]\s*:\s*)?([a-z])\s*\\(?:mapsto|to|rightarrow)(?![a-zA-Z]))\s*"
 )
 _ORDER = re.compile(r"[<>]|\\[lgn]eq")
 _EXCEPTION = re.compile(r"\s*,\s*([a-z])\s*(?:\\[lgn]eq|[<>])\s*[-\d]+$")
@@ -259,9 +259,10 @@ def _conditions(gold: str, found: str) -> str:
         found = _CONSTANT.sub("+C", found)
     of_gold, of_found = _FUNCTION.match(gold), _FUNCTION.match(found)
     if of_gold and of_found and not set("y=") & set(gold[of_gold.end() :]):
-        found = found[of_found.end() :]
-        names = [own[1] or own[2] or "x" for own in (of_found, of_gold)]
-        found = of_gold[0] + re.sub(rf"(?<![a-zA-Z\\]){names[0]}(?![a-zA-Z])", names[1], found)
+        body = found[of_found.end() :]
+        own, other = (of[1] or of[2] or "x" for of in (of_found, of_gold))
+        if own == other or other not in body:  # `f(t) = x`
+            found = of_gold[0] + re.sub(rf"(?<![a-zA-Z\\]){own}(?![a-zA-Z])", other, body)
     exception = _EXCEPTION.search(found)
     if exception is None or exception[1] not in gold or _ORDER.search(gold):
         return found

@@ -23,7 +23,7 @@ from exgrpo_fast.rewards.verifiers.gold_form import in_form_of
 from exgrpo_fast.rewards.verifiers.intervals import as_intervals
 from exgrpo_fast.rewards.verifiers.notation import latex
 from exgrpo_fast.rewards.verifiers.numerals import number, plain_form
-from exgrpo_fast.rewards.verifiers.quantities import in_unit_of, quantity
+from exgrpo_fast.rewards.verifiers.quantities import converted, in_unit_of, quantity
 from exgrpo_fast.rewards.verifiers.refusals import numeric_sides, says_several_things, too_large
 from exgrpo_fast.rewards.verifiers.words import same_text
 
@@ -57,7 +57,10 @@ def _math_verify(completion: str, gold: str, prompt: str) -> Judgement:
     found = _without_lead_in(found)
     if plain_form(found) == plain_form(gold) or chooses(found, gold):
         return CORRECT
-    found, gold = as_intervals(latex(found)), as_intervals(latex(gold))
+    found, gold = latex(found), as_intervals(latex(gold))
+    if (interval := as_intervals(found)) != found and not _MAY_BE_INTERVAL.search(gold):
+        return WRONG  # `5 < x < 7` for `5, 7`
+    found = interval
     found = in_form_of(gold, found)
     if same_text(found, gold) or _says_none(found, gold, prompt):
         return CORRECT
@@ -72,6 +75,7 @@ def _math_verify(completion: str, gold: str, prompt: str) -> Judgement:
     )
 
 
+_MAY_BE_INTERVAL = re.compile(r"[(\[<>]|\\(?:[lgn]eq|mathbb|emptyset|in|[lg]t)(?![a-zA-Z])")
 _AROUND_ANSWER = re.compile(
     r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?: is|:| =):?\s*"
     r"|\.?\s*I hope it is correct\.?$",
@@ -128,7 +132,9 @@ def _by_mathematics(found: str, gold: str) -> Judgement:
         return 0.0, "unit"
     if _CAPITALS.fullmatch(gold) and _CAPITALS.fullmatch(found):  # an order, not a product
         return WRONG
-    gold, found = _both_signs(gold), _both_signs(found)
+    if (in_gold_unit := converted(found, gold)) is None:
+        return WRONG
+    gold, found = _both_signs(gold), _both_signs(in_gold_unit)
     return CORRECT if _equal(_parse_gold(gold), _parse(found)) else WRONG
 
 

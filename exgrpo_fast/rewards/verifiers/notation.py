@@ -136,11 +136,8 @@ def _parts(match: re.Match[str]) -> str:
     """`(a) 3, (b) 5` as `(3, 5)`."""
     _, *pieces = _LABEL.split(match[0])
     labels, values = pieces[::2], [value.strip(" ,;") for value in pieces[1::2]]
-    if (
-        len(labels) < 2
-        or not all(values)
-        or labels not in (_LETTERS[: len(labels)], _ROMAN[: len(labels)])
-    ):
+    known = [names[: len(labels)] for names in (_LETTERS, _ROMAN)]
+    if len(labels) < 2 or not all(values) or labels not in known:
         return match[0]
     return f"({', '.join(values)})"
 
@@ -192,10 +189,6 @@ def _chinese(match: re.Match[str]) -> str:
     return rf"\text{{ {unit} }}"
 
 
-def _counts(words: str) -> bool:
-    return any(in_digits(word) != word for word in re.findall("[a-z]+", words))
-
-
 # Applied in this order to the whole text.
 # fmt: off
 _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
@@ -222,7 +215,7 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (r"[\[(]?\s*\\begin\s*\{array\}\s*\{[lcr| ]*\}(.*)\\end\s*\{array\}\s*[\])]?",
          r"\\begin{pmatrix}\1\\end{pmatrix}"),
         (r"^\\\{\s*\\\}$", r"\\emptyset"),
-        (r"(?:\^\s*)?\\deg(?:rees?)?(?![a-zA-Z])", r"^\\circ"),
+        (r"(?:\^\s*|(?<=[\d})])\s*)\\deg(?:rees?)?(?![a-zA-Z])", r"^\\circ"),
         (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("prime")),
         (r"(?<=\d)\s*'\s*'", '"'),
         (r"\\num\s*\{([^{}]*)\}", r"\1"),
@@ -256,13 +249,13 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
          r"(?=[-\d.(\[|]|\\(?:frac|sqrt|pi|[{$])|[a-zA-Z]\s*=)"
          r"|^((?:[A-Za-z][A-Za-z']* ){2,8}|(?:[A-Za-z]{4,}|[Ii][ns]|[Aa]n?|are|has|[ABab][tyD]|[Oo]n) )"
          r"(?=-?[\d.$]|-?\\(?:frac|sqrt|pi|[{$]))",
-         lambda m: m[0] if _CHANGES.search(m[0]) or _counts(m[0]) else ""),
+         lambda m: m[0] if _CHANGES.search(m[0]) or any(in_digits(w) != w for w in re.findall("[a-z]+", m[0])) else ""),
         (rf"^{_OPEN}(?:minus|negative){_CLOSE}\s*(?=\d|\\frac)", "-"),
-        (rf"^{_OPEN}(?:US|USD|EUR|GBP|INR|CHF|JPY|CNY|RMB|CAD|AUD|Rs\.?|\\(?:pounds|euro|texteuro))"
+        (rf"^{_OPEN}(?:US|USD|EUR|GBP|INR|CHF|JPY|CNY|RMB|CAD|AUD|Rp|Rs\.?|\\(?:pounds|euro|texteuro))"
          rf"(?![a-z]){_CLOSE}\s*(?=\d)|(?<=\d)\s*/-$", ""),
         (r"\(\s*\\text\s*\{([^{}\d]*)\}\s*\)$", r"\\text{ \1}"),
         (r"\\text\s*\{\s*or (?:about|approximately)\s*\}", r"\\approx "),
-        (r"\\text\s*\{\s*(?:(ou|oder|o)|et|und|e|y)\s*\}", lambda m: rf"\text{{ {'or' if m[1] else 'and'} }}"),
+        (r"\\text\s*\{\s*(?:(ou|oder|o)|et|und|e|y)\s*\}|(?<=[\s\d])(ou|oder)(?=\s)", lambda m: rf"\text{{ {'or' if m[1] or m[2] else 'and'} }}"),
         (r"(?<=[\d})])\s*([\u4e00-\u9fff]+)$", _chinese),
         (r"\s*(?:\\text\s*\{\s*)?\(\s*(?:\\text\s*\{\s*)?(?:(or|i\.e\.,?|that is,?|which is|=)|approx\w*\.?|about|\\approx)"
          r"(?: about| approximately)?(?![a-z])\s*\}?\s*([^()]*\d[^()]*?)\s*(?:\)|\\text\s*\{\s*\)\s*\})$",
@@ -303,9 +296,9 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (rf"^\(?([0-9A-F]+)\)?_\s*\{{?\s*{_OPEN}\(?(?:base\s*{_CLOSE}\s*)?([a-z]+|\d{{1,2}})\)?\}}{{0,2}}$"
          rf"|^([0-9A-F]+)\s*{_OPEN}\(?(?:in )?base[ -]?{_CLOSE}\s*([a-z]+|\d{{1,2}})\)?{_CLOSE}$", _base),
         (r"^0([bxo])([0-9A-Fa-f]+)$", lambda m: f"{m[2].upper()}_{{{ {'b': 2, 'o': 8, 'x': 16}[m[1]] }}}"),
-        (r"(?<![a-zA-Z\\])([CP])\s*\((\d{1,4}|n)\s*,\s*(\d{1,4}|k)\)"
+        (r"(?<![a-zA-Z\\])([CP])\s*\((\d{1,4}|[a-z])\s*,\s*(\d{1,4}|[a-z])\)"
          r"|^(?:\{\})?[_^]?\{?(\d{1,4})\}?\s*([CP])\s*_?\{?(\d{1,4})\}?(?=\s*=|$)"
-         r"|^([CP])_\{?(\d{1,4})\}?\^\{?(\d{1,4})\}?(?=\s*=|$)", _ways),
+         r"|^([CP])_\{?(\d{1,4}|[a-z])\}?\^\{?(\d{1,4}|[a-z])\}?(?=\s*=|$)", _ways),
         # --- units and times
         (r"^(\d+)\s*'\s*(\d+(?:\.\d+)?)\s*\"$", r"\1 ft \2 in"),
         (rf"^(\d+)\s*{_OPEN}hr?s?{_CLOSE}\s*(\d+)\s*{_OPEN}m{_CLOSE}$", r"\1 h \2 min"),
@@ -323,6 +316,9 @@ _REWRITES: list[tuple[re.Pattern[str], _Replacement]] = [
         (rf"\s*(?:\(\s*{_OPEN}(?:\\?mod){_CLOSE}\s*(\w+)\s*\)|\\pmod\s*(?:(\w)|\{{\s*(\w+)\s*\}}))$",
          lambda m: rf" \pmod{{{m[1] or m[2] or m[3]}}}"),
         # --- sets, systems and several parts
+        (r"^\\mathbb\{R\}\^\{?\*\}?$|^(?:\\text\{)?all non-?zero (?:real numbers|reals)\}?$",
+         r"\\mathbb{R} \\setminus \\{0\\}"),
+        (r"^\((-?[\d.]+)\s*\|\s*(-?[\d.]+)\)$", r"(\1, \2)"),
         (r"([][(])([^][();,]{1,40});([^][();,]{1,40})([][)])", r"\1\2,\3\4"),
         (r"^(?=\]|.*\[$).*,.*$", lambda m: half_open_as_in_english(m[0])),
         (r"^\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{R\})?\s*(?::|\\mid|\|)(.*(?:[<>]|\\[lgn]eq|\1\s*\\in).*)\\\}$",

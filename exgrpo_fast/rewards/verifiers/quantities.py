@@ -39,21 +39,35 @@ def quantity(text: str) -> Quantity | None:
     percent = _PERCENT.fullmatch(text)
     if percent is not None and (value := rational(percent[1])) is not None:
         return Quantity(value, "%")
-    for pattern in (_TYPESET_UNIT, _DEGREES, _BARE_UNIT):
-        found = pattern.fullmatch(text)
-        if found is None or _NO_UNIT.search(found[2]):
-            continue
-        value = rational(found[1])
+    for number_part, unit in _splits(text):
+        value = rational(number_part)
         if value is not None:
-            return _scaled(value, _plain_unit(found[2]))
+            return _scaled(value, unit)
     return None
+
+
+def _splits(text: str) -> list[tuple[str, str]]:
+    """A text as what may be its number and its unit."""
+    matches = (pattern.fullmatch(text) for pattern in (_TYPESET_UNIT, _DEGREES, _BARE_UNIT))
+    return [(m[1], _plain_unit(m[2])) for m in matches if m and not _NO_UNIT.search(m[2])]
+
+
+def converted(found: str, gold: str) -> str | None:
+    r"""`50\sqrt{2} \text{ mm}` in the unit of `5\sqrt{2} \text{ cm}`; None for a unit of another kind."""
+    of_found, of_gold = _splits(found), _splits(gold)
+    if not of_found or not of_gold or max(len(found), len(gold)) > MAX_CHARS:
+        return found
+    size = in_unit_of(Quantity(Fraction(1), of_gold[0][1]), Quantity(Fraction(1), of_found[0][1]))
+    if size is None or size == 1:
+        return None if size is None else found
+    return rf"\frac{{{size.numerator}}}{{{size.denominator}}} \cdot ({of_found[0][0]})"
 
 
 _ASSIGNED = re.compile(r"^[a-zA-Z]\s*=\s*")
 _PERCENT = re.compile(r"(.*\d.*?)\s*(?:\\?%|(?:\\(?:text|mathrm)\s*\{)?\s*(?:per ?cent|pct)\s*\}?)")
 _POWER = r"(?:\s*\^\s*\{?\s*-?[1-4]\s*\}?)"
 _TYPESET_UNIT = re.compile(
-    r"(.*?[\d})!])((?:\s*(?:/|\\cdot|\\times|~|\\,)?\s*"
+    r"(.*?(?:[\d})!]|\\pi))((?:\s*(?:/|\\cdot|\\times|~|\\,)?\s*"
     r"\\(?:text|mathrm|mbox|textrm|textbf|operatorname)\s*"
     rf"\{{(?:[^{{}}\\0-9^]|\\[ ,;]|{_POWER})*\}}{_POWER}?)+)\s*\.?"
 )
@@ -62,7 +76,7 @@ _DEGREES = re.compile(
 )
 _SYMBOLS = (
     "[numcdkMG]?(?:m|g|[lL]|s|Hz|N|J|W|V|A|Pa|eV|mol)|in|ft|yd|mi|lbs?|oz|sec|min|hrs?|h|mph|kph"
-    "|C|K|F|T|atm|rad|deg|u|sq|cu"
+    "|C|K|F|T|atm|rad|deg|u|sq|cu|of|to|at|on|by|so|as|an?"
 )
 _WORD = rf"(?:[A-Za-z]{{3,}}(?:-[A-Za-z]{{3,}})?|{_SYMBOLS})\.?{_POWER}?"
 _BARE_UNIT = re.compile(
@@ -95,16 +109,9 @@ def _plain_unit(text: str) -> str:
 
 
 # Spellings, dimension and size of units, some with the prefixes of SI.
-_PREFIXES = {"n": -9, "u": -6, "m": -3, "c": -2, "d": -1, "": 0, "k": 3, "M": 6, "G": 9} | {
-    "nano": -9,
-    "micro": -6,
-    "milli": -3,
-    "centi": -2,
-    "deci": -1,
-    "kilo": 3,
-    "mega": 6,
-    "giga": 9,
-}
+_PREFIXES = {"n": -9, "u": -6, "m": -3, "c": -2, "d": -1, "": 0, "k": 3, "M": 6, "G": 9} | dict(
+    nano=-9, micro=-6, milli=-3, centi=-2, deci=-1, kilo=3, mega=6, giga=9
+)
 _METRIC = [
     ("m|met(?:er|re)s?", {"length": 1}, Fraction(1)),
     ("g|grams?", {"mass": 1}, Fraction(1)),
@@ -146,13 +153,7 @@ _KNOWN_UNITS = [
     for prefix, power in _PREFIXES.items()
     for spellings, kinds, size in _METRIC
 ]
-_ABBREVIATIONS = {
-    "mph": "mi / h",
-    "kph": "km / h",
-    "kmph": "km / h",
-    "kmh": "km / h",
-    "kwh": "kW h",
-}
+_ABBREVIATIONS = {"mph": "mi / h", "kwh": "kW h"} | dict.fromkeys(("kph", "kmph", "kmh"), "km / h")
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _UNIT_TOKEN = re.compile(r"[A-Za-z]+|-?\d|/")
 _RATE_OF_MONEY = re.compile(r"(cents?|dollars?|) ?(?:/|(?:per|each|an?)\b).*")
@@ -261,12 +262,8 @@ _IN_PYTHON = [
         (r"\\frac", "fraction"),  # fraction(1)(2)
     )
 ]
-_OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_OPERATIONS[ast.Div] = operator.truediv
 
 
 class _NotRational(Exception):

@@ -18,12 +18,14 @@ _SMALL = {word: value for value, word in enumerate(_UNITS)} | {
     word: 10 * value for value, word in enumerate(_TENS, 2)
 }
 _LARGE = {"dozen": 12, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
-_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6} | {
-    "seventh": 7,
-    "eighth": 8,
-    "ninth": 9,
-    "tenth": 10,
-}
+_PARTS = dict(
+    zip(
+        "half third fourth fifth sixth seventh eighth ninth tenth".split(),
+        range(2, 11),
+        strict=True,
+    ),
+    quarter=4,
+)
 _WORD = re.compile(r"[a-z]+|\d+")
 
 
@@ -63,11 +65,7 @@ def _number(words: list[str]) -> tuple[int, int]:
     for place, word in enumerate(words):
         if word == "and" and count and words[place - 1] in ("hundred", *_LARGE):
             continue
-        if (
-            word == "a"
-            and not count
-            and words[1:2] in (["hundred"], ["thousand"], ["million"], ["dozen"])
-        ):
+        if word == "a" and not count and words[1:2] and words[1] in ("hundred", *_LARGE):
             group, last = 1, 1
         elif word in _SMALL and _SMALL[word] < last and not (last == 1 and count):
             group += _SMALL[word]
