@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from exgrpo_fast.config import Config, ConfigError, require, require_engine, suggest
-from exgrpo_fast.core.http_client import EndpointError, authorization, checked_url
+from exgrpo_fast.core.http_client import (
+    EndpointError,
+    authorization,
+    checked_url,
+    refuse_unreachable,
+)
 from exgrpo_fast.data import DataReport, check_first_rows, names_file
 from exgrpo_fast.rewards import RewardError, RewardPool, check_reference
 
@@ -100,12 +105,17 @@ def resume_point(text: str) -> str:
 
 
 def check_inputs(
-    config: Config, *, device: str | None = None, for_another_machine: bool = False
+    config: Config,
+    *,
+    device: str | None = None,
+    for_another_machine: bool = False,
+    asks_servers: bool = True,
 ) -> FirstRows:
     """The first rows of the data; UserError for missing values, files, devices and packages, before
     torch is imported.
 
-    `for_another_machine`: a plan, whose engine need not be installed here.
+    `for_another_machine`: a plan, whose engine need not be installed here. `asks_servers`: False where
+    a run goes on, which waits for servers that are lost.
     """
     name = require(config.model.name, "model.name", "a folder, a hub name or a .gguf file")
     require(config.data.train, "data.train", "a .jsonl file, a dataset or a gym task")
@@ -115,7 +125,7 @@ def check_inputs(
     if not for_another_machine:
         check_device(device, config)
         require_engine(config)
-        require_servers(config)
+        require_servers(config, ask=asks_servers)
     require_model(name, "model.name")
     if config.prior_resampling.enabled and config.prior_resampling.model is not None:
         require_file(f"{config.prior_resampling.model}/config.json", "prior_resampling.model")
@@ -150,19 +160,22 @@ def check_before_torch(config: Config, rows: FirstRows, **options: Any) -> Rewar
     return check(config, rows, **options)
 
 
-def require_servers(config: Config) -> None:
+def require_servers(config: Config, *, ask: bool) -> None:
     """The addresses and the key of rollout servers that run already."""
     server = config.rollout.server
     if config.rollout.engine != "vllm_server" or not server.urls:
         return
-    require_urls("rollout.server", server.urls, server.key_env)
+    require_urls("rollout.server", server.urls, server.key_env, ask=ask)
 
 
-def require_urls(key: str, urls: Iterable[str], key_env: str | None) -> None:
+def require_urls(key: str, urls: Sequence[str], key_env: str | None, *, ask: bool) -> None:
+    """ConfigError for addresses and keys that cannot work, and, if asked, where no server is there."""
     try:
         for url in urls:
             checked_url(url)
         authorization(key_env)
+        if ask:
+            refuse_unreachable(urls)
     except EndpointError as error:
         raise ConfigError(f"{key}: {error}") from None
 

@@ -188,7 +188,7 @@ def endpoint_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """url, model and key_env of a vLLM server that generates; None without --endpoint."""
     options = {"model": arguments.endpoint_model, "key_env": arguments.endpoint_key_env}
     if arguments.endpoint is not None:
-        require_urls("--endpoint", [arguments.endpoint], arguments.endpoint_key_env)
+        require_urls("--endpoint", [arguments.endpoint], arguments.endpoint_key_env, ask=True)
         return {"url": arguments.endpoint, **options}
     if any(options.values()):
         raise ConfigError(

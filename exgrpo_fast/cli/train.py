@@ -115,7 +115,15 @@ def train(arguments: argparse.Namespace) -> int:
     rank = place_of()
     refuse_world_size(config, rank.count)
     for_another = arguments.device_memory_gib is not None
-    rows = check_inputs(config, device=arguments.device, for_another_machine=for_another)
+    goes_on = (
+        arguments.supervised is not None or rank.count > 1
+    )  # maybe restarted, with its servers
+    rows = check_inputs(
+        config,
+        device=arguments.device,
+        for_another_machine=for_another,
+        asks_servers=not (goes_on or arguments.dry_run),
+    )
     if arguments.dry_run:
         return show_dry_run(arguments, config, rows, processes=rank.count) if rank.is_main else 0
     refuse_missing_address()

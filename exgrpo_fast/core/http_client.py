@@ -12,17 +12,20 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.request import getproxies, proxy_bypass
 
 from exgrpo_fast.core.errors import UserError
 
 if TYPE_CHECKING:
     import httpx2
 
+CONNECT_SECONDS = 2.0  # for one that only has to be there
 MAX_WAIT_SECONDS = 60.0  # between two attempts, whatever the server asks for
 _LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # may go well a moment later
 
@@ -189,6 +192,21 @@ def checked_url(base_url: str) -> str:
             "the base URL holds more than an address; a key is named by its environment variable"
         )
     return base_url.rstrip("/")
+
+
+def refuse_unreachable(base_urls: Sequence[str]) -> None:
+    """EndpointError where none of the servers takes a connection; behind a proxy nothing is tried."""
+    why = ""
+    for url in map(_httpx2().URL, base_urls):
+        if getproxies() and not proxy_bypass(url.host):
+            return
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        try:
+            socket.create_connection((url.host, port), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError as error:
+            why = f"{url} takes no connection ({error.strerror or error})"
+    raise EndpointError(why if len(base_urls) == 1 else f"none of {len(base_urls)}: {why}")
 
 
 def authorization(api_key_env: str | None) -> dict[str, str]:

@@ -379,6 +379,13 @@ CASES = [
         "csv", nothing, "rows.csv does not exist; did you mean", more=("--data.train", "rows.csv")
     ),
     Case("endpoint", nothing, "--endpoint: the base URL", "eval", ("--endpoint", "nonsense")),
+    Case(  # port 9 discards, where it is open at all
+        "endpoint",
+        nothing,
+        "--endpoint: http://127.0.0.1:9/v1 takes no connection (Connection refused)",
+        "eval",
+        ("--endpoint", "http://127.0.0.1:9/v1"),
+    ),
     Case("a blank", nothing, "give --prompt TEXT or --data FILE", "sample", ("--prompt", " ")),
     Case("no weights", without("model.safetensors"), "holds no model.safetensors", "doctor"),
     Case("hub", nothing, "nobody/none: config.json: ", more=("--model.name", "nobody/none")),

@@ -26,6 +26,7 @@ from exgrpo_fast.cli import parser
 from exgrpo_fast.cli.arguments import lacks_cuda
 from exgrpo_fast.cli.eval import model_config
 from exgrpo_fast.config import all_keys
+from exgrpo_fast.core.http_client import refuse_unreachable
 from exgrpo_fast.run.checkpoint.manifest import verify
 from exgrpo_fast.run.directory import RunFolder
 from exgrpo_fast.training.collector import Collector
@@ -126,6 +127,19 @@ def test_a_mistake_is_one_line_and_exit_2(refused, tmp_path: Path, words: str, s
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("{}")
     assert said in refused(*words.split())
+
+
+def test_rollout_servers_that_are_not_there_are_a_mistake(refused, monkeypatch) -> None:
+    """Before the first start alone: a run that goes on waits for them."""
+    monkeypatch.setenv("EXGRPO_FAST_KEY", "key")
+    words = SERVED.split()
+    gone = "http://127.0.0.1:9 takes no connection (Connection refused)"  # port 9 discards
+    assert refused(*words, "[http://127.0.0.1:9]") == f"rollout.server: {gone}"
+    said = refused(*words, "[http://127.0.0.1:9,http://127.0.0.1:9]")
+    assert said == f"rollout.server: none of 2: {gone}"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"http://127.0.0.1:{server.getsockname()[1]}"
+        refuse_unreachable(["http://127.0.0.1:9", here])
 
 
 def test_a_logger_that_is_not_installed_is_a_mistake(refused, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from conftest import exit_code
 from http_server import Handler, Server, resets, running_server, stalls
 
 from exgrpo_fast.build import evaluated_model
+from exgrpo_fast.cli import arguments as cli_arguments
 from exgrpo_fast.core.errors import UserError
 from exgrpo_fast.core.http_client import Endpoint
 from exgrpo_fast.core.types import Completion
@@ -331,8 +332,15 @@ def test_a_dead_endpoint_is_one_line(tokenizer, tmp_path, data, capsys, monkeypa
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr(Endpoint, "pause", lambda self, attempt, retry_after: 0.0)
     arguments = ("--model", str(tmp_path / "tokenizer"), "--data", data, "--device", "cpu")
-    code, _, err = run_cli(capsys, "eval", *arguments, "--endpoint", "http://127.0.0.1:9/v1")
-    assert code == 2 and "Traceback" not in err
-    assert "exgrpo-fast: endpoint http://127.0.0.1:9/v1: ConnectError" in err.splitlines()[-1]
+    url = "http://127.0.0.1:9/v1"
+    for ended_later, said in (
+        (False, f"--endpoint: {url} takes no connection (Connection refused)"),
+        (True, f"endpoint {url}: ConnectError"),
+    ):
+        if ended_later:
+            monkeypatch.setattr(cli_arguments, "refuse_unreachable", lambda urls: None)
+        code, _, err = run_cli(capsys, "eval", *arguments, "--endpoint", url)
+        assert code == 2 and "Traceback" not in err
+        assert f"exgrpo-fast: {said}" in err.splitlines()[-1]
     code, _, err = run_cli(capsys, "eval", *arguments, "--endpoint-model", "x")
     assert code == 2 and "--endpoint-model and --endpoint-key-env need --endpoint" in err
