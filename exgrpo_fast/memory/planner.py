@@ -165,8 +165,12 @@ class Planner:
         may_keep = model.gradient_checkpointing == "auto" and not model.offload_activations
         if not may_keep or self.machine.usable is None or made.config.tile_tokens:
             return None
+        # Each pack gathers all sharded weights: with several processes packs are not made smaller for it.
+        smallest = made.config.microbatch_tokens
+        if self.machine.processes == 1:
+            smallest = min(SMALLEST_KEPT_PACK, smallest)
         for tokens in pack_sizes(config, self.machine.processes):
-            if tokens < min(SMALLEST_KEPT_PACK, made.config.microbatch_tokens):
+            if tokens < smallest:
                 return None
             kept = self._plan(with_sizes(config, tokens, 0, checkpointing=False))
             if kept.fits and kept.engine == made.engine:
