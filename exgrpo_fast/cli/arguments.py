@@ -268,9 +268,9 @@ def has_cuda() -> bool:
 
 def lacks_cuda() -> bool:
     """Whether torch is a build without CUDA, or the driver has no device. Loads no torch, which takes
-    seconds; False where only torch can tell, or is loaded already."""
-    if "torch" in sys.modules:
-        return False
+    seconds; False where only torch can tell."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return not torch.cuda.is_available()
     found = importlib.util.find_spec("torch")
     try:
         text = Path(found.origin).with_name("version.py").read_text()  # pyright: ignore

@@ -219,6 +219,8 @@ def show_dry_run(
         has_weights = any(folder.glob("*.safetensors*"))  # a plan needs none
         if rewards := check_before_torch(config, rows, weights=has_weights, trains=True):
             rewards.close()
+    if gib is None:
+        choose_device(arguments.device, config)
     print(dump_yaml(config), end="")
     print_lines(derived_numbers(config), indent="#     ")
     if config.replay.enabled:

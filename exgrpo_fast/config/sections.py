@@ -284,7 +284,7 @@ class TrainConfig(Section):
     """Optimiser and update. Learning rate and steps first; the rest is for memory and speed."""
 
     max_steps: Positive = key(200, "steps of the run")
-    lr: PositiveFloat = key(1e-6, "learning rate", le=1.0)
+    lr: PositiveFloat = key(1e-6, "learning rate")
     optimizer: Literal["auto", "adamw", "flash_adamw", "adamw_8bit"] = key(
         "auto", "auto = adamw; flash_adamw where model.weights is bfloat16: docs/memory.md"
     )

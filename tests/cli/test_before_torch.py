@@ -584,7 +584,7 @@ if importlib.util.find_spec("reasoning_gym") is not None:
         ),
     ]
 PROGRAM = """
-import json, os, sys
+import json, os, sys, traceback
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 loaded_by_transformers = "torch" in sys.modules  # as 5.17 does
 from exgrpo_fast.build import before_torch
@@ -595,11 +595,15 @@ for folder, words in json.load(sys.stdin):
         continue
     os.chdir(folder)
     sys.stderr = open("said", "w")
+    code = None
     try:
         main(words)
     except SystemExit as ended:
-        has_torch = "torch" in sys.modules and not loaded_by_transformers
-        json.dump([ended.code, has_torch], open("ended", "w"))
+        code = ended.code
+    except Exception:
+        traceback.print_exc()
+    has_torch = "torch" in sys.modules and not loaded_by_transformers
+    json.dump([code, has_torch], open("ended", "w"))
     sys.stderr.flush()
     os._exit(0)
 """
