@@ -109,14 +109,14 @@ def train(
     folder = RunFolder(out, resume=resumes) if rank.is_main else GuestFolder(out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(folder))
+        checkpoint = None
         if resumes:
             refuse_other_config(folder.config, config)
-            folder.require_step(resume)
+            checkpoint = folder.checkpoint_of(resume)
         rewards = None
         if rank.is_main:
-            path = folder.checkpoints / f"step_{resume}" if resume.isdecimal() else None
             rewards = check_before_torch(
-                config, rows, weights=not resumes, trains=True, checkpoint=path
+                config, rows, weights=not resumes, trains=True, checkpoint=checkpoint
             )
         stack.enter_context(rewards or contextlib.nullcontext())
         from exgrpo_fast.cli.train_run import EXIT_SIGNAL, train_run

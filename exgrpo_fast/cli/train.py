@@ -115,14 +115,13 @@ def train(arguments: argparse.Namespace) -> int:
     rank = place_of()
     refuse_world_size(config, rank.count)
     for_another = arguments.device_memory_gib is not None
-    goes_on = (
-        arguments.supervised is not None or rank.count > 1
-    )  # maybe restarted, with its servers
+    # A restarted run waits for its servers, which may be restarting too.
+    may_be_restarted = arguments.supervised is not None or rank.count > 1
     rows = check_inputs(
         config,
         device=arguments.device,
         for_another_machine=for_another,
-        asks_servers=not (goes_on or arguments.dry_run),
+        asks_servers=not (may_be_restarted or arguments.dry_run),
     )
     if arguments.dry_run:
         return show_dry_run(arguments, config, rows, processes=rank.count) if rank.is_main else 0
@@ -138,21 +137,17 @@ def train(arguments: argparse.Namespace) -> int:
     else:
         folder = GuestFolder(out)
     with contextlib.closing(folder), HEARTBEAT.failures_reported(folder.append_to_log):
+        checkpoint = None
         if resumes:
             refuse_other_config(folder.config, config)
-            folder.require_step(arguments.resume)
+            checkpoint = folder.checkpoint_of(arguments.resume)
         # With several ranks torchrun is the supervisor.
         if arguments.supervise and not supervised and rank.count == 1:
             return supervise(arguments, folder)
         rewards = None
         if rank.is_main:
-            path = (
-                folder.checkpoints / f"step_{arguments.resume}"
-                if arguments.resume.isdecimal()
-                else None
-            )
             rewards = check_before_torch(
-                config, rows, weights=not resumes, trains=True, checkpoint=path
+                config, rows, weights=not resumes, trains=True, checkpoint=checkpoint
             )
         device = choose_device(arguments.device, config)
         from exgrpo_fast.cli.train_run import train_run  # seconds of imports

@@ -245,7 +245,7 @@ def find_checkpoint(folder: RunFolder, resume: str, screen: Screen) -> Path | No
     checkpoints = Checkpoints(folder.checkpoints)
     if resume == "auto":
         return checkpoints.newest_valid(lambda why: screen.note(f"checkpoint passed over: {why}"))
-    folder.require_step(resume)
-    path = folder.checkpoints / f"step_{resume}"
-    verify(path)
+    path = folder.checkpoint_of(resume)
+    if path is not None:
+        verify(path)
     return path

@@ -106,7 +106,7 @@ class Reference:
         with policy.as_loaded():
             self.logprobs, logit_size = plain_pass(policy, probe)
         least = LEAST_TOLERANCE[policy.compute_dtype]
-        if policy.device.type == "cuda" and policy.compute_dtype == torch.float32:
+        if uses_tensor_float32(policy):
             least = TENSOR_FLOAT32
         self.least = least * max(1.0, logit_size)
 
@@ -161,11 +161,8 @@ class _ForwardCheck:
         probe = Probe(self.prompts, [completion.token_ids for completion in drawn])
         plain = Reference(self.policy, probe)
 
-        dropout = self.policy.dropout
-        evaluated = probe if dropout else probe.pick(SHORT)
-        before = random_state(self.policy.device)
-        packed = self._attempt("packed", lambda: self._packed(evaluated))
-        kernels_draw = not torch.equal(before, random_state(self.policy.device))
+        evaluated = probe if self.policy.dropout else probe.pick(SHORT)
+        packed, kernels_draw = self._packed("packed", evaluated)
         if not self.policy.attention_calls:
             raise ForwardMismatch(
                 self.family,
@@ -175,23 +172,8 @@ class _ForwardCheck:
             )
         windows = self._attempt("head", self._check_head)
         self._compare_packed(packed, plain)
-        if not dropout:
-            before = random_state(self.policy.device)
-            trained = self._attempt("update", lambda: self._packed(probe, training=True))
-            drew = not torch.equal(before, random_state(self.policy.device))
-            drew = self.policy.processes.any(drew and not kernels_draw)
-            if drew and not may_draw(self.policy.model):
-                raise ForwardMismatch(
-                    self.family,
-                    "update",
-                    f"it draws random numbers in training mode: log-probs differ by "
-                    f"{gap(trained, plain.logprobs):.1e}",
-                )
-            try:
-                self._compare("update", trained, plain)
-            except ForwardMismatch:  # of training alone, or of the long sequence?
-                self._compare_packed(self._packed(probe), plain)
-                raise
+        if not self.policy.dropout:
+            self._check_update(plain, kernels_draw)
         if engine is not None:
             logprobs = [completion.logprobs for completion in drawn]
             self._compare("engine", logprobs, plain, tolerance=engine_tolerance)
@@ -213,8 +195,8 @@ class _ForwardCheck:
             ]
         requests = [Request(prompt, seed) for seed, prompt in enumerate(self.prompts)]
         short, long = requests[SHORT], requests[SHORT.stop :]  # the short ones padded among them
-        is_ours = isinstance(engine, TransformersEngine)
-        with engine.same_weights(requests, self.sampling) if is_ours else nullcontext():
+        shares_weights = isinstance(engine, TransformersEngine)
+        with engine.same_weights(requests, self.sampling) if shares_weights else nullcontext():
             drawn = self._attempt(
                 "engine",
                 lambda: (
@@ -237,18 +219,40 @@ class _ForwardCheck:
 
     def _check_end_tokens(self, engine: TransformersEngine, eos_token_ids: Sequence[int]) -> None:
         """Each of them made certain, in turn."""
-        two = Sampling(2, self.policy.temperature)
+        two_tokens = Sampling(2, self.policy.temperature)
         for token in eos_token_ids:
             with certain_token(engine.policy, token):
-                (completion,) = engine.generate([Request(self.prompts[0][:1], 0)], two)
+                (completion,) = engine.generate([Request(self.prompts[0][:1], 0)], two_tokens)
             if completion.truncated or completion.token_ids.tolist() != [token]:
                 raise ForwardMismatch(
                     self.family, "end token", f"the engine goes on behind token {token}"
                 )
 
-    def _packed(self, probe: Probe, *, training: bool = False) -> list[Tensor]:
-        score = self.policy.score_in_training_mode if training else self.policy.score
-        return [logprobs for logprobs, _ in score(*probe.ragged()).split()]
+    def _packed(self, part: Literal["packed", "update"], probe: Probe) -> tuple[list[Tensor], bool]:
+        """Log-probs of the forward pass over packs, in training mode for the update, and whether it
+        drew random numbers."""
+        score = self.policy.score if part == "packed" else self.policy.score_in_training_mode
+        before = random_state(self.policy.device)
+        scores = self._attempt(part, lambda: score(*probe.ragged()))
+        drew = not torch.equal(before, random_state(self.policy.device))
+        return [logprobs for logprobs, _ in scores.split()], drew
+
+    def _check_update(self, plain: Reference, kernels_draw: bool) -> None:
+        trained, drew = self._packed("update", plain.probe)
+        drew = self.policy.processes.any(drew and not kernels_draw)
+        if drew and not may_draw(self.policy.model):
+            raise ForwardMismatch(
+                self.family,
+                "update",
+                f"it draws random numbers in training mode: log-probs differ by "
+                f"{gap(trained, plain.logprobs):.1e}",
+            )
+        try:
+            self._compare("update", trained, plain)
+        except ForwardMismatch:  # of training mode alone, or of the long sequence?
+            packed, _ = self._packed("packed", plain.probe)
+            self._compare_packed(packed, plain)
+            raise
 
     def _check_head(self) -> dict[int, int | None]:
         """The window of each layer."""
@@ -260,14 +264,13 @@ class _ForwardCheck:
             what = f"the model has {of_model.shape[1]} logits, and its head {own.shape[1]} rows"
             raise ForwardMismatch(self.family, "head", what)
         dtype, size = self.policy.compute_dtype, gap([*of_model], [*own])
-        is_float32_on_gpu = self.policy.device.type == "cuda" and dtype == torch.float32
-        unit = TENSOR_FLOAT32 if is_float32_on_gpu else torch.finfo(dtype).eps
+        unit = TENSOR_FLOAT32 if uses_tensor_float32(self.policy) else torch.finfo(dtype).eps
         if not size <= (tolerance := max(LEAST_TOLERANCE[dtype], 4 * LOGITS * unit)):
             raise ForwardMismatch(
                 self.family,
                 "head",
                 f"log-probs differ by {size:.1e} behind large logits, rounding explains "
-                f"{tolerance:.0e}: the model changes its logits behind the head in a way of its own",
+                f"{tolerance:.0e}: the model changes its logits after the head",
             )
         return windows
 
@@ -358,6 +361,10 @@ def gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     pairs = zip(found, expected, strict=True)
     means = [(a.float().cpu() - b.float().cpu()).abs().mean() for a, b in pairs]
     return float(torch.stack(means).max())
+
+
+def uses_tensor_float32(policy: Policy) -> bool:
+    return policy.device.type == "cuda" and policy.compute_dtype == torch.float32
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -67,14 +67,16 @@ class RunFolder:
         """Of the newest checkpoint folder, whole or not."""
         return max(checkpoint_steps(self.checkpoints), default=None)
 
-    def require_step(self, resume: str) -> None:
-        """RunFolderError for a `--resume` that is neither a word nor a step with a checkpoint."""
+    def checkpoint_of(self, resume: str) -> Path | None:
+        """The checkpoint of `--resume STEP`; None for auto and never. RunFolderError for other words
+        and for a step without one."""
         steps = [str(step) for step in checkpoint_steps(self.checkpoints)]
         if resume not in ("auto", "never", *steps):
             raise RunFolderError(
                 f"--resume {resume}: expected auto, never or one of the steps: "
                 f"{', '.join(steps) or 'none'}"
             )
+        return self.checkpoints / f"step_{resume}" if resume in steps else None
 
     def write_text(self, name: str, text: str) -> None:
         with whole_file(self.path / name, durable=True) as temporary:

@@ -399,7 +399,7 @@ HELD_OUT = "all of its 3 questions are held out by data.eval"
 
 
 def rows(*lines: Any, file: str = "rows.jsonl") -> Damage:
-    """Rows of its own: a dict, or the text of a line."""
+    """Writes these rows: dicts, or the text of a line."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     return lambda folder: folder.with_name(file).write_text("\n".join(texts))
 

@@ -66,13 +66,13 @@ def test_one_alone_talks_to_nobody() -> None:
 
 def test_torchrun_says_which_process_this_is() -> None:
     assert place_of({}) == RankInfo(0, 1, 0)
-    told = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
-    assert place_of(told) == RankInfo(9, 16, 1)
+    started = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    assert place_of(started) == RankInfo(9, 16, 1)
     with pytest.raises(UserError, match="RANK, WORLD_SIZE and LOCAL_RANK of the environment: "):
-        place_of(told | {"RANK": "nine"})
+        place_of(started | {"RANK": "nine"})
     with pytest.raises(UserError, match="start the processes with torchrun"):
-        refuse_missing_address(told | {"MASTER_ADDR": "localhost"})
-    refuse_missing_address(told | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"})
+        refuse_missing_address(started | {"MASTER_ADDR": "localhost"})
+    refuse_missing_address(started | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"})
     refuse_missing_address({})
 
 

@@ -197,7 +197,9 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
     mask = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
     if windows is not None:
         if kwargs.get("use_vmap"):
-            raise UnsupportedAttention("its attention mask has a rule of its own: not supported")
+            raise UnsupportedAttention(
+                "its attention mask has a custom mask function: not supported"
+            )
         windows.masks.append((mask, kwargs.get("local_size")))
     return mask
 

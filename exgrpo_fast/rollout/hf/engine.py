@@ -73,8 +73,8 @@ class TransformersEngine(LocalEngine):
 
     @contextmanager
     def same_weights(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[None]:
-        """Around calls of `generate` with these requests in parts, between which no weight changes: one
-        packed copy serves them all."""
+        """Inside, several calls of `generate` share one packed copy of the weights, none of which may
+        change; together they have these `requests`."""
         with torch.no_grad(), self._packed(requests, sampling) as self._decoder:
             try:
                 yield
